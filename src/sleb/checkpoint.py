@@ -1,0 +1,216 @@
+"""A Hugging Face checkpoint folder on disk: safetensors shards, read by header, without torch.
+
+Tensors are located, hashed and copied as byte ranges, so memory stays at one buffer whatever the
+model's size and whatever its dtype. Nothing here unpickles or executes anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sleb.errors import DataError, InputError
+from sleb.plan import Fingerprint
+
+__all__ = ["Checkpoint", "TensorInfo", "fingerprint"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHUNK = 16 * 2**20
+
+# Fields of config.json that do not change what the model computes.
+_VOLATILE = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor's bytes are: ``[start, stop)`` in ``shard``. ``dtype`` as safetensors names it."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of stored elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checked checkpoint folder. Build it with :meth:`open`."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    metadata: dict[str, dict[str, str]] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read and check the headers of all shards.
+
+        Raises:
+            InputError: not a checkpoint folder, or one without safetensors weights.
+            DataError: a shard is missing, truncated or corrupt.
+        """
+        path = Path(path)
+        config = _read_json(path / "config.json")
+        tensors: dict[str, TensorInfo] = {}
+        metadata = {}
+        for shard in _shards(path):
+            header, data = _header(path / shard)
+            metadata[shard] = dict(header.pop("__metadata__", {}))
+            for name, entry in header.items():
+                if name in tensors:
+                    raise DataError(f"{path}: tensor {name} is in two shards")
+                start, stop = entry["data_offsets"]
+                tensors[name] = TensorInfo(
+                    shard=shard,
+                    dtype=entry["dtype"],
+                    shape=tuple(entry["shape"]),
+                    start=data + start,
+                    stop=data + stop,
+                )
+        if not tensors:
+            raise DataError(f"{path} holds no tensors")
+        return cls(path=path, config=config, tensors=tensors, metadata=metadata)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes, in pieces of at most 16 MiB."""
+        info = self.tensors[name]
+        with open(self.path / info.shard, "rb") as stream:
+            stream.seek(info.start)
+            left = info.nbytes
+            while left:
+                piece = stream.read(min(CHUNK, left))
+                if not piece:
+                    raise DataError(f"{self.path / info.shard} ends inside tensor {name}")
+                left -= len(piece)
+                yield piece
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, hexadecimal."""
+        sha = hashlib.sha256()
+        for piece in self.chunks(name):
+            sha.update(piece)
+        return sha.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def block_prefix(self, n: int, module_path: str) -> str:
+        """The prefix of block tensors on disk, ``model.layers.`` in ``model.layers.0.mlp...``.
+
+        It may differ from the path of the modules; the one that shares the longest end with
+        ``module_path`` is taken among those that number at least 0..n-1.
+
+        Raises:
+            DataError: no tensors are numbered 0..n-1.
+        """
+        ids: dict[str, set[int]] = {}
+        for name in self.tensors:
+            if match := re.match(r"(.*?\.|)(\d+)\.", name):
+                ids.setdefault(match[1], set()).add(int(match[2]))
+        fits = [prefix for prefix, found in ids.items() if found >= set(range(n))]
+        if not fits:
+            raise DataError(f"{self.path}: no tensors are numbered as blocks 0..{n - 1}")
+        path = module_path + "."
+        return max(fits, key=lambda p: (len(os.path.commonprefix([p[::-1], path[::-1]])), p))
+
+
+def fingerprint(
+    checkpoint: Checkpoint, blocks: int, tick: Callable[[int], None] | None = None
+) -> Fingerprint:
+    """Hash a checkpoint's config and every tensor; ``tick`` gets bytes as they are hashed."""
+
+    def line(name: str) -> str:
+        info = checkpoint.tensors[name]
+        digest = checkpoint.digest(name)
+        if tick:
+            tick(info.nbytes)
+        return f"{name}\t{info.dtype}\t{list(info.shape)}\t{digest}\n"
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        lines = list(pool.map(line, sorted(checkpoint.tensors)))
+    config = {k: v for k, v in checkpoint.config.items() if k not in _VOLATILE}
+    canonical = json.dumps(config, sort_keys=True, ensure_ascii=False)
+    return Fingerprint(
+        model_type=str(config.get("model_type", "")),
+        architecture=str((config.get("architectures") or [""])[0]),
+        blocks=blocks,
+        config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        weights_sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return value
+
+
+def _shards(path: Path) -> list[str]:
+    """The shard files of a folder, in order, from its index or its single file."""
+    if (path / INDEX).is_file():
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DataError(f"{path / INDEX} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    elif (path / SINGLE).is_file():
+        names = [SINGLE]
+    elif any(path.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"{path} has only pickled weights (.bin), which sleb does not open; convert once with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        )
+    elif (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} is an adapter (PEFT); merge it into its base model first")
+    else:
+        raise InputError(f"{path} has no {SINGLE} or {INDEX}: no weights to cut")
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise DataError(f"{path / INDEX} names {name!r}: a shard must be a file beside it")
+        if not (path / name).is_file():
+            raise DataError(f"{path} lacks the shard {name}: fetch it again")
+    return names
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A shard's checked header, and the offset of its data."""
+    try:
+        with safe_open(path, framework="np"):  # checks sizes, offsets and the end of the file
+            pass
+        with open(path, "rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(size))
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise DataError(f"{path} is corrupt or truncated ({error}): fetch it again") from None
+    return header, 8 + size

@@ -1,0 +1,74 @@
+"""Progress on stderr: bars with time left in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+from sleb.progress import Progress as ProgressProtocol
+from sleb.progress import Tick
+
+__all__ = ["terminal_progress"]
+
+QUIET_S = 2.0
+LINE_EVERY_S = 15.0
+
+
+def terminal_progress() -> ProgressProtocol:
+    """The progress display that fits stderr."""
+    return _Bars() if sys.stderr.isatty() else _Lines()
+
+
+class _Bars:
+    @contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Tick]:
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            *([TextColumn("left"), TimeRemainingColumn()] if total else []),
+            TextColumn("[dim]{task.fields[note]}"),
+        ]
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(title, total=total, note="")
+
+            def tick(n: int = 1, note: str = "") -> None:
+                bars.update(task, advance=n, note=note)
+
+            yield tick
+
+
+class _Lines:
+    @contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Tick]:
+        start = last = time.monotonic()
+        done = 0
+
+        def tick(n: int = 1, note: str = "") -> None:
+            nonlocal done, last
+            done += n
+            now = time.monotonic()
+            if now - last >= LINE_EVERY_S:
+                last = now
+                print(_line(title, done, total, now - start, note), file=sys.stderr, flush=True)  # noqa: T201
+
+        yield tick
+        spent = time.monotonic() - start
+        if spent >= QUIET_S:
+            print(f"{title}: done in {spent:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _line(title: str, done: int, total: int | None, spent: float, note: str) -> str:
+    share = ""
+    if total and done:
+        left = max(0.0, spent * (total - done) / done)
+        share = f" {min(99, 100 * done // total)} %, {spent:.0f} s gone, about {left:.0f} s left"
+    return f"{title}:{share}{'; ' + note if note else ''}"

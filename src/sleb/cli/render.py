@@ -1,0 +1,188 @@
+"""Results as tables for a person, or as JSON for a program."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["applied", "description", "evaluation", "note", "plan", "record", "result", "similarity", "verification"]
+
+
+def result(value: Any, as_json: bool, draw: Callable[[Console, Any], None]) -> None:
+    """Print ``value`` on stdout: JSON, or drawn by ``draw``."""
+    if as_json:
+        sys.stdout.write(json_module.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n")
+    else:
+        width = None if sys.stdout.isatty() else 100
+        draw(Console(width=width, highlight=False), value)
+
+
+def note(text: str, as_json: bool) -> None:
+    """A last line that says what to do next: on stderr if stdout is for a program."""
+    print(text, file=sys.stderr if as_json else sys.stdout)  # noqa: T201
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _mb(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _blocks(blocks: Any) -> str:
+    return ", ".join(map(str, blocks))
+
+
+def bounds(interval: Any, digits: int = 2) -> str:
+    """``value (low to high)``, or the value alone."""
+    if interval.low is None:
+        return f"{interval.value:.{digits}f}"
+    return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def description(console: Console, d: Any) -> None:
+    """`sleb inspect`."""
+    facts = _table("", "")
+    facts.columns[1].justify = "left"
+    facts.show_header = False
+    facts.add_row("model", d.model)
+    facts.add_row("architecture", f"{d.architecture} ({d.model_type})")
+    facts.add_row("supported", "yes" if d.supported else f"no: {d.reason}")
+    if d.supported:
+        low, high = min(d.block_bytes), max(d.block_bytes)
+        each = _mb(low) if low == high else f"{_mb(low)} to {_mb(high)}"
+        facts.add_row("blocks", f"{d.blocks} x {d.block_class} at {d.block_path}, {each} each")
+        facts.add_row("parameters", f"{_millions(d.parameters)} stored as {', '.join(d.dtypes)}, {_mb(d.nbytes)}")
+        facts.add_row("tied weights", "yes: the head is the embedding" if d.tied_weights else "no")
+        for field in d.depth_fields:
+            facts.add_row(f"config {field.name}", field.kind)
+        if not d.depth_fields:
+            facts.add_row("config", "nothing depends on depth but the number of blocks")
+    console.print(facts)
+    if d.savings:
+        savings = _table("removed", "blocks", "parameters", "weights", "ideal speed-up")
+        for s in d.savings:
+            savings.add_row(
+                f"{s.percent} %", str(s.blocks), _millions(s.parameters), _mb(s.nbytes), f"{s.ideal_speedup:.2f}x"
+            )
+        console.print()
+        console.print(savings)
+
+
+def similarity(console: Console, s: Any) -> None:
+    """`sleb similarity`: each block's input against its output, with a bar."""
+    middle = float(np.median([b.mean for b in s.blocks]))
+    low = max(0.0, 1 - 5 * (1 - middle))  # blocks far below the others get no bar
+    table = _table("block", s.measure, "token std", "window se", title="input and output of each block")
+    table.add_column("")
+    for i, b in enumerate(s.blocks):
+        share = max(0.0, (b.mean - low) / max(1e-9, 1 - low))
+        table.add_row(
+            str(i),
+            f"{b.mean:.4f}",
+            "-" if b.token_std is None else f"{b.token_std:.4f}",
+            "-" if b.window_se is None else f"{b.window_se:.4f}",
+            "█" * round(30 * share),
+        )
+    console.print(table)
+    console.print(f"bars run from {low:.2f} to 1; every pair of states is in the output of --json")
+
+
+def plan(console: Console, p: Any) -> None:
+    """`sleb search`: the removals in order."""
+    table = _table("removed", p.metric, "± se", "margin to the next", "")
+    for r in p.rounds:
+        rival = r.runner_up()
+        for block in r.removed:
+            own = next(s for s in r.scores if s.block == block)
+            last = rival is not None and block == r.removed[-1]
+            table.add_row(
+                f"block {block}",
+                f"{own.mean:.4f}",
+                "-" if own.se is None else f"{own.se:.4f}",
+                f"{rival[1]:.4f} (block {rival[0].block})" if last else "-",
+                "within noise" if last and rival[2] else "",
+            )
+    console.print(table)
+    dense = f"; dense {p.baseline.mean:.4f}" if p.baseline else ""
+    console.print(f"{p.metric} in {p.unit}{dense}; removed {_blocks(p.removed)} of {p.model.blocks} blocks")
+    c = p.calibration
+    if c:
+        console.print(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}")
+
+
+def applied(console: Console, a: Any) -> None:
+    """`sleb apply`."""
+    console.print(f"{a['out']}: {a['blocks']} blocks; removed {_blocks(a['removed'])}")
+
+
+def verification(console: Console, v: Any) -> None:
+    """`sleb verify`: a line per gate."""
+    table = _table("", "gate", "measured", "must be")
+    for column in table.columns:
+        column.justify = "left"
+        column.overflow = "fold"
+    for c in v.checks:
+        table.add_row("[green]pass[/]" if c.passed else "[red]FAIL[/]", c.name, c.measured, c.limit)
+    console.print(table)
+
+
+def evaluation(console: Console, e: Any) -> None:
+    """`sleb eval`."""
+    table = _table("95 % intervals", "loss, nats/token", "perplexity")
+    table.add_row("dense", bounds(e.loss, 4), bounds(e.perplexity))
+    if e.pruned_loss:
+        table.add_row(f"without {_blocks(e.removed)}", bounds(e.pruned_loss, 4), bounds(e.pruned_perplexity))
+        table.add_row("increase, ratio (paired)", bounds(e.loss_increase, 4), bounds(e.perplexity_ratio))
+    console.print(table)
+    console.print(f"{e.windows} windows of {e.length} tokens, {e.tokens:,} tokens scored")
+
+
+def record(console: Console, r: Any) -> None:
+    """`sleb prune` and `sleb demo`: the summary."""
+    left = r.blocks - len(r.removed)
+    table = _table("", "original", "pruned")
+    table.add_row("blocks", str(r.blocks), str(left))
+    table.add_row("parameters", *(_millions(n) for n in r.parameters))
+    table.add_row("weights", *(_mb(n) for n in r.nbytes))
+    e = r.evaluation
+    if e and e.pruned_perplexity:
+        table.add_row("perplexity, 95 % interval", bounds(e.perplexity), bounds(e.pruned_perplexity))
+        table.add_row("perplexity ratio", "1", bounds(e.perplexity_ratio))
+    table.add_row("ideal speed-up", "1", f"{r.blocks / left:.2f}x")
+    console.print(table)
+    console.print(f"removed blocks {_blocks(r.removed)}; perplexity: {r.evaluation_note}")
+    passed = sum(c.passed for c in r.verification.checks)
+    console.print(f"verified: {passed} of {len(r.verification.checks)} gates passed")
+    total = sum(r.seconds.values())
+    console.print(f"took {total:.0f} s, of which searching {r.seconds.get('searching', 0):.0f} s")

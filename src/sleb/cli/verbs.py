@@ -1,0 +1,337 @@
+"""The verbs: their options, and the one library call that each makes.
+
+Heavy imports are inside the functions, so that `sleb --help` is quick. Results go to stdout, as
+tables or with --json as JSON; progress and messages go to stderr.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from sleb.cli import render
+from sleb.cli.progress import terminal_progress
+from sleb.errors import InputError
+from sleb.files import writable_target
+
+__all__ = ["Interrupted", "register"]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.")]
+Text = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--text",
+        metavar="SPEC",
+        help="Text to measure on; repeat for several. A .txt, .jsonl or .parquet file, or "
+        "hub:DATASET/CONFIG:SPLIT; append @2 for twice the share. Default: an embedded sample.",
+    ),
+]
+Windows = Annotated[Optional[int], typer.Option(help="Number of token windows.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+Seed = Annotated[int, typer.Option(help="Choice of windows.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Batch = Annotated[Optional[int], typer.Option(help="Windows per forward pass.", min=1)]
+Remove = Annotated[str, typer.Option("--remove", help="Blocks to remove: 6 or 20%.")]
+Metric = Annotated[
+    str, typer.Option(help="loss (SLEB), one-shot-loss, cosine or kl. See docs/method.md.")
+]
+Protect = Annotated[str, typer.Option(help="Blocks that stay: 0,5-7,-1; '' for none.")]
+MinSimilarity = Annotated[
+    Optional[str],
+    typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Depth = Annotated[Optional[int], typer.Option(help="Use only the plan's first DEPTH removals.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+]
+PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help="Plan from sleb search.")]
+
+
+def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) -> int:
+    """Show a model's blocks, depth-dependent config fields, and what a cut would save."""
+    from sleb.models.describe import describe
+
+    found = describe(model, trust_remote_code=trust_remote_code, progress=terminal_progress())
+    render.result(found, json, render.description)
+    return 0 if found.supported else 4
+
+
+def similarity(
+    model: Model,
+    text: Text = None,
+    measure: Annotated[
+        str, typer.Option(help="cosine, angular, correlation, cka or relative-l2.")
+    ] = "cosine",
+    windows: Windows = None,
+    length: Length = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: Batch = None,
+    json: Json = False,
+) -> int:
+    """Compare the outputs of blocks: the first of the method's three stages."""
+    from sleb.models.load import load
+    from sleb.similarity import MEASURES, measure_similarity
+    from sleb.text import load_windows
+
+    MEASURES[measure]
+    progress = terminal_progress()
+    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    scored, _ = load_windows(loaded.tokenizer, text or (), windows=windows, length=length, seed=seed)
+    found = measure_similarity(loaded, scored, measure=measure, batch=batch, progress=progress)
+    render.result(found, json, render.similarity)
+    return 0
+
+
+def search(
+    model: Model,
+    remove: Remove,
+    out: Annotated[str, typer.Option("--out", "-o", help="Plan file to write.")] = "plan.json",
+    metric: Metric = "loss",
+    text: Text = None,
+    windows: Windows = None,
+    length: Length = 256,
+    protect: Protect = "0,-1",
+    min_similarity: MinSimilarity = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: Batch = None,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Find the blocks whose removal costs least, and write the plan."""
+    from sleb.metrics import METRICS
+
+    METRICS[metric]  # refuse a wrong name before loading anything
+    writable_target(Path(out), force=force)
+    from sleb.selection.search import search as find
+
+    plan = find(
+        model,
+        remove=remove,
+        metric=metric,
+        text=text or (),
+        windows=windows,
+        length=length,
+        protect=protect,
+        min_similarity=min_similarity,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        batch=batch,
+        journal=f"{out}.journal",
+        progress=terminal_progress(),
+    )
+    plan.save(out)
+    render.result(plan, json, render.plan)
+    render.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
+    return 0
+
+
+def apply(
+    plan: PlanFile,
+    model: Model,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
+    depth: Depth = None,
+    force: Force = False,
+    json: Json = False,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Write the checkpoint without the plan's blocks, shard by shard, without loading it."""
+    from sleb.plan import Plan
+
+    loaded = Plan.load(plan)
+    removed = loaded.at_depth(depth)
+    writable_target(Path(out), force=force)
+    from sleb.surgery import apply as cut
+
+    cut(
+        loaded,
+        model,
+        out,
+        depth=depth,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        progress=terminal_progress(),
+    )
+    left = loaded.model.blocks - len(removed)
+    render.result({"out": out, "removed": removed, "blocks": left}, json, render.applied)
+    render.note(f"next: sleb verify {out} --model {model} --plan {plan}", json)
+    return 0
+
+
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The pruned checkpoint.")],
+    model: Annotated[str, typer.Option("--model", help="The original model.")],
+    plan: Annotated[
+        Optional[str], typer.Option("--plan", help="The plan. Default: OUT/plan.json.")
+    ] = None,
+    depth: Depth = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> int:
+    """Prove that a checkpoint is the original without the plan's blocks. Exit code 3 if not."""
+    from sleb.plan import Plan
+
+    if not Path(out).is_dir():
+        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+    loaded = Plan.load(plan or Path(out) / "plan.json")
+    from sleb.exactness import verify as check
+
+    found = check(
+        out,
+        model=model,
+        plan=loaded,
+        depth=depth,
+        dtype=dtype,
+        device=device,
+        progress=terminal_progress(),
+    )
+    render.result(found, json, render.verification)
+    found.require()
+    return 0
+
+
+def evaluate(
+    model: Model,
+    text: Text = None,
+    windows: Windows = None,
+    length: Length = 2048,
+    plan: Annotated[
+        Optional[str], typer.Option("--plan", help="Also score the model cut by this plan.")
+    ] = None,
+    depth: Depth = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: Batch = None,
+    json: Json = False,
+) -> int:
+    """Perplexity with its 95 % interval; with --plan, dense and pruned on the same windows."""
+    from sleb.plan import Plan
+
+    chosen = Plan.load(plan) if plan else None
+    removed = chosen.at_depth(depth) if chosen else ()
+    from sleb.checkpoint import Checkpoint, fingerprint
+    from sleb.models.load import load
+    from sleb.quality import evaluate as score
+    from sleb.surgery import check_fingerprint
+    from sleb.text import load_windows
+
+    progress = terminal_progress()
+    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    if chosen:
+        identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
+        check_fingerprint(chosen.model, identity, model)
+    scored, _ = load_windows(
+        loaded.tokenizer, text or (), windows=windows or "all", length=length, seed=seed
+    )
+    found = score(loaded, scored, removed=removed, batch=batch, progress=progress)
+    render.result(found, json, render.evaluation)
+    return 0
+
+
+def prune(
+    model: Model,
+    remove: Remove,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
+    metric: Metric = "loss",
+    text: Text = None,
+    windows: Windows = None,
+    length: Length = 256,
+    protect: Protect = "0,-1",
+    min_similarity: MinSimilarity = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: Batch = None,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Search, cut and prove in one go; OUT holds the checkpoint, plan, run record and card."""
+    import shlex
+
+    from sleb.metrics import METRICS
+
+    METRICS[metric]
+    writable_target(Path(out), force=force)
+    from sleb.pipeline import prune as run
+
+    done = run(
+        model,
+        out,
+        remove=remove,
+        metric=metric,
+        text=text or (),
+        windows=windows,
+        length=length,
+        protect=protect,
+        min_similarity=min_similarity,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        batch=batch,
+        force=force,
+        command=shlex.join(["sleb", *sys.argv[1:]]),
+        progress=terminal_progress(),
+    )
+    render.result(done.record, json, render.record)
+    render.note(f"checkpoint written to {out}", json)
+    return 0
+
+
+def demo(
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="The model; default: the SmolLM2 that make demo fetched."),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")] = "sleb-demo",
+) -> int:
+    """Prune a small real model by 20 % and show what came of it."""
+    from sleb.cli.demo import run
+
+    return run(model, Path(out), terminal_progress())
+
+
+EXAMPLES = {
+    "inspect": (inspect, "sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "similarity": (similarity, "sleb similarity ./model --text mail.jsonl --measure angular"),
+    "search": (search, "sleb search ./model --remove 20% --text mail.jsonl -o plan.json"),
+    "apply": (apply, "sleb apply plan.json ./model -o ./smaller --depth 3"),
+    "verify": (verify, "sleb verify ./smaller --model ./model --plan plan.json"),
+    "eval": (evaluate, "sleb eval ./model --text test.txt --plan plan.json"),
+    "prune": (prune, "sleb prune ./model --remove 20% -o ./smaller"),
+    "demo": (demo, "sleb demo"),
+}
+
+
+class Interrupted(Exception):
+    """Ctrl-C while a verb ran."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add every verb to ``app``."""
+    for name, (function, example) in EXAMPLES.items():
+        app.command(name, epilog=f"Example: {example}")(_interruptible(function))
+
+
+def _interruptible(function: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> int:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+    return run

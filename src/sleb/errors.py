@@ -1,0 +1,69 @@
+"""What can go wrong, as one small tree. The command line turns each branch into an exit code.
+
+    SlebError                    1   (never raised itself)
+    ├── InputError               2   a path, option, text or plan that cannot be used as given
+    ├── VerificationFailed       3   a checkpoint did not pass its gates
+    ├── UnsupportedModel         4   the model cannot be cut exactly; the message says why
+    ├── DataError                5   a file is corrupt, or a computation gave NaN or inf
+    └── ResourceError            6   disk full, out of memory, hub not reachable
+
+Ctrl-C ends with 130. Any other exception is a bug and ends with 1 and a traceback.
+Every message is one line: what is wrong, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DataError",
+    "InputError",
+    "ResourceError",
+    "SlebError",
+    "UnsupportedModel",
+    "VerificationFailed",
+    "did_you_mean",
+]
+
+
+class SlebError(Exception):
+    """Base of all errors that a user can cause or meet. ``exit_code`` is the process status."""
+
+    exit_code = 1
+
+
+class InputError(SlebError):
+    """Something the user gave cannot be used as it is."""
+
+    exit_code = 2
+
+
+class VerificationFailed(SlebError):
+    """A gate did not pass; nothing that depends on it was written."""
+
+    exit_code = 3
+
+
+class UnsupportedModel(SlebError):
+    """The model's structure or configuration cannot be cut exactly."""
+
+    exit_code = 4
+
+
+class DataError(SlebError):
+    """Corrupt or truncated file, or a NaN or infinite result."""
+
+    exit_code = 5
+
+
+class ResourceError(SlebError):
+    """The machine or the network could not provide what was needed."""
+
+    exit_code = 6
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for an unknown word, `` (did you mean 'cosine'?)``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,204 @@
+"""Exactness gates: is a checkpoint really the original model without those blocks?
+
+The comparison is with the original and its blocks bypassed, so it also judges a checkpoint that
+another tool pruned.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.depthfields import depth_fields
+from sleb.errors import SlebError, VerificationFailed
+from sleb.models.load import DTYPES, LoadedModel, load, load_config, pick_device, strict_model
+from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.source import resolve
+from sleb.plan import Plan
+from sleb.progress import Progress, silent
+from sleb.surgery import check_fingerprint, pruned_config
+
+__all__ = ["Check", "Verification", "verify"]
+
+NEW_TOKENS = 16
+MAX_PROBE = 1040
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One gate: what was measured, against which limit."""
+
+    name: str
+    passed: bool
+    measured: str
+    limit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """All gates of one checkpoint."""
+
+    checkpoint: str
+    removed: tuple[int, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return all(check.passed for check in self.checks)
+
+    def require(self) -> None:
+        """Raise VerificationFailed, naming the first gate that failed."""
+        for check in self.checks:
+            if not check.passed:
+                raise VerificationFailed(
+                    f"{self.checkpoint} failed '{check.name}': {check.measured} "
+                    f"(must be {check.limit}); do not ship it"
+                )
+
+
+def verify(
+    out: str | Path,
+    *,
+    model: str | Path,
+    plan: Plan,
+    depth: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Verification:
+    """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed.
+
+    The two models are in memory one after the other, never together. In float32 on the CPU logits
+    must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
+
+    Raises:
+        InputError: a path is wrong, or the plan is for another model.
+        UnsupportedModel: the original cannot be cut exactly.
+    """
+    removed = plan.at_depth(depth)
+    source = resolve(model, progress)
+    check_fingerprint(
+        plan.model, fingerprint(Checkpoint.open(source.path), plan.model.blocks), source.ref
+    )
+    config = load_config(source.path)
+    expected = pruned_config(config, removed)
+    probe = probe_ids(config)
+    checks: list[Check] = []
+
+    with progress.stage("original with the blocks bypassed", None):
+        original = load(model, dtype=dtype, device=device)
+        reference = _logits(original.model, probe, original.stack.bypassed(removed))
+        del original
+        gc.collect()
+
+    with progress.stage("reloading the checkpoint", None):
+        target = pick_device(device)
+        checks.append(_config_check(Path(out), expected))
+        try:
+            Checkpoint.open(out)
+            pruned = strict_model(Path(out), DTYPES[dtype]).to(target)
+        except SlebError as error:
+            checks.append(_check("clean reload", False, str(error), "no tensor missing or extra"))
+            return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
+        checks.append(_check("clean reload", True, "0 missing, unexpected, mismatched", "0"))
+    blocks = len(BlockStack(pruned))
+    left = plan.model.blocks - len(removed)
+    checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
+    if blocks == left:
+        checks.append(_logit_check(_logits(pruned, probe), reference, dtype, target))
+    with progress.stage("generating", None):
+        checks.append(
+            _generation_check(pruned, probe, lambda: load(model, dtype=dtype, device=device))
+        )
+    return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
+
+
+def probe_ids(config: Any) -> Tensor:
+    """Random but fixed token ids [1, T], longer than a sliding window (up to 1040 tokens), so
+    that a wrong attention pattern shows."""
+    text = decoder_config(config)
+    window = getattr(text, "sliding_window", None) or 0
+    longest = getattr(text, "max_position_embeddings", None) or MAX_PROBE
+    length = min(max(64, window + 16), MAX_PROBE, longest - NEW_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, text.vocab_size, (1, max(2, length)), generator=generator)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, ids: Tensor, context: Any = None) -> Tensor:
+    """Logits [1, T, V] on the CPU, float32."""
+    ids = ids.to(next(model.parameters()).device)
+    if context is None:
+        return model(input_ids=ids, use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
+    with context:
+        return _logits(model, ids)
+
+
+def _logit_check(found: Tensor, expected: Tensor, dtype: str, device: torch.device) -> Check:
+    name = "logits equal the original with blocks bypassed"
+    if found.shape != expected.shape:
+        return _check(name, False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
+    gap = (found - expected).abs().max().item()
+    if dtype == "float32" and device.type == "cpu":
+        limit = 0.0
+    else:
+        limit = expected.abs().max().item() * (1e-4 if dtype == "float32" else 2e-2)
+    return _check(name, gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
+
+
+def _generation_check(
+    pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel]
+) -> Check:
+    """Greedy tokens with and without the key-value cache must agree; if they do not, but neither
+    do the original's, the cut is not to blame."""
+    name, limit = "generation with cache equals without", f"{NEW_TOKENS} equal tokens"
+    try:
+        same = _cache_agrees(pruned, ids)
+    except Exception as error:  # any failure of generate() is a failed gate, and is shown
+        return _check(name, False, f"generate() fails: {type(error).__name__}: {error}", limit)
+    if same:
+        return _check(name, True, f"{NEW_TOKENS} equal tokens", limit)
+    if not _cache_agrees(reload().model, ids):
+        return _check(name, True, "differs, and so does the original", limit)
+    return _check(name, False, "tokens differ", limit)
+
+
+def _cache_agrees(model: Any, ids: Tensor) -> bool:
+    prompt = ids[:, :32].to(next(model.parameters()).device)
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "attention_mask": torch.ones_like(prompt),
+        "pad_token_id": 0,
+    }
+    cached, plain = (model.generate(prompt, use_cache=flag, **options) for flag in (True, False))
+    return bool(torch.equal(cached, plain))
+
+
+def _config_check(out: Path, expected: Any) -> Check:
+    """Every depth-dependent field must be what the re-index rules make of the original's."""
+    name = "depth-dependent config fields"
+    try:
+        text = decoder_config(load_config(out)).to_dict()
+    except SlebError as error:
+        return _check(name, False, str(error), "a config that loads")
+    want = decoder_config(expected).to_dict()
+    depth = decoder_config(expected).num_hidden_layers
+    names = [field.name for field in depth_fields(want, depth)]
+    for field in names:
+        if text.get(field) != want.get(field):
+            return _check(name, False, f"{field} = {text.get(field)}", f"{want.get(field)}")
+    return _check(name, True, ", ".join(names) or "none besides the number of blocks", "re-indexed")
+
+
+def _check(name: str, passed: bool, measured: str, limit: str) -> Check:
+    return Check(name=name, passed=passed, measured=measured, limit=limit)

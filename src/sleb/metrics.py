@@ -1,0 +1,81 @@
+"""What makes a block redundant: a number that is lower the better the block can be spared.
+
+A *token metric* looks at the next-token logits of a model with blocks removed and gives one value
+per predicted token; search averages it. A *profile metric* ranks all blocks from one pass over
+the dense model. To add one, register it here: see docs/extending.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sleb.registry import Registry
+
+__all__ = ["METRICS", "Metric", "TokenMetric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMetric:
+    """Value per predicted token from logits.
+
+    ``tokens(logits [N, V], targets [N], dense logits [N, V] or None) -> float32 [N]``.
+    """
+
+    name: str
+    unit: str
+    tokens: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    needs_dense: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A user's choice of ``--metric``: what is measured, and whether it is measured again after
+    every removal (``greedy``) or once (``one-shot``). ``token`` is None for a profile metric."""
+
+    token: TokenMetric | None
+    unit: str
+    strategy: str
+    source: str
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def token_nll(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood, nats. logits [N, V], targets [N] -> float32 [N]."""
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+def token_kl(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """KL(dense || pruned) of the next-token distributions, nats. [N, V], [N, V] -> float32 [N]."""
+    assert dense is not None
+    p = torch.log_softmax(dense.float(), -1)
+    q = torch.log_softmax(logits.float(), -1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+NLL = TokenMetric(name="loss", unit="nats/token", tokens=token_nll)
+KL = TokenMetric(name="kl", unit="nats/token", tokens=token_kl, needs_dense=True)
+
+METRICS.register("loss")(
+    Metric(token=NLL, unit=NLL.unit, strategy="greedy", source="SLEB (2402.09025), metric 3")
+)
+METRICS.register("one-shot-loss")(
+    Metric(token=NLL, unit=NLL.unit, strategy="one-shot", source="SLEB (2402.09025), metric 2")
+)
+METRICS.register("kl")(
+    Metric(token=KL, unit=KL.unit, strategy="greedy", source="divergence from the dense model")
+)
+METRICS.register("cosine")(
+    Metric(
+        token=None,
+        unit="1 - cosine",
+        strategy="one-shot",
+        source="SLEB (2402.09025), metric 1; Block Influence of ShortGPT (2403.03853)",
+    )
+)

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: finding, loading, running and describing models."""

@@ -1,0 +1,192 @@
+"""Load a model and its tokenizer strictly: a checkpoint that does not fit its config is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sleb.depthfields import refuse_unsupported
+from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.models.source import ModelSource, quiet_transformers, resolve
+from sleb.models.stack import BlockStack, decoder_config
+from sleb.progress import Progress, silent
+
+__all__ = ["DTYPES", "LoadedModel", "empty_model", "load", "load_config", "load_tokenizer"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer, block stack and origin."""
+
+    model: nn.Module
+    tokenizer: Any
+    stack: BlockStack
+    source: ModelSource
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the blocks, as the plan records it."""
+        return str(self.stack.dtype).removeprefix("torch.")
+
+
+def load(
+    ref: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> LoadedModel:
+    """Load MODEL (a folder, hub id or .gguf file) for scoring.
+
+    ``dtype`` is float32, bfloat16, float16 or auto: the checkpoint's own, except that a CPU
+    without bfloat16 instructions computes in float32. ``device`` is cpu, cuda, cuda:1, mps or
+    auto: the first GPU, else the CPU.
+
+    Raises:
+        InputError: no such model, or an unknown dtype or device.
+        UnsupportedModel: not a causal LM, or its blocks cannot be cut exactly.
+        DataError: tensors are missing, unexpected or of another shape.
+        ResourceError: it does not fit in memory.
+    """
+    target = pick_device(device)
+    source = resolve(ref, progress)
+    config = load_config(source.path, trust_remote_code=trust_remote_code)
+    text = decoder_config(config)
+    refuse_unsupported(text.to_dict(), text.num_hidden_layers)
+    with progress.stage(f"loading {source.ref}", None):
+        model = strict_model(source.path, pick_dtype(dtype, config, target), trust_remote_code)
+        try:
+            model.to(target)
+        except torch.OutOfMemoryError:
+            raise ResourceError(f"{ref} does not fit on {target}; try --dtype bfloat16") from None
+    tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    return LoadedModel(model=model, tokenizer=tokenizer, stack=BlockStack(model), source=source)
+
+
+def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A causal LM from a folder, on the CPU, in evaluation mode; every tensor accounted for.
+
+    Raises:
+        DataError: missing, unexpected or mismatched tensors.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+        except SafetensorError as error:
+            raise DataError(f"{path}: weights are corrupt or truncated ({error})") from None
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise DataError(f"{path} does not load: {_first_line(error)}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(str(key) for key in info.get(kind, ())):
+            raise DataError(
+                f"{path}: {len(found)} {kind.replace('_', ' ')} on loading, for example {found[0]}; "
+                "the config does not describe these weights"
+            )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint folder, with every per-block list written out.
+
+    Raises:
+        UnsupportedModel: not a causal language model, or a type that transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, OSError) as error:
+            raise UnsupportedModel(f"{path}: {_first_line(error)}") from None
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (remote and trust_remote_code):
+        hint = "; it has code of its own: --trust-remote-code runs it" if remote else ""
+        raise UnsupportedModel(
+            f"{path} is not a causal language model (model_type {config.model_type!r}){hint}"
+        )
+    return config
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise InputError(f"{path} has no tokenizer that loads: {_first_line(error)}") from None
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model of ``config`` with its structure but no weights (on the meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        InputError: not a device, or one that this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device!r} is not a device; use cpu, cuda, cuda:1 or mps") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if picked.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available on this machine")
+    return picked
+
+
+def pick_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """See :func:`load`."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise InputError(
+                f"unknown dtype '{name}'{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}"
+            )
+        return DTYPES[name]
+    own = getattr(config, "dtype", None) or getattr(decoder_config(config), "dtype", None)
+    if own not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return own  # type: ignore[no-any-return]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,153 @@
+"""Resolve MODEL, as a user writes it, to a checkpoint folder on disk.
+
+MODEL is a folder, a hub id, or a .gguf file. A GGUF file is dequantized to bfloat16 once, into a
+cache keyed by the file's hash, because parsing its vocabulary takes transformers half a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb.errors import DataError, InputError, ResourceError, did_you_mean
+from sleb.files import staged_dir
+from sleb.progress import Progress, silent
+
+__all__ = ["ModelSource", "cache_dir", "resolve"]
+
+logger = logging.getLogger(__name__)
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """``ref`` as the user wrote it, and the folder that holds its weights."""
+
+    ref: str
+    path: Path
+    is_gguf: bool = False
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$SLEB_CACHE``, else ``~/.cache/sleb``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SLEB_CACHE") or Path(base) / "sleb").expanduser()
+
+
+def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
+    """Find the checkpoint folder for ``ref``, fetching or converting it if need be.
+
+    Raises:
+        InputError: no such folder, file or hub id, or not a model.
+        DataError: the GGUF file is corrupt.
+        ResourceError: the hub cannot be reached, or the disk is full.
+    """
+    ref = str(ref)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{ref} has no config.json: not a Hugging Face checkpoint")
+        return ModelSource(ref=ref, path=path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{ref} is a file; MODEL is a folder, a hub id or a .gguf file")
+        return ModelSource(ref=ref, path=_dequantized(path, progress), is_gguf=True)
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref) or ref[0] in "./~":
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"no model at {ref}{did_you_mean(path.name, siblings)}; check the path")
+    return ModelSource(ref=ref, path=_from_hub(ref))
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise InputError(f"{repo} is gated: accept its terms on the hub, then `hf auth login`") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(f"no folder named {repo} here and no such model on the hub") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == 28:
+            raise ResourceError(f"disk full while fetching {repo}; free some space") from None
+        raise ResourceError(
+            f"no folder named {repo} here, and the hub cannot be reached for it "
+            f"({type(error).__name__}); check the path or the network"
+        ) from None
+
+
+def _dequantized(path: Path, progress: Progress) -> Path:
+    sha = hashlib.sha256()
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise DataError(f"{path} does not start as a GGUF file: fetch it again")
+        stream.seek(0)
+        while piece := stream.read(2**24):
+            sha.update(piece)
+    out = cache_dir() / "gguf" / sha.hexdigest()[:32]
+    if not (out / "config.json").is_file():
+        logger.info("dequantizing %s into %s", path, out)
+        with progress.stage(f"dequantizing {path.name} (once)", None), staged_dir(out, force=True) as stage:
+            _convert(path, stage)
+    return out
+
+
+def _convert(path: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"gguf_file": path.name}
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+                **where,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        except ImportError as error:
+            raise InputError(f"reading {path.name} needs the gguf package: pip install gguf ({error})") from None
+        except (ValueError, OSError, KeyError, IndexError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{path} cannot be read: truncated, corrupt, or an architecture that transformers "
+                f"does not convert ({first})"
+            ) from None
+        model.config._name_or_path = ""
+        vars(model.config).pop("_model_name_or_path", None)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own bars and notices; put its settings back afterwards."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()

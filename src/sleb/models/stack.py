@@ -1,0 +1,270 @@
+"""The block stack of a causal LM: the only place that knows how transformers models are built.
+
+A decoder is three parts: what comes before the blocks (embedding, positions, masks), a list of
+blocks that each map a hidden state to a hidden state of the same shape, and what comes after
+(final norm, head). The stack lets a caller run the three apart, with the model's own code for
+each, so that no architecture needs a class of its own:
+
+    hidden, calls = stack.enter(ids)              # [B, T, D], what each block would be given
+    hidden = stack.run(i, hidden, calls)          # block i alone
+    logits = stack.exit(hidden)                   # [B, T, V]
+
+``bypassed`` makes blocks pass their input through. The list itself is never shortened while a
+model is measured: masks are chosen by position in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb.errors import InputError, UnsupportedModel
+
+__all__ = ["BlockStack", "bypassed", "find_blocks"]
+
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index")
+
+
+class _Entered(Exception):
+    """Ends a forward pass once every block's call is recorded; never leaves this module."""
+
+
+def decoder_config(config: Any) -> Any:
+    """The part of a config that describes the text decoder (for a plain LM: all of it)."""
+    return config.get_text_config(decoder=True)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the model's blocks, found by structure.
+
+    Raises:
+        UnsupportedModel: an encoder-decoder, or there is not exactly one outermost ``ModuleList``
+            as long as the config's number of hidden layers.
+    """
+    config: Any = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; sleb cuts decoder-only models")
+    text = decoder_config(config)
+    n = getattr(text, "num_hidden_layers", None)
+    if not isinstance(n, int):
+        raise UnsupportedModel(f"{name}: the config has no `num_hidden_layers`")
+    root, prefix = _decoder(model)
+    lists = [(p, m) for p, m in root.named_modules() if isinstance(m, nn.ModuleList)]
+    paths = [p for p, _ in lists]
+    found = [
+        (prefix + p, m)
+        for p, m in lists
+        if len(m) == n and not any(p.startswith(other + ".") for other in paths)
+    ]
+    if len(found) != 1:
+        where = ", ".join(p for p, _ in found) or "none"
+        raise UnsupportedModel(
+            f"{name}: expected one list of {n} blocks (num_hidden_layers), found {where}"
+        )
+    return found[0]
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
+    """The text decoder and its path prefix; the model itself where transformers names none."""
+    get: Callable[[], nn.Module] | None = getattr(model, "get_decoder", None)
+    decoder = get() if get is not None else None
+    for path, module in model.named_modules():
+        if module is decoder and path:
+            return module, path + "."
+    return model, ""
+
+
+class BlockStack:
+    """Blocks of ``model`` with everything needed to run, skip and describe them.
+
+    Raises:
+        UnsupportedModel: see :func:`find_blocks`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path, self.blocks = find_blocks(model)
+        self._width: list[int | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    # -- running the three parts -------------------------------------------------------------
+
+    @torch.inference_mode()
+    def enter(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """Everything before the first block. ids [B, T] -> hidden [B, T, D] and, per block, the
+        further arguments (masks, positions) that the model would hand it for this batch."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        entry: list[Tensor] = []
+
+        def recorder(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args, kwargs = _split(args, kwargs)
+                calls.append((args, kwargs))
+                if not entry:
+                    entry.append(hidden)
+                if i == len(self) - 1:
+                    raise _Entered
+                return self._wrap(i, hidden)
+
+            return forward
+
+        with self._shadowed({i: recorder(i) for i in range(len(self))}):
+            with contextlib.suppress(_Entered):
+                self.model(input_ids=ids.to(self.input_device), use_cache=False)
+        if len(calls) != len(self):
+            raise UnsupportedModel(
+                f"{self.name}: a forward pass called {len(calls)} of {len(self)} blocks"
+            )
+        return entry[0], calls
+
+    @torch.inference_mode()
+    def run(self, i: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """Block ``i`` alone. hidden [B, T, D] -> [B, T, D]; ``call`` comes from :meth:`enter`."""
+        args, kwargs = call
+        out = self.blocks[i](hidden, *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    @torch.inference_mode()
+    def exit(self, hidden: Tensor) -> Tensor:
+        """Everything after the last block. hidden [B, T, D] -> logits [B, T, V].
+
+        Final norm and head work on each position by itself, so any slice of positions may be
+        given; the token ids that go in at the front are placeholders.
+        """
+        shadows = {i: self._passing(i) for i in range(1, len(self))}
+        shadows[0] = lambda *args, **kwargs: self._wrap(0, hidden)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.input_device)
+        with self._shadowed(shadows):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @contextlib.contextmanager
+    def bypassed(self, blocks: Collection[int]) -> Iterator[None]:
+        """Blocks pass their input through; afterwards the model is as it was, bit for bit."""
+        if bad := sorted(b for b in blocks if not 0 <= b < len(self)):
+            raise InputError(f"blocks {bad} do not exist: {self.name} has 0..{len(self) - 1}")
+        with self._shadowed({i: self._passing(i) for i in blocks}):
+            yield
+
+    # -- facts -------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The model's class, for messages."""
+        return type(self.model).__name__
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the blocks' floating-point parameters."""
+        for parameter in self.blocks.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return torch.get_default_dtype()
+
+    def remove_(self, removed: Collection[int], config: Any) -> None:
+        """Delete blocks from the live model, renumber those that stay, and install ``config``
+        (already re-indexed for the shorter stack)."""
+        kept = [block for i, block in enumerate(self.blocks) if i not in set(removed)]
+        parent_path, _, last = self.path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        setattr(parent, last, nn.ModuleList(kept))
+        for i, block in enumerate(kept):
+            for module in block.modules():
+                for field in _INDEX_NAMES:
+                    if isinstance(getattr(module, field, None), int):
+                        setattr(module, field, i)
+        old = decoder_config(self.model.config)
+        for module in self.model.modules():
+            if getattr(module, "config", None) is old:
+                module.config = decoder_config(config)  # type: ignore[assignment]
+        self.model.config = config  # type: ignore[assignment]
+        _, self.blocks = find_blocks(self.model)
+        self._width = None
+
+    # -- shadowing ---------------------------------------------------------------------------
+
+    def _passing(self, i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._wrap(i, _split(args, kwargs)[0])
+
+        return forward
+
+    def _wrap(self, i: int, hidden: Tensor) -> Any:
+        """``hidden`` in the shape that block ``i`` returns: a tensor, or a tuple led by one."""
+        width = self._widths()[i]
+        return hidden if width is None else (hidden,) + (None,) * (width - 1)
+
+    def _widths(self) -> list[int | None]:
+        """Per block the length of the tuple it returns, None for a bare tensor; from one dry run."""
+        if self._width is None:
+            found: dict[int, int | None] = {}
+
+            def note(i: int) -> Callable[..., None]:
+                def hook(module: nn.Module, args: Any, output: Any) -> None:
+                    found[i] = None if isinstance(output, Tensor) else len(output)
+
+                return hook
+
+            handles = [b.register_forward_hook(note(i)) for i, b in enumerate(self.blocks)]
+            try:
+                with torch.inference_mode():
+                    ids = torch.zeros((1, 2), dtype=torch.long, device=self.input_device)
+                    self.model(input_ids=ids, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._width = [found.get(i) for i in range(len(self))]
+        return self._width
+
+    @contextlib.contextmanager
+    def _shadowed(self, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
+        """Put functions in the blocks' instance slot ``forward``, and put back what was there
+        (accelerate keeps its device hooks in that very slot)."""
+        if forwards:
+            self._widths()
+        before = {i: vars(self.blocks[i]).get("forward") for i in forwards}
+        try:
+            for i, forward in forwards.items():
+                self.blocks[i].forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for i, old in before.items():
+                if old is None:
+                    vars(self.blocks[i]).pop("forward", None)
+                else:
+                    self.blocks[i].forward = old  # type: ignore[method-assign]
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any]:
+    """A block call's hidden state, and the arguments that remain."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), args, kwargs
+
+
+@contextlib.contextmanager
+def bypassed(model: Any, blocks: Collection[int]) -> Iterator[None]:
+    """Make ``blocks`` of a transformers causal LM (or of a :class:`sleb.LoadedModel`) pass their
+    input through. On exit the model is restored bit for bit, also after an exception.
+
+    Raises:
+        InputError: a block does not exist.
+        UnsupportedModel: no single block list can be found.
+    """
+    stack = BlockStack(getattr(model, "model", model) if not hasattr(model, "config") else model)
+    with stack.bypassed(blocks):
+        yield

@@ -1,0 +1,125 @@
+"""`sleb prune`: search, measure, cut and prove, in one readable flow."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb.card import model_card
+from sleb.checkpoint import Checkpoint
+from sleb.quality import evaluate
+from sleb.files import writable_target, write_text
+from sleb.models.load import load
+from sleb.plan import Plan
+from sleb.progress import Progress, silent
+from sleb.record import RunRecord, Stopwatch, environment
+from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, search
+from sleb.surgery import apply
+from sleb.text import load_windows
+from sleb.exactness import verify
+
+__all__ = ["Pruned", "prune"]
+
+HELDOUT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What :func:`prune` leaves: the checkpoint folder, its plan and its record."""
+
+    path: Path
+    plan: Plan
+    record: RunRecord
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    remove: int | str,
+    metric: str = "loss",
+    text: Sequence[str] = (),
+    windows: int | None = None,
+    length: int = DEFAULT_LENGTH,
+    heldout: int = HELDOUT,
+    protect: str = DEFAULT_PROTECT,
+    min_similarity: float | str | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch: int | None = None,
+    force: bool = False,
+    command: str = "sleb.prune",
+    progress: Progress = silent,
+) -> Pruned:
+    """Search, measure on held-out windows, write the checkpoint, verify it; all or nothing.
+
+    ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
+    run.json and a model card. Arguments are those of :func:`sleb.search`; ``heldout`` is the
+    number of windows set aside from the same texts for the quality figures.
+
+    Raises:
+        VerificationFailed: a gate did not pass; nothing was written.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
+    """
+    out = Path(out)
+    writable_target(out, force=force)
+    watch = Stopwatch(progress)
+    loaded = load(model, dtype=dtype, device=device, progress=watch)
+    scored, aside = load_windows(
+        loaded.tokenizer, text, windows=windows, length=length, seed=seed, heldout=heldout
+    )
+    plan = search(
+        loaded,
+        remove=remove,
+        metric=metric,
+        windows=scored,
+        protect=protect,
+        min_similarity=min_similarity,
+        seed=seed,
+        batch=batch,
+        journal=out.with_name(out.name + ".journal"),
+        progress=watch,
+    )
+    quality, note = None, "no text was left over to measure on: give more, or fewer --windows"
+    if aside is not None:
+        quality = evaluate(loaded, aside, removed=plan.removed, batch=batch, progress=watch)
+        note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
+    setting = environment(str(loaded.stack.input_device), loaded.dtype)
+    source = loaded.source
+    del loaded  # its memory is needed for the verification
+    gc.collect()
+
+    record: list[RunRecord] = []
+
+    def finish(stage: Path) -> None:
+        checked = verify(stage, model=model, plan=plan, progress=watch)
+        checked.require()
+        before, after = Checkpoint.open(source.path), Checkpoint.open(stage)
+        record.append(
+            RunRecord(
+                command=command,
+                started=watch.started,
+                model=source.ref,
+                removed=plan.removed,
+                blocks=plan.model.blocks,
+                seconds=dict(watch.seconds),
+                parameters=(_elements(before), _elements(after)),
+                nbytes=(before.nbytes, after.nbytes),
+                evaluation=quality,
+                evaluation_note=note,
+                verification=checked,
+                environment=setting,
+            )
+        )
+        record[0].save(stage / "run.json")
+        write_text(stage / "README.md", model_card(plan, record[0], source.path))
+
+    apply(plan, model, out, force=force, finish=finish, progress=watch)
+    return Pruned(path=out, plan=plan, record=record[0])
+
+
+def _elements(checkpoint: Checkpoint) -> int:
+    return sum(info.numel for info in checkpoint.tensors.values())

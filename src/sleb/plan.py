@@ -1,0 +1,266 @@
+"""The plan: which blocks to remove, in which order, and the evidence for it. Needs no torch.
+
+A plan is small, diffable JSON that may come from an untrusted place: it is size-checked before it
+is parsed and schema-checked before it is used. Block ids are always the original numbering.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from sleb.errors import InputError
+
+__all__ = [
+    "Baseline",
+    "Calibration",
+    "Fingerprint",
+    "Plan",
+    "Round",
+    "Score",
+    "SimilarityGate",
+    "SourceRecord",
+    "blocks_to_remove",
+    "parse_blocks",
+]
+
+MAX_BYTES = 32 * 2**20
+MAX_BLOCKS = 10_000
+
+BlockId = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    """Frozen, strict about its fields, and without NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Fingerprint(_Record):
+    """Identity of a checkpoint, independent of its file layout.
+
+    ``config_sha256`` covers the fields that shape the computation; ``weights_sha256`` covers every
+    tensor's name, dtype, shape and bytes.
+    """
+
+    model_type: Text
+    architecture: Text
+    blocks: Annotated[int, Field(ge=1, lt=MAX_BLOCKS)]
+    config_sha256: Digest
+    weights_sha256: Digest
+
+
+class SourceRecord(_Record):
+    """One calibration text: where it came from, its content hash, and what was used of it."""
+
+    spec: Text
+    sha256: Digest
+    documents: Count
+    tokens: Count
+    windows: Count
+
+
+class Calibration(_Record):
+    """The token windows that were scored. ``sha256`` covers the token ids themselves."""
+
+    sources: tuple[SourceRecord, ...]
+    windows: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=2)]
+    seed: int
+    sha256: Digest
+
+
+class Score(_Record):
+    """A candidate's mean score and its standard error over windows.
+
+    ``excess_se`` is the standard error of the paired difference to the round's best candidate; it
+    is what decides whether two candidates can be told apart, and is smaller than ``se`` because
+    both saw the same windows. Standard errors are null where there was only one window.
+    """
+
+    block: BlockId
+    mean: float
+    se: float | None = None
+    excess_se: float | None = None
+
+
+class Round(_Record):
+    """One scoring of all live candidates, best first, and the blocks removed on its strength."""
+
+    removed: tuple[BlockId, ...]
+    scores: tuple[Score, ...]
+
+    def runner_up(self) -> tuple[Score, float, bool] | None:
+        """Best candidate not removed, its margin over the last one removed, and whether the
+        margin is within noise (under two paired standard errors). None without a rival."""
+        rest = [s for s in self.scores if s.block not in self.removed]
+        if not rest or not self.scores:
+            return None
+        last = max((s for s in self.scores if s.block in self.removed), key=lambda s: s.mean)
+        rival = min(rest, key=lambda s: s.mean)
+        margin = rival.mean - last.mean
+        return rival, margin, rival.excess_se is None or margin < 2 * rival.excess_se
+
+
+class Baseline(_Record):
+    """The dense model's mean score and its standard error over windows."""
+
+    mean: float
+    se: float | None = None
+
+
+class SimilarityGate(_Record):
+    """The similarity threshold that made some blocks candidates: stage one of the method."""
+
+    measure: Text
+    threshold: float
+    candidates: tuple[BlockId, ...]
+
+
+class Plan(_Record):
+    """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it."""
+
+    schema_version: Literal[1] = 1
+    model: Fingerprint
+    removed: tuple[BlockId, ...]
+    order: tuple[BlockId, ...]
+    protected: tuple[BlockId, ...] = ()
+    metric: Text
+    unit: Text
+    strategy: Text
+    dtype: Text
+    baseline: Baseline | None = None
+    rounds: tuple[Round, ...] = ()
+    similarity: SimilarityGate | None = None
+    calibration: Calibration | None = None
+    versions: dict[Text, Text] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.removed != tuple(sorted(set(self.order))) or len(set(self.order)) != len(self.order):
+            raise ValueError("`removed` must be `order`, sorted, without repeats")
+        if self.removed and self.removed[-1] >= self.model.blocks:
+            raise ValueError(
+                f"removes block {self.removed[-1]}, but the model has 0..{self.model.blocks - 1}"
+            )
+        if len(self.removed) >= self.model.blocks:
+            raise ValueError("removes every block of the model")
+        if clash := sorted(set(self.removed) & set(self.protected)):
+            raise ValueError(f"removes protected blocks {clash}")
+        return self
+
+    def at_depth(self, depth: int | None) -> tuple[int, ...]:
+        """The first ``depth`` removals, sorted; all of them for None.
+
+        Raises:
+            InputError: ``depth`` is outside 1..len(order).
+        """
+        if depth is None:
+            return self.removed
+        if not 1 <= depth <= len(self.order):
+            raise InputError(
+                f"--depth {depth} is outside this plan's 1..{len(self.order)}; "
+                "search again with a larger --remove to go deeper"
+            )
+        return tuple(sorted(self.order[:depth]))
+
+    def to_json(self) -> str:
+        """Indented JSON in which each score is one line, so that plans diff well."""
+        return _pretty(self.model_dump(mode="json")) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        from sleb.files import write_text
+
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            InputError: missing, too large, not JSON, another schema version, or inconsistent.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no plan at {path}; make one with: sleb search MODEL -o {path}")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a plan")
+        raw = path.read_bytes()
+        if version := re.search(rb'"schema_version"\s*:\s*(\d{1,9})', raw):
+            if int(version[1]) != 1:
+                raise InputError(
+                    f"{path} has plan schema {int(version[1])}, this sleb reads 1: upgrade sleb"
+                )
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise InputError(f"{path} is not a valid plan: {where}: {first['msg']}") from None
+
+
+def blocks_to_remove(target: int | str, n_blocks: int) -> int:
+    """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
+
+    Raises:
+        InputError: not a number, below one, or not fewer than ``n_blocks``.
+    """
+    text = str(target).strip()
+    match = re.fullmatch(r"(\d{1,6})|(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
+    if not match:
+        raise InputError(f"--remove {text!r} is neither a number of blocks nor a percentage")
+    # Round before the ceiling: 0.07 * 100 is 7.000000000000001 in binary.
+    n = int(match[1]) if match[1] else math.ceil(round(float(match[2]) / 100 * n_blocks, 6))
+    if n < 1:
+        raise InputError(f"--remove {text} removes nothing; give at least 1")
+    if n >= n_blocks:
+        raise InputError(
+            f"--remove {text} is {n} of the model's {n_blocks} blocks; "
+            f"at most {n_blocks - 1} can go"
+        )
+    return n
+
+
+def parse_blocks(text: str, n_blocks: int) -> frozenset[int]:
+    """Block ids from ``"0,5-7,-1"``; negative ids count from the end, an empty string is no block.
+
+    Raises:
+        InputError: not a block list, or a block that the model does not have.
+    """
+    blocks: set[int] = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"(-?\d{1,6})(?:-(\d{1,6}))?", part)
+        if not match:
+            raise InputError(f"'{part}' in '{text}' is not a block; write for example 0,5-7,-1")
+        first = int(match[1]) + (n_blocks if int(match[1]) < 0 else 0)
+        last = int(match[2]) if match[2] else first
+        if not 0 <= first <= last < n_blocks:
+            raise InputError(f"'{part}' is outside the model's blocks 0..{n_blocks - 1}")
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """JSON in which a container of scalars that fits in 100 columns is one line."""
+    flat = json.dumps(value, ensure_ascii=False)
+    pad = " " * (indent + 2)
+    if not isinstance(value, (dict, list)) or not value:
+        return flat
+    items: list[Any] = list(value.values()) if isinstance(value, dict) else value
+    if len(flat) + indent <= 98 and not any(isinstance(v, (dict, list)) for v in items):
+        return flat
+    if isinstance(value, dict):
+        rows = [f"{pad}{json.dumps(k)}: {_pretty(v, indent + 2)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(rows) + "\n" + " " * indent + "}"
+    rows = [pad + _pretty(v, indent + 2) for v in items]
+    return "[\n" + ",\n".join(rows) + "\n" + " " * indent + "]"

@@ -1,0 +1,209 @@
+"""Search: which blocks can go. Ties the parts together; the parts are in their own modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.errors import InputError
+from sleb.metrics import METRICS
+from sleb.models.load import LoadedModel, load
+from sleb.plan import Baseline, Calibration, Fingerprint, Plan, SimilarityGate, blocks_to_remove, parse_blocks
+from sleb.progress import Progress, silent
+from sleb.selection.objective import BlockSet, Journal, Objective, rank
+from sleb.selection.strategies import STRATEGIES, Found
+from sleb.selection.sweep import Sweep, block_forwards
+from sleb.similarity import Similarity, measure_similarity
+from sleb.text import Windows, load_windows
+
+__all__ = ["DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
+
+DEFAULT_LENGTH = 256
+DEFAULT_PROTECT = "0,-1"
+
+
+def search(
+    model: LoadedModel | str | Path,
+    *,
+    remove: int | str,
+    metric: str = "loss",
+    text: Sequence[str] = (),
+    windows: Windows | int | None = None,
+    length: int = DEFAULT_LENGTH,
+    protect: str = DEFAULT_PROTECT,
+    min_similarity: float | str | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch: int | None = None,
+    journal: str | Path | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Find the blocks whose removal costs least, and return the plan.
+
+    Args:
+        model: a loaded model, or anything that :func:`sleb.load` takes.
+        remove: number of blocks, or a percentage such as ``"20%"`` (rounded up).
+        metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine`` or
+            ``kl``; see ``sleb.metrics``.
+        text: calibration texts; none is the embedded default. See ``sleb.text``.
+        windows: number of windows, or windows that were loaded before.
+        length: tokens per window.
+        protect: blocks that stay, ``"0,-1"`` by default as in the paper.
+        min_similarity: only blocks whose output is at least this similar (cosine) to their input
+            are candidates; ``auto`` picks the threshold (see :meth:`Similarity.auto_threshold`).
+        seed: choice of windows. The result is a function of the inputs and the seed.
+        batch: windows per forward pass; by default chosen for the device.
+        journal: file that keeps finished scores, so that the same call resumes after a crash.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
+    """
+    chosen = METRICS[metric]
+    if not isinstance(model, LoadedModel):
+        model = load(model, dtype=dtype, device=device, progress=progress)
+    n_blocks = len(model.stack)
+    n = blocks_to_remove(remove, n_blocks)
+    protected = parse_blocks(protect, n_blocks)
+    candidates = [b for b in range(n_blocks) if b not in protected]
+    _enough(candidates, n, f"{n_blocks} less {len(protected)} protected")
+    if not isinstance(windows, Windows):
+        windows, _ = load_windows(model.tokenizer, text, windows=windows, length=length, seed=seed)
+
+    checkpoint = Checkpoint.open(model.source.path)
+    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
+        identity = fingerprint(checkpoint, n_blocks, tick)
+
+    similarity, gate = None, None
+    if min_similarity is not None or chosen.token is None:
+        similarity = measure_similarity(model, windows, measure="cosine", batch=batch, progress=progress)
+    if similarity is not None and min_similarity is not None:
+        candidates, gate = _above(similarity, candidates, min_similarity, n)
+
+    if chosen.token is None:
+        assert similarity is not None
+        only = rank(candidates, 1 - similarity.per_window[:, candidates].T, n)
+        found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
+    else:
+        key = _key(identity, windows.record, metric, model.dtype)
+        book = Journal(Path(journal), key) if journal else None
+        done = False
+        try:
+            sweep = Sweep(model.stack, windows.ids, chosen.token, batch=batch)
+            found = _run(sweep, chosen.strategy, candidates, n, book, progress)
+            done = True
+        finally:
+            if book:
+                book.close(done=done)
+    return Plan(
+        model=identity,
+        removed=tuple(sorted(found.order)),
+        order=found.order,
+        protected=tuple(sorted(protected)),
+        metric=metric,
+        unit=chosen.unit,
+        strategy=chosen.strategy,
+        dtype=model.dtype,
+        baseline=_baseline(found),
+        rounds=found.rounds,
+        similarity=gate,
+        calibration=windows.record,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the scores depend on."""
+    packages = {name: version(name) for name in ("sleb", "torch", "transformers")}
+    return {**packages, "python": platform.python_version()}
+
+
+def _run(
+    sweep: Sweep,
+    strategy: str,
+    candidates: Sequence[int],
+    n: int,
+    book: Journal | None,
+    progress: Progress,
+) -> Found:
+    """Run a strategy over a sweep, with one progress bar for all of it."""
+    windows, depth = sweep.ids.shape[0], len(sweep.stack)
+    rounds = n if strategy == "greedy" else 1
+    batches = -(-windows // sweep.batch)
+    work = batches * sum(_round_work(candidates, done, depth) for done in range(rounds))
+    with progress.stage("searching", work) as tick:
+        latest = [""]
+
+        def note(text: str) -> None:
+            latest[0] = text
+            tick(0, note=text)
+
+        sweep.on_work(lambda k: tick(k, note=latest[0]))
+        objective = Objective(
+            lambda sets, a, b: sweep.scores(sets, a, b).numpy(),
+            windows,
+            step=sweep.batch,
+            journal=book,
+            note=note,
+        )
+        return STRATEGIES[strategy](objective, candidates, n)
+
+
+def _round_work(candidates: Sequence[int], done: int, depth: int) -> int:
+    """Expected work of a greedy round after ``done`` removals, for the time left: block forwards
+    plus one head per set. Which blocks are gone hardly matters, so the middle ones are taken."""
+    start = (len(candidates) - done) // 2
+    gone = BlockSet(candidates[start : start + done])
+    sets = [gone | {b} for b in candidates if b not in gone]
+    return block_forwards(sets, depth) + len(sets)
+
+
+def _above(
+    similarity: Similarity, candidates: Sequence[int], threshold: float | str, n: int
+) -> tuple[list[int], SimilarityGate]:
+    """The candidates whose similarity reaches the threshold, and the record of it."""
+    if threshold == "auto":
+        value = similarity.auto_threshold(candidates, n)
+    else:
+        try:
+            value = float(threshold)
+        except ValueError:
+            raise InputError(
+                f"--min-similarity {threshold!r} is neither a number nor auto"
+            ) from None
+    kept = [b for b in candidates if similarity.blocks[b].mean >= value]
+    best = sorted((similarity.blocks[b].mean for b in candidates), reverse=True)
+    if len(kept) < n:
+        raise InputError(
+            f"--min-similarity {value:g} leaves {len(kept)} candidates for {n} removals; "
+            f"at most {best[n - 1]:.4f} leaves enough"
+        )
+    return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))
+
+
+def _enough(candidates: Sequence[int], n: int, why: str) -> None:
+    if n > len(candidates):
+        raise InputError(
+            f"cannot remove {n} of {len(candidates)} candidates ({why}); "
+            "remove fewer, or protect fewer with --protect ''"
+        )
+
+
+def _baseline(found: Found) -> Baseline | None:
+    if not found.dense.size:
+        return None
+    se = found.dense.std(ddof=1) / np.sqrt(found.dense.size) if found.dense.size > 1 else None
+    return Baseline(mean=round(float(found.dense.mean()), 6), se=None if se is None else round(float(se), 6))
+
+
+def _key(identity: Fingerprint, calibration: Calibration, metric: str, dtype: str) -> str:
+    parts = [identity.model_dump(), calibration.sha256, metric, dtype, versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+

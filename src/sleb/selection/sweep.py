@@ -1,0 +1,164 @@
+"""Score many sets of removed blocks in one walk over the model.
+
+Sets that agree on the blocks below ``i`` have the same hidden state there. The walk keeps one
+stream per distinct *prefix* of the sets and runs each block once per live stream, so a prefix is
+computed once and a block's weights are touched once per batch of windows, whatever the number of
+sets. A greedy round over n live blocks costs about n²/2 block forwards instead of n².
+
+A stream runs through the very calls of a separate full pass, with the same batch, so scores are
+those of separate passes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sleb.errors import DataError, ResourceError, UnsupportedModel
+from sleb.metrics import TokenMetric
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import BlockSet
+
+__all__ = ["Sweep", "block_forwards"]
+
+logger = logging.getLogger(__name__)
+
+LOGIT_BYTES = 64 * 2**20
+"""Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
+
+
+class Sweep:
+    """Scores block sets on windows of tokens. ids [N, T].
+
+    ``forwards`` counts block forwards, the unit of the search's work.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        ids: Tensor,
+        metric: TokenMetric,
+        *,
+        batch: int | None = None,
+    ) -> None:
+        self.stack, self.ids, self.metric = stack, ids, metric
+        self.batch = batch or default_batch(stack, ids.shape[1])
+        self.forwards = 0
+        self._tick: Callable[[int], None] = lambda n: None
+        self._checked = False
+
+    def on_work(self, tick: Callable[[int], None]) -> None:
+        """Call ``tick(n)`` after every n units of work: a block forward, or one set's head."""
+        self._tick = tick
+
+    def scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
+        """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit.
+
+        Raises:
+            DataError: a score is NaN or infinite; the message names the set and the window.
+            ResourceError: a single window does not fit in memory. (Otherwise running out of
+                memory halves the batch and goes on.)
+        """
+        parts: list[Tensor] = []
+        while start < stop:
+            end = min(start + self.batch, stop)
+            try:
+                parts.append(self._batch(sets, start, end))
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise ResourceError(
+                        f"out of memory with one window of {self.ids.shape[1]} tokens: "
+                        "use a shorter --length, or --dtype bfloat16"
+                    ) from None
+                self.batch //= 2
+                logger.info("out of memory: going on with %d windows per batch", self.batch)
+                torch.cuda.empty_cache()
+                continue
+            start = end
+        return torch.cat(parts, dim=1)
+
+    @torch.inference_mode()
+    def _batch(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
+        ids = self.ids[start:stop]
+        wanted = list(dict.fromkeys([*sets, *([BlockSet()] if self.metric.needs_dense else [])]))
+        final = self.walk(wanted, ids)
+        if not self._checked:
+            self._check(final, ids)
+        dense = final.get(BlockSet()) if self.metric.needs_dense else None
+        by_set = {s: self._score(h, dense, ids) for s, h in final.items()}
+        out = torch.stack([by_set[s] for s in sets])
+        if not torch.isfinite(out).all():
+            row, column = (~torch.isfinite(out)).nonzero()[0].tolist()
+            raise DataError(
+                f"{self.metric.name} is {out[row, column].item()} with blocks {sorted(sets[row])} "
+                f"removed, on window {start + column}: try --dtype float32, and check that the "
+                "model itself is sound with: sleb eval"
+            )
+        return out
+
+    def walk(self, sets: Sequence[BlockSet], ids: Tensor) -> dict[BlockSet, Tensor]:
+        """Hidden states after the last block, per set. ids [B, T] -> each [B, T, D]."""
+        hidden, calls = self.stack.enter(ids)
+        streams = {BlockSet(): hidden}
+        for i, call in enumerate(calls):
+            runs = {_below(s, i) for s in sets if i not in s}
+            skips = {_below(s, i) for s in sets if i in s}
+            after = {prefix | {i}: streams[prefix] for prefix in skips}
+            for prefix in runs:
+                # pop() frees a stream as soon as nothing else needs it
+                h = streams[prefix] if prefix in skips else streams.pop(prefix)
+                after[prefix] = self.stack.run(i, h, call)
+            self.forwards += len(runs)
+            self._tick(len(runs))
+            streams = after
+        return streams
+
+    def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
+        """Mean over the T-1 predicted tokens of each window, float64 [B], on the CPU."""
+        batch, length = ids.shape
+        targets = ids[:, 1:].reshape(-1).to(hidden.device)
+        flat = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
+        reference = None if dense is None else dense[:, :-1].reshape(1, -1, dense.shape[-1])
+        vocab = int(self.stack.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+        # never longer than a window, so that learned position tables are long enough
+        rows = max(1, min(length, LOGIT_BYTES // (4 * vocab)))
+        values = []
+        for a in range(0, targets.numel(), rows):
+            logits = self.stack.exit(flat[:, a : a + rows])[0]
+            base = None if reference is None else self.stack.exit(reference[:, a : a + rows])[0]
+            values.append(self.metric.tokens(logits, targets[a : a + rows].to(logits.device), base))
+        self._tick(1)
+        return torch.cat(values).double().view(batch, length - 1).mean(1).cpu()
+
+    def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
+        """Once per model: the walk must agree with the model's own forward pass."""
+        removed, hidden = next(iter(final.items()))
+        with self.stack.bypassed(removed):
+            own = self.stack.model(input_ids=ids[:1].to(self.stack.input_device), use_cache=False)
+        walked = self.stack.exit(hidden[:1]).float()
+        scale = own.logits.float().abs().max().item()
+        gap = (walked - own.logits.float()).abs().max().item()
+        if gap > max(scale, 1e-6) * (1e-3 if self.stack.dtype == torch.float32 else 0.1):
+            raise UnsupportedModel(
+                f"{self.stack.name}: running its blocks one by one differs from its own forward "
+                f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
+            )
+        self._checked = True
+
+
+def _below(blocks: BlockSet, i: int) -> BlockSet:
+    return BlockSet(b for b in blocks if b < i)
+
+
+def default_batch(stack: BlockStack, length: int) -> int:
+    """Windows per batch: enough tokens to fill the device, small enough to keep 30 streams."""
+    tokens = 16_384 if stack.input_device.type == "cuda" else 1_024
+    return max(1, tokens // length)
+
+
+def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
+    """Block forwards that one sweep over ``sets`` takes for one batch, without running it."""
+    return sum(len({_below(s, i) for s in sets if i not in s}) for i in range(n_blocks))

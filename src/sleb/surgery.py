@@ -1,0 +1,230 @@
+"""Cut blocks out of a checkpoint on disk, shard by shard, without loading the model.
+
+Tensor bytes are copied, never decoded, so every dtype survives and memory stays at one buffer.
+Block ids in names are renumbered, the index and the config are rewritten, and everything else that
+belongs to the model (tokenizer, chat template, generation config, licence) is carried over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import struct
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from sleb.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint
+from sleb.depthfields import reindex
+from sleb.errors import InputError, UnsupportedModel
+from sleb.files import staged_dir
+from sleb.models.source import resolve
+from sleb.plan import Fingerprint, Plan
+from sleb.progress import Progress, Tick, silent
+
+__all__ = ["apply", "cut_checkpoint", "pruned_config"]
+
+logger = logging.getLogger(__name__)
+
+# Weights in other formats describe the uncut model, and must not travel with the cut one.
+_OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|onnx|tflite|ot)|.*\.index\.json")
+_SKIPPED_FILES = frozenset({"config.json", "README.md", "plan.json", "run.json"})
+
+
+def apply(
+    plan: Plan,
+    model: str | Path,
+    out: str | Path,
+    *,
+    depth: int | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    finish: Callable[[Path], None] | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write the model cut by ``plan`` (by its first ``depth`` removals) as a new checkpoint.
+
+    ``finish(stage)`` may add files to the staging folder before it becomes ``out``; if it raises,
+    nothing is written. The source is only read. Peak memory is one 16 MiB buffer.
+
+    Raises:
+        InputError: the plan is for another model, ``depth`` is outside the plan, ``out`` exists.
+        UnsupportedModel: this model cannot be cut exactly.
+        DataError: the source is corrupt.
+        ResourceError: the disk is full.
+    """
+    out = Path(out)
+    removed = plan.at_depth(depth)
+    source = resolve(model, progress)
+    if out.resolve() == source.path.resolve():
+        raise InputError(f"{out} is the model itself; choose another -o")
+    with staged_dir(out, force=force) as stage:
+        checkpoint = Checkpoint.open(source.path)
+        with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
+            check_fingerprint(plan.model, fingerprint(checkpoint, plan.model.blocks, tick), source.ref)
+        cut_checkpoint(checkpoint, removed, stage, trust_remote_code=trust_remote_code, progress=progress)
+        plan.save(stage / "plan.json")
+        if finish:
+            finish(stage)
+    return out
+
+
+def check_fingerprint(expected: Fingerprint, found: Fingerprint, ref: str) -> None:
+    """Raise InputError, naming the difference, unless the two are the same checkpoint."""
+    if expected == found:
+        return
+    for name in ("model_type", "blocks", "weights_sha256", "config_sha256"):
+        a, b = getattr(expected, name), getattr(found, name)
+        if a != b:
+            a, b = (str(v)[:12] + "…" if name.endswith("sha256") else v for v in (a, b))
+            raise InputError(
+                f"the plan was made for another model: {name} is {a} in the plan and {b} in {ref}; "
+                "search again on this model"
+            )
+
+
+def cut_checkpoint(
+    checkpoint: Checkpoint,
+    removed: Collection[int],
+    stage: Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write ``checkpoint`` without the blocks ``removed`` into the folder ``stage``."""
+    from sleb.models.load import empty_model, load_config
+    from sleb.models.stack import BlockStack, decoder_config
+
+    config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
+    n = decoder_config(config).num_hidden_layers
+    cut = pruned_config(config, removed)
+    rename = _renamer(checkpoint.block_prefix(n, stack.path), removed)
+    _refuse_block_names(checkpoint.config.get("quantization_config"), stack.path)
+
+    names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
+    kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
+    with progress.stage("writing the checkpoint", kept_bytes) as tick:
+        _write_shards(checkpoint, names, stage, tick)
+    cut.save_pretrained(stage)
+    for path in sorted(checkpoint.path.iterdir()):
+        _carry(path, stage)
+
+
+def pruned_config(config: Any, removed: Collection[int]) -> Any:
+    """A transformers config re-indexed for the model without ``removed``; the given one unchanged.
+
+    Raises:
+        UnsupportedModel: a depth-dependent field cannot follow this cut.
+    """
+    from sleb.models.stack import decoder_config
+
+    text = decoder_config(config)
+    n = text.num_hidden_layers
+    kept = [i for i in range(n) if i not in set(removed)]
+    field = (getattr(text, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
+    new_text = reindex(text.to_dict(), kept, n, field)
+    if text is config:
+        new = new_text
+    else:
+        new = config.to_dict()
+        key = next(k for k in config.sub_configs if getattr(config, k, None) is text)
+        new[key] = new_text
+    try:
+        cut = type(config).from_dict(new)
+    except Exception as error:  # transformers validates with several exception types
+        raise UnsupportedModel(f"the re-indexed config is refused by transformers: {error}") from error
+    check = decoder_config(cut)
+    if check.num_hidden_layers != len(kept):
+        raise UnsupportedModel(f"config field `{field}` does not set the number of blocks")
+    return cut
+
+
+def _renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
+    """New name of a tensor, or None if it goes. Blocks numbered past the last (multi-token
+    prediction) move down by the number removed."""
+    gone = frozenset(removed)
+
+    def rename(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return name
+        match = re.match(r"(\d+)(\..*)", name[len(prefix) :])
+        if not match:
+            return name
+        block = int(match[1])
+        if block in gone:
+            return None
+        return f"{prefix}{block - sum(b < block for b in gone)}{match[2]}"
+
+    return rename
+
+
+def _write_shards(
+    checkpoint: Checkpoint, names: dict[str, str], stage: Path, tick: Tick
+) -> None:
+    """Copy the tensors ``names`` (old to new) into shards of ``stage``; write the index."""
+    by_shard: dict[str, list[str]] = {}
+    for name in names:
+        by_shard.setdefault(checkpoint.tensors[name].shard, []).append(name)
+    total = len(by_shard)
+    weight_map = {}
+    for i, (shard, members) in enumerate(sorted(by_shard.items()), 1):
+        target = SINGLE if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
+        members.sort(key=lambda name: checkpoint.tensors[name].start)
+        _write_shard(checkpoint, {m: names[m] for m in members}, stage / target, shard, tick)
+        weight_map.update({names[m]: target for m in members})
+    if total > 1:
+        size = sum(checkpoint.tensors[name].nbytes for name in names)
+        params = sum(checkpoint.tensors[name].numel for name in names)
+        index = {
+            "metadata": {"total_size": size, "total_parameters": params},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    checkpoint: Checkpoint, names: dict[str, str], path: Path, shard: str, tick: Tick
+) -> None:
+    header: dict[str, Any] = {"__metadata__": checkpoint.metadata[shard] or {"format": "pt"}}
+    offset = 0
+    for old, new in names.items():
+        info = checkpoint.tensors[old]
+        header[new] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns tensor data to 8 bytes
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(raw)) + raw)
+        for old in names:
+            for piece in checkpoint.chunks(old):
+                stream.write(piece)
+                tick(len(piece))
+
+
+def _carry(path: Path, stage: Path) -> None:
+    """Copy what belongs to the model but is not weights, config or an earlier card."""
+    if path.name.startswith(".") or _OTHER_WEIGHTS.fullmatch(path.name):
+        return
+    if path.is_file() and path.name not in _SKIPPED_FILES:
+        shutil.copyfile(path, stage / path.name)
+    elif path.is_dir() and path.name == "additional_chat_templates":
+        shutil.copytree(path, stage / path.name, symlinks=False)
+    elif path.is_dir():
+        logger.info("not carried over: folder %s", path)
+
+
+def _refuse_block_names(quantization: Any, path: str) -> None:
+    """Refuse a quantization config that names single blocks: they would be the wrong ones."""
+    last = path.rpartition(".")[2]
+    if found := re.search(rf"[\w.]*\b{re.escape(last)}\\?\.\d+[\w.]*", json.dumps(quantization or {})):
+        raise UnsupportedModel(
+            f"quantization_config names single blocks ({found[0]}), which sleb does not renumber "
+            "yet: cut the model before quantizing it"
+        )

@@ -1,0 +1,97 @@
+"""Fixtures: a tiny Llama with a byte tokenizer on disk, and the real model where make put it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BLOCKS = 6
+
+
+def byte_tokenizer():
+    """One token per byte (ids 3..258), plus <pad>, <s>, </s>; adds nothing by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny_llama(blocks: int = BLOCKS, seed: int = 0, **options):
+    """A random Llama whose blocks matter: weights drawn with a standard deviation of 0.15."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+    return model
+
+
+def save_tiny(path: Path, **options) -> Path:
+    """Save a tiny Llama and its tokenizer; ``shard`` is a shard size such as ``"20KB"``."""
+    shard = options.pop("shard", "1GB")
+    model = tiny_llama(**options)
+    model.save_pretrained(path, max_shard_size=shard)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """A checkpoint of 6 blocks in one file. Read it, never write to it."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_dir):
+    """A plan that removes 3 of the tiny model's 6 blocks."""
+    import sleb
+
+    return sleb.search(tiny_dir, remove=3, windows=4, length=16, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """SmolLM2-135M-Instruct as GGUF, from SLEB_TEST_MODEL (`make test` sets it)."""
+    path = os.environ.get("SLEB_TEST_MODEL", "")
+    if not path:
+        pytest.skip("SLEB_TEST_MODEL is not set; `make test` sets it")
+    return str(Path(path).absolute())
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """4 kB of text: 4,096 tokens for the byte tokenizer."""
+    words = "the block of a model passes its input through and nothing is lost "
+    path = tmp_path / "text.txt"
+    path.write_text((words * 70)[:4096], encoding="utf-8")
+    return path

@@ -1,0 +1,291 @@
+"""The search selects exactly what the published algorithm selects, with the same scores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import BLOCKS, tiny_llama
+
+import sleb
+from sleb.errors import DataError, InputError
+from sleb.metrics import METRICS, NLL
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import BlockSet, Journal, Objective, rank
+from sleb.selection.strategies import STRATEGIES
+from sleb.selection.sweep import Sweep, block_forwards
+
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir):
+    return sleb.load(tiny_dir, **CPU)
+
+
+@pytest.fixture(scope="module")
+def windows(loaded):
+    return sleb.load_windows(loaded.tokenizer, (), windows=6, length=24, seed=3)[0]
+
+
+@pytest.mark.parametrize(("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)])
+def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, metric, score):
+    plan = sleb.search(loaded, remove=4, metric=metric, windows=windows, protect="")
+    order, rounds = reference.greedy(loaded.model, windows.ids, 4, score)
+    assert list(plan.order) == order
+    for got, want in zip(plan.rounds, rounds, strict=True):
+        assert {s.block: s.mean for s in got.scores} == pytest.approx(want, abs=2e-6)
+
+
+def test_one_shot_loss_is_the_first_round_alone(loaded, windows):
+    plan = sleb.search(loaded, remove=3, metric="one-shot-loss", windows=windows, protect="")
+    _, (scores,) = reference.greedy(loaded.model, windows.ids, 1)
+    assert list(plan.order) == sorted(scores, key=scores.__getitem__)[:3]
+    assert len(plan.rounds) == 1
+
+
+def test_cosine_ranks_by_the_angle_between_input_and_output(loaded, windows):
+    plan = sleb.search(loaded, remove=2, metric="cosine", windows=windows, protect="")
+    hidden = []
+    hooks = [
+        b.register_forward_hook(
+            lambda m, a, k, out: hidden.append((a[0] if a else k["hidden_states"], out)),
+            with_kwargs=True,
+        )
+        for b in reference.blocks_of(loaded.model)
+    ]
+    with torch.no_grad():
+        loaded.model(input_ids=windows.ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    similarity = torch.nn.functional.cosine_similarity
+    want = {i: 1 - similarity(a, b, dim=-1).mean().item() for i, (a, b) in enumerate(hidden)}
+    assert {s.block: s.mean for s in plan.rounds[0].scores} == pytest.approx(want, abs=2e-6)
+    assert list(plan.order) == sorted(want, key=want.__getitem__)[:2]
+
+
+def test_protected_blocks_stay_and_are_not_scored(loaded, windows):
+    plan = sleb.search(loaded, remove=2, windows=windows, protect="0,2-3,-1")
+    assert {s.block for s in plan.rounds[0].scores} == {1, 4}
+    assert plan.removed == (1, 4)
+    assert plan.protected == (0, 2, 3, 5)
+
+
+def test_first_and_last_are_protected_by_default_and_too_many_is_refused(loaded, windows):
+    assert sleb.search(loaded, remove=1, windows=windows).protected == (0, BLOCKS - 1)
+    with pytest.raises(InputError, match="cannot remove 5 of 4 candidates"):
+        sleb.search(loaded, remove=5, windows=windows)
+
+
+def test_same_seed_same_plan_and_any_batch_size_the_same_order(tiny_dir):
+    def run(batch, seed):
+        return sleb.search(tiny_dir, remove=3, windows=6, length=16, seed=seed, batch=batch, **CPU)
+
+    first = run(2, 0)
+    assert run(2, 0).to_json() == first.to_json()
+    assert run(4, 0).order == first.order
+    assert run(2, 1).calibration.sha256 != first.calibration.sha256
+
+
+def test_dense_baseline_is_the_models_own_loss(loaded, windows):
+    plan = sleb.search(loaded, remove=1, windows=windows)
+    want = reference.loss(loaded.model, (), windows.ids)
+    assert plan.baseline.mean == pytest.approx(want.mean().item(), abs=2e-6)
+    assert plan.baseline.se == pytest.approx(want.std().item() / 6**0.5, abs=2e-6)
+
+
+def test_a_sweep_equals_separate_passes_and_does_the_work_that_it_says():
+    model = tiny_llama(seed=5)
+    ids = torch.randint(3, 259, (5, 20), generator=torch.Generator().manual_seed(0))
+    sets = [BlockSet(), BlockSet({0}), BlockSet({5}), BlockSet({1, 2}), BlockSet({1, 4}), BlockSet(range(6))]
+    sweep = Sweep(BlockStack(model), ids, NLL, batch=2)
+    got = sweep.scores(sets, 0, 5)
+    for blocks, row in zip(sets, got, strict=True):
+        torch.testing.assert_close(row, reference.loss(model, blocks, ids), rtol=0, atol=2e-6)
+    assert sweep.forwards == 3 * block_forwards(sets, 6)
+
+
+def test_a_greedy_round_costs_half_of_separate_passes():
+    """The regression test of the engine's work: block forwards, not seconds."""
+    n = 30
+    first = [BlockSet({b}) for b in range(1, n - 1)]
+    shared, separate = block_forwards(first, n), len(first) * (n - 1)
+    assert shared == 435 - 1
+    assert shared <= 0.54 * separate
+
+
+def test_nan_names_the_blocks_and_the_window():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    stack = BlockStack(model)
+    ids = torch.randint(3, 259, (3, 8))
+    sweep = Sweep(stack, ids, NLL, batch=1)
+    assert torch.isfinite(sweep.scores([BlockSet({2})], 0, 3)).all()
+    with pytest.raises(DataError, match=r"loss is nan with blocks \[4\] removed, on window 0: .*float32"):
+        sweep.scores([BlockSet({4})], 0, 3)
+
+
+def test_out_of_memory_halves_the_batch_and_gives_the_same_scores():
+    model = tiny_llama()
+    ids = torch.randint(3, 259, (6, 8), generator=torch.Generator().manual_seed(1))
+    stack = BlockStack(model)
+    want = Sweep(stack, ids, NLL, batch=1).scores([BlockSet({1})], 0, 6)
+    sweep = Sweep(stack, ids, NLL, batch=4)
+    real, limit = stack.run, 1
+
+    def run(i, hidden, call):
+        if hidden.shape[0] > limit:
+            raise torch.OutOfMemoryError("pretend")
+        return real(i, hidden, call)
+
+    stack.run = run
+    torch.testing.assert_close(sweep.scores([BlockSet({1})], 0, 6), want, rtol=0, atol=1e-6)
+    assert sweep.batch == 1
+
+
+# -- strategies and the objective, without a model -----------------------------------------------
+
+
+def toy(weights, pairs=None):
+    """A score with interactions: the sum of the removed blocks' weights, plus pair terms."""
+
+    def score(sets, start, stop):
+        rows = []
+        for s in sets:
+            value = sum(weights[b] for b in s)
+            value += sum(v for pair, v in (pairs or {}).items() if set(pair) <= s)
+            rows.append([value + 0.01 * w for w in range(start, stop)])
+        return np.array(rows)
+
+    return score
+
+
+def test_greedy_follows_interactions_and_one_shot_does_not():
+    weights, pairs = [5, 1, 2, 3, 4], {(1, 2): 10}
+    objective = Objective(toy(weights, pairs), 4)
+    assert STRATEGIES["greedy"](objective, range(5), 2).order == (1, 3)
+    assert STRATEGIES["one-shot"](objective, range(5), 2).order == (1, 2)
+
+
+def test_ties_go_to_the_lower_block():
+    assert rank([7, 3, 5], np.ones((3, 2)), 2).removed == (3, 5)
+
+
+def test_standard_errors_are_paired():
+    values = np.array([[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]])
+    first, second = rank([0, 1], values, 1).scores
+    assert first.se == pytest.approx(2 / 3**0.5, abs=1e-6)
+    assert second.excess_se == pytest.approx(0)  # always exactly one more: no doubt at all
+    assert first.excess_se == 0
+    lone = rank([0, 1], values[:, :1], 1).scores[0]
+    assert (lone.se, lone.excess_se) == (None, None)
+
+
+def test_an_objective_computes_nothing_twice():
+    asked = []
+
+    def score(sets, start, stop):
+        asked.extend((s, start) for s in sets)
+        return toy([1, 2, 3])(sets, start, stop)
+
+    objective = Objective(score, 5, step=2)
+    sets = [BlockSet({0}), BlockSet({1}), BlockSet({0})]
+    once = objective.scores(sets)
+    assert np.array_equal(objective.scores(sets), once)
+    assert len(asked) == len(set(asked)) == 6
+
+
+def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
+    """Whatever the sweep at which it stops, and even if the last line was torn."""
+    weights, pairs = [9, 4, 3, 5, 2, 6, 7], {(4, 2): 8, (1, 3): -6}
+
+    def run(path, fail_after=None, torn=False):
+        journal = Journal(path, "key")
+        calls = [0]
+
+        def score(sets, start, stop):
+            if calls[0] == fail_after:
+                raise KeyboardInterrupt
+            calls[0] += 1
+            return toy(weights, pairs)(sets, start, stop)
+
+        done = False
+        try:
+            found = STRATEGIES["greedy"](
+                Objective(score, 5, step=2, journal=journal), range(7), 4
+            )
+            done = True
+        finally:
+            journal.close(done=done)
+            if torn and not done:
+                path.write_bytes(path.read_bytes()[:-9])
+        return found, calls[0]
+
+    whole, total = run(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    assert total == 12
+    for stop in range(total):
+        path = tmp_path / f"journal{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            run(path, stop, torn=stop % 2 == 1)
+        resumed, rest = run(path)
+        assert resumed.order == whole.order
+        assert resumed.rounds == whole.rounds
+        assert rest == total - stop + (stop % 2)  # only what was not yet on disk
+
+
+def test_a_journal_of_another_search_is_not_used(tmp_path):
+    journal = Journal(tmp_path / "j", "one")
+    journal.append([BlockSet({1})], 0, np.ones((1, 2)))
+    journal.close(done=False)
+    assert len(Journal(tmp_path / "j", "one").replay()) == 1
+    assert Journal(tmp_path / "j", "two").replay() == []
+    (tmp_path / "j").write_text("not json\n")
+    assert Journal(tmp_path / "j", "two").replay() == []
+
+
+def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch):
+    options = {"remove": 3, "windows": 4, "length": 16, "batch": 2, **CPU}
+    want = sleb.search(tiny_dir, **options)
+    real, calls = Sweep.scores, [0]
+
+    def scores(self, sets, start, stop):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return real(self, sets, start, stop)
+
+    monkeypatch.setattr(Sweep, "scores", scores)
+    journal = tmp_path / "plan.json.journal"
+    with pytest.raises(KeyboardInterrupt):
+        sleb.search(tiny_dir, journal=journal, **options)
+    assert len(journal.read_text().splitlines()) == 1 + 3
+    calls[0] = 100
+    resumed = sleb.search(tiny_dir, journal=journal, **options)
+    assert calls[0] == 100 + 6 - 3
+    assert resumed.to_json() == want.to_json()
+    assert not journal.exists()
+
+
+def test_similarity_threshold_limits_the_candidates(loaded, windows):
+    values = [b.mean for b in sleb.measure_similarity(loaded, windows).blocks]
+    middle = sorted(values[1:5])[2]
+    plan = sleb.search(loaded, remove=1, windows=windows, min_similarity=middle)
+    allowed = {b for b in range(1, 5) if values[b] >= middle}
+    assert {s.block for s in plan.rounds[0].scores} == allowed == set(plan.similarity.candidates)
+    with pytest.raises(InputError, match=r"leaves 0 candidates for 2 removals; at most"):
+        sleb.search(loaded, remove=2, windows=windows, min_similarity=1.5)
+    with pytest.raises(InputError, match="neither a number nor auto"):
+        sleb.search(loaded, remove=2, windows=windows, min_similarity="high")
+    auto = sleb.search(loaded, remove=1, windows=windows, min_similarity="auto")
+    assert len(auto.similarity.candidates) == 2
+
+
+def test_unknown_metric_has_a_suggestion(loaded):
+    with pytest.raises(InputError, match=r"unknown metric 'los' \(did you mean 'loss'\?\); known: cos"):
+        sleb.search(loaded, remove=1, metric="los")
+    assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss"]'
