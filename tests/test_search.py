@@ -31,7 +31,9 @@ def windows(loaded):
     return sleb.load_windows(loaded.tokenizer, (), windows=6, length=24, seed=3)[0]
 
 
-@pytest.mark.parametrize(("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)])
+@pytest.mark.parametrize(
+    ("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)]
+)
 def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, metric, score):
     plan = sleb.search(loaded, remove=4, metric=metric, windows=windows, protect="")
     order, rounds = reference.greedy(loaded.model, windows.ids, 4, score)
@@ -100,7 +102,14 @@ def test_dense_baseline_is_the_models_own_loss(loaded, windows):
 def test_a_sweep_equals_separate_passes_and_does_the_work_that_it_says():
     model = tiny_llama(seed=5)
     ids = torch.randint(3, 259, (5, 20), generator=torch.Generator().manual_seed(0))
-    sets = [BlockSet(), BlockSet({0}), BlockSet({5}), BlockSet({1, 2}), BlockSet({1, 4}), BlockSet(range(6))]
+    sets = [
+        BlockSet(),
+        BlockSet({0}),
+        BlockSet({5}),
+        BlockSet({1, 2}),
+        BlockSet({1, 4}),
+        BlockSet(range(6)),
+    ]
     sweep = Sweep(BlockStack(model), ids, NLL, batch=2)
     got = sweep.scores(sets, 0, 5)
     for blocks, row in zip(sets, got, strict=True):
@@ -125,7 +134,9 @@ def test_nan_names_the_blocks_and_the_window():
     ids = torch.randint(3, 259, (3, 8))
     sweep = Sweep(stack, ids, NLL, batch=1)
     assert torch.isfinite(sweep.scores([BlockSet({2})], 0, 3)).all()
-    with pytest.raises(DataError, match=r"loss is nan with blocks \[4\] removed, on window 0: .*float32"):
+    with pytest.raises(
+        DataError, match=r"loss is nan with blocks \[4\] removed, on window 0: .*float32"
+    ):
         sweep.scores([BlockSet({4})], 0, 3)
 
 
@@ -215,9 +226,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
 
         done = False
         try:
-            found = STRATEGIES["greedy"](
-                Objective(score, 5, step=2, journal=journal), range(7), 4
-            )
+            found = STRATEGIES["greedy"](Objective(score, 5, step=2, journal=journal), range(7), 4)
             done = True
         finally:
             journal.close(done=done)
@@ -286,6 +295,8 @@ def test_similarity_threshold_limits_the_candidates(loaded, windows):
 
 
 def test_unknown_metric_has_a_suggestion(loaded):
-    with pytest.raises(InputError, match=r"unknown metric 'los' \(did you mean 'loss'\?\); known: cos"):
+    with pytest.raises(
+        InputError, match=r"unknown metric 'los' \(did you mean 'loss'\?\); known: cos"
+    ):
         sleb.search(loaded, remove=1, metric="los")
     assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss"]'

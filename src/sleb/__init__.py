@@ -18,17 +18,17 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VerificationFailed,
     )
-    from sleb.quality import Evaluation, evaluate
+    from sleb.exactness import Verification, verify
     from sleb.models.describe import Description, describe
     from sleb.models.load import LoadedModel, load
     from sleb.models.stack import bypassed
     from sleb.pipeline import Pruned, prune
     from sleb.plan import Plan
+    from sleb.quality import Evaluation, evaluate
     from sleb.selection.search import search
     from sleb.similarity import Similarity, measure_similarity
     from sleb.surgery import apply
     from sleb.text import Windows, load_windows
-    from sleb.exactness import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ _HOME = {
     "verify": "exactness",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

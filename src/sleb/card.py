@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from sleb.quality import Interval
 from sleb.plan import Plan
+from sleb.quality import Interval
 from sleb.record import RunRecord
 
 __all__ = ["model_card"]
@@ -75,7 +76,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _inherited(source: Path) -> dict[str, object]:
+def _inherited(source: Path) -> dict[str, Any]:
     """Licence and language from the original's card, if it has one."""
     from huggingface_hub import ModelCard
 
@@ -83,8 +84,8 @@ def _inherited(source: Path) -> dict[str, object]:
     if not card.is_file():
         return {}
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    keys = ("license", "license_name", "license_link", "language", "base_model")
-    return {key: data[key] for key in keys if key in data and key != "base_model"}
+    keys = ("license", "license_name", "license_link", "language")
+    return {key: data[key] for key in keys if key in data}
 
 
 def _range(interval: Interval) -> str:

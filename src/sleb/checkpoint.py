@@ -7,6 +7,7 @@ model's size and whatever its dtype. Nothing here unpickles or executes anything
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -136,8 +137,13 @@ class Checkpoint:
         fits = [prefix for prefix, found in ids.items() if found >= set(range(n))]
         if not fits:
             raise DataError(f"{self.path}: no tensors are numbered as blocks 0..{n - 1}")
-        path = module_path + "."
-        return max(fits, key=lambda p: (len(os.path.commonprefix([p[::-1], path[::-1]])), p))
+        wanted = module_path.split(".")
+
+        def shared(prefix: str) -> int:
+            ends = zip(reversed(prefix.rstrip(".").split(".")), reversed(wanted), strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+
+        return max(fits, key=lambda prefix: (shared(prefix), prefix))
 
 
 def fingerprint(

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.depthfields import depth_fields
 from sleb.errors import SlebError, VerificationFailed
 from sleb.models.load import DTYPES, LoadedModel, load, load_config, pick_device, strict_model
-from sleb.models.stack import BlockStack, decoder_config
 from sleb.models.source import resolve
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.plan import Plan
 from sleb.progress import Progress, silent
 from sleb.surgery import check_fingerprint, pruned_config

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
-from sleb.quality import evaluate
+from sleb.exactness import verify
 from sleb.files import writable_target, write_text
 from sleb.models.load import load
 from sleb.plan import Plan
 from sleb.progress import Progress, silent
+from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
 from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply
 from sleb.text import load_windows
-from sleb.exactness import verify
 
 __all__ = ["Pruned", "prune"]
 

@@ -146,7 +146,9 @@ class Plan(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.removed != tuple(sorted(set(self.order))) or len(set(self.order)) != len(self.order):
+        if self.removed != tuple(sorted(set(self.order))) or len(set(self.order)) != len(
+            self.order
+        ):
             raise ValueError("`removed` must be `order`, sorted, without repeats")
         if self.removed and self.removed[-1] >= self.model.blocks:
             raise ValueError(
@@ -196,11 +198,11 @@ class Plan(_Record):
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a plan")
         raw = path.read_bytes()
-        if version := re.search(rb'"schema_version"\s*:\s*(\d{1,9})', raw):
-            if int(version[1]) != 1:
-                raise InputError(
-                    f"{path} has plan schema {int(version[1])}, this sleb reads 1: upgrade sleb"
-                )
+        version = re.search(rb'"schema_version"\s*:\s*(\d{1,9})', raw)
+        if version and int(version[1]) != 1:
+            raise InputError(
+                f"{path} has plan schema {int(version[1])}, this sleb reads 1: upgrade sleb"
+            )
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:

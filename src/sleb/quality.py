@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -70,14 +70,18 @@ def evaluate(
         sweep.on_work(tick)
         losses = sweep.scores(sets, 0, n).numpy()
     dense = interval(losses[0])
-    facts = {"windows": n, "length": length, "tokens": n * (length - 1)}
-    if not removed:
-        return Evaluation(**facts, loss=dense, perplexity=exponential(dense))
-    pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])
-    return Evaluation(
-        **facts,
+    plain = Evaluation(
+        windows=n,
+        length=length,
+        tokens=n * (length - 1),
         loss=dense,
         perplexity=exponential(dense),
+    )
+    if not removed:
+        return plain
+    pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])
+    return replace(
+        plain,
         removed=tuple(sorted(removed)),
         pruned_loss=pruned,
         pruned_perplexity=exponential(pruned),

@@ -16,9 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sleb.quality import Evaluation
-from sleb.progress import Progress, Tick
 from sleb.exactness import Verification
+from sleb.progress import Progress, Tick
+from sleb.quality import Evaluation
 
 __all__ = ["RunRecord", "Stopwatch", "environment"]
 

@@ -36,7 +36,8 @@ MEASURES: Registry[Measure] = Registry("measure")
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of the angle between two hidden states. SLEB metric 1; ShortGPT (2403.03853)."""
     unit_a, unit_b = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
-    return torch.einsum("and,bnd->abn", unit_a, unit_b).clamp(-1, 1)
+    dots = (unit_a.transpose(0, 1) @ unit_b.permute(1, 2, 0)).permute(1, 2, 0)  # [A, B, N]
+    return dots.clamp(-1, 1)
 
 
 @MEASURES.register("angular")
@@ -54,9 +55,10 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 @MEASURES.register("relative-l2")
 def relative_l2(a: Tensor, b: Tensor) -> Tensor:
     """1 - |a - b| / (|a| + |b|): also sees a change of length, which an angle does not."""
-    size_a, size_b = a.norm(dim=-1), b.norm(dim=-1)  # [A, N], [B, N]
-    gap = torch.stack([(x[None] - b).norm(dim=-1) for x in a])  # [A, B, N]
-    return 1 - gap / (size_a[:, None] + size_b[None]).clamp_min(1e-30)
+    norm = torch.linalg.vector_norm
+    sizes = norm(a, dim=-1)[:, None] + norm(b, dim=-1)[None]  # [A, B, N]
+    gap = torch.stack([norm(x[None] - b, dim=-1) for x in a])  # [A, B, N]
+    return 1 - gap / sizes.clamp_min(1e-30)
 
 
 @MEASURES.register("cka")

@@ -13,7 +13,17 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["applied", "description", "evaluation", "note", "plan", "record", "result", "similarity", "verification"]
+__all__ = [
+    "applied",
+    "description",
+    "evaluation",
+    "note",
+    "plan",
+    "record",
+    "result",
+    "similarity",
+    "verification",
+]
 
 
 def result(value: Any, as_json: bool, draw: Callable[[Console, Any], None]) -> None:
@@ -27,7 +37,7 @@ def result(value: Any, as_json: bool, draw: Callable[[Console, Any], None]) -> N
 
 def note(text: str, as_json: bool) -> None:
     """A last line that says what to do next: on stderr if stdout is for a program."""
-    print(text, file=sys.stderr if as_json else sys.stdout)  # noqa: T201
+    print(text, file=sys.stderr if as_json else sys.stdout)
 
 
 def _plain(value: Any) -> Any:
@@ -82,7 +92,10 @@ def description(console: Console, d: Any) -> None:
         low, high = min(d.block_bytes), max(d.block_bytes)
         each = _mb(low) if low == high else f"{_mb(low)} to {_mb(high)}"
         facts.add_row("blocks", f"{d.blocks} x {d.block_class} at {d.block_path}, {each} each")
-        facts.add_row("parameters", f"{_millions(d.parameters)} stored as {', '.join(d.dtypes)}, {_mb(d.nbytes)}")
+        facts.add_row(
+            "parameters",
+            f"{_millions(d.parameters)} stored as {', '.join(d.dtypes)}, {_mb(d.nbytes)}",
+        )
         facts.add_row("tied weights", "yes: the head is the embedding" if d.tied_weights else "no")
         for field in d.depth_fields:
             facts.add_row(f"config {field.name}", field.kind)
@@ -93,7 +106,11 @@ def description(console: Console, d: Any) -> None:
         savings = _table("removed", "blocks", "parameters", "weights", "ideal speed-up")
         for s in d.savings:
             savings.add_row(
-                f"{s.percent} %", str(s.blocks), _millions(s.parameters), _mb(s.nbytes), f"{s.ideal_speedup:.2f}x"
+                f"{s.percent} %",
+                str(s.blocks),
+                _millions(s.parameters),
+                _mb(s.nbytes),
+                f"{s.ideal_speedup:.2f}x",
             )
         console.print()
         console.print(savings)
@@ -103,7 +120,9 @@ def similarity(console: Console, s: Any) -> None:
     """`sleb similarity`: each block's input against its output, with a bar."""
     middle = float(np.median([b.mean for b in s.blocks]))
     low = max(0.0, 1 - 5 * (1 - middle))  # blocks far below the others get no bar
-    table = _table("block", s.measure, "token std", "window se", title="input and output of each block")
+    table = _table(
+        "block", s.measure, "token std", "window se", title="input and output of each block"
+    )
     table.add_column("")
     for i, b in enumerate(s.blocks):
         share = max(0.0, (b.mean - low) / max(1e-9, 1 - low))
@@ -135,7 +154,9 @@ def plan(console: Console, p: Any) -> None:
             )
     console.print(table)
     dense = f"; dense {p.baseline.mean:.4f}" if p.baseline else ""
-    console.print(f"{p.metric} in {p.unit}{dense}; removed {_blocks(p.removed)} of {p.model.blocks} blocks")
+    console.print(
+        f"{p.metric} in {p.unit}{dense}; removed {_blocks(p.removed)} of {p.model.blocks} blocks"
+    )
     c = p.calibration
     if c:
         console.print(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}")
@@ -162,8 +183,12 @@ def evaluation(console: Console, e: Any) -> None:
     table = _table("95 % intervals", "loss, nats/token", "perplexity")
     table.add_row("dense", bounds(e.loss, 4), bounds(e.perplexity))
     if e.pruned_loss:
-        table.add_row(f"without {_blocks(e.removed)}", bounds(e.pruned_loss, 4), bounds(e.pruned_perplexity))
-        table.add_row("increase, ratio (paired)", bounds(e.loss_increase, 4), bounds(e.perplexity_ratio))
+        table.add_row(
+            f"without {_blocks(e.removed)}", bounds(e.pruned_loss, 4), bounds(e.pruned_perplexity)
+        )
+        table.add_row(
+            "increase, ratio (paired)", bounds(e.loss_increase, 4), bounds(e.perplexity_ratio)
+        )
     console.print(table)
     console.print(f"{e.windows} windows of {e.length} tokens, {e.tokens:,} tokens scored")
 
@@ -177,7 +202,9 @@ def record(console: Console, r: Any) -> None:
     table.add_row("weights", *(_mb(n) for n in r.nbytes))
     e = r.evaluation
     if e and e.pruned_perplexity:
-        table.add_row("perplexity, 95 % interval", bounds(e.perplexity), bounds(e.pruned_perplexity))
+        table.add_row(
+            "perplexity, 95 % interval", bounds(e.perplexity), bounds(e.pruned_perplexity)
+        )
         table.add_row("perplexity ratio", "1", bounds(e.perplexity_ratio))
     table.add_row("ideal speed-up", "1", f"{r.blocks / left:.2f}x")
     console.print(table)

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ __all__ = ["Interrupted", "register"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.")]
 Text = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--text",
         metavar="SPEC",
@@ -31,24 +31,24 @@ Text = Annotated[
         "hub:DATASET/CONFIG:SPLIT; append @2 for twice the share. Default: an embedded sample.",
     ),
 ]
-Windows = Annotated[Optional[int], typer.Option(help="Number of token windows.", min=1)]
+Windows = Annotated[int | None, typer.Option(help="Number of token windows.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Seed = Annotated[int, typer.Option(help="Choice of windows.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Batch = Annotated[Optional[int], typer.Option(help="Windows per forward pass.", min=1)]
+Batch = Annotated[int | None, typer.Option(help="Windows per forward pass.", min=1)]
 Remove = Annotated[str, typer.Option("--remove", help="Blocks to remove: 6 or 20%.")]
 Metric = Annotated[
     str, typer.Option(help="loss (SLEB), one-shot-loss, cosine or kl. See docs/method.md.")
 ]
 Protect = Annotated[str, typer.Option(help="Blocks that stay: 0,5-7,-1; '' for none.")]
 MinSimilarity = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Depth = Annotated[Optional[int], typer.Option(help="Use only the plan's first DEPTH removals.")]
+Depth = Annotated[int | None, typer.Option(help="Use only the plan's first DEPTH removals.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
 ]
@@ -86,7 +86,9 @@ def similarity(
     MEASURES[measure]
     progress = terminal_progress()
     loaded = load(model, dtype=dtype, device=device, progress=progress)
-    scored, _ = load_windows(loaded.tokenizer, text or (), windows=windows, length=length, seed=seed)
+    scored, _ = load_windows(
+        loaded.tokenizer, text or (), windows=windows, length=length, seed=seed
+    )
     found = measure_similarity(loaded, scored, measure=measure, batch=batch, progress=progress)
     render.result(found, json, render.similarity)
     return 0
@@ -174,7 +176,7 @@ def verify(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The pruned checkpoint.")],
     model: Annotated[str, typer.Option("--model", help="The original model.")],
     plan: Annotated[
-        Optional[str], typer.Option("--plan", help="The plan. Default: OUT/plan.json.")
+        str | None, typer.Option("--plan", help="The plan. Default: OUT/plan.json.")
     ] = None,
     depth: Depth = None,
     device: Device = "cpu",
@@ -209,7 +211,7 @@ def evaluate(
     windows: Windows = None,
     length: Length = 2048,
     plan: Annotated[
-        Optional[str], typer.Option("--plan", help="Also score the model cut by this plan.")
+        str | None, typer.Option("--plan", help="Also score the model cut by this plan.")
     ] = None,
     depth: Depth = None,
     seed: Seed = 0,
@@ -293,7 +295,7 @@ def prune(
 
 def demo(
     model: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="The model; default: the SmolLM2 that make demo fetched."),
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")] = "sleb-demo",
@@ -304,7 +306,7 @@ def demo(
     return run(model, Path(out), terminal_progress())
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
     "inspect": (inspect, "sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct"),
     "similarity": (similarity, "sleb similarity ./model --text mail.jsonl --measure angular"),
     "search": (search, "sleb search ./model --remove 20% --text mail.jsonl -o plan.json"),

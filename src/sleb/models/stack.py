@@ -73,10 +73,8 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
     """The text decoder and its path prefix; the model itself where transformers names none."""
     get: Callable[[], nn.Module] | None = getattr(model, "get_decoder", None)
     decoder = get() if get is not None else None
-    for path, module in model.named_modules():
-        if module is decoder and path:
-            return module, path + "."
-    return model, ""
+    path = next((p for p, module in model.named_modules() if module is decoder), "")
+    return (model.get_submodule(path), path + ".") if path else (model, "")
 
 
 class BlockStack:

@@ -123,9 +123,7 @@ class Journal:
 
     def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
         """Record one result durably."""
-        self._write(
-            {"sets": [sorted(s) for s in sets], "start": start, "values": values.tolist()}
-        )
+        self._write({"sets": [sorted(s) for s in sets], "start": start, "values": values.tolist()})
 
     def close(self, *, done: bool) -> None:
         """Close; delete the file if the search is done, since the plan now holds the result."""

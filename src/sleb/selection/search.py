@@ -15,7 +15,15 @@ from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import InputError
 from sleb.metrics import METRICS
 from sleb.models.load import LoadedModel, load
-from sleb.plan import Baseline, Calibration, Fingerprint, Plan, SimilarityGate, blocks_to_remove, parse_blocks
+from sleb.plan import (
+    Baseline,
+    Calibration,
+    Fingerprint,
+    Plan,
+    SimilarityGate,
+    blocks_to_remove,
+    parse_blocks,
+)
 from sleb.progress import Progress, silent
 from sleb.selection.objective import BlockSet, Journal, Objective, rank
 from sleb.selection.strategies import STRATEGIES, Found
@@ -83,7 +91,9 @@ def search(
 
     similarity, gate = None, None
     if min_similarity is not None or chosen.token is None:
-        similarity = measure_similarity(model, windows, measure="cosine", batch=batch, progress=progress)
+        similarity = measure_similarity(
+            model, windows, measure="cosine", batch=batch, progress=progress
+        )
     if similarity is not None and min_similarity is not None:
         candidates, gate = _above(similarity, candidates, min_similarity, n)
 
@@ -199,11 +209,11 @@ def _enough(candidates: Sequence[int], n: int, why: str) -> None:
 def _baseline(found: Found) -> Baseline | None:
     if not found.dense.size:
         return None
-    se = found.dense.std(ddof=1) / np.sqrt(found.dense.size) if found.dense.size > 1 else None
-    return Baseline(mean=round(float(found.dense.mean()), 6), se=None if se is None else round(float(se), 6))
+    n = found.dense.size
+    se = round(float(found.dense.std(ddof=1) / np.sqrt(n)), 6) if n > 1 else None
+    return Baseline(mean=round(float(found.dense.mean()), 6), se=se)
 
 
 def _key(identity: Fingerprint, calibration: Calibration, metric: str, dtype: str) -> str:
     parts = [identity.model_dump(), calibration.sha256, metric, dtype, versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-

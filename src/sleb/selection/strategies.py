@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sleb.registry import Registry
 from sleb.plan import Round
+from sleb.registry import Registry
 from sleb.selection.objective import BlockSet, Objective, Values, rank
 
 __all__ = ["STRATEGIES", "Found", "Strategy"]

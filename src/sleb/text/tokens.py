@@ -48,17 +48,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 def _seam(tokenizer: PreTrainedTokenizerBase, text: str, near: int) -> tuple[int, int] | None:
     """Where a piece can end, and where the next one starts, soon after ``near``.
 
-    That is before or after white space, or around a space that the tokenizer adds by itself to
-    whatever it is given.
+    That is before white space, or on both sides of a space that the tokenizer by itself puts
+    before whatever it is given.
     """
     window = text[near : near + TRIES * MARGIN]
-    for _, space in zip(range(TRIES), re.finditer(r"\s", window), strict=False):
+    for _, space in zip(range(TRIES), re.finditer(r"(?<=\S)\s", window), strict=False):
         at = near + space.start()
         whole = _encode(tokenizer, text[at - MARGIN : at + MARGIN])
-        for end, resume in ((at, at), (at + 1, at + 1), (at, at + 1)):
-            left = _encode(tokenizer, text[at - MARGIN : end])
+        left = _encode(tokenizer, text[at - MARGIN : at])
+        for resume in (at, at + 1):
             if left + _encode(tokenizer, text[resume : at + MARGIN]) == whole:
-                return end, resume
+                return at, resume
     return None
 
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def load_windows(
     tokenizer: PreTrainedTokenizerBase,
     specs: Sequence[str],
     *,
-    windows: int | None,
+    windows: int | Literal["all"] | None,
     length: int,
     seed: int,
     heldout: int = 0,
@@ -67,8 +67,8 @@ def load_windows(
     Args:
         tokenizer: the model's own.
         specs: values of ``--text``; the embedded text if there is none.
-        windows: how many to score over all sources. None: all there are that keep to the
-            weights, at most ``DEFAULT_WINDOWS``.
+        windows: how many to score over all sources. ``"all"``: every window of every source,
+            whatever the weights. None: all that keep to the weights, at most ``DEFAULT_WINDOWS``.
         length: tokens a window, T.
         seed: of the choice.
         heldout: how many others are wanted. There may be fewer, and None if there are none.
@@ -98,10 +98,10 @@ def load_windows(
     )
 
 
-def _check_numbers(windows: int | None, length: int, heldout: int, *, shortest: int) -> None:
+def _check_numbers(windows: int | str | None, length: int, heldout: int, *, shortest: int) -> None:
     if length < shortest:
         raise InputError(f"--length {length} is too short; give at least {shortest}")
-    if windows is not None and windows < 1:
+    if isinstance(windows, int) and windows < 1:
         raise InputError(f"--windows {windows} scores nothing; give at least 1")
     if heldout < 0:
         raise InputError(f"{heldout} held-out windows are not possible; give 0 or more")
@@ -154,7 +154,11 @@ def _shares(streams: list[_Stream], total: int) -> list[int]:
     return shares
 
 
-def _scoring_shares(streams: list[_Stream], wanted: int | None, length: int) -> list[int]:
+def _scoring_shares(
+    streams: list[_Stream], wanted: int | Literal["all"] | None, length: int
+) -> list[int]:
+    if wanted == "all":
+        return [stream.windows for stream in streams]
     held = sum(stream.windows for stream in streams)
     total = min(DEFAULT_WINDOWS, held) if wanted is None else wanted
     candidates = (_shares(streams, n) for n in range(min(total, held), 0, -1))
