@@ -133,6 +133,23 @@ def _convert(path: Path, out: Path) -> None:
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(_card(path), encoding="utf-8")
+
+
+def _card(path: Path) -> str:
+    """The licence and languages that a GGUF file states, as a model card's metadata."""
+    from gguf import GGUFReader
+    from huggingface_hub import ModelCardData
+
+    fields = GGUFReader(path).fields
+    stated = {
+        "license": fields.get("general.license"),
+        "license_name": fields.get("general.license.name"),
+        "license_link": fields.get("general.license.link"),
+        "language": fields.get("general.languages"),
+    }
+    data = ModelCardData(**{key: field.contents() for key, field in stated.items() if field})
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 @contextmanager

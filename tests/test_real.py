@@ -1,0 +1,114 @@
+"""SmolLM2-135M-Instruct, a real Llama with 30 blocks, from GGUF to a verified checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import reference
+import sleb
+from sleb.cli.main import main
+from sleb.models.source import resolve
+
+pytestmark = pytest.mark.real
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def loaded(real_model):
+    return sleb.load(real_model, **CPU)
+
+
+@pytest.fixture(scope="module")
+def windows(loaded):
+    return sleb.load_windows(loaded.tokenizer, (), windows=2, length=24, seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def plan(loaded, windows):
+    return sleb.search(loaded, remove=2, windows=windows)
+
+
+def test_the_order_and_scores_are_the_published_algorithms(loaded, windows, plan):
+    order, rounds = reference.greedy(loaded.model, windows.ids, 2, protected=(0, 29))
+    assert list(plan.order) == order
+    for got, want in zip(plan.rounds, rounds, strict=True):
+        assert {s.block: s.mean for s in got.scores} == pytest.approx(want, abs=2e-5)
+
+
+def test_the_dequantized_model_is_good_english(loaded):
+    """Perplexity of this model on plain prose is near 20; a wrong conversion gives thousands."""
+    scored, _ = sleb.load_windows(loaded.tokenizer, (), windows=4, length=128, seed=0)
+    assert 5 < sleb.evaluate(loaded, scored).perplexity.value < 60
+
+
+def test_inspect_says_what_the_model_is(real_model):
+    found = sleb.describe(real_model)
+    assert (found.blocks, found.block_path, found.tied_weights) == (30, "model.layers", True)
+    assert found.parameters == 134_515_008
+    attention, mlp, norms = 2 * 576 * (576 + 192), 3 * 576 * 1536, 2 * 576
+    assert set(found.block_bytes) == {2 * (attention + mlp + norms)}  # two bytes each
+    assert [s.blocks for s in found.savings] == [3, 6, 9]
+    assert found.nbytes - found.savings[1].nbytes == 6 * found.block_bytes[0]
+
+
+def test_from_plan_to_a_checkpoint_that_plain_transformers_loads(
+    real_model, plan, tmp_path, capsys
+):
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "out"
+    assert main(["apply", str(tmp_path / "plan.json"), real_model, "-o", str(out)]) == 0
+    capsys.readouterr()
+    arguments = ["verify", str(out), "--model", real_model, "--plan", str(tmp_path / "plan.json")]
+    assert main([*arguments, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert all(check["passed"] for check in checks)
+    assert "maximum difference 0" in {check["measured"] for check in checks}
+
+    code = f"""
+import sys, torch
+sys.modules["sleb"] = None  # importing it would fail
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+tokenizer = AutoTokenizer.from_pretrained({str(out)!r})
+ids = tokenizer("The capital of France is", return_tensors="pt")
+made = model.generate(**ids, max_new_tokens=4, do_sample=False)
+print(model.config.num_hidden_layers, model.dtype, tokenizer.decode(made[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("28 torch.bfloat16 The capital of France is")
+
+
+def test_the_chat_template_and_tokenizer_come_along(real_model, plan, tmp_path):
+    sleb.apply(plan, real_model, tmp_path / "out")
+    original, cut = (sleb.load(path, **CPU).tokenizer for path in (real_model, tmp_path / "out"))
+    chat = [{"role": "user", "content": "Hi"}]
+    assert cut.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
+        chat, tokenize=False
+    )
+    assert cut("naïve café 東京").input_ids == original("naïve café 東京").input_ids
+
+
+def test_bypassing_restores_bit_for_bit(loaded, windows):
+    with torch.inference_mode():
+        before = loaded.model(windows.ids, use_cache=False).logits
+        with sleb.bypassed(loaded.model, [3, 20]):
+            changed = loaded.model(windows.ids, use_cache=False).logits
+        after = loaded.model(windows.ids, use_cache=False).logits
+    assert torch.equal(before, after)
+    assert not torch.equal(before, changed)
+
+
+def test_the_conversion_is_cached_and_the_source_untouched(real_model):
+    first, again = resolve(real_model), resolve(real_model)
+    assert first.path == again.path
+    assert (first.path / "config.json").stat().st_mtime_ns == (
+        (again.path / "config.json").stat().st_mtime_ns
+    )
+    assert "apache-2.0" in (first.path / "README.md").read_text()
