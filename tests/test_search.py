@@ -300,3 +300,22 @@ def test_unknown_metric_has_a_suggestion(loaded):
     ):
         sleb.search(loaded, remove=1, metric="los")
     assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss"]'
+
+
+def test_windows_longer_than_the_model_reads_are_refused(loaded):
+    with pytest.raises(InputError, match="300 tokens are longer than the 256 that LlamaForCausalLM"):
+        sleb.search(loaded, remove=1, windows=1, length=300)
+
+
+def test_bypassed_generation_is_right_or_refused():
+    model = tiny_llama(seed=2)
+    ids = torch.randint(3, 259, (1, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with sleb.bypassed(model, [2, 4]):
+        cached = model.generate(ids, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    with sleb.bypassed(model, [0]):
+        model(ids)  # a plain pass is right, though it fills a cache
+        model.generate(ids, use_cache=False, **options)
+        with pytest.raises(InputError, match="block 0 is bypassed, and generating with a cache"):
+            model.generate(ids, use_cache=True, **options)

@@ -19,15 +19,12 @@ from torch import Tensor
 
 from sleb.errors import DataError, ResourceError, UnsupportedModel
 from sleb.metrics import TokenMetric
-from sleb.models.stack import BlockStack
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.objective import BlockSet
 
 __all__ = ["Sweep", "block_forwards"]
 
 logger = logging.getLogger(__name__)
-
-LOGIT_BYTES = 64 * 2**20
-"""Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
 
 
 class Sweep:
@@ -118,20 +115,23 @@ class Sweep:
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
         """Mean over the T-1 predicted tokens of each window, float64 [B], on the CPU."""
-        batch, length = ids.shape
-        targets = ids[:, 1:].reshape(-1).to(hidden.device)
-        flat = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
-        reference = None if dense is None else dense[:, :-1].reshape(1, -1, dense.shape[-1])
-        vocab = int(self.stack.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
-        # never longer than a window, so that learned position tables are long enough
-        rows = max(1, min(length, LOGIT_BYTES // (4 * vocab)))
-        values = []
-        for a in range(0, targets.numel(), rows):
-            logits = self.stack.exit(flat[:, a : a + rows])[0]
-            base = None if reference is None else self.stack.exit(reference[:, a : a + rows])[0]
-            values.append(self.metric.tokens(logits, targets[a : a + rows].to(logits.device), base))
+        windows, predicted = ids.shape[0], ids.shape[1] - 1
+        vocab = int(decoder_config(self.stack.model.config).vocab_size)
+        rows = max(1, _logit_bytes(self.stack) // (4 * vocab))
+        # whole windows at a time, or slices of one window: never more positions than it has,
+        # so that learned position tables are long enough
+        high, wide = max(1, rows // predicted), min(rows, predicted)
+        values = torch.empty((windows, predicted), dtype=torch.float32, device=hidden.device)
+        for a in range(0, windows, high):
+            for p in range(0, predicted, wide):
+                part = (slice(a, a + high), slice(p, min(p + wide, predicted)))
+                targets = ids[:, 1:][part].to(hidden.device)
+                logits = self.stack.exit(hidden[part]).to(hidden.device).flatten(0, 1)
+                base = None if dense is None else self.stack.exit(dense[part]).flatten(0, 1)
+                found = self.metric.tokens(logits, targets.flatten(), base)
+                values[part] = found.view(targets.shape)
         self._tick(1)
-        return torch.cat(values).double().view(batch, length - 1).mean(1).cpu()
+        return values.double().mean(1).cpu()
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
         """Once per model: the walk must agree with the model's own forward pass."""
@@ -154,9 +154,18 @@ def _below(blocks: BlockSet, i: int) -> BlockSet:
 
 
 def default_batch(stack: BlockStack, length: int) -> int:
-    """Windows per batch: enough tokens to fill the device, small enough to keep 30 streams."""
-    tokens = 16_384 if stack.input_device.type == "cuda" else 1_024
+    """Windows per batch: enough tokens to fill the device, with one stream per block in at most
+    2 GiB on a GPU (there are never more streams than candidates)."""
+    if stack.input_device.type != "cuda":
+        return max(1, 1_024 // length)
+    width = int(decoder_config(stack.model.config).hidden_size)
+    tokens = min(65_536, 2**31 // (2 * width * len(stack)))
     return max(1, tokens // length)
+
+
+def _logit_bytes(stack: BlockStack) -> int:
+    """Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
+    return 2**30 if stack.input_device.type == "cuda" else 2**26
 
 
 def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
