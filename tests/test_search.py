@@ -6,15 +6,16 @@ import json
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import BLOCKS, tiny_llama
 
+import reference
 import sleb
+from conftest import BLOCKS, tiny_llama
 from sleb.errors import DataError, InputError
 from sleb.metrics import METRICS, NLL
 from sleb.models.stack import BlockStack
-from sleb.selection.objective import BlockSet, Journal, Objective, rank
+from sleb.selection.objective import BlockSet, Journal, Objective
+from sleb.selection.racing import rank
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, block_forwards
 
@@ -175,13 +176,6 @@ def toy(weights, pairs=None):
     return score
 
 
-def test_greedy_follows_interactions_and_one_shot_does_not():
-    weights, pairs = [5, 1, 2, 3, 4], {(1, 2): 10}
-    objective = Objective(toy(weights, pairs), 4)
-    assert STRATEGIES["greedy"](objective, range(5), 2).order == (1, 3)
-    assert STRATEGIES["one-shot"](objective, range(5), 2).order == (1, 2)
-
-
 def test_ties_go_to_the_lower_block():
     assert rank([7, 3, 5], np.ones((3, 2)), 2).removed == (3, 5)
 
@@ -236,7 +230,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
 
     whole, total = run(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
-    assert total == 12
+    assert total == 15  # 4 rounds and the dense model, 3 sweeps each
     for stop in range(total):
         path = tmp_path / f"journal{stop}"
         with pytest.raises(KeyboardInterrupt):
@@ -275,7 +269,7 @@ def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch)
     assert len(journal.read_text().splitlines()) == 1 + 3
     calls[0] = 100
     resumed = sleb.search(tiny_dir, journal=journal, **options)
-    assert calls[0] == 100 + 6 - 3
+    assert calls[0] == 100 + 8 - 3  # 3 rounds and the dense model, 2 sweeps each
     assert resumed.to_json() == want.to_json()
     assert not journal.exists()
 
@@ -303,7 +297,9 @@ def test_unknown_metric_has_a_suggestion(loaded):
 
 
 def test_windows_longer_than_the_model_reads_are_refused(loaded):
-    with pytest.raises(InputError, match="300 tokens are longer than the 256 that LlamaForCausalLM"):
+    with pytest.raises(
+        InputError, match="300 tokens are longer than the 256 that LlamaForCausalLM"
+    ):
         sleb.search(loaded, remove=1, windows=1, length=300)
 
 
@@ -319,3 +315,25 @@ def test_bypassed_generation_is_right_or_refused():
         model.generate(ids, use_cache=False, **options)
         with pytest.raises(InputError, match="block 0 is bypassed, and generating with a cache"):
             model.generate(ids, use_cache=True, **options)
+
+
+def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
+    options = {"remove": 3, "windows": 24, "length": 16, "batch": 4, **CPU}
+    exact = sleb.search(tiny_dir, **options)
+    raced = sleb.search(tiny_dir, exact=False, **options)
+    assert raced.order == exact.order
+    assert raced.strategy == "greedy, racing"
+    winner = raced.rounds[0].scores[0]
+    assert winner.windows == 24
+    assert winner.mean == pytest.approx(exact.rounds[0].scores[0].mean, abs=1e-5)
+    again = sleb.search(tiny_dir, exact=False, **options)
+    assert again.to_json() == raced.to_json()
+
+
+@pytest.mark.parametrize("strategy", ["window", "beam", "refine"])
+def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
+    plan = sleb.search(tiny_dir, remove=2, strategy=strategy, windows=3, length=16, **CPU)
+    assert len(plan.removed) == 2
+    assert plan.strategy == strategy
+    with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
+        sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)

@@ -84,13 +84,15 @@ class Score(_Record):
 
     ``excess_se`` is the standard error of the paired difference to the round's best candidate; it
     is what decides whether two candidates can be told apart, and is smaller than ``se`` because
-    both saw the same windows. Standard errors are null where there was only one window.
+    both saw the same windows. Standard errors are null where there was only one window. ``windows``
+    is how many were scored before the candidate was out of the race.
     """
 
     block: BlockId
     mean: float
     se: float | None = None
     excess_se: float | None = None
+    windows: Count | None = None
 
 
 class Round(_Record):

@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sleb.files import disk_errors
-from sleb.plan import Round, Score
+from sleb.selection.racing import Race, Values
 
-__all__ = ["BlockSet", "Journal", "Objective", "Values", "rank"]
+__all__ = ["BlockSet", "Journal", "Objective", "Values"]
 
 logger = logging.getLogger(__name__)
 
 BlockSet = frozenset[int]
-Values = NDArray[np.float64]
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
 
 
@@ -42,8 +40,10 @@ class Objective:
         step: int | None = None,
         journal: Journal | None = None,
         note: Callable[[str], None] | None = None,
+        exact: bool = True,
     ) -> None:
         self.n_windows = n_windows
+        self.exact = exact
         self._score = score
         self._step = step or n_windows
         self._journal = journal
@@ -55,15 +55,40 @@ class Objective:
     def scores(self, sets: Sequence[BlockSet], note: str = "") -> Values:
         """Score per set and window, float64 [len(sets), n_windows]. ``note`` goes to progress."""
         self._note(note)
-        for start in range(0, self.n_windows, self._step):
-            stop = min(start + self._step, self.n_windows)
+        return self._prefix(sets, self.n_windows)
+
+    def best(self, sets: Sequence[BlockSet], k: int = 1, note: str = "") -> Values:
+        """Like :meth:`scores`, for a caller who needs only the ``k`` lowest means.
+
+        Unless ``exact``, sets race: those that are clearly worse are given up early, and have NaN
+        for the windows that they did not see. At least k sets have no NaN. See ``racing``.
+        """
+        if self.exact:
+            return self.scores(sets, note)
+        race = Race(len(sets), self.n_windows, k)
+        values = np.full((len(sets), self.n_windows), np.nan)
+        for windows in race.looks():
+            self._note(f"{note}, {len(race.live)} left" if windows > race.first else note)
+            known = self._prefix([sets[i] for i in race.live], windows)
+            values[race.live, :windows] = known
+            race.update(known)
+        return values
+
+    def _prefix(self, sets: Sequence[BlockSet], windows: int) -> Values:
+        """Scores on the first ``windows`` windows, float64 [len(sets), windows]."""
+        for start in range(0, windows, self._step):
+            stop = min(start + self._step, windows)
             unknown = [s for s in dict.fromkeys(sets) if np.isnan(self._of(s)[start:stop]).any()]
             if unknown:
-                values = self._score(unknown, start, stop)
+                # a range may be known in part; then all of it is known up to the same window
+                first = start + min(
+                    int(np.isfinite(self._of(s)[start:stop]).sum()) for s in unknown
+                )
+                values = self._score(unknown, first, stop)
                 if self._journal:
-                    self._journal.append(unknown, start, values)
-                self._learn(unknown, start, values)
-        return np.stack([self._of(s) for s in sets])
+                    self._journal.append(unknown, first, values)
+                self._learn(unknown, first, values)
+        return np.stack([self._of(s)[:windows] for s in sets])
 
     def _of(self, blocks: BlockSet) -> Values:
         return self._known.setdefault(blocks, np.full(self.n_windows, np.nan))
@@ -130,28 +155,3 @@ class Journal:
         self._stream.close()
         if done:
             self.path.unlink(missing_ok=True)
-
-
-def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
-    """A round's record: candidates best first, and the ``n_removed`` best of them.
-
-    values [len(blocks), windows]. Ties go to the lower block id.
-    """
-    means = values.mean(1)
-    order = sorted(range(len(blocks)), key=lambda i: (means[i], blocks[i]))
-    best = values[order[0]]
-    windows = values.shape[1]
-
-    def error(row: Values) -> float | None:
-        return round(float(row.std(ddof=1) / np.sqrt(windows)), 6) if windows > 1 else None
-
-    scores = tuple(
-        Score(
-            block=blocks[i],
-            mean=round(float(means[i]), 6),  # a millionth of a nat: far below any noise
-            se=error(values[i]),
-            excess_se=error(values[i] - best),
-        )
-        for i in order
-    )
-    return Round(removed=tuple(s.block for s in scores[:n_removed]), scores=scores)

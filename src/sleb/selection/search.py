@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,9 @@ from sleb.plan import (
     parse_blocks,
 )
 from sleb.progress import Progress, silent
-from sleb.selection.objective import BlockSet, Journal, Objective, rank
-from sleb.selection.strategies import STRATEGIES, Found
+from sleb.selection.objective import BlockSet, Journal, Objective
+from sleb.selection.racing import rank
+from sleb.selection.strategies import STRATEGIES, Found, Strategy
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.similarity import Similarity, measure_similarity
 from sleb.text import Windows, load_windows
@@ -42,6 +44,8 @@ def search(
     *,
     remove: int | str,
     metric: str = "loss",
+    strategy: str | None = None,
+    exact: bool = True,
     text: Sequence[str] = (),
     windows: Windows | int | None = None,
     length: int = DEFAULT_LENGTH,
@@ -61,6 +65,10 @@ def search(
         remove: number of blocks, or a percentage such as ``"20%"`` (rounded up).
         metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine`` or
             ``kl``; see ``sleb.metrics``.
+        strategy: ``greedy``, ``one-shot``, ``window``, ``beam`` or ``refine``; by default the
+            metric's own. See ``sleb.selection.strategies``.
+        exact: score every candidate on every window, as published. False lets candidates race:
+            one that is clearly worse on part of the windows is not scored on the rest.
         text: calibration texts; none is the embedded default. See ``sleb.text``.
         windows: number of windows, or windows that were loaded before.
         length: tokens per window.
@@ -75,6 +83,9 @@ def search(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
     """
     chosen = METRICS[metric]
+    method = STRATEGIES[strategy or chosen.strategy]
+    if chosen.token is None and strategy not in (None, chosen.strategy):
+        raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
     if not isinstance(model, LoadedModel):
         model = load(model, dtype=dtype, device=device, progress=progress)
     n_blocks = len(model.stack)
@@ -102,12 +113,13 @@ def search(
         only = rank(candidates, 1 - similarity.per_window[:, candidates].T, n)
         found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
     else:
-        key = _key(identity, windows.record, metric, model.dtype)
+        key = _key(identity, windows.record, metric, model.dtype, exact)
         book = Journal(Path(journal), key) if journal else None
         done = False
         try:
-            sweep = Sweep(model.stack, windows.ids, chosen.token, batch=batch)
-            found = _run(sweep, chosen.strategy, candidates, n, book, progress)
+            ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
+            sweep = Sweep(model.stack, ids, chosen.token, batch=batch)
+            found = _run(sweep, method, candidates, n, book, progress, exact)
             done = True
         finally:
             if book:
@@ -119,7 +131,7 @@ def search(
         protected=tuple(sorted(protected)),
         metric=metric,
         unit=chosen.unit,
-        strategy=chosen.strategy,
+        strategy=(strategy or chosen.strategy) + ("" if exact else ", racing"),
         dtype=model.dtype,
         baseline=_baseline(found),
         rounds=found.rounds,
@@ -137,18 +149,20 @@ def versions() -> dict[str, str]:
 
 def _run(
     sweep: Sweep,
-    strategy: str,
+    strategy: Strategy,
     candidates: Sequence[int],
     n: int,
     book: Journal | None,
     progress: Progress,
+    exact: bool,
 ) -> Found:
     """Run a strategy over a sweep, with one progress bar for all of it."""
     windows, depth = sweep.ids.shape[0], len(sweep.stack)
-    rounds = n if strategy == "greedy" else 1
     batches = -(-windows // sweep.batch)
-    work = batches * sum(_round_work(candidates, done, depth) for done in range(rounds))
-    with progress.stage("searching", work) as tick:
+    # known in advance only for the exact greedy search; a race or a beam shows its rounds
+    rounds = sum(_round_work(candidates, done, depth) for done in range(n))
+    known = exact and strategy is STRATEGIES["greedy"]
+    with progress.stage("searching", batches * rounds if known else None) as tick:
         latest = [""]
 
         def note(text: str) -> None:
@@ -162,8 +176,9 @@ def _run(
             step=sweep.batch,
             journal=book,
             note=note,
+            exact=exact,
         )
-        return STRATEGIES[strategy](objective, candidates, n)
+        return strategy(objective, candidates, n)
 
 
 def _round_work(candidates: Sequence[int], done: int, depth: int) -> int:
@@ -214,6 +229,19 @@ def _baseline(found: Found) -> Baseline | None:
     return Baseline(mean=round(float(found.dense.mean()), 6), se=se)
 
 
-def _key(identity: Fingerprint, calibration: Calibration, metric: str, dtype: str) -> str:
-    parts = [identity.model_dump(), calibration.sha256, metric, dtype, versions()]
+def _shuffled(windows: Windows, seed: int) -> list[int]:
+    """An order of the windows in which every prefix is a random sample that holds about each
+    source's share: windows are shuffled within their source, and sources interleaved."""
+    place = random.Random(f"order {seed}")
+    total = {s: windows.source.count(s) for s in set(windows.source)}
+    turns = {s: iter(place.sample(range(n), n)) for s, n in total.items()}
+    keys = [((next(turns[s]) + place.random()) / total[s], i) for i, s in enumerate(windows.source)]
+    return [i for _, i in sorted(keys)]
+
+
+def _key(
+    identity: Fingerprint, calibration: Calibration, metric: str, dtype: str, exact: bool
+) -> str:
+    parts = [identity.model_dump(), calibration.sha256, calibration.seed, metric, dtype, exact]
+    parts.append(versions())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

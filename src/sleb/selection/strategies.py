@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from sleb.errors import InputError
 from sleb.plan import Round
 from sleb.registry import Registry
-from sleb.selection.objective import BlockSet, Objective, Values, rank
+from sleb.selection.objective import BlockSet, Objective, Values
+from sleb.selection.racing import rank
 
-__all__ = ["STRATEGIES", "Found", "Strategy"]
+__all__ = ["BEAM", "STRATEGIES", "Found", "Strategy"]
+
+BEAM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +45,12 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     rounds = []
     for turn in range(1, n + 1):
         live = [b for b in candidates if b not in order]
-        # the current model is asked for too: in the first round it is the dense one, computed in
-        # the same sweep, and afterwards it is known
-        sets = [BlockSet(order), *(BlockSet([*order, b]) for b in live)]
         last = f", last removed {order[-1]}" if order else ""
-        values = objective.scores(sets, note=f"round {turn} of {n}, {len(live)} candidates{last}")
-        rounds.append(rank(live, values[1:], 1))
+        values = objective.best(
+            [BlockSet([*order, b]) for b in live],
+            note=f"round {turn} of {n}, {len(live)} candidates{last}",
+        )
+        rounds.append(rank(live, values, 1))
         order += rounds[-1].removed
     return Found(order=tuple(order), rounds=tuple(rounds), dense=_dense(objective))
 
@@ -53,10 +58,89 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 @STRATEGIES.register("one-shot")
 def one_shot(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     """Score every block once, alone, and remove the n best. Source: SLEB, section 3, metric 2."""
-    sets = [BlockSet(), *(BlockSet([b]) for b in candidates)]
-    values = objective.scores(sets, note=f"{len(candidates)} candidates, once")
-    only = rank(candidates, values[1:], n)
+    sets = [BlockSet([b]) for b in candidates]
+    values = objective.best(sets, k=n, note=f"{len(candidates)} candidates, once")
+    only = rank(candidates, values, n)
     return Found(order=only.removed, rounds=(only,), dense=_dense(objective))
+
+
+@STRATEGIES.register("window")
+def window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+    """The best run of n neighbouring blocks; such cuts are the easiest to repair (Gromov et al.,
+    2403.17887). The recorded round names each run by its first block."""
+    runs = [run for run in zip(*(candidates[i:] for i in range(n)), strict=False) if _adjacent(run)]
+    if not runs:
+        raise InputError(f"no {n} neighbouring blocks are all candidates; protect fewer")
+    values = objective.best([BlockSet(run) for run in runs], note=f"{len(runs)} runs of {n}")
+    first = rank([run[0] for run in runs], values, 1)
+    start = first.removed[0]
+    return Found(order=tuple(range(start, start + n)), rounds=(first,), dense=_dense(objective))
+
+
+@STRATEGIES.register("beam")
+def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+    """Greedy with the 4 best partial sets kept in each round instead of one. Never worse than
+    greedy on the scored windows if greedy's sets stay in the beam; usually better."""
+    paths: list[tuple[int, ...]] = [()]
+    rounds: list[dict[BlockSet, Round]] = []
+    for turn in range(1, n + 1):
+        # a set is reached along several paths; the best-ranked parent's is kept
+        grown = {
+            BlockSet([*p, b]): (*p, b) for p in reversed(paths) for b in candidates if b not in p
+        }
+        sets = sorted(grown, key=sorted)
+        values = objective.best(
+            sets, k=min(BEAM, len(sets)), note=f"round {turn} of {n}, {len(sets)} sets"
+        )
+        rounds.append({BlockSet(p): _children(p, sets, values) for p in paths})
+        means = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
+        best = np.argsort(means, kind="stable")[:BEAM]
+        paths = [grown[sets[i]] for i in best if np.isfinite(means[i])]
+    order = paths[0]
+    history = [turn[BlockSet(order[:i])] for i, turn in enumerate(rounds)]
+    return Found(
+        order=order,
+        rounds=tuple(
+            r.model_copy(update={"removed": (b,)}) for r, b in zip(history, order, strict=True)
+        ),
+        dense=_dense(objective),
+    )
+
+
+@STRATEGIES.register("refine")
+def refine(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+    """Greedy, then swap one removed block for one that stayed while that lowers the score. The
+    final set is put in order greedily, so that the plan has good shallower depths too."""
+    start = greedy(objective, candidates, n)
+    chosen = BlockSet(start.order)
+    while True:
+        swaps = [
+            chosen - {out} | {b} for out in sorted(chosen) for b in candidates if b not in chosen
+        ]
+        sets = [chosen, *swaps]
+        values = objective.best(sets, note=f"refining, {len(swaps)} swaps")
+        means = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
+        best = sets[int(np.argmin(means))]
+        if best == chosen:
+            break
+        chosen = best
+    if chosen == BlockSet(start.order):
+        return start
+    return greedy(objective, sorted(chosen), n)
+
+
+def _adjacent(run: Sequence[int]) -> bool:
+    return all(b == a + 1 for a, b in pairwise(run))
+
+
+def _children(path: tuple[int, ...], sets: Sequence[BlockSet], values: Values) -> Round:
+    """The record of one partial set's round: its extensions by one block."""
+    rows = [i for i, s in enumerate(sets) if s > BlockSet(path)]
+    blocks = [next(iter(sets[i] - BlockSet(path))) for i in rows]
+    best = values[rows]
+    if not np.isfinite(best).all(1).any():  # every extension lost its race
+        return Round(removed=(), scores=())
+    return rank(blocks, best, 1)
 
 
 def _dense(objective: Objective) -> Values:

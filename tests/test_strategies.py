@@ -1,0 +1,149 @@
+"""Strategies and racing on toy objectives with known optima; no model, no torch."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from sleb.errors import InputError
+from sleb.selection.objective import BlockSet, Objective
+from sleb.selection.racing import ERROR, Race, rank
+from sleb.selection.strategies import BEAM, STRATEGIES
+from test_search import toy
+
+WEIGHTS = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def optimum(score, blocks, n):
+    return min(combinations(blocks, n), key=lambda s: score([BlockSet(s)], 0, 1)[0, 0])
+
+
+def test_greedy_follows_interactions_and_one_shot_does_not():
+    objective = Objective(toy([5, 1, 2, 3, 4], {(1, 2): 10}), 4)
+    assert STRATEGIES["greedy"](objective, range(5), 2).order == (1, 3)
+    assert STRATEGIES["one-shot"](objective, range(5), 2).order == (1, 2)
+
+
+def test_window_finds_the_best_run_of_neighbours():
+    objective = Objective(toy([9, 1, 8, 2, 3, 9]), 4)
+    found = STRATEGIES["window"](objective, range(6), 2)
+    assert found.order == (3, 4)
+    assert [s.block for s in found.rounds[0].scores][:1] == [3]
+    assert STRATEGIES["window"](objective, [0, 1, 2, 4, 5], 3).order == (0, 1, 2)
+    with pytest.raises(InputError, match="no 3 neighbouring blocks are all candidates"):
+        STRATEGIES["window"](objective, [0, 1, 3, 4], 3)
+
+
+def test_beam_and_refine_find_an_optimum_that_greedy_misses():
+    # block 1 looks best alone, but only 2 and 3 together are nearly free
+    score = toy(WEIGHTS, {(2, 3): -4.5})
+    best = optimum(score, range(8), 2)
+    assert best == (2, 3)
+    assert set(STRATEGIES["greedy"](Objective(score, 4), range(8), 2).order) == {1, 2}
+    assert set(STRATEGIES["beam"](Objective(score, 4), range(8), 2).order) == {2, 3}
+    assert set(STRATEGIES["refine"](Objective(score, 4), range(8), 2).order) == {2, 3}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_beam_and_refine_are_never_worse_than_greedy(seed):
+    draw = np.random.default_rng(seed)
+    pairs = {pair: draw.normal(0, 3) for pair in combinations(range(8), 2)}
+    score = toy(draw.uniform(1, 5, 8), pairs)
+
+    def value(name):
+        order = STRATEGIES[name](Objective(score, 2), range(8), 4).order
+        assert len(set(order)) == 4
+        return score([BlockSet(order)], 0, 1)[0, 0]
+
+    best = score([BlockSet(optimum(score, range(8), 4))], 0, 1)[0, 0]
+    assert best - 1e-9 <= value("refine") <= value("greedy")
+    assert best - 1e-9 <= value("beam")
+
+
+def test_beams_plan_is_a_path_whose_rounds_justify_it():
+    score = toy(WEIGHTS, {(2, 3): -4.5, (3, 5): -2})
+    found = STRATEGIES["beam"](Objective(score, 4), range(8), 3)
+    assert [r.removed for r in found.rounds] == [(b,) for b in found.order]
+    for i, r in enumerate(found.rounds):
+        want = score([BlockSet([*found.order[:i], found.order[i]])], 0, 4)[0].mean()
+        assert next(s.mean for s in r.scores if s.block == found.order[i]) == pytest.approx(want)
+
+
+def test_beams_width_is_respected():
+    asked = []
+
+    def score(sets, start, stop):
+        asked.append(len(sets))
+        return toy(WEIGHTS)(sets, start, stop)
+
+    STRATEGIES["beam"](Objective(score, 2), range(8), 3)
+    assert asked[0] == 8
+    assert all(n <= BEAM * 7 for n in asked[1:])
+
+
+# -- racing ---------------------------------------------------------------------------------------
+
+
+def noisy(means, noise, windows, seed):
+    """Scores with a difficulty per window that all share, and noise of their own."""
+    draw = np.random.default_rng(seed)
+    shared = draw.normal(0, 1, windows)
+    table = np.asarray(means)[:, None] + shared + draw.normal(0, noise, (len(means), windows))
+
+    def score(sets, start, stop):
+        return np.array([table[next(iter(s)), start:stop] for s in sets])
+
+    return table, score
+
+
+def test_racing_does_a_fraction_of_the_work_and_finds_the_same_winner():
+    work = wrong = 0
+    for seed in range(100):
+        table, score = noisy(np.linspace(0, 1, 28), 0.1, 128, seed)
+        values = Objective(score, 128, exact=False).best([BlockSet([i]) for i in range(28)])
+        work += np.isfinite(values).sum()
+        wrong += rank(range(28), values, 1).removed[0] != table.mean(1).argmin()
+    assert work / (100 * 28 * 128) < 0.15
+    assert wrong <= 1
+
+
+def test_the_error_of_a_race_is_within_what_it_states():
+    """All but equal candidates are the hardest case: the best of them must hardly ever be lost."""
+    lost = 0
+    for seed in range(400):
+        table, score = noisy([0.0] * 6, 0.3, 48, seed)
+        values = Objective(score, 48, exact=False).best([BlockSet([i]) for i in range(6)])
+        lost += not np.isfinite(values[table.mean(1).argmin()]).all()
+    assert lost / 400 <= ERROR
+
+
+def test_the_k_best_are_scored_on_every_window():
+    table, score = noisy(np.linspace(0, 2, 20), 0.05, 64, 0)
+    values = Objective(score, 64, exact=False).best([BlockSet([i]) for i in range(20)], k=3)
+    assert np.isfinite(values[:3]).all()
+    assert np.isnan(values[10:]).any(1).all()
+    seen = np.isfinite(values)
+    assert np.array_equal(values[seen], table[seen])
+
+
+def test_an_early_loser_is_estimated_through_the_windows_that_both_saw():
+    table, score = noisy(np.linspace(0, 2, 20), 0.05, 64, 3)
+    values = Objective(score, 64, exact=False).best([BlockSet([i]) for i in range(20)])
+    for s in rank(range(20), values, 1).scores:
+        assert s.mean == pytest.approx(table[s.block].mean(), abs=0.15)
+        assert s.windows == np.isfinite(values[s.block]).sum()
+        assert s.se > 0
+
+
+def test_few_windows_are_all_scored():
+    race = Race(5, 4, 1)
+    assert list(race.looks()) == [4]
+    assert Race(5, 1, 1).first == 1
+
+
+def test_an_exact_objective_does_not_race():
+    table, score = noisy(np.linspace(0, 9, 5), 0.01, 32, 0)
+    values = Objective(score, 32, exact=True).best([BlockSet([i]) for i in range(5)])
+    assert np.array_equal(values, table)
