@@ -18,10 +18,10 @@ demo: $(READY) $(MODEL)
 	$(BIN)/sleb demo --model $(MODEL)
 
 test: $(READY) $(MODEL)
-	SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(READY) $(MODEL)
-	SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m ""
 
 check: lint types test
 

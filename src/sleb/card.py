@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from sleb.quality import Interval
 from sleb.record import RunRecord
 
 __all__ = ["model_card"]
+
+logger = logging.getLogger(__name__)
 
 
 def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
@@ -25,7 +28,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
         **inherited,
     )
     left = record.blocks - len(plan.removed)
-    name = Path(record.model).name
+    name = Path(record.model).name or source.resolve().name
     before, after = (f"{n / 1e6:,.1f} M" for n in record.parameters)
     lines = [
         "---",
@@ -78,12 +81,13 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
 
 def _inherited(source: Path) -> dict[str, Any]:
     """Licence and language from the original's card, if it has one."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
-    card = source / "README.md"
-    if not card.is_file():
+    try:
+        data: dict[str, Any] = metadata_load(source / "README.md") or {}
+    except Exception as error:  # missing, or not a card: no reason to lose a finished search
+        logger.info("no metadata from %s: %s", source / "README.md", error)
         return {}
-    data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     keys = ("license", "license_name", "license_link", "language")
     return {key: data[key] for key in keys if key in data}
 

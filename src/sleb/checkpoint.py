@@ -27,7 +27,7 @@ __all__ = ["Checkpoint", "TensorInfo", "fingerprint"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHUNK = 16 * 2**20
+CHUNK = 2 * 2**20
 
 # Fields of config.json that do not change what the model computes.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
@@ -35,7 +35,7 @@ _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_model_name_or_
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor's bytes are: ``[start, stop)`` in ``shard``. ``dtype`` as safetensors names it."""
+    """Where a tensor's bytes are: ``[start, stop)`` in ``shard``; ``dtype`` as safetensors says."""
 
     shard: str
     dtype: str
@@ -55,6 +55,11 @@ class TensorInfo:
         for size in self.shape:
             total *= size
         return total
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element; zero if it is less than a byte."""
+        return self.nbytes // max(1, self.numel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ class Checkpoint:
         return cls(path=path, config=config, tensors=tensors, metadata=metadata)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A tensor's bytes, in pieces of at most 16 MiB."""
+        """A tensor's bytes, in pieces of at most 2 MiB."""
         info = self.tensors[name]
         with open(self.path / info.shard, "rb") as stream:
             stream.seek(info.start)
@@ -115,6 +120,12 @@ class Checkpoint:
         for piece in self.chunks(name):
             sha.update(piece)
         return sha.hexdigest()
+
+    @property
+    def architecture(self) -> str:
+        """The model class that the config names, or an empty string."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +175,7 @@ def fingerprint(
     canonical = json.dumps(config, sort_keys=True, ensure_ascii=False)
     return Fingerprint(
         model_type=str(config.get("model_type", "")),
-        architecture=str((config.get("architectures") or [""])[0]),
+        architecture=checkpoint.architecture,
         blocks=blocks,
         config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
         weights_sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
@@ -176,31 +187,30 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object")
     return value
 
 
 def _shards(path: Path) -> list[str]:
-    """The shard files of a folder, in order, from its index or its single file."""
-    if (path / INDEX).is_file():
+    """The shard files of a folder, in order; where there are both, the single file counts and not
+    the index, as in transformers."""
+    if (path / SINGLE).is_file():
+        names = [SINGLE]
+    elif (path / INDEX).is_file():
         weight_map = _read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise DataError(f"{path / INDEX} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
-    elif (path / SINGLE).is_file():
-        names = [SINGLE]
     elif any(path.glob("pytorch_model*.bin")):
         raise InputError(
             f"{path} has only pickled weights (.bin), which sleb does not open; convert once with "
             "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
-    elif (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} is an adapter (PEFT); merge it into its base model first")
     else:
-        raise InputError(f"{path} has no {SINGLE} or {INDEX}: no weights to cut")
+        raise InputError(f"{path} has no {SINGLE} or {INDEX}: no weights that sleb reads")
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise DataError(f"{path / INDEX} names {name!r}: a shard must be a file beside it")

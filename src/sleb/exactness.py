@@ -7,7 +7,10 @@ another tool pruned.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,13 @@ from torch import Tensor, nn
 
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.depthfields import depth_fields
-from sleb.errors import SlebError, VerificationFailed
-from sleb.models.load import DTYPES, LoadedModel, load, load_config, pick_device, strict_model
+from sleb.errors import DataError, SlebError, UnsupportedModel, VerificationFailed
+from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.plan import Plan
 from sleb.progress import Progress, silent
-from sleb.surgery import check_fingerprint, pruned_config
+from sleb.surgery import check_fingerprint, pruned_config, renamer
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -80,40 +83,43 @@ def verify(
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
 
     Raises:
-        InputError: a path is wrong, or the plan is for another model.
+        InputError: a path is wrong, ``out`` is no checkpoint, or the plan is for another model.
         UnsupportedModel: the original cannot be cut exactly.
     """
     removed = plan.at_depth(depth)
+    target = pick_device(device)
     source = resolve(model, progress)
-    check_fingerprint(
-        plan.model, fingerprint(Checkpoint.open(source.path), plan.model.blocks), source.ref
-    )
+    resolve(out)
     config = load_config(source.path)
+    checked_dtype = pick_dtype(dtype, config, target)
+    identity = fingerprint(Checkpoint.open(source.path), decoder_config(config).num_hidden_layers)
+    check_fingerprint(plan.model, identity, source.ref)
     expected = pruned_config(config, removed)
     probe = probe_ids(config)
     checks: list[Check] = []
 
     with progress.stage("original with the blocks bypassed", None):
         original = load(model, dtype=dtype, device=device)
+        weights = _digests(original.model, original.stack.path, removed)
         reference = _logits(original.model, probe, original.stack.bypassed(removed))
         del original
         gc.collect()
 
     with progress.stage("reloading the checkpoint", None):
-        target = pick_device(device)
         checks.append(_config_check(Path(out), expected))
         try:
             Checkpoint.open(out)
-            pruned = strict_model(Path(out), DTYPES[dtype]).to(target)
-        except SlebError as error:
+            pruned = strict_model(Path(out), checked_dtype).to(target)
+        except (DataError, UnsupportedModel) as error:
             checks.append(_check("clean reload", False, str(error), "no tensor missing or extra"))
             return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
         checks.append(_check("clean reload", True, "0 missing, unexpected, mismatched", "0"))
     blocks = len(BlockStack(pruned))
     left = plan.model.blocks - len(removed)
     checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
+    checks.append(_weight_check(_digests(pruned), weights))
     if blocks == left:
-        checks.append(_logit_check(_logits(pruned, probe), reference, dtype, target))
+        checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, target))
     with progress.stage("generating", None):
         checks.append(
             _generation_check(pruned, probe, lambda: load(model, dtype=dtype, device=device))
@@ -142,28 +148,52 @@ def _logits(model: nn.Module, ids: Tensor, context: Any = None) -> Tensor:
         return _logits(model, ids)
 
 
-def _logit_check(found: Tensor, expected: Tensor, dtype: str, device: torch.device) -> Check:
+def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) -> dict[str, str]:
+    """SHA-256 of every tensor of a loaded model, by the name that it has once the blocks
+    ``removed`` are cut out of the list at ``path``. So file layout and names do not matter."""
+    rename = renamer(path + ".", removed)
+    tensors = {new: t for name, t in model.state_dict().items() if (new := rename(name))}
+
+    def digest(tensor: Tensor) -> str:
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(raw.numpy().data).hexdigest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def _weight_check(found: dict[str, str], expected: dict[str, str]) -> Check:
+    name, limit = "weights equal the original's", "equal bytes in every tensor that stays"
+    differ = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    if differ:
+        measured = f"{len(differ)} of {len(expected)} tensors differ, for example {differ[0]}"
+        return _check(name, False, measured, limit)
+    return _check(name, True, f"{len(found)} tensors are equal", limit)
+
+
+def _logit_check(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, device: torch.device
+) -> Check:
     name = "logits equal the original with blocks bypassed"
     if found.shape != expected.shape:
         return _check(name, False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
     gap = (found - expected).abs().max().item()
-    if dtype == "float32" and device.type == "cpu":
+    if dtype == torch.float32 and device.type == "cpu":
         limit = 0.0
     else:
-        limit = expected.abs().max().item() * (1e-4 if dtype == "float32" else 2e-2)
+        limit = expected.abs().max().item() * (1e-4 if dtype == torch.float32 else 2e-2)
     return _check(name, gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
 
 
-def _generation_check(
-    pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel]
-) -> Check:
+def _generation_check(pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel]) -> Check:
     """Greedy tokens with and without the key-value cache must agree; if they do not, but neither
     do the original's, the cut is not to blame."""
     name, limit = "generation with cache equals without", f"{NEW_TOKENS} equal tokens"
     try:
         same = _cache_agrees(pruned, ids)
     except Exception as error:  # any failure of generate() is a failed gate, and is shown
-        return _check(name, False, f"generate() fails: {type(error).__name__}: {error}", limit)
+        said = " ".join(str(error).split())[:400]
+        return _check(name, False, f"generate() fails: {type(error).__name__}: {said}", limit)
     if same:
         return _check(name, True, f"{NEW_TOKENS} equal tokens", limit)
     if not _cache_agrees(reload().model, ids):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
 from sleb.exactness import verify
-from sleb.files import writable_target, write_text
+from sleb.files import enough_space, writable_target
 from sleb.models.load import load
-from sleb.plan import Plan
+from sleb.plan import Plan, blocks_to_remove, parse_blocks
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
 from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, search
-from sleb.surgery import apply
+from sleb.surgery import apply, refuse_source
 from sleb.text import load_windows
 
 __all__ = ["Pruned", "prune"]
@@ -68,6 +68,11 @@ def prune(
     writable_target(out, force=force)
     watch = Stopwatch(progress)
     loaded = load(model, dtype=dtype, device=device, progress=watch)
+    refuse_source(out, loaded.source.path)
+    n = len(loaded.stack)
+    left = n - blocks_to_remove(remove, n)
+    parse_blocks(protect, n)
+    enough_space(out.parent, Checkpoint.open(loaded.source.path).nbytes * left // n)
     scored, aside = load_windows(
         loaded.tokenizer, text, windows=windows, length=length, seed=seed, heldout=heldout
     )
@@ -95,7 +100,9 @@ def prune(
     record: list[RunRecord] = []
 
     def finish(stage: Path) -> None:
-        checked = verify(stage, model=model, plan=plan, progress=watch)
+        checked = replace(
+            verify(stage, model=model, plan=plan, progress=watch), checkpoint=str(out)
+        )
         checked.require()
         before, after = Checkpoint.open(source.path), Checkpoint.open(stage)
         record.append(
@@ -115,7 +122,8 @@ def prune(
             )
         )
         record[0].save(stage / "run.json")
-        write_text(stage / "README.md", model_card(plan, record[0], source.path))
+        card = model_card(plan, record[0], source.path)
+        (stage / "README.md").write_text(card, encoding="utf-8")
 
     apply(plan, model, out, force=force, finish=finish, progress=watch)
     return Pruned(path=out, plan=plan, record=record[0])

@@ -7,6 +7,7 @@ belongs to the model (tokenizer, chat template, generation config, licence) is c
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -14,23 +15,31 @@ import shutil
 import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sleb.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint
-from sleb.depthfields import reindex
+from sleb.depthfields import depth_fields, reindex
 from sleb.errors import InputError, UnsupportedModel
-from sleb.files import staged_dir
+from sleb.files import enough_space, staged_dir
 from sleb.models.source import resolve
 from sleb.plan import Fingerprint, Plan
 from sleb.progress import Progress, Tick, silent
 
-__all__ = ["apply", "cut_checkpoint", "pruned_config"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sleb.models.stack import BlockStack
+
+__all__ = ["apply", "cut_checkpoint", "pruned_config", "renamer"]
 
 logger = logging.getLogger(__name__)
 
 # Weights in other formats describe the uncut model, and must not travel with the cut one.
-_OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|onnx|tflite|ot)|.*\.index\.json")
-_SKIPPED_FILES = frozenset({"config.json", "README.md", "plan.json", "run.json"})
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|tflite|ot)|.*\.index\.json"
+)
+# params.json is the config, number of blocks included, of another format
+_SKIPPED_FILES = frozenset({"config.json", "params.json", "README.md", "plan.json", "run.json"})
 
 
 def apply(
@@ -47,7 +56,8 @@ def apply(
     """Write the model cut by ``plan`` (by its first ``depth`` removals) as a new checkpoint.
 
     ``finish(stage)`` may add files to the staging folder before it becomes ``out``; if it raises,
-    nothing is written. The source is only read. Peak memory is one 16 MiB buffer.
+    nothing is written. ``out`` gets the plan as far as it was used. The source is only read. No
+    tensor is held in memory, only a few buffers of 2 MiB.
 
     Raises:
         InputError: the plan is for another model, ``depth`` is outside the plan, ``out`` exists.
@@ -55,20 +65,33 @@ def apply(
         DataError: the source is corrupt.
         ResourceError: the disk is full.
     """
+    from sleb.models.load import load_config
+    from sleb.models.stack import decoder_config
+
     out = Path(out)
     removed = plan.at_depth(depth)
     source = resolve(model, progress)
-    if out.resolve() == source.path.resolve():
-        raise InputError(f"{out} is the model itself; choose another -o")
+    refuse_source(out, source.path)
     with staged_dir(out, force=force) as stage:
         checkpoint = Checkpoint.open(source.path)
+        config = load_config(source.path, trust_remote_code=trust_remote_code)
+        blocks = decoder_config(config).num_hidden_layers
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
-            check_fingerprint(plan.model, fingerprint(checkpoint, plan.model.blocks, tick), source.ref)
-        cut_checkpoint(checkpoint, removed, stage, trust_remote_code=trust_remote_code, progress=progress)
-        plan.save(stage / "plan.json")
+            check_fingerprint(plan.model, fingerprint(checkpoint, blocks, tick), source.ref)
+        cut_checkpoint(
+            checkpoint, removed, stage, trust_remote_code=trust_remote_code, progress=progress
+        )
+        used = plan.model_copy(update={"removed": removed, "order": plan.order[: len(removed)]})
+        (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
         if finish:
             finish(stage)
     return out
+
+
+def refuse_source(out: Path, source: Path) -> None:
+    """Raise InputError if replacing ``out`` would replace the model in ``source``."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} is the model itself, or holds it; choose another -o")
 
 
 def check_fingerprint(expected: Fingerprint, found: Fingerprint, ref: str) -> None:
@@ -101,11 +124,14 @@ def cut_checkpoint(
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
     n = decoder_config(config).num_hidden_layers
     cut = pruned_config(config, removed)
-    rename = _renamer(checkpoint.block_prefix(n, stack.path), removed)
+    kept = [i for i in range(n) if i not in set(removed)]
+    _check_structure(stack, kept, empty_model(cut, trust_remote_code=trust_remote_code))
+    rename = renamer(checkpoint.block_prefix(n, stack.path), removed)
     _refuse_block_names(checkpoint.config.get("quantization_config"), stack.path)
 
     names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
     kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
+    enough_space(stage.parent, kept_bytes)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
         _write_shards(checkpoint, names, stage, tick)
     cut.save_pretrained(stage)
@@ -124,25 +150,56 @@ def pruned_config(config: Any, removed: Collection[int]) -> Any:
     text = decoder_config(config)
     n = text.num_hidden_layers
     kept = [i for i in range(n) if i not in set(removed)]
-    field = (getattr(text, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
-    new_text = reindex(text.to_dict(), kept, n, field)
+    field = (getattr(text, "attribute_map", None) or {}).get(
+        "num_hidden_layers", "num_hidden_layers"
+    )
+    fields = text.to_dict()
+    new_text = reindex(fields, kept, n, field)
+    changed = {k: v for k, v in new_text.items() if k not in fields or fields[k] != v}
+    # what transformers writes to config.json; some types (dbrx) refuse to read all of to_dict()
+    new = config.to_diff_dict()
     if text is config:
-        new = new_text
+        new.update(changed)
     else:
-        new = config.to_dict()
         key = next(k for k in config.sub_configs if getattr(config, k, None) is text)
-        new[key] = new_text
+        new[key] = {**new.get(key, {}), **changed}
     try:
-        cut = type(config).from_dict(new)
+        cut = type(config).from_dict(copy.deepcopy(new))
     except Exception as error:  # transformers validates with several exception types
-        raise UnsupportedModel(f"the re-indexed config is refused by transformers: {error}") from error
+        raise UnsupportedModel(
+            f"transformers refuses the config of this cut: {' '.join(str(error).split())}"
+        ) from error
     check = decoder_config(cut)
     if check.num_hidden_layers != len(kept):
         raise UnsupportedModel(f"config field `{field}` does not set the number of blocks")
+    read_back = check.to_dict()
+    for name in (known.name for known in depth_fields(new_text, len(kept))):
+        if read_back.get(name) != new_text[name]:
+            raise UnsupportedModel(
+                f"transformers does not accept config field `{name}` = {new_text[name]!r} for this "
+                f"cut: it becomes {read_back.get(name)!r}"
+            )
     return cut
 
 
-def _renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
+def _check_structure(stack: BlockStack, kept: list[int], cut: nn.Module) -> None:
+    """Raise UnsupportedModel unless each kept block is built alike in the cut model: some models
+    build the first or the last place differently (rwkv, gpt_neox_japanese)."""
+    from sleb.models.stack import BlockStack
+
+    for old, block in zip(kept, BlockStack(cut).blocks, strict=True):
+        before, after = (
+            {name: tuple(tensor.shape) for name, tensor in b.state_dict().items()}
+            for b in (stack.blocks[old], block)
+        )
+        if different := sorted(dict(before.items() ^ after.items())):
+            raise UnsupportedModel(
+                f"block {old} would move to a place where {stack.name} builds blocks differently "
+                f"({different[0]}): protect the block that has this place now"
+            )
+
+
+def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
     """New name of a tensor, or None if it goes. Blocks numbered past the last (multi-token
     prediction) move down by the number removed."""
     gone = frozenset(removed)
@@ -161,9 +218,7 @@ def _renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | Non
     return rename
 
 
-def _write_shards(
-    checkpoint: Checkpoint, names: dict[str, str], stage: Path, tick: Tick
-) -> None:
+def _write_shards(checkpoint: Checkpoint, names: dict[str, str], stage: Path, tick: Tick) -> None:
     """Copy the tensors ``names`` (old to new) into shards of ``stage``; write the index."""
     by_shard: dict[str, list[str]] = {}
     for name in names:
@@ -172,7 +227,10 @@ def _write_shards(
     weight_map = {}
     for i, (shard, members) in enumerate(sorted(by_shard.items()), 1):
         target = SINGLE if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
-        members.sort(key=lambda name: checkpoint.tensors[name].start)
+        # wide elements first, as safetensors' own writer does: every tensor stays aligned
+        members.sort(
+            key=lambda name: (-checkpoint.tensors[name].width, checkpoint.tensors[name].start)
+        )
         _write_shard(checkpoint, {m: names[m] for m in members}, stage / target, shard, tick)
         weight_map.update({names[m]: target for m in members})
     if total > 1:
@@ -223,7 +281,9 @@ def _carry(path: Path, stage: Path) -> None:
 def _refuse_block_names(quantization: Any, path: str) -> None:
     """Refuse a quantization config that names single blocks: they would be the wrong ones."""
     last = path.rpartition(".")[2]
-    if found := re.search(rf"[\w.]*\b{re.escape(last)}\\?\.\d+[\w.]*", json.dumps(quantization or {})):
+    if found := re.search(
+        rf"[\w.]*\b{re.escape(last)}\\?\.\d+[\w.]*", json.dumps(quantization or {})
+    ):
         raise UnsupportedModel(
             f"quantization_config names single blocks ({found[0]}), which sleb does not renumber "
             "yet: cut the model before quantizing it"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import typer
 
@@ -34,30 +38,70 @@ register(app)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code instead of raising."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; the process is ours
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command = shlex.join(["sleb", *given])
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        with _terminated_as_interrupted():
+            result = app(args=given, prog_name="sleb", standalone_mode=False, obj=command)
     except SlebError as error:
         return _fail(str(error), error.exit_code)
-    except Interrupted:
-        return _fail("interrupted; a search keeps its scores: repeat the command to go on", 130)
-    except MemoryError:
-        return _fail("out of memory; try fewer or shorter windows, or --dtype bfloat16", 6)
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail("disk full; free some space and repeat", 6)
-        raise
+    except Interrupted as error:
+        return _fail(str(error), 130)
     except Exception as error:
-        # usage errors are click's, of which some versions of typer carry a copy of their own
-        describe = getattr(error, "format_message", None)
-        if describe is None:
-            raise
-        text = describe()
-        return _fail(text if "\n" in text else f"{text} See: sleb --help", 2)
+        if type(error).__name__ == "Abort":  # click's, for Ctrl-C before a verb runs
+            return _fail("interrupted; nothing was written", 130)
+        if hasattr(error, "format_message"):
+            return _usage(error)
+        if _is_out_of_memory(error):
+            return _fail("out of memory; try fewer or shorter windows, or --dtype bfloat16", 6)
+        if isinstance(error, OSError) and error.errno:
+            return _system_error(error)
+        raise
     return result if isinstance(result, int) else 0
 
 
+def _usage(error: Exception) -> int:
+    """click's errors, known by their shape: some versions of typer carry a copy of click."""
+    text = str(error.format_message())  # type: ignore[attr-defined]
+    if "\n" in text:  # `sleb` alone: the help
+        print(text, file=sys.stderr)  # noqa: T201
+        return 2
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "sleb"
+    return _fail(f"{text}{'.' if text[-1].isalnum() else ''} See: {command} --help", 2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, an accelerator's or the CPU allocator's; torch is not imported to ask."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
+def _system_error(error: OSError) -> int:
+    what = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _fail("disk full; free some space and repeat the command", 6)
+    if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
+        return _fail(f"{what}; check the path and its permissions", 2)
+    return _fail(f"{what}; the system refused, check the disk and repeat the command", 6)
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"sleb: {message}", file=sys.stderr)  # noqa: T201
+    print(f"sleb: {' '.join(message.splitlines())}", file=sys.stderr)  # noqa: T201
     return code
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A polite kill, as of `timeout` or a batch system, cleans up like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -37,12 +37,12 @@ class _Bars:
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
         columns = [
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             *([TextColumn("left"), TimeRemainingColumn()] if total else []),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
         ]
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task(title, total=total, note="")

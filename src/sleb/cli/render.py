@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = [
     "applied",
@@ -26,13 +27,20 @@ __all__ = [
 ]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which ends quietly; rich would exit with 1."""
+        raise BrokenPipeError
+
+
 def result(value: Any, as_json: bool, draw: Callable[[Console, Any], None]) -> None:
     """Print ``value`` on stdout: JSON, or drawn by ``draw``."""
     if as_json:
         sys.stdout.write(json_module.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n")
     else:
         width = None if sys.stdout.isatty() else 100
-        draw(Console(width=width, highlight=False), value)
+        # no markup: names of models and folders may hold brackets
+        draw(_Console(width=width, highlight=False, markup=False, emoji=False), value)
 
 
 def note(text: str, as_json: bool) -> None:
@@ -174,7 +182,8 @@ def verification(console: Console, v: Any) -> None:
         column.justify = "left"
         column.overflow = "fold"
     for c in v.checks:
-        table.add_row("[green]pass[/]" if c.passed else "[red]FAIL[/]", c.name, c.measured, c.limit)
+        mark = Text("pass", "green") if c.passed else Text("FAIL", "red")
+        table.add_row(mark, c.name, c.measured, c.limit)
     console.print(table)
 
 

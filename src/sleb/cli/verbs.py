@@ -7,6 +7,7 @@ tables or with --json as JSON; progress and messages go to stderr.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def search(
     from sleb.metrics import METRICS
 
     METRICS[metric]  # refuse a wrong name before loading anything
-    writable_target(Path(out), force=force)
+    writable_target(Path(out), force=force, folder=False)
     from sleb.selection.search import search as find
 
     plan = find(
@@ -168,7 +169,7 @@ def apply(
     )
     left = loaded.model.blocks - len(removed)
     render.result({"out": out, "removed": removed, "blocks": left}, json, render.applied)
-    render.note(f"next: sleb verify {out} --model {model} --plan {plan}", json)
+    render.note(f"next: sleb verify {out} --model {model}", json)
     return 0
 
 
@@ -209,7 +210,10 @@ def evaluate(
     model: Model,
     text: Text = None,
     windows: Windows = None,
-    length: Length = 2048,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per window. Default: 2048, or what the model reads.", min=2),
+    ] = None,
     plan: Annotated[
         str | None, typer.Option("--plan", help="Also score the model cut by this plan.")
     ] = None,
@@ -224,6 +228,8 @@ def evaluate(
     from sleb.plan import Plan
 
     chosen = Plan.load(plan) if plan else None
+    if depth is not None and chosen is None:
+        raise InputError("--depth is a depth of a plan; give the plan with --plan")
     removed = chosen.at_depth(depth) if chosen else ()
     from sleb.checkpoint import Checkpoint, fingerprint
     from sleb.models.load import load
@@ -236,6 +242,7 @@ def evaluate(
     if chosen:
         identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
         check_fingerprint(chosen.model, identity, model)
+    length = length or min(2048, loaded.stack.max_length or 2048)
     scored, _ = load_windows(
         loaded.tokenizer, text or (), windows=windows or "all", length=length, seed=seed
     )
@@ -245,6 +252,7 @@ def evaluate(
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     remove: Remove,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
@@ -262,8 +270,6 @@ def prune(
     json: Json = False,
 ) -> int:
     """Search, cut and prove in one go; OUT holds the checkpoint, plan, run record and card."""
-    import shlex
-
     from sleb.metrics import METRICS
 
     METRICS[metric]
@@ -285,7 +291,7 @@ def prune(
         device=device,
         batch=batch,
         force=force,
-        command=shlex.join(["sleb", *sys.argv[1:]]),
+        command=context.obj,
         progress=terminal_progress(),
     )
     render.result(done.record, json, render.record)
@@ -319,7 +325,7 @@ EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
 
 
 class Interrupted(Exception):
-    """Ctrl-C while a verb ran."""
+    """Ctrl-C while a verb ran; says how to go on."""
 
 
 def register(app: typer.Typer) -> None:
@@ -332,8 +338,20 @@ def _interruptible(function: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int:
         try:
-            return function(*args, **kwargs)
+            code = function(*args, **kwargs)
+            sys.stdout.flush()
+            return code
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise Interrupted(_how_to_go_on(kwargs.get("out"))) from None
+        except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     return run
+
+
+def _how_to_go_on(out: str | None) -> str:
+    journal = Path(f"{Path(out)}.journal") if out else None
+    if journal and journal.exists():
+        return f"interrupted; scores so far are in {journal}: repeat the command to go on"
+    return "interrupted; nothing was written"

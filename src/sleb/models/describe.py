@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sleb.checkpoint import Checkpoint
 from sleb.depthfields import DepthField, depth_fields, refuse_unsupported
-from sleb.errors import SlebError, UnsupportedModel
+from sleb.errors import UnsupportedModel
 from sleb.models.load import empty_model, load_config
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
@@ -66,16 +66,14 @@ def describe(
     facts = {
         "model": source.ref,
         "model_type": str(checkpoint.config.get("model_type", "unknown")),
-        "architecture": str((checkpoint.config.get("architectures") or ["unknown"])[0]),
+        "architecture": checkpoint.architecture or "unknown",
     }
     try:
         config = load_config(source.path, trust_remote_code=trust_remote_code)
         text = decoder_config(config)
         stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
         refuse_unsupported(text.to_dict(), len(stack))
-    except SlebError as error:
-        if not isinstance(error, UnsupportedModel):
-            raise
+    except UnsupportedModel as error:
         return Description(**facts, supported=False, reason=str(error))  # type: ignore[arg-type]
 
     n = len(stack)
@@ -100,7 +98,7 @@ def describe(
             )
         )
     return Description(
-        **facts,  # type: ignore[arg-type]
+        **facts,
         supported=True,
         reason=None,
         block_path=stack.path,

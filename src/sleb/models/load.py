@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sleb.checkpoint import Checkpoint
 from sleb.depthfields import refuse_unsupported
 from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.plan import MAX_BLOCKS
 from sleb.progress import Progress, silent
 
 __all__ = ["DTYPES", "LoadedModel", "empty_model", "load", "load_config", "load_tokenizer"]
@@ -57,6 +59,7 @@ def load(
     """
     target = pick_device(device)
     source = resolve(ref, progress)
+    Checkpoint.open(source.path)  # its errors say more than those of loading
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     text = decoder_config(config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
@@ -74,29 +77,43 @@ def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False
     """A causal LM from a folder, on the CPU, in evaluation mode; every tensor accounted for.
 
     Raises:
+        InputError: loading needs a package that is not installed.
         DataError: missing, unexpected or mismatched tensors.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are counted below, and then refused
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
-        except SafetensorError as error:
-            raise DataError(f"{path}: weights are corrupt or truncated ({error})") from None
-        except (RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except ImportError as error:
+            raise InputError(f"{path} needs a package to load: {_say(error)}") from None
+        except Exception as error:  # of many types, and from the model's own code
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if out_of_memory or "allocate memory" in str(error):
                 raise
-            raise DataError(f"{path} does not load: {_first_line(error)}") from None
+            raise DataError(f"{path} does not load: {_say(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(str(key) for key in info.get(kind, ())):
+        if found := sorted(_key(key) for key in info.get(kind, ())):
             raise DataError(
-                f"{path}: {len(found)} {kind.replace('_', ' ')} on loading, for example {found[0]}; "
-                "the config does not describe these weights"
+                f"{path}: {len(found)} {kind.replace('_', ' ')} on loading, for example "
+                f"{found[0]}; the config does not describe these weights"
             )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _key(key: Any) -> str:
+    """A tensor of transformers' loading report: its name, with both shapes if they differ."""
+    if isinstance(key, str):
+        return key
+    name, found, wanted = key
+    return f"{name} of shape {list(found)} where {list(wanted)} is wanted"
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -104,6 +121,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         UnsupportedModel: not a causal language model, or a type that transformers does not know.
+        DataError: a field's value is impossible.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -112,13 +130,20 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModel(f"{path}: {_first_line(error)}") from None
+            raise UnsupportedModel(f"{path}: {_say(error)}") from None
+        except Exception as error:  # transformers validates with several exception types
+            raise DataError(f"{path / 'config.json'} is not valid: {_say(error)}") from None
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (remote and trust_remote_code):
         hint = "; it has code of its own: --trust-remote-code runs it" if remote else ""
         raise UnsupportedModel(
             f"{path} is not a causal language model (model_type {config.model_type!r}){hint}"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{path} is an encoder-decoder; sleb cuts decoder-only models")
+    n = getattr(decoder_config(config), "num_hidden_layers", 1)
+    if not isinstance(n, int) or not 1 <= n < MAX_BLOCKS:
+        raise DataError(f"{path / 'config.json'} is not valid: num_hidden_layers is {n}")
     return config
 
 
@@ -133,16 +158,24 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise InputError(f"{path} has no tokenizer that loads: {_first_line(error)}") from None
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise InputError(f"{path} has no tokenizer that loads: {_say(error)}") from None
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model of ``config`` with its structure but no weights (on the meta device)."""
+    """The model of ``config`` with its structure but no weights (on the meta device).
+
+    Raises:
+        DataError: the config's values do not go together.
+    """
     from transformers import AutoModelForCausalLM
 
+    model: nn.Module
     with quiet_transformers(), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever the model's constructor makes of a bad value
+            raise DataError(f"this config makes no model: {_say(error)}") from None
     return model
 
 
@@ -156,10 +189,16 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
+        if picked.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except RuntimeError:
-        raise InputError(f"--device {device!r} is not a device; use cpu, cuda, cuda:1 or mps") from None
+        raise InputError(
+            f"--device {device!r} is not a device; use cpu, cuda, cuda:1 or mps"
+        ) from None
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise InputError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     if picked.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: not available on this machine")
     return picked
@@ -170,7 +209,8 @@ def pick_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     if name != "auto":
         if name not in DTYPES:
             raise InputError(
-                f"unknown dtype '{name}'{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}"
+                f"unknown dtype '{name}'{did_you_mean(name, DTYPES)}; "
+                f"known: auto, {', '.join(DTYPES)}"
             )
         return DTYPES[name]
     own = getattr(config, "dtype", None) or getattr(decoder_config(config), "dtype", None)
@@ -187,6 +227,9 @@ def _cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _say(error: BaseException) -> str:
+    """Another library's error on one line: its first, and the second if the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:400]

@@ -6,6 +6,7 @@ cache keyed by the file's hash, because parsing its vocabulary takes transformer
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -25,7 +26,17 @@ __all__ = ["ModelSource", "cache_dir", "resolve"]
 
 logger = logging.getLogger(__name__)
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +63,12 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
         ResourceError: the hub cannot be reached, or the disk is full.
     """
     ref = str(ref)
+    if not ref:
+        raise InputError("MODEL is empty; give a folder, a hub id or a .gguf file")
     path = Path(ref).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{ref} is an adapter (PEFT); merge it into its base model first")
         if not (path / "config.json").is_file():
             raise InputError(f"{ref} has no config.json: not a Hugging Face checkpoint")
         return ModelSource(ref=ref, path=path)
@@ -61,34 +76,47 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
         if path.suffix != ".gguf":
             raise InputError(f"{ref} is a file; MODEL is a folder, a hub id or a .gguf file")
         return ModelSource(ref=ref, path=_dequantized(path, progress), is_gguf=True)
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, siblings)
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref) or ref[0] in "./~":
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"no model at {ref}{did_you_mean(path.name, siblings)}; check the path")
-    return ModelSource(ref=ref, path=_from_hub(ref))
+        raise InputError(f"no model at {ref}{hint}; check the path")
+    return ModelSource(ref=ref, path=_from_hub(ref, hint))
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, hint: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except GatedRepoError:
-        raise InputError(f"{repo} is gated: accept its terms on the hub, then `hf auth login`") from None
+        raise InputError(
+            f"{repo} is gated: accept its terms on the hub, then `hf auth login`"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(f"no folder named {repo} here and no such model on the hub") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
-            raise ResourceError(f"disk full while fetching {repo}; free some space") from None
+        raise InputError(
+            f"no folder named {repo} here{hint} and no such model on the hub; check the name, and "
+            "for a private model log in with: hf auth login"
+        ) from None
+    except Exception as error:  # the errors of the client's transports share no base
+        if _disk_is_full(error):
+            raise ResourceError(
+                f"disk full while fetching {repo}; free some space and repeat the command"
+            ) from None
         raise ResourceError(
-            f"no folder named {repo} here, and the hub cannot be reached for it "
+            f"no folder named {repo} here{hint}, and the hub cannot be reached for it "
             f"({type(error).__name__}); check the path or the network"
         ) from None
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Also for the errors of Rust libraries, which tell only in their text."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
 
 
 def _dequantized(path: Path, progress: Progress) -> Path:
@@ -102,7 +130,10 @@ def _dequantized(path: Path, progress: Progress) -> Path:
     out = cache_dir() / "gguf" / sha.hexdigest()[:32]
     if not (out / "config.json").is_file():
         logger.info("dequantizing %s into %s", path, out)
-        with progress.stage(f"dequantizing {path.name} (once)", None), staged_dir(out, force=True) as stage:
+        with (
+            progress.stage(f"dequantizing {path.name} (once)", None),
+            staged_dir(out, force=True) as stage,
+        ):
             _convert(path, stage)
     return out
 
@@ -122,8 +153,12 @@ def _convert(path: Path, out: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
         except ImportError as error:
-            raise InputError(f"reading {path.name} needs the gguf package: pip install gguf ({error})") from None
-        except (ValueError, OSError, KeyError, IndexError) as error:
+            raise InputError(
+                f"reading {path.name} needs the gguf package: pip install gguf ({error})"
+            ) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file fails in many ways
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"{path} cannot be read: truncated, corrupt, or an architecture that transformers "
@@ -131,7 +166,12 @@ def _convert(path: Path, out: Path) -> None:
             ) from None
         model.config._name_or_path = ""
         vars(model.config).pop("_model_name_or_path", None)
-        model.save_pretrained(out)
+        try:
+            model.save_pretrained(out)
+        except Exception as error:
+            if _disk_is_full(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            raise
         tokenizer.save_pretrained(out)
     (out / "README.md").write_text(_card(path), encoding="utf-8")
 

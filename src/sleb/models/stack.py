@@ -54,7 +54,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not isinstance(n, int):
         raise UnsupportedModel(f"{name}: the config has no `num_hidden_layers`")
     root, prefix = _decoder(model)
-    lists = [(p, m) for p, m in root.named_modules() if isinstance(m, nn.ModuleList)]
+    # a list without weights is no stack (granite_swa keeps one rotary embedding per base)
+    lists = [
+        (p, m)
+        for p, m in root.named_modules()
+        if isinstance(m, nn.ModuleList) and next(m.parameters(), None) is not None
+    ]
     paths = [p for p, _ in lists]
     found = [
         (prefix + p, m)
@@ -70,11 +75,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
-    """The text decoder and its path prefix; the model itself where transformers names none."""
+    """The text decoder and its path prefix; the model itself where transformers names none, or
+    one without blocks (modernbert-decoder: its output head)."""
     get: Callable[[], nn.Module] | None = getattr(model, "get_decoder", None)
     decoder = get() if get is not None else None
     path = next((p for p, module in model.named_modules() if module is decoder), "")
-    return (model.get_submodule(path), path + ".") if path else (model, "")
+    root = model.get_submodule(path)
+    if not path or not any(isinstance(module, nn.ModuleList) for module in root.modules()):
+        return model, ""
+    return root, path + "."
 
 
 class BlockStack:
@@ -97,7 +106,16 @@ class BlockStack:
     @torch.inference_mode()
     def enter(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Everything before the first block. ids [B, T] -> hidden [B, T, D] and, per block, the
-        further arguments (masks, positions) that the model would hand it for this batch."""
+        further arguments (masks, positions) that the model would hand it for this batch.
+
+        Raises:
+            InputError: T is more than the model reads.
+        """
+        if self.max_length is not None and ids.shape[1] > self.max_length:
+            raise InputError(
+                f"windows of {ids.shape[1]} tokens are longer than the {self.max_length} that "
+                f"{self.name} reads: use --length {self.max_length}"
+            )
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         entry: list[Tensor] = []
 
@@ -161,8 +179,13 @@ class BlockStack:
     @property
     def input_device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest text that the model reads, in tokens; None where there is no limit."""
+        return getattr(decoder_config(self.model.config), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,19 +207,35 @@ class BlockStack:
                 for field in _INDEX_NAMES:
                     if isinstance(getattr(module, field, None), int):
                         setattr(module, field, i)
-        old = decoder_config(self.model.config)
-        for module in self.model.modules():
-            if getattr(module, "config", None) is old:
-                module.config = decoder_config(config)  # type: ignore[assignment]
-        self.model.config = config  # type: ignore[assignment]
+        old: Any = self.model.config
+        for before, after in ((old, config), (decoder_config(old), decoder_config(config))):
+            # the attention and expert kernels in use are no part of a saved config; without them
+            # transformers would leave out the causal mask
+            vars(after).update(
+                {k: v for k, v in vars(before).items() if k.endswith("_implementation_internal")}
+            )
+            for module in self.model.modules():
+                if getattr(module, "config", None) is before:
+                    module.config = after
         _, self.blocks = find_blocks(self.model)
         self._width = None
 
     # -- shadowing ---------------------------------------------------------------------------
 
     def _passing(self, i: int) -> Callable[..., Any]:
+        # transformers takes positions and masks of a cached step from the cache's first layer,
+        # and from the first of each attention type: empty ones would be silently wrong
+        kinds = getattr(decoder_config(self.model.config), "layer_types", None) or ["all"]
+        sets_positions = i in {0, *map(kinds.index, kinds)}
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._wrap(i, _split(args, kwargs)[0])
+            hidden, _, rest = _split(args, kwargs)
+            if sets_positions and _longest(rest.get("past_key_values")) > hidden.shape[1]:
+                raise InputError(
+                    f"block {i} is bypassed, and generating with a cache needs it: pass "
+                    "use_cache=False, or write the checkpoint with sleb apply"
+                )
+            return self._wrap(i, hidden)
 
         return forward
 
@@ -206,26 +245,72 @@ class BlockStack:
         return hidden if width is None else (hidden,) + (None,) * (width - 1)
 
     def _widths(self) -> list[int | None]:
-        """Per block the length of the tuple it returns, None for a bare tensor; from one dry run."""
+        """Per block the length of the tuple it returns, None for a bare tensor; from one dry run.
+
+        Raises:
+            UnsupportedModel: a block needs more from the block before it than the hidden state.
+        """
         if self._width is None:
             found: dict[int, int | None] = {}
+            extras: dict[int, Any] = {}  # outputs by id; kept alive, so that no id is used twice
+            handed: list[tuple[int, int | str]] = []  # block and argument
 
-            def note(i: int) -> Callable[..., None]:
-                def hook(module: nn.Module, args: Any, output: Any) -> None:
-                    found[i] = None if isinstance(output, Tensor) else len(output)
+            def hook(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+                handed.extend((i, name) for name, value in given if id(value) in extras)
+                found[i] = None if isinstance(output, Tensor) else len(output)
+                rest = () if isinstance(output, Tensor) else output[1:]
+                extras.update({id(x): x for x in rest if x is not None})
 
-                return hook
-
-            handles = [b.register_forward_hook(note(i)) for i, b in enumerate(self.blocks)]
+            handles = [
+                block.register_forward_hook(
+                    lambda _, args, kwargs, output, i=i: hook(i, args, kwargs, output),
+                    with_kwargs=True,
+                )
+                for i, block in enumerate(self.blocks)
+            ]
             try:
-                with torch.inference_mode():
-                    ids = torch.zeros((1, 2), dtype=torch.long, device=self.input_device)
-                    self.model(input_ids=ids, use_cache=False)
+                own = self._dry_run()
             finally:
                 for handle in handles:
                     handle.remove()
+            if handed:
+                self._refuse_exchange(handed, own)
             self._width = [found.get(i) for i in range(len(self))]
         return self._width
+
+    @torch.inference_mode()
+    def _dry_run(self) -> Tensor:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.input_device)
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _refuse_exchange(self, handed: list[tuple[int, int | str]], own: Tensor) -> None:
+        """Some blocks are handed further outputs of the one before: refuse, if these matter."""
+
+        def drop(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            names = {name for block, name in handed if block == i}
+            kept = tuple(None if k in names else value for k, value in enumerate(args))
+            return kept, {k: None if k in names else value for k, value in kwargs.items()}
+
+        handles = [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: drop(i, args, kwargs), with_kwargs=True
+            )
+            for i, block in enumerate(self.blocks)
+        ]
+        try:
+            same = torch.equal(self._dry_run(), own)
+        except Exception:  # of any type: the block's code does not expect None
+            same = False
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not same:
+            raise UnsupportedModel(
+                f"{self.name}: block {handed[0][0]} takes more from the block before it than the "
+                "hidden state, so no block can be removed exactly"
+            )
 
     @contextlib.contextmanager
     def _shadowed(self, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
@@ -236,14 +321,14 @@ class BlockStack:
         before = {i: vars(self.blocks[i]).get("forward") for i in forwards}
         try:
             for i, forward in forwards.items():
-                self.blocks[i].forward = forward  # type: ignore[method-assign]
+                self.blocks[i].forward = forward
             yield
         finally:
             for i, old in before.items():
                 if old is None:
                     vars(self.blocks[i]).pop("forward", None)
                 else:
-                    self.blocks[i].forward = old  # type: ignore[method-assign]
+                    self.blocks[i].forward = old
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any]:
@@ -254,13 +339,21 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, 
     return kwargs.pop("hidden_states"), args, kwargs
 
 
+def _longest(cache: Any) -> int:
+    """Tokens in the fullest layer of a key-value cache; 0 without one."""
+    layers = getattr(cache, "layers", None) or ()
+    lengths = [x.get_seq_length() for x in layers if hasattr(x, "get_seq_length")]
+    return max((int(length) for length in lengths), default=0)
+
+
 @contextlib.contextmanager
 def bypassed(model: Any, blocks: Collection[int]) -> Iterator[None]:
     """Make ``blocks`` of a transformers causal LM (or of a :class:`sleb.LoadedModel`) pass their
     input through. On exit the model is restored bit for bit, also after an exception.
 
     Raises:
-        InputError: a block does not exist.
+        InputError: a block does not exist; or, while generating with a cache, one that transformers
+            takes positions from is bypassed (the first, and the first of each attention type).
         UnsupportedModel: no single block list can be found.
     """
     stack = BlockStack(getattr(model, "model", model) if not hasattr(model, "config") else model)

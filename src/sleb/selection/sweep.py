@@ -5,14 +5,14 @@ stream per distinct *prefix* of the sets and runs each block once per live strea
 computed once and a block's weights are touched once per batch of windows, whatever the number of
 sets. A greedy round over n live blocks costs about n²/2 block forwards instead of n².
 
-A stream runs through the very calls of a separate full pass, with the same batch, so scores are
-those of separate passes.
+A stream goes through the model's own code, as in a separate full pass, so scores are those of
+separate passes; where batches differ, to rounding.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,8 +85,10 @@ class Sweep:
         if not self._checked:
             self._check(final, ids)
         dense = final.get(BlockSet()) if self.metric.needs_dense else None
-        by_set = {s: self._score(h, dense, ids) for s, h in final.items()}
-        out = torch.stack([by_set[s] for s in sets])
+        order = list(final)
+        scored = self._score(torch.cat([final[s] for s in order]), dense, ids)
+        self._tick(len(order))
+        out = scored[[order.index(s) for s in sets]]
         if not torch.isfinite(out).all():
             row, column = (~torch.isfinite(out)).nonzero()[0].tolist()
             raise DataError(
@@ -97,41 +99,53 @@ class Sweep:
         return out
 
     def walk(self, sets: Sequence[BlockSet], ids: Tensor) -> dict[BlockSet, Tensor]:
-        """Hidden states after the last block, per set. ids [B, T] -> each [B, T, D]."""
+        """Hidden states after the last block, per set. ids [B, T] -> each [B, T, D].
+
+        If B is below the batch size, several streams go through a block together.
+        """
         hidden, calls = self.stack.enter(ids)
+        together = {1: calls}  # what the blocks are handed, by number of streams in a batch
         streams = {BlockSet(): hidden}
-        for i, call in enumerate(calls):
-            runs = {_below(s, i) for s in sets if i not in s}
+        for i in range(len(self.stack)):
+            runs = sorted({_below(s, i) for s in sets if i not in s}, key=sorted)
             skips = {_below(s, i) for s in sets if i in s}
             after = {prefix | {i}: streams[prefix] for prefix in skips}
-            for prefix in runs:
+            for group in _groups(runs, max(1, self.batch // len(ids))):
+                if len(group) not in together:
+                    together[len(group)] = self.stack.enter(ids.repeat(len(group), 1))[1]
                 # pop() frees a stream as soon as nothing else needs it
-                h = streams[prefix] if prefix in skips else streams.pop(prefix)
-                after[prefix] = self.stack.run(i, h, call)
+                parts = [streams[p] if p in skips else streams.pop(p) for p in group]
+                merged = parts[0] if len(parts) == 1 else torch.cat(parts)
+                out = self.stack.run(i, merged, together[len(group)][i])
+                after.update(zip(group, torch.split(out, len(ids)), strict=True))
             self.forwards += len(runs)
             self._tick(len(runs))
             streams = after
         return streams
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
-        """Mean over the T-1 predicted tokens of each window, float64 [B], on the CPU."""
-        windows, predicted = ids.shape[0], ids.shape[1] - 1
+        """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S streams,
+        dense [B, T, D], ids [B, T] -> float64 [S, B] on the CPU."""
+        batch, predicted = len(ids), ids.shape[1] - 1
         vocab = int(decoder_config(self.stack.model.config).vocab_size)
         rows = max(1, _logit_bytes(self.stack) // (4 * vocab))
         # whole windows at a time, or slices of one window: never more positions than it has,
         # so that learned position tables are long enough
         high, wide = max(1, rows // predicted), min(rows, predicted)
-        values = torch.empty((windows, predicted), dtype=torch.float32, device=hidden.device)
-        for a in range(0, windows, high):
+        following = ids[:, 1:].to(hidden.device)
+        values = torch.empty((len(hidden), predicted), dtype=torch.float32, device=hidden.device)
+        for a in range(0, len(hidden), high):
+            window = torch.arange(a, min(a + high, len(hidden)), device=hidden.device) % batch
             for p in range(0, predicted, wide):
-                part = (slice(a, a + high), slice(p, min(p + wide, predicted)))
-                targets = ids[:, 1:][part].to(hidden.device)
-                logits = self.stack.exit(hidden[part]).to(hidden.device).flatten(0, 1)
-                base = None if dense is None else self.stack.exit(dense[part]).flatten(0, 1)
-                found = self.metric.tokens(logits, targets.flatten(), base)
-                values[part] = found.view(targets.shape)
-        self._tick(1)
-        return values.double().mean(1).cpu()
+                here = slice(p, min(p + wide, predicted))
+                targets = following[window, here]
+                logits = self.stack.exit(hidden[a : a + high, here]).flatten(0, 1)
+                base = None
+                if dense is not None:
+                    base = self.stack.exit(dense[window, here]).flatten(0, 1)
+                found = self.metric.tokens(logits, targets.flatten().to(logits.device), base)
+                values[a : a + high, here] = found.view(targets.shape)
+        return values.double().mean(1).view(-1, batch).cpu()
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
         """Once per model: the walk must agree with the model's own forward pass."""
@@ -147,6 +161,15 @@ class Sweep:
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
         self._checked = True
+
+
+def _groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]]:
+    """Cut into groups of a power of two, at most ``most``: few sizes, so few things to prepare."""
+    start = 0
+    while start < len(items):
+        size = 1 << (min(most, len(items) - start).bit_length() - 1)
+        yield items[start : start + size]
+        start += size
 
 
 def _below(blocks: BlockSet, i: int) -> BlockSet:

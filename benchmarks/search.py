@@ -1,0 +1,208 @@
+"""The published search against ours, in one run: same model, tokens, dtype and threads.
+
+    python benchmarks/search.py MODEL --windows 64 --length 256 --remove 6 -o out.json
+
+Systems, each timed from a loaded model to the order of removal:
+
+- published: SLEB's algorithm as published, one full forward pass for each candidate and window
+  (batch 1). With --published-rounds 1 only its first round is run, and its whole time is
+  extrapolated by the number of passes; the JSON says so.
+- exact: every candidate on every window, prefixes shared.
+- racing: candidates that are clearly worse are given up early.
+
+Block forwards are counted per window of tokens. Peak memory is the process's (CPU) or the
+allocator's (CUDA). A random Llama of the 7B shape, for time only: --shape 7b in place of MODEL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sleb
+from sleb.metrics import NLL
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import Objective
+from sleb.selection.strategies import STRATEGIES
+from sleb.selection.sweep import Sweep
+
+
+class Published:
+    """One pass per candidate and window; the rest of the work is transformers' own."""
+
+    def __init__(self, stack: BlockStack, ids: Tensor) -> None:
+        self.stack, self.ids, self.forwards, self.passes = stack, ids, 0, 0
+
+    @torch.inference_mode()
+    def loss(self, removed: list[int]) -> float:
+        total = 0.0
+        with self.stack.bypassed(removed):
+            for window in self.ids:
+                logits = self.stack.model(input_ids=window[None], use_cache=False).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits.float(), window[1:]).item()
+                self.forwards += len(self.stack) - len(removed)
+                self.passes += 1
+        return total / len(self.ids)
+
+    def run(self, candidates: list[int], n: int, rounds: int) -> list[int]:
+        order: list[int] = []
+        for _ in range(min(n, rounds)):
+            losses = {b: self.loss([*order, b]) for b in candidates if b not in order}
+            order.append(min(losses, key=lambda b: losses[b]))
+        return order
+
+
+class Counted:
+    """A sweep whose block forwards are counted per window, as the published algorithm's are."""
+
+    def __init__(self, stack: BlockStack, ids: Tensor) -> None:
+        self.sweep, self.forwards = Sweep(stack, ids, NLL), 0
+
+    def __call__(self, sets: Any, start: int, stop: int) -> Any:
+        before = self.sweep.forwards
+        values = self.sweep.scores(sets, start, stop).numpy()
+        # one sweep call is one batch: its forwards ran on all of its windows at once
+        self.forwards += (self.sweep.forwards - before) * (stop - start)
+        return values
+
+
+def ours(stack: BlockStack, ids: Tensor, candidates: list[int], n: int, exact: bool) -> Any:
+    counted = Counted(stack, ids)
+    objective = Objective(counted, len(ids), step=counted.sweep.batch, exact=exact)
+    found = STRATEGIES["greedy"](objective, candidates, n)
+    return list(found.order), counted.forwards
+
+
+def measure(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, seconds, and peak memory in GB so far (CPU) or of this work (CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return result, time.perf_counter() - start, peak
+
+
+def random_llama(shape: str, device: torch.device) -> Any:
+    """Random weights: times and memory are those of a real model, losses mean nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, inner, blocks, heads = {
+        "7b": (4096, 11008, 32, 32),
+        "13b": (5120, 13824, 40, 40),
+    }[shape]
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--shape", choices=["7b", "13b"])
+    parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--remove", type=int, default=6)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--systems", default="racing,exact,published")
+    parser.add_argument("--published-rounds", type=int, default=99)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    if options.shape:
+        device = torch.device("cuda" if options.device == "auto" else options.device)
+        stack = BlockStack(random_llama(options.shape, device))
+        ids = torch.randint(0, 32000, (options.windows, options.length))
+    else:
+        loaded = sleb.load(options.model, dtype=options.dtype, device=options.device)
+        stack, device = loaded.stack, loaded.stack.input_device
+        ids = sleb.load_windows(
+            loaded.tokenizer,
+            options.text,
+            windows=options.windows,
+            length=options.length,
+            seed=0,
+        )[0].ids
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    n_blocks = len(stack)
+    candidates = list(range(1, n_blocks - 1))
+    BlockStack.exit(stack, stack.enter(ids[:1])[0])  # warm up
+
+    rows: list[dict[str, Any]] = []
+    for system in options.systems.split(","):
+        row: dict[str, Any] = {"system": system}
+        if system == "published":
+            naive = Published(stack, ids.to(device))
+            order, seconds, peak = measure(
+                device,
+                lambda p=naive: p.run(candidates, options.remove, options.published_rounds),
+            )
+            passes = len(ids) * sum(len(candidates) - i for i in range(options.remove))
+            if naive.passes < passes:
+                row["extrapolated_from"] = f"{naive.passes} of {passes} passes"
+                row["seconds_run"], seconds = seconds, seconds * passes / naive.passes
+            forwards = naive.forwards * passes // naive.passes
+        else:
+            (order, forwards), seconds, peak = measure(
+                device,
+                lambda s=system: ours(stack, ids, candidates, options.remove, s == "exact"),
+            )
+        row |= {
+            "seconds": round(seconds, 2),
+            "block_forwards": forwards,
+            "peak_gb": round(peak, 3),
+            "order": order,
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    slowest = next((r for r in rows if r["system"] == "published"), None)
+    for row in rows:
+        if slowest:
+            row["speedup"] = round(slowest["seconds"] / row["seconds"], 2)
+            known = len(slowest["order"])  # of an extrapolated run, only the first rounds
+            row["removals_compared"] = known
+            row["same_order_as_published"] = row["order"][:known] == slowest["order"]
+    report = {
+        "what": {k: v for k, v in vars(options).items() if k not in ("out", "model", "text")},
+        "model": options.shape or Path(options.model).name,
+        "text": [Path(t).name for t in options.text] or ["default"],
+        "blocks": n_blocks,
+        "dtype": str(stack.dtype).removeprefix("torch."),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "systems": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

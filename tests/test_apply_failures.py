@@ -1,0 +1,146 @@
+"""What a cut refuses, and what a full disk leaves: nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import sleb
+from cli_tools import tree
+from conftest import save_tiny
+from sleb import surgery
+from sleb.checkpoint import Checkpoint
+from sleb.errors import DataError, InputError, ResourceError
+from sleb.plan import Plan
+from test_apply import INDEX, plan_for
+
+
+@pytest.mark.parametrize("name", ["../{}", "/{}", "sub/{}", "{}.bin", "..", ""])
+def test_an_index_that_points_elsewhere_is_refused(tiny_dir, tmp_path, name):
+    source = Path(shutil.copytree(tiny_dir, tmp_path / "deep/source"))
+    (source / "sub").mkdir()
+    weights = source / "model.safetensors"
+    name = name.format("model.safetensors") if name != "/{}" else str(tmp_path / "m.safetensors")
+    for place in (tmp_path / "deep", source / "sub", tmp_path):
+        shutil.copyfile(weights, place / ("m.safetensors" if place == tmp_path else weights.name))
+    names = list(load_file(weights))
+    weights.unlink()
+    (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    with pytest.raises(DataError, match=rf"names '{name}': a shard must be a file beside it"):
+        Checkpoint.open(source)
+
+
+def test_a_damaged_index_is_corrupt(tmp_path):
+    source = save_tiny(tmp_path / "source", shard="60KB")
+    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
+    for content, message in [
+        ("{", "is not valid JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        (json.dumps({"weight_map": {**weight_map, "x": "model-9.safetensors"}}), "lacks the shard"),
+    ]:
+        (source / INDEX).write_text(content)
+        with pytest.raises(DataError, match=message):
+            Checkpoint.open(source)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 500, 20_000, -1])
+def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path, keep):
+    source = save_tiny(tmp_path / "source", shard="60KB")
+    plan = plan_for(source, 2)
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    before = tree(tmp_path)
+    message = rf"{shard.name} is corrupt or truncated \(.*\): fetch it again"
+    with pytest.raises(DataError, match=message):
+        sleb.apply(plan, source, tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "type", "blocks"])
+def test_a_plan_for_another_model_is_refused_and_says_what_differs(tmp_path, tiny_dir, change):
+    plan = plan_for(tiny_dir, 2)
+    other = tmp_path / "other"
+    if change == "weights":
+        save_tiny(other, seed=1)
+    else:
+        shutil.copytree(tiny_dir, other)
+        config = json.loads((other / "config.json").read_text())
+        if change == "config":
+            config["rms_norm_eps"] = 1e-3
+        elif change == "type":
+            config.update(model_type="mistral", architectures=["MistralForCausalLM"])
+        (other / "config.json").write_text(json.dumps(config))
+    if change == "blocks":  # a plan that was changed by hand: the hashes are right
+        plan = plan.model_copy(update={"model": plan.model.model_copy(update={"blocks": 60})})
+    said = {
+        "weights": r"weights_sha256 is \w{12}… in the plan and \w{12}… in .*other",
+        "config": r"config_sha256 is \w{12}… in the plan and \w{12}… in ",
+        "type": "model_type is llama in the plan and mistral in ",
+        "blocks": "blocks is 60 in the plan and 6 in ",
+    }[change]
+    with pytest.raises(InputError, match=rf"another model: {said}.*other; search again on this mo"):
+        sleb.apply(plan, other, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_the_model_itself_is_never_replaced(tmp_path):
+    source = save_tiny(tmp_path / "outer/source")
+    plan = plan_for(source, 2)
+    before = tree(source)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for out in (source, tmp_path / "outer", link, tmp_path / "outer/../outer/source"):
+        with pytest.raises(InputError, match="is the model itself, or holds it; choose another -o"):
+            sleb.apply(plan, source, out, force=True)
+    assert tree(source) == before
+
+
+# -- a disk that fills up ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["shard", "config", "tokenizer", "plan"])
+def test_a_disk_that_fills_up_leaves_no_trace(tmp_path, monkeypatch, where):
+    source = save_tiny(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    plan = plan_for(source, 2)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+    if where == "shard":
+        real, written = Checkpoint.chunks, []
+
+        def chunks(self, name):
+            written.append(name)
+            if len(written) > 90:  # hashing asks for each once before
+                full()
+            return real(self, name)
+
+        monkeypatch.setattr(Checkpoint, "chunks", chunks)
+    elif where == "config":
+        monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", full)
+    elif where == "tokenizer":
+        monkeypatch.setattr(surgery.shutil, "copyfile", full)
+    else:
+        monkeypatch.setattr(Plan, "to_json", full)
+    before = tree(tmp_path)
+    for out in ("out", "new/folder"):
+        with pytest.raises(ResourceError, match=rf"disk full while writing .*{out}; free some spa"):
+            sleb.apply(plan, source, tmp_path / out, force=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "source")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("U", (), {"free": 100_000}))
+    before = tree(tmp_path)
+    with pytest.raises(ResourceError, match=r"needs 0 MB, but the disk of .* has 0 MB free"):
+        sleb.apply(plan_for(source, 2), source, tmp_path / "out")
+    assert tree(tmp_path) == before

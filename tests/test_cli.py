@@ -1,0 +1,341 @@
+"""The verbs from the command line: what they print, write, and leave alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+
+import sleb
+from cli_tools import refused, run, tree
+from sleb import pipeline
+from sleb.cli import progress
+from sleb.cli.verbs import EXAMPLES
+from sleb.exactness import Check
+from sleb.plan import Plan
+
+SMALL = ["--windows", "4", "--length", "16", "--dtype", "float32", "--device", "cpu"]
+CARD = """---
+license: apache-2.0
+license_link: https://licence.invalid
+language:
+- en
+base_model: someone/base
+tags: [theirs]
+---
+# Their card
+"""
+
+
+@pytest.fixture
+def place(tiny_dir, tmp_path, monkeypatch) -> Path:
+    """An empty working folder with the tiny model's path in ``MODEL``, a link."""
+    (tmp_path / "MODEL").symlink_to(tiny_dir)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+# -- every verb, as text and as JSON -------------------------------------------------------------
+
+
+def test_inspect(place, capsys):
+    text = run(capsys, "inspect", "MODEL")
+    assert (text.code, text.err) == (0, "")
+    assert re.search(r"blocks +6 x LlamaDecoderLayer at model\.layers", text.out)
+    assert re.search(r"20 % +2 +0\.0 M +0\.2 MB +1\.50x", text.out)
+    found = run(capsys, "inspect", "MODEL", "--json").json
+    assert (found["blocks"], found["supported"], found["model"]) == (6, True, "MODEL")
+    assert found["parameters"] == 63072
+    assert [s["blocks"] for s in found["savings"]] == [1, 2, 2]
+
+
+def test_similarity(place, capsys):
+    text = run(capsys, "similarity", "MODEL", "--measure", "angular", *SMALL)
+    assert (text.code, text.err) == (0, "")
+    assert "angular" in text.out
+    found = run(capsys, "similarity", "MODEL", "--measure", "angular", *SMALL, "--json").json
+    assert len(found["blocks"]) == 6
+    assert len(found["pairs"]) == 7
+    for i, block in enumerate(found["blocks"]):
+        assert re.search(rf"^{i} +{block['mean']:.4f} ", text.out, re.MULTILINE)
+
+
+def test_search_apply_verify_and_eval(place, capsys):
+    text = run(capsys, "search", "MODEL", "--remove", "50%", *SMALL)
+    assert (text.code, text.err) == (0, "")
+    plan = Plan.load("plan.json")
+    for block in plan.order:
+        assert f"block {block}" in text.out
+    assert text.out.endswith("plan written to plan.json; next: sleb apply plan.json MODEL -o OUT\n")
+    assert names(place) == ["MODEL", "plan.json"]
+    ran = run(capsys, "search", "MODEL", "--remove", "3", *SMALL, "-o", "deep/2.json", "--json")
+    assert ran.json == json.loads(Path("plan.json").read_text())
+    assert ran.err.startswith("plan written to deep/2.json; next: sleb apply deep/2.json MODEL")
+    assert Path("deep/2.json").read_text() == Path("plan.json").read_text()
+
+    text = run(capsys, "apply", "plan.json", "MODEL", "-o", "out", "--depth", "2")
+    assert (text.code, text.err) == (0, "")
+    assert text.out == (
+        f"out: 4 blocks; removed {', '.join(map(str, plan.at_depth(2)))}\n"
+        "next: sleb verify out --model MODEL\n"
+    )
+    ran = run(capsys, "apply", "plan.json", "MODEL", "-o", "out3", "--json")
+    assert ran.json == {"out": "out3", "removed": list(plan.removed), "blocks": 3}
+
+    text = run(capsys, "verify", "out", "--model", "MODEL")  # OUT/plan.json says what was cut
+    assert (text.code, text.err) == (0, "")
+    assert len(re.findall(r"^pass ", text.out, re.MULTILINE)) == 6
+    explicit = ["verify", "out", "--model", "MODEL", "--plan", "plan.json", "--depth", "2"]
+    found = run(capsys, *explicit, "--json").json
+    assert all(check["passed"] for check in found["checks"])
+    assert found["removed"] == list(plan.at_depth(2))
+    ran = run(capsys, "verify", "out3", "--model", "MODEL", "--depth", "2", "--json")
+    assert ran.code == 3
+    assert not all(check["passed"] for check in ran.json["checks"])
+    assert ran.err == ("sleb: out3 failed 'number of blocks': 3 (must be 4); do not ship it\n")
+
+    options = ["--plan", "plan.json", "--length", "32", "--windows", "8"]
+    text = run(capsys, "eval", "MODEL", *options)
+    assert (text.code, text.err) == (0, "")
+    found = run(capsys, "eval", "MODEL", *options, "--json").json
+    assert found["tokens"] == 8 * 31
+    assert found["removed"] == list(plan.removed)
+    assert f"{found['perplexity_ratio']['value']:.2f} (" in text.out
+    alone = run(capsys, "eval", "out3", "--length", "32", "--windows", "8", "--json").json
+    assert alone["loss"]["value"] == pytest.approx(found["pruned_loss"]["value"], abs=2e-6)
+    assert alone["removed"] == []
+
+
+def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_path, capsys):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "a model [/it]"))  # looks like markup
+    (model / "README.md").write_text(CARD)
+    (model / "LICENSE").write_text("the licence")
+    before = tree(model)
+    out = tmp_path / "small er"
+    arguments = ["prune", str(model), "--remove", "2", *SMALL, "-o", str(out)]
+    text = run(capsys, *arguments)
+    assert (text.code, text.err) == (0, "")
+    assert "verified: 6 of 6 gates passed" in text.out
+    assert text.out.endswith(f"checkpoint written to {out}\n")
+    assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
+    assert names(out) == sorted(
+        {p.name for p in model.iterdir()} | {"plan.json", "run.json", "README.md"}
+    )
+    assert tree(model) == before
+
+    record = json.loads((out / "run.json").read_text())
+    plan = Plan.load(out / "plan.json")
+    assert record["command"] == shlex.join(["sleb", *arguments])
+    assert shlex.split(record["command"])[1:] == arguments
+    assert record["removed"] == list(plan.removed)
+    assert record["verification"]["checkpoint"] == str(out)
+    assert [c["passed"] for c in record["verification"]["checks"]] == [True] * 6
+    assert record["nbytes"][1] < record["nbytes"][0]
+    assert ".part-" not in (out / "run.json").read_text()
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.license_link == "https://licence.invalid"
+    assert card.data.language == ["en"]
+    assert card.data.base_model is None  # a folder is no name that others could look up
+    assert card.data.tags == ["sleb", "pruned", "block-pruning"]
+    assert card.data.library_name == "transformers"
+    assert f"\n```\n{record['command']}\n```\n" in card.text
+    assert f"Removed blocks (original numbering, first is 0): {plan.removed[0]}, " in card.text
+    for name in ("perplexity", "pruned_perplexity", "perplexity_ratio"):
+        low, value, high = (record["evaluation"][name][k] for k in ("low", "value", "high"))
+        assert f"{value:.2f} ({low:.2f} to {high:.2f})" in card.text
+    assert f"| parameters | {record['parameters'][0] / 1e6:,.1f} M |" in card.text
+    for check in record["verification"]["checks"]:
+        assert f"- {check['name']}: {check['measured']}" in card.text
+
+    shown = run(capsys, *arguments, "--force", "--json")
+    assert shown.code == 0
+    again = json.loads((out / "run.json").read_text())
+    assert shown.json == again
+    assert again["evaluation"] == record["evaluation"]
+    assert Plan.load(out / "plan.json") == plan
+
+
+def test_a_card_names_the_hub_model_and_needs_no_card_of_its_own(place, capsys, monkeypatch):
+    folder = str(place / "MODEL")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: folder)
+    assert run(capsys, "prune", "someone/small", "--remove", "2", *SMALL, "-o", "out").code == 0
+    card = ModelCard.load("out/README.md")
+    assert card.data.base_model == "someone/small"
+    assert card.data.license is None
+    assert card.text.strip().startswith("# small without 2 of its 6 transformer blocks")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"])
+def test_a_broken_card_of_the_original_does_not_cost_the_search(
+    tiny_dir, tmp_path, capsys, content
+):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "README.md").write_bytes(content)
+    out = tmp_path / "out"
+    assert run(capsys, "prune", model, "--remove", "2", *SMALL, "-o", out).code == 0
+    assert ModelCard.load(out / "README.md").data.license is None
+
+
+def test_prune_without_text_to_spare_says_that_quality_was_not_measured(place, text_file, capsys):
+    text_file.write_text(text_file.read_text()[:64])
+    arguments = ["--remove", "2", *SMALL, "--text", text_file, "-o", "out"]
+    ran = run(capsys, "prune", "MODEL", *arguments, "--json")
+    assert ran.json["evaluation"] is None
+    assert "Quality was not measured: no text was left" in Path("out/README.md").read_text()
+
+
+def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
+    real = pipeline.verify
+
+    def verify(*args, **kwargs):
+        found = real(*args, **kwargs)
+        bad = Check(name="logits", passed=False, measured="off by 1", limit="at most 0")
+        return type(found)(
+            checkpoint=found.checkpoint, removed=found.removed, checks=(*found.checks, bad)
+        )
+
+    monkeypatch.setattr(pipeline, "verify", verify)
+    said = refused(capsys, 3, "prune", "MODEL", "--remove", "2", *SMALL, "-o", "out")
+    assert said == "out failed 'logits': off by 1 (must be at most 0); do not ship it"
+    assert names(place) == ["MODEL"]
+
+
+def test_a_read_only_model_is_enough_and_is_not_touched(tiny_dir, tmp_path, capsys):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    for path in [*model.iterdir(), model]:
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+    before = tree(model)
+    times = {p.name: p.stat().st_mtime_ns for p in [*model.iterdir(), model]}
+    out = tmp_path / "out"
+    try:
+        assert run(capsys, "prune", model, "--remove", "2", *SMALL, "-o", out).code == 0
+        assert run(capsys, "verify", out, "--model", model).code == 0
+        assert tree(model) == before
+        assert {p.name: p.stat().st_mtime_ns for p in [*model.iterdir(), model]} == times
+    finally:
+        model.chmod(0o755)
+    for path in out.iterdir():
+        assert os.access(path, os.W_OK)
+        assert path.stat().st_mode & stat.S_IWUSR  # what was copied can be changed
+
+
+@pytest.mark.parametrize("verb", ["search", "apply", "prune"])
+def test_force_replaces_an_existing_output(place, capsys, verb, tiny_plan):
+    tiny_plan.save("plan.json")
+    shutil.copytree("MODEL", "out")
+    Path("out/stale").write_text("from before")
+    arguments = {
+        "search": ["search", "MODEL", "--remove", "2", *SMALL, "-o", "plan.json"],
+        "apply": ["apply", "plan.json", "MODEL", "-o", "out"],
+        "prune": ["prune", "MODEL", "--remove", "2", *SMALL, "-o", "out"],
+    }[verb]
+    output = arguments[-1]
+    before = tree(place)
+    said = refused(capsys, 2, *arguments)
+    assert said == f"{output} exists; choose another -o, or pass --force to replace it"
+    assert tree(place) == before
+    assert run(capsys, *arguments, "--force").code == 0
+    assert tree(place) != before
+    assert Path("out/stale").exists() == (verb == "search")
+    assert names(place) == ["MODEL", "out", "plan.json"]
+
+
+# -- progress, help, and the weight of an import -------------------------------------------------
+
+
+def test_progress_goes_to_stderr_and_leaves_stdout_alone(place, capsys, monkeypatch):
+    quiet = run(capsys, "similarity", "MODEL", *SMALL, "--json")
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    loud = run(capsys, "similarity", "MODEL", *SMALL, "--json")
+    assert loud.out == quiet.out
+    assert quiet.err == ""
+    assert re.search(r"^loading MODEL: done in 0 s$", loud.err, re.MULTILINE)
+    assert re.search(
+        r"^measuring similarity: 50 %, 0 s gone, about 0 s left$", loud.err, re.MULTILINE
+    )
+
+
+def test_a_terminal_gets_bars_even_for_odd_names(place, capsys, monkeypatch):
+    Path("M [").mkdir()
+    os.rename("MODEL", "M [/x] :smile:")
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    ran = run(capsys, "similarity", "M [/x] :smile:", *SMALL, "--json")
+    assert ran.code == 0, ran.err
+    assert len(ran.json["blocks"]) == 6
+    for verb in ("inspect", "eval"):
+        ran = run(capsys, verb, "M [/x] :smile:", *(SMALL if verb == "eval" else []))
+        assert ran.code == 0
+    assert "M [/x] :smile:" in run(capsys, "inspect", "M [/x] :smile:").out
+
+
+LIGHT = """
+import sys, time
+from sleb.cli.main import main
+start = time.perf_counter()
+codes = [main(line.split()) for line in sys.argv[1].splitlines()]
+seconds = time.perf_counter() - start
+print("REPORT", codes, "torch" in sys.modules, seconds < 3)
+"""
+
+
+def test_help_has_an_example_and_does_not_load_torch(place):
+    """Nor do mistakes that can be seen without it. The last line shows that the check can fail."""
+
+    def report(*lines: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", LIGHT, "\n".join(lines)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        text, _, found = done.stdout.rpartition("REPORT ")
+        return text, found.strip()
+
+    text, found = report("--help", *(f"{verb} --help" for verb in EXAMPLES))
+    assert found == f"{[0] * (1 + len(EXAMPLES))} False True"
+    for verb, (function, example) in EXAMPLES.items():
+        assert f"Usage: sleb {verb} [OPTIONS]" in text
+        assert f"Example: {example}" in " ".join(text.split())
+        assert function.__doc__.split("\n")[0].split(";")[0][:40] in " ".join(text.split())
+    assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
+
+    mistakes = ["serch x", "apply nothing.json MODEL -o out", "verify nothing --model MODEL"]
+    assert report(*mistakes)[1] == "[2, 2, 2] False True"
+    assert report("inspect MODEL")[1].startswith("[0] True")
+
+
+def test_sleb_runs_as_a_module_and_alone_shows_its_help(place):
+    def sleb_module(*arguments, **options):
+        command = [sys.executable, "-m", "sleb", *arguments]
+        return subprocess.run(command, text=True, check=False, **options)
+
+    alone = sleb_module(capture_output=True)
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert alone.stderr.startswith("Usage: sleb [OPTIONS] COMMAND")
+    assert "Traceback" not in alone.stderr
+    wrong = sleb_module("serch", capture_output=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("sleb: No such command 'serch'. Did you mean 'search'?")
+
+
+def test_every_exported_name_resolves():
+    for name in sleb.__all__:
+        assert getattr(sleb, name).__name__ == name
+    assert set(sleb.__all__) <= set(dir(sleb))

@@ -1,0 +1,158 @@
+"""Ctrl-C, a polite kill and kill -9: nothing half-written, and a search goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cli_tools import run, tree
+from sleb.checkpoint import Checkpoint
+from sleb.cli.main import main
+from sleb.selection.sweep import Sweep
+
+# many short windows one by one: long enough to be interrupted, and much to write down
+SEARCH = ["search", "MODEL", "--remove", "3", "--windows", "150", "--length", "16", "--batch", "1"]
+CPU = ["--dtype", "float32", "--device", "cpu"]
+KEPT = "sleb: interrupted; scores so far are in {}: repeat the command to go on\n"
+
+
+@pytest.fixture
+def place(tiny_dir, tiny_plan, tmp_path, monkeypatch) -> Path:
+    (tmp_path / "MODEL").symlink_to(tiny_dir)
+    tiny_plan.save(tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def counted():
+    """How many times the model is run while this is open: a list that grows."""
+    calls: list[int] = []
+    real = Sweep.scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "scores", lambda *args: (calls.append(1), real(*args))[1])
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_dir, tmp_path_factory) -> tuple[str, int]:
+    """The plan of an uninterrupted search, and how many steps it took."""
+    plan = tmp_path_factory.mktemp("whole") / "plan.json"
+    with counted() as calls:
+        assert main(["search", str(tiny_dir), *SEARCH[2:], *CPU, "-o", str(plan)]) == 0
+    return plan.read_text(), len(calls)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_search_that_is_stopped_goes_on_to_the_same_plan(place, capsys, uninterrupted, number):
+    command = [*SEARCH, *CPU, "-o", "new.json"]
+    journal = place / "new.json.journal"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sleb", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background has Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert out == ""
+        assert err == KEPT.format("new.json.journal")
+    assert not (place / "new.json").exists()
+    kept = len(journal.read_text().splitlines()) - 1
+    plan, steps = uninterrupted
+    assert 3 <= kept < steps
+    with counted() as calls:
+        assert run(capsys, *command).code == 0
+    assert 0 < len(calls) <= steps - kept + 1  # a torn last line is scored again
+    assert (place / "new.json").read_text() == plan
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_apply_leaves_nothing(place, capsys, monkeypatch, stop, existing):
+    command = ["apply", "plan.json", "MODEL", "-o", "new/out"]
+    if existing:
+        assert run(capsys, *command).code == 0
+        command.append("--force")
+    real = Checkpoint.chunks
+
+    def chunks(self, name):
+        if any(place.glob("new/.out.part-*/model.safetensors")):
+            if stop == "Ctrl-C":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, name)
+
+    before = tree(place)
+    monkeypatch.setattr(Checkpoint, "chunks", chunks)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        ran = run(capsys, *command)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as it was before
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err == "sleb: interrupted; nothing was written\n"
+    assert tree(place) == before
+
+
+def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
+    command = ["prune", "MODEL", *SEARCH[2:4], "--windows", "4", "--length", "16", "--batch", "1"]
+    with counted() as whole:
+        assert run(capsys, *command, *CPU, "-o", "whole").code == 0
+    real, steps = Sweep.scores, []
+
+    def scores(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Sweep, "scores", scores)
+    ran = run(capsys, *command, *CPU, "-o", "out/")
+    assert ran.code == 130
+    assert ran.err == KEPT.format("out.journal")
+    assert sorted(os.listdir()) == ["MODEL", "out.journal", "plan.json", "whole"]
+    with counted() as rest:
+        assert run(capsys, *command, *CPU, "-o", "out/").code == 0
+    assert len(rest) == len(whole) - 2
+    assert sorted(os.listdir()) == ["MODEL", "out", "plan.json", "whole"]
+    assert Path("out/plan.json").read_text() == Path("whole/plan.json").read_text()
+
+
+def test_a_reader_that_goes_away_and_a_full_pipe(place):
+    """`sleb inspect MODEL | head -0`, and `sleb inspect MODEL > /dev/full`."""
+    code = "from sleb.cli.main import main; import sys; sys.exit(main(['inspect', 'MODEL']))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone, open("/dev/full", "w") as full:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], stdout=target, stderr=subprocess.PIPE, text=True
+            )
+            for target in (gone, full)
+        ]
+    (_, silent), (_, said) = (process.communicate(timeout=100) for process in processes)
+    assert [process.returncode for process in processes] == [0, 6]
+    assert silent == ""
+    assert said == "sleb: disk full; free some space and repeat the command\n"

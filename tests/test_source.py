@@ -1,0 +1,272 @@
+"""MODEL as a user writes it: folders, hub ids and GGUF files, and what each mistake says."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import shutil
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+import pytest
+import transformers
+from huggingface_hub import errors as hub
+
+import sleb
+from cli_tools import tree
+from sleb.errors import DataError, InputError, ResourceError
+from sleb.models import source
+from sleb.models.source import cache_dir, resolve
+
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture
+def copy(tiny_dir, tmp_path) -> Path:
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "copy"))
+
+
+# -- paths ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_taken_as_it_is_written(tiny_dir, monkeypatch):
+    assert resolve(tiny_dir).path == tiny_dir
+    monkeypatch.setenv("HOME", str(tiny_dir.parent))
+    found = resolve(f"~/{tiny_dir.name}")
+    assert (found.ref, found.path, found.is_gguf) == (f"~/{tiny_dir.name}", tiny_dir, False)
+
+
+def test_a_wrong_path_is_refused_with_a_suggestion(tiny_dir, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"MODEL is empty; give a folder, a hub id or a \.gguf fi"):
+        resolve("")
+    with pytest.raises(InputError, match=r"no model at /nowhere/at/all; check the path"):
+        resolve("/nowhere/at/all")
+    typo = tiny_dir.with_name("tinny")
+    with pytest.raises(InputError, match=r"tinny \(did you mean 'tiny'\?\); check the path"):
+        resolve(typo)
+    with pytest.raises(InputError, match=r"no model at missing\.gguf; check the path"):
+        resolve("missing.gguf")
+    (tmp_path / "model.bin").write_text("")
+    with pytest.raises(InputError, match=r"model\.bin is a file; MODEL is a folder, a hub id or"):
+        resolve(tmp_path / "model.bin")
+
+
+def test_a_folder_that_is_no_checkpoint_says_why(copy, tmp_path):
+    def remove(*names):
+        for name in names:
+            (copy / name).unlink()
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty has no config\.json: not a Hugging Face check"):
+        resolve(tmp_path / "empty")
+    remove("model.safetensors")
+    with pytest.raises(InputError, match=r"copy has no model\.safetensors or model\.safeten"):
+        sleb.load(copy, **CPU)
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(InputError, match=r"only pickled weights \(\.bin\), which sleb does not op"):
+        sleb.load(copy, **CPU)
+    (copy / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"copy is an adapter \(PEFT\); merge it into its ba"):
+            sleb.load(copy, **CPU)
+        (copy / "config.json").unlink(missing_ok=True)
+
+
+# -- the hub -------------------------------------------------------------------------------------
+
+
+def answer(cls, status: int):
+    request = httpx.Request("GET", "https://hub.invalid")
+    return cls("long explanation", response=httpx.Response(status, request=request))
+
+
+def test_a_hub_id_is_fetched_without_pickles(tiny_dir, monkeypatch):
+    asked = []
+
+    def download(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(tiny_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = resolve("someone/small-model")
+    assert (found.ref, found.path) == ("someone/small-model", tiny_dir)
+    ((repo, patterns),) = asked
+    assert repo == "someone/small-model"
+
+    def wanted(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    assert all(map(wanted, [p.name for p in tiny_dir.iterdir()]))
+    assert all(map(wanted, ["model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE.md"]))
+    assert not any(map(wanted, ["pytorch_model.bin", "model.onnx", "m.gguf", "x.pth", "x.h5"]))
+
+
+NOT_REACHED = r"no folder named a/b here, and the hub cannot be reached for it \({}\); check the pa"
+DISK_FULL = "disk full while fetching a/b; free some space and repeat the command"
+NO_SUCH = r"no folder named a/b here and no such model on the hub; check the name, and for a priva"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (answer(hub.GatedRepoError, 403), InputError, "a/b is gated: accept its terms on the hub"),
+        (answer(hub.RepositoryNotFoundError, 404), InputError, NO_SUCH),
+        (hub.HFValidationError("bad name"), InputError, NO_SUCH),
+        (hub.LocalEntryNotFoundError("no"), ResourceError, NOT_REACHED.format("LocalEntryNotFo.*")),
+        (hub.OfflineModeIsEnabled("no"), ResourceError, NOT_REACHED.format("OfflineModeIsEnabled")),
+        (answer(hub.HfHubHTTPError, 500), ResourceError, NOT_REACHED.format("HfHubHTTPError")),
+        (httpx.ReadTimeout("slow"), ResourceError, NOT_REACHED.format("ReadTimeout")),
+        (hub.XetDownloadError("broken"), ResourceError, NOT_REACHED.format("XetDownloadError")),
+        (OSError(errno.ENOSPC, "full"), ResourceError, DISK_FULL),
+        (RuntimeError("I/O error: x (os error 28)"), ResourceError, DISK_FULL),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_failure_of_the_hub_is_one_line(monkeypatch, error, raised, message):
+    def download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(raised, match=message) as info:
+        resolve("a/b")
+    assert "\n" not in str(info.value)
+
+
+def test_a_mistyped_relative_path_is_not_only_looked_up_on_the_hub(tiny_dir, monkeypatch):
+    monkeypatch.chdir(tiny_dir.parent)
+
+    def offline(*args, **kwargs):
+        raise hub.OfflineModeIsEnabled
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        ResourceError, match=r"no folder named tinny here \(did you mean 'tiny'\?\),"
+    ):
+        resolve("tinny")
+
+
+# -- GGUF ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch) -> Path:
+    """A file that looks like GGUF from its first bytes, and a cache of the test's own."""
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    return path
+
+
+def stand_in(tiny_dir, calls, fail=None):
+    """What takes the place of the conversion: copies a checkpoint, or fails half way."""
+
+    def convert(path, out):
+        calls.append(path.name)
+        shutil.copyfile(tiny_dir / "config.json", out / "config.json")
+        if fail:
+            raise fail
+        shutil.copyfile(tiny_dir / "model.safetensors", out / "model.safetensors")
+
+    return convert
+
+
+def test_a_gguf_file_is_converted_once_by_content(gguf, tiny_dir, tmp_path, monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(source, "_convert", stand_in(tiny_dir, calls))
+    first = resolve(gguf)
+    assert (first.ref, first.is_gguf, calls) == (str(gguf), True, ["model.gguf"])
+    assert first.path.parent == tmp_path / "cache" / "gguf"
+    assert resolve(gguf).path == first.path
+    copy = shutil.copyfile(gguf, tmp_path / "same.gguf")
+    assert resolve(copy).path == first.path
+    assert len(calls) == 1
+    copy.write_bytes(b"GGUF" + bytes(99))
+    assert resolve(copy).path != first.path
+    assert calls == ["model.gguf", "same.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "full"), ResourceError),
+        (DataError("corrupt"), DataError),
+    ],
+)
+def test_a_conversion_that_fails_leaves_no_entry(
+    gguf, tiny_dir, tmp_path, monkeypatch, failure, raised
+):
+    calls: list[str] = []
+    monkeypatch.setattr(source, "_convert", stand_in(tiny_dir, calls, failure))
+    with pytest.raises(raised):
+        resolve(gguf)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(source, "_convert", stand_in(tiny_dir, calls))
+    assert sorted(tree(resolve(gguf).path)) == ["config.json", "model.safetensors"]
+    assert len(calls) == 2
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    for name in ("SLEB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "sleb"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "sleb"
+    monkeypatch.setenv("SLEB_CACHE", "~/own")
+    assert cache_dir() == tmp_path / "own"
+
+
+@pytest.mark.parametrize("size", [4, 8, 24, 60])
+def test_a_truncated_gguf_file_is_corrupt(gguf, tmp_path, size):
+    import gguf as library
+
+    writer = library.GGUFWriter(gguf, "llama")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    gguf.write_bytes(gguf.read_bytes()[:size])
+    with pytest.raises(
+        DataError, match=r"model\.gguf cannot be read: truncated, corrupt, or an ar"
+    ):
+        resolve(gguf)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_is_not_gguf_is_corrupt(gguf):
+    for content in (b"", b"GG", b"PK\x03\x04 zip"):
+        gguf.write_bytes(content)
+        with pytest.raises(DataError, match=r"model\.gguf does not start as a GGUF file: fetch it"):
+            resolve(gguf)
+
+
+def test_a_missing_gguf_package_is_named(gguf, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("gguf>=0.10.0 is needed")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(
+        InputError, match=r"reading model\.gguf needs the gguf package: pip install"
+    ):
+        resolve(gguf)
+
+
+def test_a_full_disk_while_saving_the_conversion_is_one_line(gguf, tiny_dir, monkeypatch):
+    """The writer of safetensors reports it as an error of its own type."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir)
+
+    def save(path):
+        from safetensors import SafetensorError
+
+        raise SafetensorError("Error while serializing: I/O error: No space (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", save)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
+    with pytest.raises(
+        ResourceError, match=r"disk full while writing .*cache/gguf/\w{32}; free so"
+    ):
+        resolve(gguf)
