@@ -118,7 +118,7 @@ json_values = st.recursive(
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(field=st.sampled_from(sorted(minimal()) + ["rounds", "calibration"]), value=json_values)
+@given(field=st.sampled_from([*sorted(minimal()), "rounds", "calibration"]), value=json_values)
 def test_any_file_is_either_a_valid_plan_or_an_input_error(tmp_path, field, value):
     try:
         plan = Plan.load(write(tmp_path, minimal(**{field: value})))
@@ -163,7 +163,7 @@ def test_block_lists():
     assert parse_blocks("", 10) == frozenset()
     assert parse_blocks(" 3 , ", 10) == {3}
     for text in ("x", "5-", "10", "-11", "7-5", "1.5"):
-        with pytest.raises(InputError, match="is not a block|is outside the model's blocks 0..9"):
+        with pytest.raises(InputError, match=r"is not a block|is outside the model's blocks 0..9"):
             parse_blocks(text, 10)
 
 

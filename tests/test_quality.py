@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from scipy import stats
 
+import reference
 import sleb
 from sleb.quality import exponential, interval
 

@@ -1,8 +1,9 @@
 """Tiny random causal LMs of many architectures, built from their configs without any download.
 
 ``FAMILIES`` has one row per ``model_type`` (or ``model_type:variant``): what its config needs
-besides ``GENERIC``. Rows are chosen so that neighbouring blocks differ in kind (sliding or full attention, dense or MoE), and
-weights are drawn wide enough that every block, and every wrong mask, shows in the logits.
+besides ``GENERIC``. Rows are chosen so that neighbouring blocks differ in kind (sliding or full
+attention, dense or MoE), and weights are drawn wide enough that every block, and every wrong mask,
+shows in the logits.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "axk1": {**MLA, **DENSE_FIRST},
     "axk2": {**MLA, **DENSE_MIXED},
-    "bert": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1, 2, 4, 5]},
+    "bert": {"is_decoder": True},
     "biogpt": {},
     "bitnet": {},
     "bloom": {},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from sleb.errors import UnsupportedModel
@@ -143,7 +144,7 @@ def _residual_scale(config: Config, field: str, kept: Kept, n: int) -> Any:
 
 def _refuse(reason: str) -> Callable[[Config, str, Kept, int], Any]:
     def apply(config: Config, field: str, kept: Kept, n: int) -> Any:
-        raise UnsupportedModel(f"config field `{field}` = {config[field]!r}: {reason}")
+        raise UnsupportedModel(f"config field `{field}` = {short(config[field])}: {reason}")
 
     return apply
 
@@ -378,8 +379,8 @@ def refuse_unsupported(config: Config, n: int) -> None:
         if name in RULES:
             if name not in applying and isinstance(value, (list, tuple, dict)) and value:
                 raise UnsupportedModel(
-                    f"config field `{name}` = {value!r} depends on depth, but not in a form that "
-                    "sleb knows"
+                    f"config field `{name}` = {short(value)} depends on depth, but not in a form "
+                    "that sleb knows"
                 )
         elif name not in NEVER_PER_BLOCK and _list(value, n) and len(value) == n and n > 1:
             raise UnsupportedModel(

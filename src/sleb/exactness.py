@@ -75,6 +75,7 @@ def verify(
     depth: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Verification:
     """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed.
@@ -90,7 +91,8 @@ def verify(
     target = pick_device(device)
     source = resolve(model, progress)
     resolve(out)
-    config = load_config(source.path)
+    trust = trust_remote_code
+    config = load_config(source.path, trust_remote_code=trust)
     checked_dtype = pick_dtype(dtype, config, target)
     identity = fingerprint(Checkpoint.open(source.path), decoder_config(config).num_hidden_layers)
     check_fingerprint(plan.model, identity, source.ref)
@@ -98,18 +100,21 @@ def verify(
     probe = probe_ids(config)
     checks: list[Check] = []
 
+    def load_again() -> LoadedModel:
+        return load(model, dtype=dtype, device=device, trust_remote_code=trust)
+
     with progress.stage("original with the blocks bypassed", None):
-        original = load(model, dtype=dtype, device=device)
+        original = load_again()
         weights = _digests(original.model, original.stack.path, removed)
         reference = _logits(original.model, probe, original.stack.bypassed(removed))
         del original
         gc.collect()
 
     with progress.stage("reloading the checkpoint", None):
-        checks.append(_config_check(Path(out), expected))
+        checks.append(_config_check(Path(out), expected, trust))
         try:
             Checkpoint.open(out)
-            pruned = strict_model(Path(out), checked_dtype).to(target)
+            pruned = strict_model(Path(out), checked_dtype, trust).to(target)
         except (DataError, UnsupportedModel) as error:
             checks.append(_check("clean reload", False, str(error), "no tensor missing or extra"))
             return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
@@ -121,9 +126,7 @@ def verify(
     if blocks == left:
         checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, target))
     with progress.stage("generating", None):
-        checks.append(
-            _generation_check(pruned, probe, lambda: load(model, dtype=dtype, device=device))
-        )
+        checks.append(_generation_check(pruned, probe, load_again))
     return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
 
 
@@ -214,11 +217,11 @@ def _cache_agrees(model: Any, ids: Tensor) -> bool:
     return bool(torch.equal(cached, plain))
 
 
-def _config_check(out: Path, expected: Any) -> Check:
+def _config_check(out: Path, expected: Any, trust_remote_code: bool) -> Check:
     """Every depth-dependent field must be what the re-index rules make of the original's."""
     name = "depth-dependent config fields"
     try:
-        text = decoder_config(load_config(out)).to_dict()
+        text = decoder_config(load_config(out, trust_remote_code=trust_remote_code)).to_dict()
     except SlebError as error:
         return _check(name, False, str(error), "a config that loads")
     want = decoder_config(expected).to_dict()

@@ -40,6 +40,8 @@ def prune(
     *,
     remove: int | str,
     metric: str = "loss",
+    strategy: str | None = None,
+    exact: bool = True,
     text: Sequence[str] = (),
     windows: int | None = None,
     length: int = DEFAULT_LENGTH,
@@ -50,6 +52,7 @@ def prune(
     dtype: str = "auto",
     device: str = "auto",
     batch: int | None = None,
+    trust_remote_code: bool = False,
     force: bool = False,
     command: str = "sleb.prune",
     progress: Progress = silent,
@@ -67,7 +70,9 @@ def prune(
     out = Path(out)
     writable_target(out, force=force)
     watch = Stopwatch(progress)
-    loaded = load(model, dtype=dtype, device=device, progress=watch)
+    loaded = load(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=watch
+    )
     refuse_source(out, loaded.source.path)
     n = len(loaded.stack)
     left = n - blocks_to_remove(remove, n)
@@ -80,6 +85,8 @@ def prune(
         loaded,
         remove=remove,
         metric=metric,
+        strategy=strategy,
+        exact=exact,
         windows=scored,
         protect=protect,
         min_similarity=min_similarity,
@@ -101,7 +108,14 @@ def prune(
 
     def finish(stage: Path) -> None:
         checked = replace(
-            verify(stage, model=model, plan=plan, progress=watch), checkpoint=str(out)
+            verify(
+                stage,
+                model=model,
+                plan=plan,
+                trust_remote_code=trust_remote_code,
+                progress=watch,
+            ),
+            checkpoint=str(out),
         )
         checked.require()
         before, after = Checkpoint.open(source.path), Checkpoint.open(stage)
@@ -125,7 +139,15 @@ def prune(
         card = model_card(plan, record[0], source.path)
         (stage / "README.md").write_text(card, encoding="utf-8")
 
-    apply(plan, model, out, force=force, finish=finish, progress=watch)
+    apply(
+        plan,
+        model,
+        out,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        finish=finish,
+        progress=watch,
+    )
     return Pruned(path=out, plan=plan, record=record[0])
 
 

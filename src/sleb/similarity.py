@@ -58,7 +58,8 @@ def relative_l2(a: Tensor, b: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm
     sizes = norm(a, dim=-1)[:, None] + norm(b, dim=-1)[None]  # [A, B, N]
     gap = torch.stack([norm(x[None] - b, dim=-1) for x in a])  # [A, B, N]
-    return 1 - gap / sizes.clamp_min(1e-30)
+    alike: Tensor = 1 - gap / sizes.clamp_min(1e-30)
+    return alike
 
 
 @MEASURES.register("cka")

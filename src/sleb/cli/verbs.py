@@ -42,6 +42,17 @@ Remove = Annotated[str, typer.Option("--remove", help="Blocks to remove: 6 or 20
 Metric = Annotated[
     str, typer.Option(help="loss (SLEB), one-shot-loss, cosine or kl. See docs/method.md.")
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="greedy, one-shot, window, beam or refine. Default: the metric's own."),
+]
+Race = Annotated[
+    bool,
+    typer.Option(
+        "--race/--exact",
+        help="Give up early on candidates that are clearly worse; or score all, as published.",
+    ),
+]
 Protect = Annotated[str, typer.Option(help="Blocks that stay: 0,5-7,-1; '' for none.")]
 MinSimilarity = Annotated[
     str | None,
@@ -78,6 +89,7 @@ def similarity(
     dtype: Dtype = "auto",
     batch: Batch = None,
     json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Compare the outputs of blocks: the first of the method's three stages."""
     from sleb.models.load import load
@@ -86,7 +98,13 @@ def similarity(
 
     MEASURES[measure]
     progress = terminal_progress()
-    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    loaded = load(
+        model,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     scored, _ = load_windows(
         loaded.tokenizer, text or (), windows=windows, length=length, seed=seed
     )
@@ -100,6 +118,8 @@ def search(
     remove: Remove,
     out: Annotated[str, typer.Option("--out", "-o", help="Plan file to write.")] = "plan.json",
     metric: Metric = "loss",
+    strategy: Strategy = None,
+    race: Race = False,
     text: Text = None,
     windows: Windows = None,
     length: Length = 256,
@@ -111,11 +131,10 @@ def search(
     batch: Batch = None,
     force: Force = False,
     json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Find the blocks whose removal costs least, and write the plan."""
-    from sleb.metrics import METRICS
-
-    METRICS[metric]  # refuse a wrong name before loading anything
+    _known(metric, strategy)
     writable_target(Path(out), force=force, folder=False)
     from sleb.selection.search import search as find
 
@@ -123,6 +142,8 @@ def search(
         model,
         remove=remove,
         metric=metric,
+        strategy=strategy,
+        exact=not race,
         text=text or (),
         windows=windows,
         length=length,
@@ -132,6 +153,7 @@ def search(
         dtype=dtype,
         device=device,
         batch=batch,
+        trust_remote_code=trust_remote_code,
         journal=f"{out}.journal",
         progress=terminal_progress(),
     )
@@ -183,6 +205,7 @@ def verify(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Prove that a checkpoint is the original without the plan's blocks. Exit code 3 if not."""
     from sleb.plan import Plan
@@ -199,6 +222,7 @@ def verify(
         depth=depth,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
     render.result(found, json, render.verification)
@@ -223,6 +247,7 @@ def evaluate(
     dtype: Dtype = "auto",
     batch: Batch = None,
     json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Perplexity with its 95 % interval; with --plan, dense and pruned on the same windows."""
     from sleb.plan import Plan
@@ -238,7 +263,13 @@ def evaluate(
     from sleb.text import load_windows
 
     progress = terminal_progress()
-    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    loaded = load(
+        model,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     if chosen:
         identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
         check_fingerprint(chosen.model, identity, model)
@@ -257,6 +288,8 @@ def prune(
     remove: Remove,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
     metric: Metric = "loss",
+    strategy: Strategy = None,
+    race: Race = False,
     text: Text = None,
     windows: Windows = None,
     length: Length = 256,
@@ -268,11 +301,10 @@ def prune(
     batch: Batch = None,
     force: Force = False,
     json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Search, cut and prove in one go; OUT holds the checkpoint, plan, run record and card."""
-    from sleb.metrics import METRICS
-
-    METRICS[metric]
+    _known(metric, strategy)
     writable_target(Path(out), force=force)
     from sleb.pipeline import prune as run
 
@@ -281,6 +313,8 @@ def prune(
         out,
         remove=remove,
         metric=metric,
+        strategy=strategy,
+        exact=not race,
         text=text or (),
         windows=windows,
         length=length,
@@ -290,6 +324,7 @@ def prune(
         dtype=dtype,
         device=device,
         batch=batch,
+        trust_remote_code=trust_remote_code,
         force=force,
         command=context.obj,
         progress=terminal_progress(),
@@ -310,6 +345,17 @@ def demo(
     from sleb.cli.demo import run
 
     return run(model, Path(out), terminal_progress())
+
+
+def _known(metric: str, strategy: str | None) -> None:
+    """Refuse a wrong name before anything is loaded."""
+    from sleb.metrics import METRICS
+
+    METRICS[metric]
+    if strategy:
+        from sleb.selection.strategies import STRATEGIES
+
+        STRATEGIES[strategy]
 
 
 EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {

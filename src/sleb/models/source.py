@@ -92,7 +92,7 @@ def _from_hub(repo: str, hint: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))  # it draws its own bars
     except GatedRepoError:
         raise InputError(
             f"{repo} is gated: accept its terms on the hub, then `hf auth login`"

@@ -55,6 +55,7 @@ def search(
     dtype: str = "auto",
     device: str = "auto",
     batch: int | None = None,
+    trust_remote_code: bool = False,
     journal: str | Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -87,7 +88,13 @@ def search(
     if chosen.token is None and strategy not in (None, chosen.strategy):
         raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
     if not isinstance(model, LoadedModel):
-        model = load(model, dtype=dtype, device=device, progress=progress)
+        model = load(
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     n_blocks = len(model.stack)
     n = blocks_to_remove(remove, n_blocks)
     protected = parse_blocks(protect, n_blocks)
