@@ -276,9 +276,11 @@ def test_a_terminal_gets_bars_even_for_odd_names(place, capsys, monkeypatch):
     Path("M [").mkdir()
     os.rename("MODEL", "M [/x] :smile:")
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     ran = run(capsys, "similarity", "M [/x] :smile:", *SMALL, "--json")
     assert ran.code == 0, ran.err
     assert len(ran.json["blocks"]) == 6
+    assert "measuring similarity" in ran.err
     for verb in ("inspect", "eval"):
         ran = run(capsys, verb, "M [/x] :smile:", *(SMALL if verb == "eval" else []))
         assert ran.code == 0

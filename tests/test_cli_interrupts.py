@@ -141,18 +141,19 @@ def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
 
 
 def test_a_reader_that_goes_away_and_a_full_pipe(place):
-    """`sleb inspect MODEL | head -0`, and `sleb inspect MODEL > /dev/full`."""
-    code = "from sleb.cli.main import main; import sys; sys.exit(main(['inspect', 'MODEL']))"
+    """`sleb inspect MODEL | head -0`, and `sleb inspect MODEL --json > /dev/full`."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone, open("/dev/full", "w") as full:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", code], stdout=target, stderr=subprocess.PIPE, text=True
+                [sys.executable, "-m", "sleb", "inspect", "MODEL", *options],
+                stdout=target,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-            for target in (gone, full)
+            for target, options in ((gone, []), (gone, ["--json"]), (full, ["--json"]))
         ]
-    (_, silent), (_, said) = (process.communicate(timeout=100) for process in processes)
-    assert [process.returncode for process in processes] == [0, 6]
-    assert silent == ""
-    assert said == "sleb: disk full; free some space and repeat the command\n"
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 6]
+    assert said == ["", "", "sleb: disk full; free some space and repeat the command\n"]

@@ -232,9 +232,11 @@ def test_options_that_make_no_sense(place, capsys, verb, options, message):
     ("command", "message"),
     [
         (
-            "similarity MODEL --measure cosin",
+            "similarity ./nowhere --measure cosin",
             "unknown measure 'cosin' (did you mean 'cosine'?); kno",
         ),
+        ("search ./nowhere --remove 2 --metric los -o p", "unknown metric 'los' (did you mean"),
+        ("prune ./nowhere --remove 2 --metric los -o p", "unknown metric 'los' (did you mean"),
         ("eval MODEL --depth 1", "--depth is a depth of a plan; give the plan with --plan"),
         (
             "eval MODEL --plan plan.json --depth 9",

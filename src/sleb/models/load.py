@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,25 @@ def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False
                 raise
             raise DataError(f"{path} does not load: {_say(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(_key(key) for key in info.get(kind, ())):
+        keys = (key for key in info.get(kind, ()) if not _predicts_further(key, model.config))
+        if found := sorted(_key(key) for key in keys):
             raise DataError(
                 f"{path}: {len(found)} {kind.replace('_', ' ')} on loading, for example "
                 f"{found[0]}; the config does not describe these weights"
             )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _predicts_further(key: Any, config: Any) -> bool:
+    """Whether a tensor is of a multi-token-prediction block. These are numbered after the last
+    block, and transformers passes over them by the numbers of the uncut model alone."""
+    text = decoder_config(config)
+    block = re.search(r"\blayers\.(\d+)\.", key) if isinstance(key, str) else None
+    return bool(
+        block
+        and getattr(text, "num_nextn_predict_layers", None)
+        and int(block[1]) >= text.num_hidden_layers
+    )
 
 
 def _key(key: Any) -> str:
