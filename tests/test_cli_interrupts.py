@@ -142,6 +142,7 @@ def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
 
 def test_a_reader_that_goes_away_and_a_full_pipe(place):
     """`sleb inspect MODEL | head -0`, and `sleb inspect MODEL --json > /dev/full`."""
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone, open("/dev/full", "w") as full:
@@ -151,6 +152,7 @@ def test_a_reader_that_goes_away_and_a_full_pipe(place):
                 stdout=target,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=buffered,
             )
             for target, options in ((gone, []), (gone, ["--json"]), (full, ["--json"]))
         ]

@@ -77,7 +77,7 @@ def test_a_config_that_does_not_fit_is_refused(copy, fields, error, message):
 @pytest.mark.parametrize("text", ["", "[]", "{", "1" * 5000, '{"a":' + "[" * 100_000, '{"\xff'])
 def test_a_config_that_is_not_json_is_corrupt(copy, text):
     (copy / "config.json").write_text(text, encoding="latin-1")
-    for use in (sleb.load, sleb.describe):
+    for use in (sleb.load, sleb.describe, load_config):
         with pytest.raises(DataError, match=r"config\.json is not (valid JSON|a JSON object)"):
             use(copy)
 

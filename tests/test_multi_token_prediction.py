@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from zoo import tiny
 
 import sleb
+from conftest import byte_tokenizer
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import DataError
 from sleb.models.load import strict_model
+from zoo import tiny
 
 
 @pytest.fixture

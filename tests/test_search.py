@@ -337,3 +337,44 @@ def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
     assert plan.strategy == strategy
     with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
         sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)
+
+
+def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("sleb.selection.search.load", load)
+    monkeypatch.setattr("sleb.pipeline.load", load)
+    for options, message in (
+        ({"remove": 9}, "is 9 of the model's 6 blocks"),
+        ({"remove": 5}, "cannot remove 5 of 4 candidates"),
+        ({"remove": 1, "protect": "7"}, "outside the model's blocks"),
+        ({"remove": 1, "text": ["none.txt"]}, "no file none.txt"),
+        ({"remove": 1, "text": ["a.docx"]}, "is no text that sleb reads"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sleb.search(tiny_dir, **options)
+        with pytest.raises(InputError, match=message):
+            sleb.prune(tiny_dir, tmp_path / "out", **options)
+
+
+def test_a_prune_that_fails_late_does_not_search_again(tiny_dir, tmp_path, monkeypatch):
+    options = {"remove": 2, "windows": 4, "length": 16, "heldout": 2, **CPU}
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sleb.pipeline.apply", fail)
+        with pytest.raises(OSError, match="No space"):
+            sleb.prune(tiny_dir, tmp_path / "out", **options)
+    assert (tmp_path / "out.journal").exists()
+    swept = []
+    real = Sweep.scores
+    monkeypatch.setattr(
+        Sweep, "scores", lambda self, sets, *a: swept.append(len(sets)) or real(self, sets, *a)
+    )
+    done = sleb.prune(tiny_dir, tmp_path / "out", **options)
+    assert swept == [2]  # the held-out evaluation alone: dense and pruned
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert done.plan.removed == done.record.removed

@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub
 
 import sleb
 from cli_tools import tree
-from sleb.errors import DataError, InputError, ResourceError
+from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.models import source
 from sleb.models.source import cache_dir, resolve
 
@@ -270,3 +270,30 @@ def test_a_full_disk_while_saving_the_conversion_is_one_line(gguf, tiny_dir, mon
         ResourceError, match=r"disk full while writing .*cache/gguf/\w{32}; free so"
     ):
         resolve(gguf)
+
+
+# -- a GGUF file's tokenizer ---------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_is_not_converted_faithfully_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from conftest import byte_tokenizer
+
+    right = byte_tokenizer()
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])), unk_token="a"
+    )
+    likely = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram([("<unk>", 0.0)], unk_id=0)), unk_token="<unk>"
+    )
+    stated = {"tokenizer": "llama", "add_bos": None}
+    source._check_tokenizer(tmp_path, right, right, stated)
+    for converted, reloaded, said, message in (
+        (right, other, stated, "saved and loaded again it gives other tokens"),
+        (likely, likely, stated, "merges pieces by rank in the file"),
+        (right, right, {**stated, "add_bos": True}, "starts every text with BOS, this one does"),
+    ):
+        with pytest.raises(UnsupportedModel, match=message):
+            source._check_tokenizer(tmp_path, converted, reloaded, said)

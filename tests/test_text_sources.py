@@ -63,7 +63,7 @@ def test_a_weight_is_a_positive_number(weight: str) -> None:
 
 
 def test_an_unknown_kind_lists_the_known(tmp_path: Path) -> None:
-    known = "known: .jsonl, .parquet, .txt, default, hub:"
+    known = "known: .jsonl, .md, .parquet, .raw, .txt, default, hub:"
     for spec, hint in [("a.json", " (did you mean '.jsonl'?)"), ("me@home/a", ""), ("x", "")]:
         with pytest.raises(InputError) as caught:
             parse_source(spec)

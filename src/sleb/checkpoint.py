@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from sleb.errors import DataError, InputError
 from sleb.plan import Fingerprint
 
-__all__ = ["Checkpoint", "TensorInfo", "fingerprint"]
+__all__ = ["Checkpoint", "TensorInfo", "fingerprint", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,7 +80,7 @@ class Checkpoint:
             DataError: a shard is missing, truncated or corrupt.
         """
         path = Path(path)
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         tensors: dict[str, TensorInfo] = {}
         metadata = {}
         for shard in _shards(path):
@@ -182,7 +182,13 @@ def fingerprint(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder.
+
+    Raises:
+        InputError: there is no such file.
+        DataError: it holds something else.
+    """
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
     try:
@@ -200,7 +206,7 @@ def _shards(path: Path) -> list[str]:
     if (path / SINGLE).is_file():
         names = [SINGLE]
     elif (path / INDEX).is_file():
-        weight_map = _read_json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise DataError(f"{path / INDEX} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})

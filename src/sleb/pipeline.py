@@ -16,7 +16,7 @@ from sleb.plan import Plan, blocks_to_remove, parse_blocks
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
-from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, search
+from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, check_request, search
 from sleb.surgery import apply, refuse_source
 from sleb.text import load_windows
 
@@ -70,6 +70,14 @@ def prune(
     out = Path(out)
     writable_target(out, force=force)
     watch = Stopwatch(progress)
+    check_request(
+        model,
+        remove=remove,
+        protect=protect,
+        text=text,
+        trust_remote_code=trust_remote_code,
+        progress=watch,
+    )
     loaded = load(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=watch
     )
@@ -81,6 +89,7 @@ def prune(
     scored, aside = load_windows(
         loaded.tokenizer, text, windows=windows, length=length, seed=seed, heldout=heldout
     )
+    journal = out.with_name(out.name + ".journal")
     plan = search(
         loaded,
         remove=remove,
@@ -92,7 +101,8 @@ def prune(
         min_similarity=min_similarity,
         seed=seed,
         batch=batch,
-        journal=out.with_name(out.name + ".journal"),
+        journal=journal,
+        keep_journal=True,  # a full disk below must not cost the search
         progress=watch,
     )
     quality, note = None, "no text was left over to measure on: give more, or fewer --windows"
@@ -148,6 +158,7 @@ def prune(
         finish=finish,
         progress=watch,
     )
+    journal.unlink(missing_ok=True)
     return Pruned(path=out, plan=plan, record=record[0])
 
 

@@ -60,8 +60,8 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
     render.record(console, done.record)
     console.print(f"a prompt of 256 tokens: {ratio:.2f}x as fast here (median of 7 pairs of runs)")
     console.print(f"\n{PROMPT} …")
-    console.print(f"  original: {texts[0]}")
-    console.print(f"  pruned:   {texts[1]}")
+    console.print(f"  original: {texts[0]}", soft_wrap=True)
+    console.print(f"  pruned:   {texts[1]}", soft_wrap=True)
     console.print(
         f"\nA small sample, chosen to finish in minutes: {WINDOWS * LENGTH:,} tokens to search, "
         f"{HELDOUT * LENGTH:,} to measure. The intervals\nshow how little it pins down. For real "

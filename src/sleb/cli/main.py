@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import typer
 
+from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
 from sleb.errors import SlebError
 
@@ -33,6 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sleb {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

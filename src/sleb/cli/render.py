@@ -177,13 +177,13 @@ def applied(console: Console, a: Any) -> None:
 
 def verification(console: Console, v: Any) -> None:
     """`sleb verify`: a line per gate."""
-    table = _table("", "gate", "measured", "must be")
+    table = _table("", "gate", "measured")
     for column in table.columns:
         column.justify = "left"
         column.overflow = "fold"
     for c in v.checks:
         mark = Text("pass", "green") if c.passed else Text("FAIL", "red")
-        table.add_row(mark, c.name, c.measured, c.limit)
+        table.add_row(mark, c.name, c.measured if c.passed else f"{c.measured}; must be {c.limit}")
     console.print(table)
 
 

@@ -94,9 +94,10 @@ def similarity(
     """Compare the outputs of blocks: the first of the method's three stages."""
     from sleb.models.load import load
     from sleb.similarity import MEASURES, measure_similarity
-    from sleb.text import load_windows
+    from sleb.text import check_sources, load_windows
 
     MEASURES[measure]
+    check_sources(text or ())
     progress = terminal_progress()
     loaded = load(
         model,
@@ -260,8 +261,9 @@ def evaluate(
     from sleb.models.load import load
     from sleb.quality import evaluate as score
     from sleb.surgery import check_fingerprint
-    from sleb.text import load_windows
+    from sleb.text import check_sources, load_windows
 
+    check_sources(text or ())
     progress = terminal_progress()
     loaded = load(
         model,
@@ -390,8 +392,12 @@ def _interruptible(function: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             raise Interrupted(_how_to_go_on(kwargs.get("out"))) from None
         except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:  # reported by now; else Python would meet it again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return run
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb.checkpoint import Checkpoint
+from sleb.checkpoint import Checkpoint, read_json
 from sleb.depthfields import refuse_unsupported
 from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.models.source import ModelSource, quiet_transformers, resolve
@@ -140,6 +140,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    read_json(path / "config.json")  # its errors say more than those of transformers
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

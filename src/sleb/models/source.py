@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import DataError, InputError, ResourceError, did_you_mean
+from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.files import staged_dir
 from sleb.progress import Progress, silent
 
@@ -140,6 +141,7 @@ def _dequantized(path: Path, progress: Progress) -> Path:
 
 def _convert(path: Path, out: Path) -> None:
     import torch
+    from huggingface_hub import ModelCardData
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": path.name}
@@ -173,23 +175,52 @@ def _convert(path: Path, out: Path) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise
         tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(path), encoding="utf-8")
+        stated = _stated(path)
+        _check_tokenizer(path, tokenizer, AutoTokenizer.from_pretrained(out), stated)
+    keys = ("license", "license_name", "license_link", "language")
+    data = ModelCardData(**{key: stated[key] for key in keys if stated[key]})
+    (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n", encoding="utf-8")
 
 
-def _card(path: Path) -> str:
-    """The licence and languages that a GGUF file states, as a model card's metadata."""
+def _stated(path: Path) -> dict[str, Any]:
+    """What a GGUF file states of its licence, languages and tokenizer; None where it is silent."""
     from gguf import GGUFReader
-    from huggingface_hub import ModelCardData
 
     fields = GGUFReader(path).fields
-    stated = {
-        "license": fields.get("general.license"),
-        "license_name": fields.get("general.license.name"),
-        "license_link": fields.get("general.license.link"),
-        "language": fields.get("general.languages"),
+    names = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+        "language": "general.languages",
+        "tokenizer": "tokenizer.ggml.model",
+        "add_bos": "tokenizer.ggml.add_bos_token",
     }
-    data = ModelCardData(**{key: field.contents() for key, field in stated.items() if field})
-    return f"---\n{data.to_yaml()}\n---\n"
+    return {k: fields[name].contents() if name in fields else None for k, name in names.items()}
+
+
+def _check_tokenizer(path: Path, converted: Any, reloaded: Any, stated: dict[str, Any]) -> None:
+    """Refuse a tokenizer that transformers did not convert faithfully: the model would load, and
+    read every text as noise. (Seen with transformers 5.17 and Gemma 3; 5.23 converts it.)
+
+    Raises:
+        UnsupportedModel: with what is wrong.
+    """
+    probe = "The quick brown fox – naïve café, 東京,\n\tdef f(x): return 42  # done"
+    ids = converted(probe).input_ids
+    kind = type(converted.backend_tokenizer.model).__name__
+    wrong = None
+    if kind == "Unigram" and stated["tokenizer"] in ("llama", "gpt2"):
+        wrong = "it merges pieces by rank in the file, and by likelihood here"
+    elif reloaded(probe).input_ids != ids:
+        wrong = "saved and loaded again it gives other tokens"
+    elif stated["add_bos"] and ids[:1] != [converted.bos_token_id]:
+        wrong = "the file's starts every text with BOS, this one does not"
+    if wrong:
+        raise UnsupportedModel(
+            f"{path}: transformers {version('transformers')} does not convert its tokenizer "
+            f"faithfully ({wrong}); give the model as a Hugging Face checkpoint, or upgrade "
+            "transformers (5.23 converts more)"
+        )
 
 
 @contextmanager

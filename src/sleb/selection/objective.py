@@ -108,6 +108,7 @@ class Journal:
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         self._lines = self._read(key)
+        self._scored = bool(self._lines)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # rewrite what was understood, so that a torn last line never precedes a new one
@@ -148,10 +149,12 @@ class Journal:
 
     def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
         """Record one result durably."""
+        self._scored = True
         self._write({"sets": [sorted(s) for s in sets], "start": start, "values": values.tolist()})
 
     def close(self, *, done: bool) -> None:
-        """Close; delete the file if the search is done, since the plan now holds the result."""
+        """Close; delete the file if the search is done, since the plan now holds the result, or
+        if nothing was scored."""
         self._stream.close()
-        if done:
+        if done or not self._scored:
             self.path.unlink(missing_ok=True)

@@ -15,7 +15,9 @@ import numpy as np
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import InputError
 from sleb.metrics import METRICS
-from sleb.models.load import LoadedModel, load
+from sleb.models.load import LoadedModel, load, load_config
+from sleb.models.source import resolve
+from sleb.models.stack import decoder_config
 from sleb.plan import (
     Baseline,
     Calibration,
@@ -31,7 +33,7 @@ from sleb.selection.racing import rank
 from sleb.selection.strategies import STRATEGIES, Found, Strategy
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.similarity import Similarity, measure_similarity
-from sleb.text import Windows, load_windows
+from sleb.text import Windows, check_sources, load_windows
 
 __all__ = ["DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
 
@@ -57,6 +59,7 @@ def search(
     batch: int | None = None,
     trust_remote_code: bool = False,
     journal: str | Path | None = None,
+    keep_journal: bool = False,
     progress: Progress = silent,
 ) -> Plan:
     """Find the blocks whose removal costs least, and return the plan.
@@ -79,6 +82,7 @@ def search(
         seed: choice of windows. The result is a function of the inputs and the seed.
         batch: windows per forward pass; by default chosen for the device.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
+        keep_journal: leave it when the search is done, for a caller who is not done.
 
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
@@ -88,6 +92,14 @@ def search(
     if chosen.token is None and strategy not in (None, chosen.strategy):
         raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
     if not isinstance(model, LoadedModel):
+        check_request(
+            model,
+            remove=remove,
+            protect=protect,
+            text=text,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         model = load(
             model,
             dtype=dtype,
@@ -96,10 +108,8 @@ def search(
             progress=progress,
         )
     n_blocks = len(model.stack)
-    n = blocks_to_remove(remove, n_blocks)
-    protected = parse_blocks(protect, n_blocks)
+    n, protected = _request(remove, protect, n_blocks)
     candidates = [b for b in range(n_blocks) if b not in protected]
-    _enough(candidates, n, f"{n_blocks} less {len(protected)} protected")
     if not isinstance(windows, Windows):
         windows, _ = load_windows(model.tokenizer, text, windows=windows, length=length, seed=seed)
 
@@ -127,7 +137,7 @@ def search(
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = Sweep(model.stack, ids, chosen.token, batch=batch)
             found = _run(sweep, method, candidates, n, book, progress, exact)
-            done = True
+            done = not keep_journal
         finally:
             if book:
                 book.close(done=done)
@@ -146,6 +156,27 @@ def search(
         calibration=windows.record,
         versions=versions(),
     )
+
+
+def check_request(
+    model: str | Path,
+    *,
+    remove: int | str,
+    protect: str,
+    text: Sequence[str],
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Find mistakes in a search's options before weights are loaded, from the config alone.
+
+    Raises:
+        InputError, UnsupportedModel: as :func:`search`.
+    """
+    check_sources(text)
+    config = load_config(resolve(model, progress).path, trust_remote_code=trust_remote_code)
+    blocks = getattr(decoder_config(config), "num_hidden_layers", None)
+    if isinstance(blocks, int):  # else loading the model says what is wrong with it
+        _request(remove, protect, blocks)
 
 
 def versions() -> dict[str, str]:
@@ -220,12 +251,16 @@ def _above(
     return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))
 
 
-def _enough(candidates: Sequence[int], n: int, why: str) -> None:
-    if n > len(candidates):
+def _request(remove: int | str, protect: str, n_blocks: int) -> tuple[int, frozenset[int]]:
+    """Number of blocks to remove, and the protected ones; enough others must be left."""
+    n = blocks_to_remove(remove, n_blocks)
+    protected = parse_blocks(protect, n_blocks)
+    if n > n_blocks - len(protected):
         raise InputError(
-            f"cannot remove {n} of {len(candidates)} candidates ({why}); "
-            "remove fewer, or protect fewer with --protect ''"
+            f"cannot remove {n} of {n_blocks - len(protected)} candidates ({n_blocks} less "
+            f"{len(protected)} protected); remove fewer, or protect fewer with --protect ''"
         )
+    return n, protected
 
 
 def _baseline(found: Found) -> Baseline | None:

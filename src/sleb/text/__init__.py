@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sleb.text.sources import SOURCES, Source, parse_source, read_documents
+from sleb.text.sources import SOURCES, Source, check_sources, parse_source, read_documents
 
 if TYPE_CHECKING:
     from sleb.text.windows import DEFAULT_WINDOWS, Windows, load_windows
@@ -17,6 +17,7 @@ __all__ = [
     "SOURCES",
     "Source",
     "Windows",
+    "check_sources",
     "load_windows",
     "parse_source",
     "read_documents",

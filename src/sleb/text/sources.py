@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,15 @@ from sleb.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MAX_BYTES", "SOURCES", "Source", "parse_source", "read_documents", "row_text"]
+__all__ = [
+    "MAX_BYTES",
+    "SOURCES",
+    "Source",
+    "check_sources",
+    "parse_source",
+    "read_documents",
+    "row_text",
+]
 
 MAX_BYTES = 64 * 2**20
 MAX_LINE = 2 * MAX_BYTES
@@ -163,6 +171,17 @@ def _is_chat(messages: Any) -> bool:
     )
 
 
+def check_sources(specs: Sequence[str]) -> None:
+    """Find mistakes in ``--text`` before a model is loaded: parses all, and looks for the files.
+
+    Raises:
+        InputError: see :func:`parse_source`; or a file does not exist.
+    """
+    for source in map(parse_source, specs):
+        if source.kind.startswith("."):
+            _file(source.location)
+
+
 def _weight(text: str, spec: str) -> float:
     try:
         weight = float(text)
@@ -220,6 +239,8 @@ def _read_default(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator
     return _read_jsonl(str(DEFAULT), tokenizer)
 
 
+@SOURCES.register(".raw")
+@SOURCES.register(".md")
 @SOURCES.register(".txt")
 def _read_txt(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     with _file(location).open("rb") as stream:

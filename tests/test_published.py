@@ -1,0 +1,32 @@
+"""The search against the published algorithm on several architectures: same scores, same order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reference
+from sleb.metrics import NLL
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import Objective
+from sleb.selection.strategies import STRATEGIES
+from sleb.selection.sweep import Sweep
+from zoo import tiny
+
+FAMILIES = ["bloom", "deepseek_v3", "gemma3_text", "gpt2", "gpt_oss", "mamba", "opt", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_order_and_scores_are_those_of_the_published_algorithm(family):
+    model, config = tiny(family)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, config.get_text_config().vocab_size, (5, 20), generator=generator)
+    order, rounds = reference.greedy(model, ids, 3, protected=(0, 7))
+
+    sweep = Sweep(BlockStack(model), ids, NLL, batch=2)
+    objective = Objective(lambda sets, a, b: sweep.scores(sets, a, b).numpy(), 5, step=2)
+    found = STRATEGIES["greedy"](objective, range(1, 7), 3)
+
+    assert list(found.order) == order
+    for got, want in zip(found.rounds, rounds, strict=True):
+        assert {s.block: s.mean for s in got.scores} == pytest.approx(want, abs=5e-5)
