@@ -213,7 +213,7 @@ def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "verify", verify)
     said = refused(capsys, 3, "prune", "MODEL", "--remove", "2", *SMALL, "-o", "out")
     assert said == "out failed 'logits': off by 1 (must be at most 0); do not ship it"
-        assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
+    assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
 
 
 def test_a_read_only_model_is_enough_and_is_not_touched(tiny_dir, tmp_path, capsys):
