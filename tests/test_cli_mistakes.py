@@ -358,6 +358,9 @@ def test_a_disk_that_fills_up(place, capsys, monkeypatch, verb, existing):
     options = SMALL if verb.startswith("prune") else []
     said = refused(capsys, 6, *verb.split(), *options)
     assert said == f"disk full while writing {place}/out; free some space and repeat the command"
+    kept = place / "out.journal"  # a search is not lost for want of space
+    assert kept.exists() == verb.startswith("prune")
+    kept.unlink(missing_ok=True)
     assert tree(place) == before
 
 
