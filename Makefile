@@ -4,13 +4,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test test-slow check lint format types clean
+.PHONY: help demo test test-slow bench-search check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       prune a real model, SmolLM2-135M-Instruct, and prove the result"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long tests as well"
+	@echo "make bench-search  the published search against ours, timed"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
 
@@ -22,6 +23,11 @@ test: $(READY) $(MODEL)
 
 test-slow: $(READY) $(MODEL)
 	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m ""
+
+# The published search against ours on this machine; takes about half an hour on 2 cores.
+bench-search: $(READY) $(MODEL)
+	$(BIN)/python benchmarks/search.py $(MODEL) --windows 32 --length 256 --remove 6 \
+		-o benchmarks/results/search-cpu-32x256.json
 
 check: lint types test
 

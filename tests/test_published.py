@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import reference
+import sleb
+from conftest import byte_tokenizer
+from sleb.errors import UnsupportedModel
 from sleb.metrics import NLL
 from sleb.models.stack import BlockStack
 from sleb.selection.objective import Objective
@@ -30,3 +33,12 @@ def test_order_and_scores_are_those_of_the_published_algorithm(family):
     assert list(found.order) == order
     for got, want in zip(found.rounds, rounds, strict=True):
         assert {s.block: s.mean for s in got.scores} == pytest.approx(want, abs=5e-5)
+
+
+def test_a_search_in_vain_is_refused_before_it_starts(tmp_path):
+    """Jamba's blocks change kind by their place: no single one can be removed."""
+    model, _ = tiny("jamba")
+    model.save_pretrained(tmp_path / "jamba")
+    byte_tokenizer().save_pretrained(tmp_path / "jamba")
+    with pytest.raises(UnsupportedModel, match=r"is a period of .* only cuts that keep the pattern"):
+        sleb.search(tmp_path / "jamba", remove=2, windows=1, length=8)

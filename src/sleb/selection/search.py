@@ -9,11 +9,13 @@ import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sleb.checkpoint import Checkpoint, fingerprint
-from sleb.errors import InputError
+from sleb.depthfields import reindex
+from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import METRICS
 from sleb.models.load import LoadedModel, load, load_config
 from sleb.models.source import resolve
@@ -110,6 +112,7 @@ def search(
     n_blocks = len(model.stack)
     n, protected = _request(remove, protect, n_blocks)
     candidates = [b for b in range(n_blocks) if b not in protected]
+    _some_cut_is_exact(model.stack.model.config, candidates)
     if not isinstance(windows, Windows):
         windows, _ = load_windows(model.tokenizer, text, windows=windows, length=length, seed=seed)
 
@@ -176,7 +179,8 @@ def check_request(
     config = load_config(resolve(model, progress).path, trust_remote_code=trust_remote_code)
     blocks = getattr(decoder_config(config), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
-        _request(remove, protect, blocks)
+        _, protected = _request(remove, protect, blocks)
+        _some_cut_is_exact(config, [b for b in range(blocks) if b not in protected])
 
 
 def versions() -> dict[str, str]:
@@ -261,6 +265,22 @@ def _request(remove: int | str, protect: str, n_blocks: int) -> tuple[int, froze
             f"{len(protected)} protected); remove fewer, or protect fewer with --protect ''"
         )
     return n, protected
+
+
+def _some_cut_is_exact(config: Any, candidates: Sequence[int]) -> None:
+    """Raise UnsupportedModel if no candidate could be removed alone: a search would be in vain."""
+    text = decoder_config(config)
+    fields, n = text.to_dict(), text.num_hidden_layers
+    refusal: UnsupportedModel | None = None
+    for block in candidates:
+        try:
+            reindex(fields, [b for b in range(n) if b != block], n)
+        except UnsupportedModel as error:
+            refusal = refusal or error
+        else:
+            return
+    if refusal:
+        raise refusal
 
 
 def _baseline(found: Found) -> Baseline | None:
