@@ -40,5 +40,5 @@ def test_a_search_in_vain_is_refused_before_it_starts(tmp_path):
     model, _ = tiny("jamba")
     model.save_pretrained(tmp_path / "jamba")
     byte_tokenizer().save_pretrained(tmp_path / "jamba")
-    with pytest.raises(UnsupportedModel, match=r"is a period of .* only cuts that keep the pattern"):
+    with pytest.raises(UnsupportedModel, match=r"is a period of .* only cuts that keep the"):
         sleb.search(tmp_path / "jamba", remove=2, windows=1, length=8)
