@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from sleb.progress import Progress as ProgressProtocol
 from sleb.progress import Tick
@@ -29,22 +30,28 @@ LINE_EVERY_S = 15.0
 
 def terminal_progress() -> ProgressProtocol:
     """The progress display that fits stderr."""
-    return _Bars() if sys.stderr.isatty() else _Lines()
+    return _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
 
 
 class _Bars:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
+        # on a narrow terminal the note gives way, not the times
+        fixed, rest = Column(min_width=7), Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        left = TextColumn("left", table_column=Column(min_width=4))
         columns = [
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            *([TextColumn("left"), TimeRemainingColumn()] if total else []),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(table_column=Column(min_width=4)),
+            TimeElapsedColumn(table_column=fixed),
+            *([TimeRemainingColumn(table_column=fixed), left] if total else []),
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=rest),
         ]
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
             task = bars.add_task(title, total=total, note="")
 
             def tick(n: int = 1, note: str = "") -> None:

@@ -1,0 +1,42 @@
+"""What a person sees while waiting."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from sleb.cli import progress
+
+
+def test_a_narrow_terminal_keeps_the_time_left_and_shortens_the_note():
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=80, color_system=None)
+    with progress._Bars(console).stage("searching", 10) as tick:
+        tick(5, note="round 2 of 3, 27 candidates, last removed 12, and more than fits")
+    line = shown.getvalue().replace("\r", "\n")
+    assert "searching" in line
+    assert "50%" in line
+    assert "0:00:00" in line
+    assert "left round 2 of 3" in line
+    assert "…" in line
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress._Lines().stage("searching", 10) as tick:
+        for _ in range(5):
+            clock[0] += 10
+            tick(note="round 1")
+    assert capsys.readouterr().err.splitlines() == [
+        "searching: 20 %, 20 s gone, about 80 s left; round 1",
+        "searching: 40 %, 40 s gone, about 60 s left; round 1",
+        "searching: done in 50 s",
+    ]
+
+
+def test_what_is_quick_says_nothing(capsys):
+    with progress._Lines().stage("loading", None) as tick:
+        tick()
+    assert capsys.readouterr().err == ""
