@@ -80,6 +80,15 @@ def tiny_plan(tiny_dir):
     return sleb.search(tiny_dir, remove=3, windows=4, length=16, dtype="float32", device="cpu")
 
 
+@pytest.fixture
+def place(tiny_dir, tiny_plan, tmp_path, monkeypatch) -> Path:
+    """A working folder with the tiny model in ``MODEL``, a link, and a plan for it."""
+    (tmp_path / "MODEL").symlink_to(tiny_dir)
+    tiny_plan.save(tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def real_model() -> str:
     """SmolLM2-135M-Instruct as GGUF, from SLEB_TEST_MODEL (`make test` sets it)."""

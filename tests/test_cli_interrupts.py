@@ -23,14 +23,6 @@ CPU = ["--dtype", "float32", "--device", "cpu"]
 KEPT = "sleb: interrupted; scores so far are in {}: repeat the command to go on\n"
 
 
-@pytest.fixture
-def place(tiny_dir, tiny_plan, tmp_path, monkeypatch) -> Path:
-    (tmp_path / "MODEL").symlink_to(tiny_dir)
-    tiny_plan.save(tmp_path / "plan.json")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @contextlib.contextmanager
 def counted():
     """How many times the model is run while this is open: a list that grows."""

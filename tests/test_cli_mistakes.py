@@ -31,15 +31,6 @@ EVERY = [
 
 
 @pytest.fixture
-def place(tiny_dir, tiny_plan, tmp_path, monkeypatch) -> Path:
-    """A working folder with the tiny model in ``MODEL``, a link, and a plan for it."""
-    (tmp_path / "MODEL").symlink_to(tiny_dir)
-    tiny_plan.save(tmp_path / "plan.json")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def copy(tiny_dir, place) -> Path:
     """A copy of the model that a test may damage."""
     return Path(shutil.copytree(tiny_dir, place / "copy"))

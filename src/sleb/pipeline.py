@@ -12,7 +12,7 @@ from sleb.checkpoint import Checkpoint
 from sleb.exactness import verify
 from sleb.files import enough_space, writable_target
 from sleb.models.load import load
-from sleb.plan import Plan, blocks_to_remove, parse_blocks
+from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
@@ -84,7 +84,6 @@ def prune(
     refuse_source(out, loaded.source.path)
     n = len(loaded.stack)
     left = n - blocks_to_remove(remove, n)
-    parse_blocks(protect, n)
     enough_space(out.parent, Checkpoint.open(loaded.source.path).nbytes * left // n)
     scored, aside = load_windows(
         loaded.tokenizer, text, windows=windows, length=length, seed=seed, heldout=heldout
