@@ -11,7 +11,8 @@ Systems, each timed from a loaded model to the order of removal:
 - racing: candidates that are clearly worse are given up early.
 
 Block forwards are counted per window of tokens. Peak memory is the process's (CPU) or the
-allocator's (CUDA). A random Llama of the 7B shape, for time only: --shape 7b in place of MODEL.
+allocator's (CUDA), and is also given over the weights. A random Llama of the 7B shape, for time
+only: --shape 7b in place of MODEL.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sleb.models.stack import BlockStack
 from sleb.selection.objective import Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep
+from sleb.selection.tuning import tune
 
 
 class Published:
@@ -61,25 +63,13 @@ class Published:
         return order
 
 
-class Counted:
-    """A sweep whose block forwards are counted per window, as the published algorithm's are."""
-
-    def __init__(self, stack: BlockStack, ids: Tensor) -> None:
-        self.sweep, self.forwards = Sweep(stack, ids, NLL), 0
-
-    def __call__(self, sets: Any, start: int, stop: int) -> Any:
-        before = self.sweep.forwards
-        values = self.sweep.scores(sets, start, stop).numpy()
-        # one sweep call is one batch: its forwards ran on all of its windows at once
-        self.forwards += (self.sweep.forwards - before) * (stop - start)
-        return values
-
-
 def ours(stack: BlockStack, ids: Tensor, candidates: list[int], n: int, exact: bool) -> Any:
-    counted = Counted(stack, ids)
-    objective = Objective(counted, len(ids), step=counted.sweep.batch, exact=exact)
+    sweep = Sweep(stack, ids, NLL, batch=tune(stack, ids, threads=torch.get_num_threads()).batch)
+    objective = Objective(
+        lambda sets, a, b: sweep.scores(sets, a, b).numpy(), len(ids), step=sweep.step, exact=exact
+    )
     found = STRATEGIES["greedy"](objective, candidates, n)
-    return list(found.order), counted.forwards
+    return list(found.order), sweep.forwards
 
 
 def measure(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -130,6 +120,7 @@ def main() -> None:
     parser.add_argument("--remove", type=int, default=6)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--systems", default="racing,exact,published")
     parser.add_argument("--published-rounds", type=int, default=99)
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -150,9 +141,13 @@ def main() -> None:
             seed=0,
         )[0].ids
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    if options.threads:
+        torch.set_num_threads(options.threads)
     n_blocks = len(stack)
     candidates = list(range(1, n_blocks - 1))
     BlockStack.exit(stack, stack.enter(ids[:1])[0])  # warm up
+    tune(stack, ids, threads=torch.get_num_threads())
+    weights = sum(p.nbytes for p in stack.model.parameters()) / 1e9
 
     rows: list[dict[str, Any]] = []
     for system in options.systems.split(","):
@@ -177,6 +172,7 @@ def main() -> None:
             "seconds": round(seconds, 2),
             "block_forwards": forwards,
             "peak_gb": round(peak, 3),
+            "peak_over_weights_gb": round(peak - weights, 3),
             "order": order,
         }
         rows.append(row)

@@ -54,7 +54,16 @@ def both(capsys, code: int, command: str) -> str:
         ("serch MODEL", "No such command 'serch'. Did you mean 'search'? See: sleb --help"),
         ("qqqqqqqqqq", "No such command 'qqqqqqqqqq'. See: sleb --help"),
         ("inspect", "Missing argument 'MODEL'. See: sleb inspect --help"),
-        ("search MODEL", "Missing option '--remove'. See: sleb search --help"),
+        (
+            "search MODEL",
+            "no target: give one of --remove, --max-loss-increase, --speedup or --size, for "
+            "example --remove 20%",
+        ),
+        (
+            "search MODEL --remove 2 --size 1MB",
+            "--remove and --size are two targets: give one of --remove, --max-loss-increase, "
+            "--speedup or --size",
+        ),
         ("prune MODEL --remove 2", "Missing option '--out' / '-o'. See: sleb prune --help"),
         (
             "search MODEL --remove",

@@ -36,7 +36,7 @@ def windows(loaded):
     ("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)]
 )
 def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, metric, score):
-    plan = sleb.search(loaded, remove=4, metric=metric, windows=windows, protect="")
+    plan = sleb.search(loaded, remove=4, metric=metric, exact=True, windows=windows, protect="")
     order, rounds = reference.greedy(loaded.model, windows.ids, 4, score)
     assert list(plan.order) == order
     for got, want in zip(plan.rounds, rounds, strict=True):
@@ -115,7 +115,7 @@ def test_a_sweep_equals_separate_passes_and_does_the_work_that_it_says():
     got = sweep.scores(sets, 0, 5)
     for blocks, row in zip(sets, got, strict=True):
         torch.testing.assert_close(row, reference.loss(model, blocks, ids), rtol=0, atol=2e-6)
-    assert sweep.forwards == 3 * block_forwards(sets, 6)
+    assert sweep.forwards == 5 * block_forwards(sets, 6)
 
 
 def test_a_greedy_round_costs_half_of_separate_passes():
@@ -197,14 +197,15 @@ def test_an_objective_computes_nothing_twice():
         asked.extend((s, start) for s in sets)
         return toy([1, 2, 3])(sets, start, stop)
 
-    objective = Objective(score, 5, step=2)
+    objective = Objective(score, 5, step=lambda sets: 2)
     sets = [BlockSet({0}), BlockSet({1}), BlockSet({0})]
     once = objective.scores(sets)
     assert np.array_equal(objective.scores(sets), once)
     assert len(asked) == len(set(asked)) == 6
 
 
-def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exact):
     """Whatever the sweep at which it stops, and even if the last line was torn."""
     weights, pairs = [9, 4, 3, 5, 2, 6, 7], {(4, 2): 8, (1, 3): -6}
 
@@ -220,7 +221,8 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
 
         done = False
         try:
-            found = STRATEGIES["greedy"](Objective(score, 5, step=2, journal=journal), range(7), 4)
+            objective = Objective(score, 5, step=lambda sets: 2, journal=journal, exact=exact)
+            found = STRATEGIES["greedy"](objective, range(7), 4)
             done = True
         finally:
             journal.close(done=done)
@@ -230,7 +232,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path):
 
     whole, total = run(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
-    assert total == 15  # 4 rounds and the dense model, 3 sweeps each
+    assert total == 12 if exact else total >= 12  # 4 rounds, 3 sweeps each, or a race's looks
     for stop in range(total):
         path = tmp_path / f"journal{stop}"
         with pytest.raises(KeyboardInterrupt):
@@ -269,7 +271,7 @@ def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch)
     assert len(journal.read_text().splitlines()) == 1 + 3
     calls[0] = 100
     resumed = sleb.search(tiny_dir, journal=journal, **options)
-    assert calls[0] == 100 + 8 - 3  # 3 rounds and the dense model, 2 sweeps each
+    assert calls[0] == 100 + 6 - 3  # 3 rounds, 2 sweeps each
     assert resumed.to_json() == want.to_json()
     assert not journal.exists()
 
@@ -334,7 +336,7 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
 def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
     plan = sleb.search(tiny_dir, remove=2, strategy=strategy, windows=3, length=16, **CPU)
     assert len(plan.removed) == 2
-    assert plan.strategy == strategy
+    assert plan.strategy == f"{strategy}, racing"
     with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
         sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)
 

@@ -132,6 +132,17 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def block_sizes(self, n: int, module_path: str) -> list[tuple[int, int]]:
+        """Stored elements and bytes of each of the blocks 0..n-1; arguments as `block_prefix`."""
+        prefix = self.block_prefix(n, module_path)
+        sizes = [(0, 0)] * n
+        for name, info in self.tensors.items():
+            block = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+            if block.isdigit() and int(block) < n:
+                elements, nbytes = sizes[int(block)]
+                sizes[int(block)] = (elements + info.numel, nbytes + info.nbytes)
+        return sizes
+
     def block_prefix(self, n: int, module_path: str) -> str:
         """The prefix of block tensors on disk, ``model.layers.`` in ``model.layers.0.mlp...``.
 

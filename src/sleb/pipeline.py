@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from typing_extensions import Unpack
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
@@ -16,13 +17,13 @@ from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
-from sleb.selection.search import DEFAULT_LENGTH, DEFAULT_PROTECT, check_request, search
+from sleb.selection.goal import Goal
+from sleb.selection.request import SearchOptions, check_choice, check_request
+from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply, refuse_source
 from sleb.text import load_windows
 
 __all__ = ["Pruned", "prune"]
-
-HELDOUT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,75 +39,82 @@ def prune(
     model: str | Path,
     out: str | Path,
     *,
-    remove: int | str,
-    metric: str = "loss",
-    strategy: str | None = None,
-    exact: bool = True,
-    text: Sequence[str] = (),
     windows: int | None = None,
-    length: int = DEFAULT_LENGTH,
-    heldout: int = HELDOUT,
-    protect: str = DEFAULT_PROTECT,
-    min_similarity: float | str | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch: int | None = None,
-    trust_remote_code: bool = False,
+    heldout: int = DEFAULT_HELDOUT,
     force: bool = False,
     command: str = "sleb.prune",
     progress: Progress = silent,
+    **options: Unpack[SearchOptions],
 ) -> Pruned:
     """Search, measure on held-out windows, write the checkpoint, verify it; all or nothing.
 
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
-    run.json and a model card. Arguments are those of :func:`sleb.search`; ``heldout`` is the
-    number of windows set aside from the same texts for the quality figures.
+    run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
+    number of windows set aside from the same texts for targets and for the quality figures.
 
     Raises:
-        VerificationFailed: a gate did not pass; nothing was written.
+        VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
+            written.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
     """
     out = Path(out)
     writable_target(out, force=force)
     watch = Stopwatch(progress)
+    goal = Goal.choose(
+        remove=options.get("remove"),
+        max_loss_increase=options.get("max_loss_increase"),
+        speedup=options.get("speedup"),
+        size=options.get("size"),
+        curve=options.get("curve", False),
+    )
+    check_choice(goal, options.get("metric", "loss"), options.get("strategy"))
+    text, trust = options.get("text", ()), options.get("trust_remote_code", False)
     check_request(
         model,
-        remove=remove,
-        protect=protect,
+        goal=goal,
+        protect=options.get("protect", DEFAULT_PROTECT),
         text=text,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust,
         progress=watch,
     )
     loaded = load(
-        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=watch
+        model,
+        dtype=options.get("dtype", "auto"),
+        device=options.get("device", "auto"),
+        stream=options.get("stream", False),
+        trust_remote_code=trust,
+        progress=watch,
     )
     refuse_source(out, loaded.source.path)
-    n = len(loaded.stack)
-    left = n - blocks_to_remove(remove, n)
-    enough_space(out.parent, Checkpoint.open(loaded.source.path).nbytes * left // n)
+    if goal.remove is not None:
+        n = len(loaded.stack)
+        left = n - blocks_to_remove(goal.remove, n)
+        enough_space(out.parent, Checkpoint.open(loaded.source.path).nbytes * left // n)
     scored, aside = load_windows(
-        loaded.tokenizer, text, windows=windows, length=length, seed=seed, heldout=heldout
+        loaded.tokenizer,
+        text,
+        windows=windows,
+        length=options.get("length", DEFAULT_LENGTH),
+        seed=options.get("seed", 0),
+        heldout=heldout,
     )
     journal = out.with_name(out.name + ".journal")
+    # a full disk below must not cost the search, so its journal stays
     plan = search(
         loaded,
-        remove=remove,
-        metric=metric,
-        strategy=strategy,
-        exact=exact,
         windows=scored,
-        protect=protect,
-        min_similarity=min_similarity,
-        seed=seed,
-        batch=batch,
+        heldout=aside,
         journal=journal,
-        keep_journal=True,  # a full disk below must not cost the search
+        keep_journal=True,
         progress=watch,
+        **options,
     )
     quality, note = None, "no text was left over to measure on: give more, or fewer --windows"
     if aside is not None:
-        quality = evaluate(loaded, aside, removed=plan.removed, batch=batch, progress=watch)
+        quality = evaluate(
+            loaded, aside, removed=plan.removed, batch=options.get("batch"), progress=watch
+        )
+        length = aside.record.length
         note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
     source = loaded.source
@@ -121,7 +129,7 @@ def prune(
                 stage,
                 model=model,
                 plan=plan,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust,
                 progress=watch,
             ),
             checkpoint=str(out),
@@ -153,7 +161,7 @@ def prune(
         model,
         out,
         force=force,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust,
         finish=finish,
         progress=watch,
     )

@@ -20,12 +20,15 @@ from sleb.errors import InputError
 __all__ = [
     "Baseline",
     "Calibration",
+    "Curve",
     "Fingerprint",
     "Plan",
+    "Point",
     "Round",
     "Score",
     "SimilarityGate",
     "SourceRecord",
+    "Target",
     "blocks_to_remove",
     "parse_blocks",
 ]
@@ -128,6 +131,43 @@ class SimilarityGate(_Record):
     candidates: tuple[BlockId, ...]
 
 
+class Target(_Record):
+    """What was asked for: ``remove`` (blocks), ``max-loss-increase`` (nats/token, held-out),
+    ``speedup`` (ratio, estimated) or ``size`` (bytes); and what the plan reaches of it."""
+
+    kind: Literal["remove", "max-loss-increase", "speedup", "size"]
+    limit: float
+    reached: float
+
+
+class Point(_Record):
+    """The model after ``depth`` removals, the last of which is ``block``.
+
+    ``increase`` is the mean increase of the loss on held-out windows in nats/token, from ``low`` to
+    ``high`` with 95 % confidence, and at most ``bound`` with 95 % (one-sided); all are paired with
+    the dense model. ``nbytes``: weights on disk. ``speedup``: estimated for generation, where time
+    goes into reading weights: bytes read per token, dense over pruned. It is a lower bound for
+    reading prompts.
+    """
+
+    depth: Annotated[int, Field(ge=1)]
+    block: BlockId
+    increase: float
+    low: float | None
+    high: float | None
+    bound: float | None
+    nbytes: Count
+    speedup: float
+
+
+class Curve(_Record):
+    """Quality, size and speed by depth, on windows that took no part in the choice of blocks."""
+
+    heldout: Calibration
+    baseline: Baseline
+    points: tuple[Point, ...]
+
+
 class Plan(_Record):
     """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it."""
 
@@ -140,10 +180,12 @@ class Plan(_Record):
     unit: Text
     strategy: Text
     dtype: Text
+    target: Target | None = None
     baseline: Baseline | None = None
     rounds: tuple[Round, ...] = ()
     similarity: SimilarityGate | None = None
     calibration: Calibration | None = None
+    curve: Curve | None = None
     versions: dict[Text, Text] = {}
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from scipy import stats
 from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
 from sleb.progress import Progress, silent
-from sleb.selection.objective import BlockSet, Values
+from sleb.selection.objective import DENSE, BlockSet, Values
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.text import Windows
 
@@ -62,10 +62,10 @@ def evaluate(
     Raises:
         DataError: a loss is NaN or infinite.
     """
-    sets = [BlockSet(), BlockSet(removed)] if removed else [BlockSet()]
+    sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
     sweep = Sweep(model.stack, windows.ids, NLL, batch=batch)
     n, length = windows.ids.shape
-    work = -(-n // sweep.batch) * (block_forwards(sets, len(model.stack)) + len(sets))
+    work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)
         losses = sweep.scores(sets, 0, n).numpy()

@@ -160,7 +160,8 @@ def _states(stack: BlockStack, ids: Tensor, first_window: int) -> Tensor:
     hidden, calls = stack.enter(ids)
     states = [hidden.float()]
     for i, call in enumerate(calls):
-        hidden = stack.run(i, hidden, call)
+        with stack.holding(i):
+            hidden = stack.run(i, hidden, call)
         states.append(hidden.float().to(states[0].device))
         if not torch.isfinite(states[-1]).all():
             bad = (~torch.isfinite(states[-1])).flatten(1).any(1).nonzero()[0].item()

@@ -6,6 +6,7 @@ import json as json_module
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rich.text import Text
 
 __all__ = [
     "applied",
+    "curve",
     "description",
     "evaluation",
     "note",
@@ -168,6 +170,51 @@ def plan(console: Console, p: Any) -> None:
     c = p.calibration
     if c:
         console.print(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}")
+    curve(console, p)
+
+
+def curve(console: Console, p: Any) -> None:
+    """The part of a plan about depths and its target; nothing without one."""
+    if p.curve:
+        table = _table(
+            "depth",
+            "without",
+            "loss increase, nats/token",
+            "95 % bound",
+            "perplexity ratio",
+            "weights",
+            "speed-up",
+        )
+        for q in p.curve.points:
+            ratio = (
+                "-" if q.bound is None else f"{exp(q.increase):.2f} (at most {exp(q.bound):.2f})"
+            )
+            mark = "" if q.depth <= len(p.order) else " *"
+            table.add_row(
+                f"{q.depth}{mark}",
+                f"block {q.block}",
+                f"{q.increase:.4f}" + ("" if q.low is None else f" ({q.low:.4f} to {q.high:.4f})"),
+                "-" if q.bound is None else f"{q.bound:.4f}",
+                ratio,
+                _mb(q.nbytes),
+                f"{q.speedup:.2f}x",
+            )
+        console.print(table)
+        h = p.curve.heldout
+        console.print(
+            f"on {h.windows} held-out windows of {h.length} tokens; dense "
+            f"{p.curve.baseline.mean:.4f} nats/token; speed-up of generation estimated from the "
+            "weights that are read per token"
+        )
+        if len(p.curve.points) > len(p.order):
+            console.print("* beyond the target: not in the plan")
+    if p.target and p.target.kind != "remove":
+        t = p.target
+        shown = _mb if t.kind == "size" else "{:g}".format
+        console.print(
+            f"target --{t.kind} {shown(t.limit)}: reached {shown(t.reached)} with "
+            f"{len(p.order)} of {p.model.blocks} blocks removed"
+        )
 
 
 def applied(console: Console, a: Any) -> None:

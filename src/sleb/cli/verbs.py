@@ -16,55 +16,27 @@ from typing import Annotated, Any
 import typer
 
 from sleb.cli import render
+from sleb.cli.options import (
+    Batch,
+    Depth,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Length,
+    Model,
+    PlanFile,
+    Seed,
+    Text,
+    Trust,
+    Windows,
+    searching,
+)
 from sleb.cli.progress import terminal_progress
 from sleb.errors import InputError
 from sleb.files import writable_target
 
 __all__ = ["Interrupted", "register"]
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.")]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text",
-        metavar="SPEC",
-        help="Text to measure on; repeat for several. A .txt, .jsonl or .parquet file, or "
-        "hub:DATASET/CONFIG:SPLIT; append @2 for twice the share. Default: an embedded sample.",
-    ),
-]
-Windows = Annotated[int | None, typer.Option(help="Number of token windows.", min=1)]
-Length = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
-Seed = Annotated[int, typer.Option(help="Choice of windows.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Batch = Annotated[int | None, typer.Option(help="Windows per forward pass.", min=1)]
-Remove = Annotated[str, typer.Option("--remove", help="Blocks to remove: 6 or 20%.")]
-Metric = Annotated[
-    str, typer.Option(help="loss (SLEB), one-shot-loss, cosine or kl. See docs/method.md.")
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(help="greedy, one-shot, window, beam or refine. Default: the metric's own."),
-]
-Race = Annotated[
-    bool,
-    typer.Option(
-        "--race/--exact",
-        help="Give up early on candidates that are clearly worse; or score all, as published.",
-    ),
-]
-Protect = Annotated[str, typer.Option(help="Blocks that stay: 0,5-7,-1; '' for none.")]
-MinSimilarity = Annotated[
-    str | None,
-    typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Depth = Annotated[int | None, typer.Option(help="Use only the plan's first DEPTH removals.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
-]
-PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help="Plan from sleb search.")]
 
 
 def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) -> int:
@@ -114,50 +86,18 @@ def similarity(
     return 0
 
 
+@searching
 def search(
     model: Model,
-    remove: Remove,
     out: Annotated[str, typer.Option("--out", "-o", help="Plan file to write.")] = "plan.json",
-    metric: Metric = "loss",
-    strategy: Strategy = None,
-    race: Race = False,
-    text: Text = None,
-    windows: Windows = None,
-    length: Length = 256,
-    protect: Protect = "0,-1",
-    min_similarity: MinSimilarity = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch: Batch = None,
-    force: Force = False,
-    json: Json = False,
-    trust_remote_code: Trust = False,
+    **options: Any,
 ) -> int:
     """Find the blocks whose removal costs least, and write the plan."""
-    _known(metric, strategy)
+    asked, force, json = _asked(options)
     writable_target(Path(out), force=force, folder=False)
     from sleb.selection.search import search as find
 
-    plan = find(
-        model,
-        remove=remove,
-        metric=metric,
-        strategy=strategy,
-        exact=not race,
-        text=text or (),
-        windows=windows,
-        length=length,
-        protect=protect,
-        min_similarity=min_similarity,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        batch=batch,
-        trust_remote_code=trust_remote_code,
-        journal=f"{out}.journal",
-        progress=terminal_progress(),
-    )
+    plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
     plan.save(out)
     render.result(plan, json, render.plan)
     render.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
@@ -284,54 +224,22 @@ def evaluate(
     return 0
 
 
+@searching
 def prune(
     context: typer.Context,
     model: Model,
-    remove: Remove,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
-    metric: Metric = "loss",
-    strategy: Strategy = None,
-    race: Race = False,
-    text: Text = None,
-    windows: Windows = None,
-    length: Length = 256,
-    protect: Protect = "0,-1",
-    min_similarity: MinSimilarity = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch: Batch = None,
-    force: Force = False,
-    json: Json = False,
-    trust_remote_code: Trust = False,
+    **options: Any,
 ) -> int:
     """Search, cut and prove in one go; OUT holds the checkpoint, plan, run record and card."""
-    _known(metric, strategy)
+    asked, force, json = _asked(options)
     writable_target(Path(out), force=force)
     from sleb.pipeline import prune as run
 
-    done = run(
-        model,
-        out,
-        remove=remove,
-        metric=metric,
-        strategy=strategy,
-        exact=not race,
-        text=text or (),
-        windows=windows,
-        length=length,
-        protect=protect,
-        min_similarity=min_similarity,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        batch=batch,
-        trust_remote_code=trust_remote_code,
-        force=force,
-        command=context.obj,
-        progress=terminal_progress(),
-    )
+    done = run(model, out, **asked, force=force, command=context.obj, progress=terminal_progress())
     render.result(done.record, json, render.record)
+    if not json:
+        render.result(done.plan, json, render.curve)
     render.note(f"checkpoint written to {out}", json)
     return 0
 
@@ -349,21 +257,28 @@ def demo(
     return run(model, Path(out), terminal_progress())
 
 
-def _known(metric: str, strategy: str | None) -> None:
-    """Refuse a wrong name before anything is loaded."""
+def _asked(options: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
+    """What the library is asked for, apart from --force and --json. A wrong name or target is
+    refused before anything is loaded."""
+    from sleb.selection.goal import Goal
+
+    targets = ("remove", "max_loss_increase", "speedup", "size", "curve")
+    Goal.choose(**{name: options[name] for name in targets})
     from sleb.metrics import METRICS
 
-    METRICS[metric]
-    if strategy:
+    METRICS[options["metric"]]
+    force, json = options.pop("force"), options.pop("json")
+    if options["strategy"]:
         from sleb.selection.strategies import STRATEGIES
 
-        STRATEGIES[strategy]
+        STRATEGIES[options["strategy"]]
+    return {**options, "text": options["text"] or ()}, force, json
 
 
 EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
     "inspect": (inspect, "sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct"),
     "similarity": (similarity, "sleb similarity ./model --text mail.jsonl --measure angular"),
-    "search": (search, "sleb search ./model --remove 20% --text mail.jsonl -o plan.json"),
+    "search": (search, "sleb search ./model --curve --text mail.jsonl -o plan.json"),
     "apply": (apply, "sleb apply plan.json ./model -o ./smaller --depth 3"),
     "verify": (verify, "sleb verify ./smaller --model ./model --plan plan.json"),
     "eval": (evaluate, "sleb eval ./model --text test.txt --plan plan.json"),

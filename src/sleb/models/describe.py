@@ -77,13 +77,7 @@ def describe(
         return Description(**facts, supported=False, reason=str(error))  # type: ignore[arg-type]
 
     n = len(stack)
-    prefix = checkpoint.block_prefix(n, stack.path)
-    elements, sizes = [0] * n, [0] * n
-    for name, info in checkpoint.tensors.items():
-        block = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
-        if block.isdigit() and int(block) < n:
-            elements[int(block)] += info.numel
-            sizes[int(block)] += info.nbytes
+    elements, sizes = zip(*checkpoint.block_sizes(n, stack.path), strict=True)
     total = sum(info.numel for info in checkpoint.tensors.values())
     savings = []
     for percent in (10, 20, 30):
@@ -106,8 +100,8 @@ def describe(
         blocks=n,
         parameters=total,
         nbytes=checkpoint.nbytes,
-        block_parameters=tuple(elements),
-        block_bytes=tuple(sizes),
+        block_parameters=elements,
+        block_bytes=sizes,
         dtypes=tuple(sorted({info.dtype for info in checkpoint.tensors.values()})),
         tied_weights=bool(getattr(config, "tie_word_embeddings", False)),
         depth_fields=tuple(depth_fields(text.to_dict(), n)),

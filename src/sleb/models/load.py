@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from sleb.checkpoint import Checkpoint, read_json
 from sleb.depthfields import refuse_unsupported
 from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.models.source import ModelSource, quiet_transformers, resolve
-from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stack import BlockStack, decoder_config, find_blocks
 from sleb.plan import MAX_BLOCKS
 from sleb.progress import Progress, silent
 
@@ -43,6 +46,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    stream: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> LoadedModel:
@@ -50,7 +54,8 @@ def load(
 
     ``dtype`` is float32, bfloat16, float16 or auto: the checkpoint's own, except that a CPU
     without bfloat16 instructions computes in float32. ``device`` is cpu, cuda, cuda:1, mps or
-    auto: the first GPU, else the CPU.
+    auto: the first GPU, else the CPU. With ``stream``, blocks stay in the checkpoint's files and
+    are read when they run, so that only one has to fit in memory; embedding and head are loaded.
 
     Raises:
         InputError: no such model, or an unknown dtype or device.
@@ -65,17 +70,30 @@ def load(
     text = decoder_config(config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
     with progress.stage(f"loading {source.ref}", None):
-        model = strict_model(source.path, pick_dtype(dtype, config, target), trust_remote_code)
-        try:
-            model.to(target)
-        except torch.OutOfMemoryError:
-            raise ResourceError(f"{ref} does not fit on {target}; try --dtype bfloat16") from None
+        computed = pick_dtype(dtype, config, target)
+        if stream:
+            places = _streaming(config, target, trust_remote_code)
+            model = strict_model(source.path, computed, trust_remote_code, places)
+        else:
+            model = strict_model(source.path, computed, trust_remote_code)
+            try:
+                model.to(target)
+            except torch.OutOfMemoryError:
+                raise ResourceError(
+                    f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
+                ) from None
     tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, stack=BlockStack(model), source=source)
 
 
-def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM from a folder, on the CPU, in evaluation mode; every tensor accounted for.
+def strict_model(
+    path: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    places: dict[str, str] | None = None,
+) -> nn.Module:
+    """A causal LM from a folder, in evaluation mode; every tensor accounted for. It is on the CPU,
+    or where ``places`` says (a device map of modules, as accelerate has it).
 
     Raises:
         InputError: loading needs a package that is not installed.
@@ -83,6 +101,8 @@ def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False
     """
     from transformers import AutoModelForCausalLM
 
+    # weights that transformers has to rearrange cannot be read in place; it keeps a copy here
+    spill = Path(tempfile.mkdtemp(prefix="sleb-")) if places else None
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +112,10 @@ def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False
                 ignore_mismatched_sizes=True,  # they are counted below, and then refused
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **({"device_map": places, "offload_folder": spill} if places else {}),
             )
+            if spill:
+                weakref.finalize(model, shutil.rmtree, spill, ignore_errors=True)
         except ImportError as error:
             raise InputError(f"{path} needs a package to load: {_say(error)}") from None
         except Exception as error:  # of many types, and from the model's own code
@@ -108,6 +131,23 @@ def strict_model(path: Path, dtype: torch.dtype, trust_remote_code: bool = False
                 f"{found[0]}; the config does not describe these weights"
             )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _streaming(config: Any, target: torch.device, trust_remote_code: bool) -> dict[str, str]:
+    """A device map that leaves the blocks on disk and puts all else on ``target``."""
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    path, blocks = find_blocks(model)
+    places = {f"{path}.{i}": "disk" for i in range(len(blocks))}
+
+    def place(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if path.startswith(f"{prefix}{name}."):  # the blocks are somewhere inside
+                place(child, f"{prefix}{name}.")
+            elif prefix + name != path:
+                places[prefix + name] = str(target)
+
+    place(model, "")
+    return places
 
 
 def _predicts_further(key: Any, config: Any) -> bool:

@@ -162,6 +162,21 @@ class BlockStack:
         return logits
 
     @contextlib.contextmanager
+    def holding(self, i: int) -> Iterator[None]:
+        """Keep block ``i`` in place for several :meth:`run` of it. This matters to a model that
+        accelerate offloads: its hooks would fetch the weights anew for every call."""
+        hooks = [(m, h) for m in self.blocks[i].modules() for h in _offloading(m)]
+        try:
+            for module, hook in hooks:
+                hook.pre_forward(module)
+                hook.offload = False
+            yield
+        finally:
+            for module, hook in hooks:
+                hook.offload = True
+                hook.post_forward(module, None)
+
+    @contextlib.contextmanager
     def bypassed(self, blocks: Collection[int]) -> Iterator[None]:
         """Blocks pass their input through; afterwards the model is as it was, bit for bit."""
         if bad := sorted(b for b in blocks if not 0 <= b < len(self)):
@@ -186,6 +201,11 @@ class BlockStack:
     def max_length(self) -> int | None:
         """Longest text that the model reads, in tokens; None where there is no limit."""
         return getattr(decoder_config(self.model.config), "max_position_embeddings", None)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks are fetched when they run, rather than being in the device's memory."""
+        return any(p.device.type == "meta" for p in self.blocks.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -337,6 +357,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, 
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
     return kwargs.pop("hidden_states"), args, kwargs
+
+
+def _offloading(module: nn.Module) -> list[Any]:
+    """The hooks through which accelerate fetches a module's weights when it runs."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return [h for h in hooks if getattr(h, "offload", False)]
 
 
 def _longest(cache: Any) -> int:

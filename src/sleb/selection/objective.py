@@ -17,11 +17,12 @@ import numpy as np
 from sleb.files import disk_errors
 from sleb.selection.racing import Race, Values
 
-__all__ = ["BlockSet", "Journal", "Objective", "Values"]
+__all__ = ["DENSE", "BlockSet", "Journal", "Objective", "Values"]
 
 logger = logging.getLogger(__name__)
 
 BlockSet = frozenset[int]
+DENSE = BlockSet()
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
 
 
@@ -29,7 +30,8 @@ class Objective:
     """Scores block sets on ``n_windows`` windows, computing nothing twice.
 
     ``score(sets, start, stop)`` gives float64 [len(sets), stop - start], lower is better; it is
-    called on at most ``step`` windows at a time, and each result is journaled before it is used.
+    called on at most ``step(len(sets))`` windows at a time, and each result is journaled before it
+    is used. ``enough(order)`` tells a strategy that a target is reached by removing ``order``.
     """
 
     def __init__(
@@ -37,17 +39,19 @@ class Objective:
         score: ScoreFunction,
         n_windows: int,
         *,
-        step: int | None = None,
+        step: Callable[[int], int] | None = None,
         journal: Journal | None = None,
         note: Callable[[str], None] | None = None,
+        enough: Callable[[Sequence[int]], bool] | None = None,
         exact: bool = True,
     ) -> None:
         self.n_windows = n_windows
         self.exact = exact
         self._score = score
-        self._step = step or n_windows
+        self._step = step or (lambda sets: n_windows)
         self._journal = journal
         self._note = note or (lambda text: None)
+        self.enough = enough or (lambda order: False)
         self._known: dict[BlockSet, Values] = {}
         for sets, start, values in journal.replay() if journal else ():
             self._learn(sets, start, values)
@@ -57,27 +61,43 @@ class Objective:
         self._note(note)
         return self._prefix(sets, self.n_windows)
 
-    def best(self, sets: Sequence[BlockSet], k: int = 1, note: str = "") -> Values:
+    def best(
+        self,
+        sets: Sequence[BlockSet],
+        k: int = 1,
+        note: str = "",
+        guides: Sequence[BlockSet] = (),
+    ) -> Values:
         """Like :meth:`scores`, for a caller who needs only the ``k`` lowest means.
 
         Unless ``exact``, sets race: those that are clearly worse are given up early, and have NaN
-        for the windows that they did not see. At least k sets have no NaN. See ``racing``.
+        for the windows that they did not see. At least k sets have no NaN. ``guides`` names, per
+        set, a similar one that may have been scored before. See ``racing``.
+
+        The dense model is scored along, since every strategy asks for it in the end, and beside
+        sets of few blocks it costs next to nothing.
         """
         if self.exact:
-            return self.scores(sets, note)
-        race = Race(len(sets), self.n_windows, k)
+            return self.scores([*sets, DENSE], note)[:-1]
+        guide = np.stack([self._of(s) for s in guides]) if guides else None
+        race = Race(len(sets), self.n_windows, k, guide)
         values = np.full((len(sets), self.n_windows), np.nan)
+        so_far = ""
         for windows in race.looks():
-            self._note(f"{note}, {len(race.live)} left" if windows > race.first else note)
-            known = self._prefix([sets[i] for i in race.live], windows)
+            self._note(note + so_far)
+            known = self._prefix([*(sets[i] for i in race.live), DENSE], windows)[:-1]
             values[race.live, :windows] = known
+            leader, mean = race.live[int(known.mean(1).argmin())], float(known.mean(1).min())
             race.update(known)
+            own = ", ".join(map(str, sorted(sets[leader] - BlockSet.intersection(*sets))))
+            so_far = f", {len(race.live)} left, best so far {own} at {mean:.4f}"
         return values
 
     def _prefix(self, sets: Sequence[BlockSet], windows: int) -> Values:
         """Scores on the first ``windows`` windows, float64 [len(sets), windows]."""
-        for start in range(0, windows, self._step):
-            stop = min(start + self._step, windows)
+        step = self._step(len(sets))
+        for start in range(0, windows, step):
+            stop = min(start + step, windows)
             unknown = [s for s in dict.fromkeys(sets) if np.isnan(self._of(s)[start:stop]).any()]
             if unknown:
                 # a range may be known in part; then all of it is known up to the same window

@@ -2,18 +2,26 @@
 
 Windows are in random order, so a prefix is a sample of them. At each look a candidate is dropped
 if its mean paired excess over the k-th best is beyond the one-sided confidence limit. The limit
-holds for all candidates and all looks of a race together (Bonferroni at ``ERROR``), so that with
-k = 1 the candidate that is best on all windows is lost with probability of at most ``ERROR`` per
-race, as far as means of windows are normal. What survives is scored on every window, and decides.
+holds for all live candidates (Bonferroni) and all looks of a race together, so that with k = 1 the
+candidate that is best on all windows is lost with probability of at most ``ERROR`` per race, as far
+as means of windows are normal. What survives is scored on every window, and decides.
 
-Variances of few windows are unsteady, so each is drawn towards the median over the candidates as if
-that had been seen on ``PRIOR`` windows (a moderated t statistic, after Smyth 2004); and as windows
-run out the error of a mean over a finite number of them shrinks to zero.
+Four things make few windows go far:
+
+- Looks at growing prefixes are far from independent: what they cost together is computed as for
+  the boundary of a group sequential trial (Armitage, McPherson and Rowe 1969; Pocock 1977).
+- Variances of few windows are unsteady, so each is drawn towards the median over the candidates
+  as if that had been seen on ``PRIOR`` windows (a moderated t statistic, after Smyth 2004).
+- As windows run out, the error of a mean over a finite number of them shrinks to zero.
+- The round before scored nearly the same sets, some on more windows. What it says about the
+  windows not yet seen is used by regression (two-phase sampling; Cochran, Sampling Techniques,
+  1977, section 12.6), with one slope for all candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +34,23 @@ __all__ = ["ERROR", "Race", "Values", "rank"]
 Values = NDArray[np.float64]
 
 ERROR = 0.05
-PRIOR = 8
+PRIOR = 16
 FIRST = 4
 
 
 class Race:
-    """The candidates still in a race, as indices; at least ``k`` of them stay to the end."""
+    """The candidates still in a race, as indices; at least ``k`` of them stay to the end.
 
-    def __init__(self, candidates: int, windows: int, k: int) -> None:
+    ``guide`` [candidates, windows]: scores of similar candidates on a prefix of the same windows,
+    NaN beyond it and where there are none.
+    """
+
+    def __init__(self, candidates: int, windows: int, k: int, guide: Values | None = None) -> None:
         self.live = list(range(candidates))
         self.windows, self.k = windows, k
+        self._guide = guide
         self._prefixes = _prefixes(windows)
-        self._level = ERROR / (max(1, candidates) * len(self._prefixes))
+        self._looks = _independent_looks(self._prefixes, ERROR / max(1, candidates))
 
     @property
     def first(self) -> int:
@@ -58,25 +71,72 @@ class Race:
         m = values.shape[1]
         if m == self.windows or len(self.live) <= self.k:
             return
-        means = values.mean(1)
-        excess = values - values[np.argsort(means, kind="stable")[self.k - 1]]
-        variance = excess.var(1, ddof=1)
-        usual = float(np.median(variance))
-        variance = (PRIOR * usual + (m - 1) * variance) / (PRIOR + m - 1)
-        error = np.sqrt(variance / m * (1 - m / self.windows))
-        limit = stats.t.ppf(1 - self._level, PRIOR + m - 1) * error
-        self.live = [
-            i for i, gap, most in zip(self.live, excess.mean(1), limit, strict=True) if gap <= most
-        ]
+        base = int(np.argsort(values.mean(1), kind="stable")[self.k - 1])
+        excess, error = self._excess(values, base)
+        level = ERROR / (len(self.live) * self._looks)
+        limit = stats.t.ppf(1 - level, PRIOR + m - 1) * error
+        self.live = [i for i, x, most in zip(self.live, excess, limit, strict=True) if x <= most]
+
+    def _excess(self, values: Values, base: int) -> tuple[Values, Values]:
+        """Per candidate its mean excess over candidate ``base`` on all windows, as estimated from
+        the first m, and the estimate's standard error."""
+        m, n = values.shape[1], self.windows
+        excess = values - values[base]
+        mean = excess.mean(1)
+        around = excess - mean[:, None]
+        variance = _moderated(around)
+        if self._guide is None:
+            return mean, np.sqrt(variance * (1 / m - 1 / n))
+        guide = self._guide[self.live]
+        before = guide - guide[base]
+        known = np.isfinite(before).sum(1)  # windows
+        ahead = known > m
+        ahead[base] = False
+        seen = np.where(ahead[:, None], before[:, :m], 0.0)
+        swing = seen - seen.mean(1, keepdims=True)
+        slope = (swing * around).sum() / max((swing**2).sum(), 1e-300)
+        whole = np.array(
+            [row[:k].mean() if k else 0.0 for row, k in zip(before, known, strict=True)]
+        )
+        mean = mean + np.where(ahead, slope * (whole - seen.mean(1)), 0.0)
+        reach = np.where(ahead, known, m)
+        rest = _moderated(around - slope * swing)
+        return mean, np.sqrt(rest * (1 / m - 1 / reach) + variance * (1 / reach - 1 / n))
+
+
+def _moderated(around: Values) -> Values:
+    """Variance per row of deviations [candidates, m] from their means, drawn to the median."""
+    free = around.shape[1] - 1
+    own = (around**2).sum(1) / free
+    return np.asarray((PRIOR * np.median(own) + free * own) / (PRIOR + free))
 
 
 def _prefixes(windows: int) -> list[int]:
-    """4, 6, 8, 12, 16, 24, ... and all: each look adds about two fifths."""
-    sizes, size = [], FIRST
-    while size < windows:
-        sizes += [size, size * 3 // 2]
-        size *= 2
+    """4, 5, 6, 8, 10, 12, 15, ... and all: each look adds about a fifth."""
+    sizes = [FIRST]
+    while sizes[-1] < windows:
+        sizes.append(max(sizes[-1] + 1, round(sizes[-1] * 1.2)))
     return [s for s in sizes if s < windows] + [windows]
+
+
+def _independent_looks(prefixes: Sequence[int], level: float) -> float:
+    """Probability that any look's standardized error is beyond a limit, over that of one look's,
+    for a limit that keeps the former about at ``level``.
+
+    With m of N windows the error of the mean has variance 1/m - 1/N, and the errors at two looks
+    correlate as those of a Brownian motion whose time is the reciprocal of that.
+    """
+    *looks, total = prefixes
+    if len(looks) < 2:
+        return 1.0
+    limit = stats.norm.isf(level / len(looks))  # Bonferroni's: a little high, so on the safe side
+    x, step = np.linspace(-8.0, limit, 400, retstep=True)
+    density = stats.norm.pdf(x)
+    times = [1 / (1 / m - 1 / total) for m in looks]
+    for before, now in pairwise(times):
+        pull, spread = np.sqrt(before / now), np.sqrt(1 - before / now)
+        density = stats.norm.pdf(x[:, None], pull * x[None], spread) @ density * step
+    return float((1 - density.sum() * step) / stats.norm.sf(limit))
 
 
 def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:

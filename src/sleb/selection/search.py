@@ -9,49 +9,56 @@ import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sleb.checkpoint import Checkpoint, fingerprint
-from sleb.depthfields import reindex
-from sleb.errors import InputError, UnsupportedModel
-from sleb.metrics import METRICS
-from sleb.models.load import LoadedModel, load, load_config
-from sleb.models.source import resolve
-from sleb.models.stack import decoder_config
+from sleb.errors import InputError
+from sleb.metrics import METRICS, NLL
+from sleb.models.load import LoadedModel, load
 from sleb.plan import (
     Baseline,
     Calibration,
     Fingerprint,
     Plan,
+    Round,
     SimilarityGate,
     blocks_to_remove,
-    parse_blocks,
 )
 from sleb.progress import Progress, silent
-from sleb.selection.objective import BlockSet, Journal, Objective
+from sleb.selection.goal import Goal, parse_bytes
+from sleb.selection.objective import Journal, Objective
+from sleb.selection.pace import Pace, rounds_of_work
 from sleb.selection.racing import rank
-from sleb.selection.strategies import STRATEGIES, Found, Strategy
-from sleb.selection.sweep import Sweep, block_forwards
+from sleb.selection.request import candidates_for, check_choice, check_request
+from sleb.selection.strategies import STRATEGIES, Found
+from sleb.selection.sweep import Sweep
+from sleb.selection.targets import Aim, Costs, Heldout
+from sleb.selection.tuning import running, tune
 from sleb.similarity import Similarity, measure_similarity
-from sleb.text import Windows, check_sources, load_windows
+from sleb.text import Windows, load_windows
 
-__all__ = ["DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
+__all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
 
 DEFAULT_LENGTH = 256
+DEFAULT_HELDOUT = 16
 DEFAULT_PROTECT = "0,-1"
 
 
 def search(
     model: LoadedModel | str | Path,
     *,
-    remove: int | str,
+    remove: int | str | None = None,
+    max_loss_increase: float | None = None,
+    speedup: float | None = None,
+    size: int | str | None = None,
+    curve: bool = False,
     metric: str = "loss",
     strategy: str | None = None,
-    exact: bool = True,
+    exact: bool = False,
     text: Sequence[str] = (),
     windows: Windows | int | None = None,
+    heldout: Windows | int | None = DEFAULT_HELDOUT,
     length: int = DEFAULT_LENGTH,
     protect: str = DEFAULT_PROTECT,
     min_similarity: float | str | None = None,
@@ -59,6 +66,9 @@ def search(
     dtype: str = "auto",
     device: str = "auto",
     batch: int | None = None,
+    threads: int | None = None,
+    stream: bool = False,
+    max_memory: int | str | None = None,
     trust_remote_code: bool = False,
     journal: str | Path | None = None,
     keep_journal: bool = False,
@@ -68,35 +78,51 @@ def search(
 
     Args:
         model: a loaded model, or anything that :func:`sleb.load` takes.
-        remove: number of blocks, or a percentage such as ``"20%"`` (rounded up).
+        remove: number of blocks, or a percentage such as ``"20%"`` (rounded up). This and the next
+            three are targets; exactly one is given (with ``curve`` none means half of the blocks).
+        max_loss_increase: remove as many blocks as keep the 95 % upper bound of the loss increase
+            on held-out windows within so many nats/token.
+        speedup: remove blocks until generation is estimated to be so many times as fast; see
+            :class:`sleb.plan.Point`.
+        size: remove blocks until the weights take at most so many bytes, or ``"100MB"``.
+        curve: measure every depth on held-out windows, for the plan's ``curve``.
         metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine`` or
             ``kl``; see ``sleb.metrics``.
         strategy: ``greedy``, ``one-shot``, ``window``, ``beam`` or ``refine``; by default the
             metric's own. See ``sleb.selection.strategies``.
-        exact: score every candidate on every window, as published. False lets candidates race:
-            one that is clearly worse on part of the windows is not scored on the rest.
+        exact: score every candidate on every window, as published. Otherwise candidates race: one
+            that is clearly worse on part of the windows is not scored on the rest.
         text: calibration texts; none is the embedded default. See ``sleb.text``.
         windows: number of windows, or windows that were loaded before.
+        heldout: number of further windows that are set aside, or windows that were.
         length: tokens per window.
         protect: blocks that stay, ``"0,-1"`` by default as in the paper.
         min_similarity: only blocks whose output is at least this similar (cosine) to their input
             are candidates; ``auto`` picks the threshold (see :meth:`Similarity.auto_threshold`).
         seed: choice of windows. The result is a function of the inputs and the seed.
-        batch: windows per forward pass; by default chosen for the device.
+        batch: windows per forward pass; by default measured, see ``sleb.selection.tuning``.
+        threads: CPU threads; likewise.
+        stream: leave blocks on disk and read each once per walk; see :func:`sleb.load`.
+        max_memory: with ``stream``, bytes of hidden states to hold, or ``"8GB"``; by default half
+            of what is free.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
         keep_journal: leave it when the search is done, for a caller who is not done.
 
     Raises:
+        VerificationFailed: nothing can be removed within ``max_loss_increase``.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
     """
+    goal = Goal.choose(
+        remove=remove, max_loss_increase=max_loss_increase, speedup=speedup, size=size, curve=curve
+    )
     chosen = METRICS[metric]
-    method = STRATEGIES[strategy or chosen.strategy]
-    if chosen.token is None and strategy not in (None, chosen.strategy):
-        raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
+    named = strategy or chosen.strategy
+    check_choice(goal, metric, strategy)
+    most_bytes = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
     if not isinstance(model, LoadedModel):
         check_request(
             model,
-            remove=remove,
+            goal=goal,
             protect=protect,
             text=text,
             trust_remote_code=trust_remote_code,
@@ -106,130 +132,130 @@ def search(
             model,
             dtype=dtype,
             device=device,
+            stream=stream,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    n_blocks = len(model.stack)
-    n, protected = _request(remove, protect, n_blocks)
-    candidates = [b for b in range(n_blocks) if b not in protected]
-    _some_cut_is_exact(model.stack.model.config, candidates)
+    stack, n_blocks = model.stack, len(model.stack)
+    candidates = candidates_for(goal, protect, n_blocks, stack.model.config)
+    protected = tuple(b for b in range(n_blocks) if b not in candidates)
+    measures_aside = curve or goal.max_loss_increase is not None
+    aside = heldout if isinstance(heldout, Windows) else None
     if not isinstance(windows, Windows):
-        windows, _ = load_windows(model.tokenizer, text, windows=windows, length=length, seed=seed)
+        wanted = heldout if isinstance(heldout, int) and measures_aside else 0
+        windows, further = load_windows(
+            model.tokenizer, text, windows=windows, length=length, seed=seed, heldout=wanted
+        )
+        aside = aside or further
+    if measures_aside and (aside is None or len(aside.ids) < 2):
+        raise InputError(
+            "no two windows are left over to hold out, which --max-loss-increase and --curve "
+            "need: give more --text, fewer --windows, or a shorter --length"
+        )
 
     checkpoint = Checkpoint.open(model.source.path)
     with progress.stage("hashing the model", checkpoint.nbytes) as tick:
         identity = fingerprint(checkpoint, n_blocks, tick)
-
     similarity, gate = None, None
     if min_similarity is not None or chosen.token is None:
         similarity = measure_similarity(
             model, windows, measure="cosine", batch=batch, progress=progress
         )
     if similarity is not None and min_similarity is not None:
-        candidates, gate = _above(similarity, candidates, min_similarity, n)
+        least = 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
+        candidates, gate = _above(similarity, candidates, min_similarity, least)
 
-    if chosen.token is None:
-        assert similarity is not None
-        only = rank(candidates, 1 - similarity.per_window[:, candidates].T, n)
-        found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
-    else:
-        key = _key(identity, windows.record, metric, model.dtype, exact)
-        book = Journal(Path(journal), key) if journal else None
-        done = False
-        try:
+    costs = Costs.of(checkpoint, stack)
+    setting = tune(stack, windows.ids, batch=batch, threads=threads)
+    options = {"batch": setting.batch, "max_bytes": most_bytes}
+    evidence = None
+    if aside is not None and measures_aside:
+        evidence = Heldout(Sweep(stack, aside.ids, NLL, **options), aside, costs)
+    aim = Aim(goal, costs, candidates, evidence)
+    with running(setting):
+        if chosen.token is None:
+            assert similarity is not None
+            only = rank(candidates, 1 - similarity.per_window[:, candidates].T, aim.most)
+            found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
+        else:
+            key = _key(identity, windows.record, metric, model.dtype, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
-            sweep = Sweep(model.stack, ids, chosen.token, batch=batch)
-            found = _run(sweep, method, candidates, n, book, progress, exact)
-            done = not keep_journal
-        finally:
-            if book:
-                book.close(done=done)
+            sweep = Sweep(stack, ids, chosen.token, **options)
+            book = Journal(Path(journal), key) if journal else None
+            found = _find(sweep, named, candidates, aim, book, progress, exact, keep_journal)
+        order, target = aim.settle(found.order)
+        tested = found.order if curve else found.order[: len(order) + 1]
+        points = evidence.curve(tested, progress) if evidence else None
     return Plan(
         model=identity,
-        removed=tuple(sorted(found.order)),
-        order=found.order,
-        protected=tuple(sorted(protected)),
+        removed=tuple(sorted(order)),
+        order=order,
+        protected=protected,
         metric=metric,
         unit=chosen.unit,
-        strategy=(strategy or chosen.strategy) + ("" if exact else ", racing"),
+        strategy=named + ("" if exact or chosen.token is None else ", racing"),
         dtype=model.dtype,
+        target=target,
         baseline=_baseline(found),
-        rounds=found.rounds,
+        rounds=_rounds(found, order),
         similarity=gate,
         calibration=windows.record,
+        curve=points,
         versions=versions(),
     )
 
 
-def check_request(
-    model: str | Path,
-    *,
-    remove: int | str,
-    protect: str,
-    text: Sequence[str],
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> None:
-    """Find mistakes in a search's options before weights are loaded, from the config alone.
+def _find(
+    sweep: Sweep,
+    strategy: str,
+    candidates: Sequence[int],
+    aim: Aim,
+    book: Journal | None,
+    progress: Progress,
+    exact: bool,
+    keep_journal: bool,
+) -> Found:
+    """Run a strategy over a sweep, with one progress bar and one journal for all of it."""
+    windows = len(sweep.ids)
+    work = rounds_of_work(strategy, candidates, aim.most, len(sweep.stack), windows)
+    done = False
+    try:
+        with progress.stage("searching", sum(work) if aim.known else None) as tick:
+            pace = Pace(tick, work, racing=not exact)
+            sweep.on_work(pace.work)
 
-    Raises:
-        InputError, UnsupportedModel: as :func:`search`.
-    """
-    check_sources(text)
-    config = load_config(resolve(model, progress).path, trust_remote_code=trust_remote_code)
-    blocks = getattr(decoder_config(config), "num_hidden_layers", None)
-    if isinstance(blocks, int):  # else loading the model says what is wrong with it
-        _, protected = _request(remove, protect, blocks)
-        _some_cut_is_exact(config, [b for b in range(blocks) if b not in protected])
+            def enough(order: Sequence[int]) -> bool:
+                pace.next_round()
+                return aim.enough(order)
+
+            objective = Objective(
+                lambda sets, a, b: sweep.scores(sets, a, b).numpy(),
+                windows,
+                step=sweep.step,
+                journal=book,
+                note=pace.note,
+                enough=enough,
+                exact=exact,
+            )
+            found = STRATEGIES[strategy](objective, candidates, aim.most)
+        done = not keep_journal
+        return found
+    finally:
+        if book:
+            book.close(done=done)
+
+
+def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
+    """The rounds behind ``order``, which may be shorter than what was found."""
+    if len(found.rounds) == 1:  # all were chosen at once
+        return (found.rounds[0].model_copy(update={"removed": order}),)
+    return found.rounds[: len(order)]
 
 
 def versions() -> dict[str, str]:
     """Versions of what the scores depend on."""
     packages = {name: version(name) for name in ("sleb", "torch", "transformers")}
     return {**packages, "python": platform.python_version()}
-
-
-def _run(
-    sweep: Sweep,
-    strategy: Strategy,
-    candidates: Sequence[int],
-    n: int,
-    book: Journal | None,
-    progress: Progress,
-    exact: bool,
-) -> Found:
-    """Run a strategy over a sweep, with one progress bar for all of it."""
-    windows, depth = sweep.ids.shape[0], len(sweep.stack)
-    batches = -(-windows // sweep.batch)
-    # known in advance only for the exact greedy search; a race or a beam shows its rounds
-    rounds = sum(_round_work(candidates, done, depth) for done in range(n))
-    known = exact and strategy is STRATEGIES["greedy"]
-    with progress.stage("searching", batches * rounds if known else None) as tick:
-        latest = [""]
-
-        def note(text: str) -> None:
-            latest[0] = text
-            tick(0, note=text)
-
-        sweep.on_work(lambda k: tick(k, note=latest[0]))
-        objective = Objective(
-            lambda sets, a, b: sweep.scores(sets, a, b).numpy(),
-            windows,
-            step=sweep.batch,
-            journal=book,
-            note=note,
-            exact=exact,
-        )
-        return strategy(objective, candidates, n)
-
-
-def _round_work(candidates: Sequence[int], done: int, depth: int) -> int:
-    """Expected work of a greedy round after ``done`` removals, for the time left: block forwards
-    plus one head per set. Which blocks are gone hardly matters, so the middle ones are taken."""
-    start = (len(candidates) - done) // 2
-    gone = BlockSet(candidates[start : start + done])
-    sets = [gone | {b} for b in candidates if b not in gone]
-    return block_forwards(sets, depth) + len(sets)
 
 
 def _above(
@@ -253,34 +279,6 @@ def _above(
             f"at most {best[n - 1]:.4f} leaves enough"
         )
     return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))
-
-
-def _request(remove: int | str, protect: str, n_blocks: int) -> tuple[int, frozenset[int]]:
-    """Number of blocks to remove, and the protected ones; enough others must be left."""
-    n = blocks_to_remove(remove, n_blocks)
-    protected = parse_blocks(protect, n_blocks)
-    if n > n_blocks - len(protected):
-        raise InputError(
-            f"cannot remove {n} of {n_blocks - len(protected)} candidates ({n_blocks} less "
-            f"{len(protected)} protected); remove fewer, or protect fewer with --protect ''"
-        )
-    return n, protected
-
-
-def _some_cut_is_exact(config: Any, candidates: Sequence[int]) -> None:
-    """Raise UnsupportedModel if no candidate could be removed alone: a search would be in vain."""
-    text = decoder_config(config)
-    fields, n = text.to_dict(), text.num_hidden_layers
-    refusal: UnsupportedModel | None = None
-    for block in candidates:
-        try:
-            reindex(fields, [b for b in range(n) if b != block], n)
-        except UnsupportedModel as error:
-            refusal = refusal or error
-        else:
-            return
-    if refusal:
-        raise refusal
 
 
 def _baseline(found: Found) -> Baseline | None:

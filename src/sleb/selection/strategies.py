@@ -11,7 +11,7 @@ import numpy as np
 from sleb.errors import InputError
 from sleb.plan import Round
 from sleb.registry import Registry
-from sleb.selection.objective import BlockSet, Objective, Values
+from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import rank
 
 __all__ = ["BEAM", "STRATEGIES", "Found", "Strategy"]
@@ -30,14 +30,15 @@ class Found:
 
 
 Strategy = Callable[[Objective, Sequence[int], int], Found]
-"""``strategy(objective, candidates, n) -> Found`` with n blocks out of the candidates."""
+"""``strategy(objective, candidates, n) -> Found`` with n blocks out of the candidates; greedy
+and beam stop sooner if ``objective.enough`` of the blocks removed so far."""
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")
 
 
 @STRATEGIES.register("greedy")
 def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
-    """Remove the block whose absence costs least, re-score all others, repeat n times.
+    """Remove the block whose absence costs least, re-score all others, repeat up to n times.
 
     Source: SLEB (2402.09025), algorithm 1.
     """
@@ -49,9 +50,12 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
         values = objective.best(
             [BlockSet([*order, b]) for b in live],
             note=f"round {turn} of {n}, {len(live)} candidates{last}",
+            guides=[BlockSet([*order[:-1], b]) for b in live] if order else (),
         )
         rounds.append(rank(live, values, 1))
         order += rounds[-1].removed
+        if objective.enough(order):
+            break
     return Found(order=tuple(order), rounds=tuple(rounds), dense=_dense(objective))
 
 
@@ -90,12 +94,17 @@ def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
         }
         sets = sorted(grown, key=sorted)
         values = objective.best(
-            sets, k=min(BEAM, len(sets)), note=f"round {turn} of {n}, {len(sets)} sets"
+            sets,
+            k=min(BEAM, len(sets)),
+            note=f"round {turn} of {n}, {len(sets)} sets",
+            guides=[BlockSet([*grown[s][:-2], grown[s][-1]]) for s in sets] if turn > 1 else (),
         )
         rounds.append({BlockSet(p): _children(p, sets, values) for p in paths})
         means = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
         best = np.argsort(means, kind="stable")[:BEAM]
         paths = [grown[sets[i]] for i in best if np.isfinite(means[i])]
+        if objective.enough(paths[0]):
+            break
     order = paths[0]
     history = [turn[BlockSet(order[:i])] for i, turn in enumerate(rounds)]
     return Found(
@@ -144,4 +153,4 @@ def _children(path: tuple[int, ...], sets: Sequence[BlockSet], values: Values) -
 
 
 def _dense(objective: Objective) -> Values:
-    return np.asarray(objective.scores([BlockSet()])[0], dtype=np.float64)
+    return np.asarray(objective.scores([DENSE])[0], dtype=np.float64)

@@ -7,30 +7,64 @@ sets. A greedy round over n live blocks costs about n²/2 block forwards instead
 
 A stream goes through the model's own code, as in a separate full pass, so scores are those of
 separate passes; where batches differ, to rounding.
+
+Where blocks are streamed from disk, a walk takes as many batches of windows as ``max_bytes`` of
+hidden states allow, and each block is read once for all of them. More windows take more walks: to
+read the blocks again costs less than to write hidden states to disk and read them back, since for
+every block each stream would have to come and go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
 from sleb.errors import DataError, ResourceError, UnsupportedModel
 from sleb.metrics import TokenMetric
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.objective import BlockSet
+from sleb.selection.objective import DENSE, BlockSet
 
 __all__ = ["Sweep", "block_forwards"]
 
 logger = logging.getLogger(__name__)
 
 
+class Part:
+    """A batch of windows on its way through the blocks: one stream [B, T, D] per distinct set of
+    blocks that were skipped so far. ids [B, T]."""
+
+    def __init__(self, stack: BlockStack, ids: Tensor) -> None:
+        self.stack, self.ids = stack, ids
+        hidden, calls = stack.enter(ids)
+        self.streams = {DENSE: hidden}
+        self._calls = {1: calls}  # what the blocks are handed, by number of streams in a batch
+
+    def advance(
+        self, i: int, runs: Sequence[BlockSet], skips: Collection[BlockSet], most: int
+    ) -> None:
+        """Take the streams in ``runs`` through block i, at most ``most`` in one call, and those in
+        ``skips`` past it."""
+        after = {prefix | {i}: self.streams[prefix] for prefix in skips}
+        for group in _groups(runs, most):
+            if len(group) not in self._calls:
+                self._calls[len(group)] = self.stack.enter(self.ids.repeat(len(group), 1))[1]
+            # pop() frees a stream as soon as nothing else needs it
+            parts = [self.streams[p] if p in skips else self.streams.pop(p) for p in group]
+            merged = parts[0] if len(parts) == 1 else torch.cat(parts)
+            out = self.stack.run(i, merged, self._calls[len(group)][i])
+            after.update(zip(group, torch.split(out, len(self.ids)), strict=True))
+        self.streams = after
+
+
 class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
-    ``forwards`` counts block forwards, the unit of the search's work.
+    ``forwards`` counts block forwards of one window, the unit of the search's work.
     """
 
     def __init__(
@@ -40,16 +74,38 @@ class Sweep:
         metric: TokenMetric,
         *,
         batch: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
+        self.max_bytes = max_bytes or _free_bytes(stack.input_device) // 2
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
         self._checked = False
 
     def on_work(self, tick: Callable[[int], None]) -> None:
-        """Call ``tick(n)`` after every n units of work: a block forward, or one set's head."""
+        """Call ``tick(n)`` after every n units of work: a block forward or a head, of a window."""
         self._tick = tick
+
+    def step(self, sets: int) -> int:
+        """Windows that one walk takes with so many sets.
+
+        Raises:
+            ResourceError: the hidden states of one window are more than ``max_bytes``.
+        """
+        if not self.stack.streamed:
+            return self.batch
+        width = int(decoder_config(self.stack.model.config).hidden_size)
+        # one more stream for what runs ahead of all sets, one for the dense model, one in the works
+        need = (sets + 3) * self.ids.shape[1] * width * self.stack.dtype.itemsize
+        if need > self.max_bytes:
+            raise ResourceError(
+                f"the hidden states of one window for {sets} sets take {need / 1e6:.0f} MB, and "
+                f"{self.max_bytes / 1e6:.0f} MB are allowed: raise --max-memory, or use a shorter "
+                "--length"
+            )
+        windows = self.max_bytes // need
+        return int(windows if windows < self.batch else windows - windows % self.batch)
 
     def scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
         """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit.
@@ -61,9 +117,9 @@ class Sweep:
         """
         parts: list[Tensor] = []
         while start < stop:
-            end = min(start + self.batch, stop)
+            end = min(start + self.step(len(sets)), stop)
             try:
-                parts.append(self._batch(sets, start, end))
+                parts.append(self._walk_scores(sets, start, end))
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise ResourceError(
@@ -71,6 +127,7 @@ class Sweep:
                         "use a shorter --length, or --dtype bfloat16"
                     ) from None
                 self.batch //= 2
+                self.max_bytes //= 2
                 logger.info("out of memory: going on with %d windows per batch", self.batch)
                 torch.cuda.empty_cache()
                 continue
@@ -78,17 +135,21 @@ class Sweep:
         return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
-    def _batch(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
-        ids = self.ids[start:stop]
-        wanted = list(dict.fromkeys([*sets, *([BlockSet()] if self.metric.needs_dense else [])]))
-        final = self.walk(wanted, ids)
+    def _walk_scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
+        wanted = list(dict.fromkeys([*sets, *([DENSE] if self.metric.needs_dense else [])]))
+        parts = self.walk(wanted, self.ids[start:stop])
         if not self._checked:
-            self._check(final, ids)
-        dense = final.get(BlockSet()) if self.metric.needs_dense else None
-        order = list(final)
-        scored = self._score(torch.cat([final[s] for s in order]), dense, ids)
-        self._tick(len(order))
-        out = scored[[order.index(s) for s in sets]]
+            self._check(parts[0].streams, parts[0].ids)
+        columns = []
+        while parts:
+            part = parts.pop(0)  # its memory is needed for the logits
+            order = list(part.streams)
+            dense = part.streams.get(DENSE) if self.metric.needs_dense else None
+            merged = torch.cat([part.streams.pop(s) for s in order])
+            scored = self._score(merged, dense, part.ids)
+            columns.append(scored[[order.index(s) for s in sets]])
+            self._tick(len(order) * len(part.ids))
+        out = torch.cat(columns, dim=1)
         if not torch.isfinite(out).all():
             row, column = (~torch.isfinite(out)).nonzero()[0].tolist()
             raise DataError(
@@ -98,30 +159,19 @@ class Sweep:
             )
         return out
 
-    def walk(self, sets: Sequence[BlockSet], ids: Tensor) -> dict[BlockSet, Tensor]:
-        """Hidden states after the last block, per set. ids [B, T] -> each [B, T, D].
-
-        If B is below the batch size, several streams go through a block together.
-        """
-        hidden, calls = self.stack.enter(ids)
-        together = {1: calls}  # what the blocks are handed, by number of streams in a batch
-        streams = {BlockSet(): hidden}
+    def walk(self, sets: Sequence[BlockSet], ids: Tensor) -> list[Part]:
+        """Hidden states after the last block, per set. ids [W, T] -> parts of at most ``batch``
+        windows, in order."""
+        parts = [Part(self.stack, part) for part in torch.split(ids, self.batch)]
         for i in range(len(self.stack)):
             runs = sorted({_below(s, i) for s in sets if i not in s}, key=sorted)
             skips = {_below(s, i) for s in sets if i in s}
-            after = {prefix | {i}: streams[prefix] for prefix in skips}
-            for group in _groups(runs, max(1, self.batch // len(ids))):
-                if len(group) not in together:
-                    together[len(group)] = self.stack.enter(ids.repeat(len(group), 1))[1]
-                # pop() frees a stream as soon as nothing else needs it
-                parts = [streams[p] if p in skips else streams.pop(p) for p in group]
-                merged = parts[0] if len(parts) == 1 else torch.cat(parts)
-                out = self.stack.run(i, merged, together[len(group)][i])
-                after.update(zip(group, torch.split(out, len(ids)), strict=True))
-            self.forwards += len(runs)
-            self._tick(len(runs))
-            streams = after
-        return streams
+            with self.stack.holding(i) if runs else contextlib.nullcontext():
+                for part in parts:
+                    part.advance(i, runs, skips, most=max(1, self.batch // len(part.ids)))
+                    self.forwards += len(runs) * len(part.ids)
+                    self._tick(len(runs) * len(part.ids))
+        return parts
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
         """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S streams,
@@ -186,11 +236,18 @@ def default_batch(stack: BlockStack, length: int) -> int:
     return max(1, tokens // length)
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
 def _logit_bytes(stack: BlockStack) -> int:
     """Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
     return 2**30 if stack.input_device.type == "cuda" else 2**26
 
 
 def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
-    """Block forwards that one sweep over ``sets`` takes for one batch, without running it."""
+    """Block forwards that one sweep over ``sets`` takes for a window, without running it."""
     return sum(len({_below(s, i) for s in sets if i not in s}) for i in range(n_blocks))
