@@ -1,0 +1,162 @@
+"""Blocks that stay on disk: the same scores, each block read once per walk, within the memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+import sleb
+from conftest import tiny_llama
+from sleb.errors import InputError, ResourceError
+from sleb.metrics import KL, NLL
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import BlockSet
+from sleb.selection.sweep import Sweep
+from zoo import tiny
+
+CPU = {"dtype": "float32", "device": "cpu"}
+SETS = [BlockSet(), BlockSet({1}), BlockSet({4}), BlockSet({1, 4}), BlockSet(range(1, 5))]
+
+
+@pytest.fixture
+def streamed(tiny_dir):
+    return sleb.load(tiny_dir, stream=True, **CPU)
+
+
+def ids(n=7, length=20, vocab=259):
+    return torch.randint(3, vocab, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_blocks_are_not_in_memory_and_everything_else_is(streamed):
+    where = {n: p.device.type for n, p in streamed.model.named_parameters()}
+    assert {w for n, w in where.items() if ".layers." in n} == {"meta"}
+    assert {w for n, w in where.items() if ".layers." not in n} == {"cpu"}
+    assert streamed.stack.streamed
+    assert not BlockStack(tiny_llama()).streamed
+
+
+@pytest.mark.parametrize("metric", [NLL, KL])
+@pytest.mark.parametrize("max_bytes", [None, 60_000])
+def test_scores_are_those_of_the_model_in_memory(tiny_dir, streamed, metric, max_bytes):
+    want = Sweep(sleb.load(tiny_dir, **CPU).stack, ids(), metric, batch=2).scores(SETS, 0, 7)
+    sweep = Sweep(streamed.stack, ids(), metric, batch=2, max_bytes=max_bytes)
+    assert torch.equal(sweep.scores(SETS, 0, 7), want)
+    assert all(p.device.type == "meta" for p in streamed.stack.blocks.parameters())
+
+
+def test_each_block_is_read_once_per_walk(streamed, monkeypatch):
+    """A walk is as many windows as hidden states of all sets fit in max_bytes."""
+    from accelerate.utils.offload import OffloadedWeightsLoader
+
+    reads: Counter[str] = Counter()
+    real = OffloadedWeightsLoader.__getitem__
+
+    def get(self, key):
+        reads[key] += 1
+        return real(self, key)
+
+    state = 20 * 32 * 4
+    sweep = Sweep(streamed.stack, ids(8), NLL, batch=2, max_bytes=4 * (len(SETS) + 3) * state)
+    sweep.scores(SETS, 0, 2)  # the check of the first walk reads more
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
+    assert sweep.step(len(SETS)) == 4
+    sweep.scores(SETS, 0, 8)
+    assert set(reads.values()) == {2}
+    assert len(reads) == 6 * 9
+
+
+def test_too_little_memory_for_one_window_says_what_to_do(streamed):
+    sweep = Sweep(streamed.stack, ids(), NLL, max_bytes=4_000)
+    with pytest.raises(ResourceError, match=r"take 0 MB, and 0 MB are allowed: raise --max-memory"):
+        sweep.scores(SETS, 0, 7)
+    with pytest.raises(InputError, match="--max-memory 'lots' is not a size"):
+        sleb.search("nowhere", remove=1, max_memory="lots")
+
+
+def test_a_failed_run_puts_the_weights_back_on_disk(streamed):
+    def places():
+        return {p.device.type for p in streamed.stack.blocks[2].parameters()}
+
+    def fail():
+        with streamed.stack.holding(2):
+            assert places() == {"cpu"}
+            raise RuntimeError("stop")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="stop"):
+            fail()
+        assert places() == {"meta"}
+
+
+def test_plan_evaluation_and_similarity_are_the_same(tiny_dir, streamed, tmp_path):
+    options = {"remove": 3, "windows": 6, "length": 24}
+    plan = sleb.search(tiny_dir, stream=True, max_memory="200KB", **options, **CPU)
+    assert plan == sleb.search(tiny_dir, **options, **CPU)
+    loaded = sleb.load(tiny_dir, **CPU)
+    windows, _ = sleb.load_windows(loaded.tokenizer, (), windows=4, length=24, seed=0)
+    assert sleb.evaluate(streamed, windows, removed=[2]) == sleb.evaluate(
+        loaded, windows, removed=[2]
+    )
+    a, b = (sleb.measure_similarity(m, windows) for m in (streamed, loaded))
+    assert a.pairs == b.pairs
+    done = sleb.prune(tiny_dir, tmp_path / "out", stream=True, **options, **CPU)
+    assert done.plan.order == plan.order
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral", "opt", "bloom"])
+def test_other_families_stream(family, tmp_path):
+    """Among them experts, whose weights transformers rearranges on loading."""
+    model, _ = tiny(family)
+    model.save_pretrained(tmp_path / "m")
+    from sleb.models.load import _streaming, load_config, strict_model
+
+    places = _streaming(load_config(tmp_path / "m"), torch.device("cpu"), False)
+    stack = BlockStack(strict_model(tmp_path / "m", torch.float32, False, places))
+    assert stack.streamed
+    tokens = ids(2, 8, vocab=int(model.config.get_text_config().vocab_size))
+    sets = [BlockSet(), BlockSet({1})]
+    want = Sweep(BlockStack(model), tokens, NLL, batch=2).scores(sets, 0, 2)
+    got = Sweep(stack, tokens, NLL, batch=2).scores(sets, 0, 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+LIMITED = """
+import resource, sys
+import sleb, torch, accelerate, transformers.models.llama.modeling_llama
+_, kind, path, spare, small = sys.argv
+torch.set_num_threads(1)
+sleb.search(small, remove=1, windows=2, length=16, dtype="float32", device="cpu")
+lines = open("/proc/self/status").read().splitlines()
+held = 1024 * int(next(line for line in lines if line.startswith("VmData")).split()[1])
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(spare),) * 2)
+plan = sleb.search(path, remove=2, windows=4, length=32, stream=kind == "stream", device="cpu",
+                   max_memory="20MB", dtype="float32")
+print(plan.order)
+"""
+
+
+@pytest.mark.real
+def test_the_real_model_is_searched_in_less_memory_than_it_has(real_model, tmp_path, tiny_dir):
+    """A process that may hold, beyond what it had before, less than the model's float32 weights:
+    streamed it finds the same blocks, else it fails."""
+    loaded = sleb.load(real_model, dtype="bfloat16")
+    loaded.model.save_pretrained(tmp_path / "m", max_shard_size="40MB")
+    loaded.tokenizer.save_pretrained(tmp_path / "m")
+    weights = 4 * sum(p.numel() for p in loaded.model.parameters())
+    assert weights > 5e8
+
+    def run(kind):
+        path, spare = str(tmp_path / "m"), str(int(0.9 * weights))
+        command = [sys.executable, "-c", LIMITED, kind, path, spare, str(tiny_dir)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    streamed, resident = run("stream"), run("resident")
+    assert streamed.returncode == 0, streamed.stderr[-2000:]
+    assert resident.returncode != 0
+    assert "allocate" in resident.stderr
+    plan = sleb.search(real_model, remove=2, windows=4, length=32, dtype="float32", device="cpu")
+    assert streamed.stdout.strip() == str(plan.order)
