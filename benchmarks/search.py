@@ -6,18 +6,20 @@ Systems, each timed from a loaded model to the order of removal:
 
 - published: SLEB's algorithm as published, one full forward pass for each candidate and window
   (batch 1). With --published-rounds 1 only its first round is run, and its whole time is
-  extrapolated by the number of passes; the JSON says so.
+  extrapolated by block forwards, which leaves out the heads and so is in its favour; the JSON says
+  so.
 - exact: every candidate on every window, prefixes shared.
 - racing: candidates that are clearly worse are given up early.
 
 Block forwards are counted per window of tokens. Peak memory is the process's (CPU) or the
 allocator's (CUDA), and is also given over the weights. A random Llama of the 7B shape, for time
-only: --shape 7b in place of MODEL.
+only: --shape 7b in place of MODEL. On it racing replays the --schedule of a real model's race.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import resource
@@ -32,7 +34,7 @@ from torch import Tensor
 import sleb
 from sleb.metrics import NLL
 from sleb.models.stack import BlockStack
-from sleb.selection.objective import Objective
+from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep
 from sleb.selection.tuning import tune
@@ -63,13 +65,38 @@ class Published:
         return order
 
 
-def ours(stack: BlockStack, ids: Tensor, candidates: list[int], n: int, exact: bool) -> Any:
+def ours(
+    stack: BlockStack,
+    ids: Tensor,
+    candidates: list[int],
+    n: int,
+    exact: bool,
+    calls: list[Any] | None = None,
+) -> tuple[list[int], int]:
+    """Order of removal and block forwards; ``calls`` collects what the sweep was asked for."""
     sweep = Sweep(stack, ids, NLL, batch=tune(stack, ids, threads=torch.get_num_threads()).batch)
-    objective = Objective(
-        lambda sets, a, b: sweep.scores(sets, a, b).numpy(), len(ids), step=sweep.step, exact=exact
-    )
+
+    def score(sets: Any, start: int, stop: int) -> Any:
+        if calls is not None:
+            calls.append([[sorted(s) for s in sets], start, stop])
+        return sweep.scores(sets, start, stop).numpy()
+
+    objective = Objective(score, len(ids), step=sweep.step, exact=exact)
     found = STRATEGIES["greedy"](objective, candidates, n)
     return list(found.order), sweep.forwards
+
+
+def replay(stack: BlockStack, ids: Tensor, calls: list[Any]) -> tuple[list[int], int]:
+    """Do the work of a race that was run on another model: random weights make all blocks alike,
+    so that a race on them would drop none."""
+    sweep = Sweep(stack, ids, NLL, batch=tune(stack, ids, threads=torch.get_num_threads()).batch)
+    for sets, start, stop in calls:
+        sweep.scores([BlockSet(s) for s in sets], start, stop)
+    return [], sweep.forwards
+
+
+def published_forwards(blocks: int, candidates: int, n: int, windows: int) -> int:
+    return windows * sum((candidates - r) * (blocks - r - 1) for r in range(n))
 
 
 def measure(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -121,6 +148,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--schedule", type=Path, help="racing writes it; a --shape replays it")
     parser.add_argument("--systems", default="racing,exact,published")
     parser.add_argument("--published-rounds", type=int, default=99)
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -154,20 +182,24 @@ def main() -> None:
         row: dict[str, Any] = {"system": system}
         if system == "published":
             naive = Published(stack, ids.to(device))
-            order, seconds, peak = measure(
-                device,
-                lambda p=naive: p.run(candidates, options.remove, options.published_rounds),
-            )
-            passes = len(ids) * sum(len(candidates) - i for i in range(options.remove))
-            if naive.passes < passes:
-                row["extrapolated_from"] = f"{naive.passes} of {passes} passes"
-                row["seconds_run"], seconds = seconds, seconds * passes / naive.passes
-            forwards = naive.forwards * passes // naive.passes
+            run = functools.partial(naive.run, candidates, options.remove, options.published_rounds)
+            order, seconds, peak = measure(device, run)
+            forwards = published_forwards(n_blocks, len(candidates), options.remove, len(ids))
+            if naive.forwards < forwards:
+                row["extrapolated_from"] = f"{naive.forwards} of {forwards} block forwards"
+                row["seconds_run"], seconds = seconds, seconds * forwards / naive.forwards
+        elif system == "racing" and options.shape:
+            calls = json.loads(options.schedule.read_text())
+            work = functools.partial(replay, stack, ids, calls)
+            (order, forwards), seconds, peak = measure(device, work)
+            row["system"] = "racing, replayed"
         else:
-            (order, forwards), seconds, peak = measure(
-                device,
-                lambda s=system: ours(stack, ids, candidates, options.remove, s == "exact"),
-            )
+            calls = []
+            exact = system == "exact"
+            work = functools.partial(ours, stack, ids, candidates, options.remove, exact, calls)
+            (order, forwards), seconds, peak = measure(device, work)
+            if system == "racing" and options.schedule:
+                options.schedule.write_text(json.dumps(calls) + "\n")
         row |= {
             "seconds": round(seconds, 2),
             "block_forwards": forwards,
@@ -186,7 +218,9 @@ def main() -> None:
             row["removals_compared"] = known
             row["same_order_as_published"] = row["order"][:known] == slowest["order"]
     report = {
-        "what": {k: v for k, v in vars(options).items() if k not in ("out", "model", "text")},
+        "what": {
+            k: v for k, v in vars(options).items() if k not in ("out", "model", "text", "schedule")
+        },
         "model": options.shape or Path(options.model).name,
         "text": [Path(t).name for t in options.text] or ["default"],
         "blocks": n_blocks,
