@@ -73,16 +73,16 @@ def main() -> None:
 
     BlockStack.exit(whole.stack, whole.stack.enter(ids[:1])[0])  # warm up
     ours(whole.stack, ids[:8], list(range(1, len(whole.stack) - 1)), 1, True)
-    for windows in (8, 16, 32, 64, 128):
+    for windows in (8, 32, 128):
         add("windows", whole, windows, 6)
-    for n in (1, 3, 6, 9, 12):
-        add("removed", whole, 64, n)
+    for n in (1, 3, 6, 12):
+        add("removed", whole, 32, n)
     plan = sleb.search(whole, remove=12, windows=32, text=options.text, length=options.length)
     with tempfile.TemporaryDirectory() as folder:
         for gone in (12, 6):
             sleb.apply(plan, options.model, Path(folder) / str(gone), depth=gone)
-            add("blocks", load(Path(folder) / str(gone)), 64, 4)
-    add("blocks", whole, 64, 4)
+            add("blocks", load(Path(folder) / str(gone)), 32, 4)
+    add("blocks", whole, 32, 4)
     device = whole.stack.input_device
     report = {
         "model": Path(options.model).name,

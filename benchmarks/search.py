@@ -81,7 +81,7 @@ def ours(
             calls.append([[sorted(s) for s in sets], start, stop])
         return sweep.scores(sets, start, stop).numpy()
 
-    objective = Objective(score, len(ids), step=sweep.step, exact=exact)
+    objective = Objective(score, len(ids), step=sweep.step, fill=sweep.fill, exact=exact)
     found = STRATEGIES["greedy"](objective, candidates, n)
     return list(found.order), sweep.forwards
 

@@ -190,7 +190,17 @@ def test_an_early_loser_is_estimated_through_the_windows_that_both_saw():
 def test_few_windows_are_all_scored():
     race = Race(5, 4, 1)
     assert list(race.looks()) == [4]
-    assert Race(5, 1, 1).first == 1
+    assert list(Race(5, 1, 1).looks()) == [1]
+
+
+def test_no_look_leaves_the_device_idle():
+    """At least a batch of new windows per look, more of them as candidates leave."""
+    race, seen = Race(20, 128, 1), []
+    for windows in race.looks(lambda live: 100 // live):
+        seen.append(windows)
+        race.live = race.live[: len(race.live) // 2]
+    assert seen == [5, 16, 40, 99, 128]
+    assert list(Race(20, 128, 1).looks(lambda live: 1)) == list(Race(20, 128, 1).looks())
 
 
 def test_an_exact_objective_does_not_race():

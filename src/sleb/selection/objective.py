@@ -31,7 +31,8 @@ class Objective:
 
     ``score(sets, start, stop)`` gives float64 [len(sets), stop - start], lower is better; it is
     called on at most ``step(len(sets))`` windows at a time, and each result is journaled before it
-    is used. ``enough(order)`` tells a strategy that a target is reached by removing ``order``.
+    is used. Fewer windows at once than ``fill(len(sets))`` take as long. ``enough(order)`` tells a
+    strategy that a target is reached by removing ``order``.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Objective:
         n_windows: int,
         *,
         step: Callable[[int], int] | None = None,
+        fill: Callable[[int], int] | None = None,
         journal: Journal | None = None,
         note: Callable[[str], None] | None = None,
         enough: Callable[[Sequence[int]], bool] | None = None,
@@ -49,6 +51,7 @@ class Objective:
         self.exact = exact
         self._score = score
         self._step = step or (lambda sets: n_windows)
+        self._fill = fill
         self._journal = journal
         self._note = note or (lambda text: None)
         self.enough = enough or (lambda order: False)
@@ -83,7 +86,7 @@ class Objective:
         race = Race(len(sets), self.n_windows, k, guide)
         values = np.full((len(sets), self.n_windows), np.nan)
         so_far = ""
-        for windows in race.looks():
+        for windows in race.looks(self._fill):
             self._note(note + so_far)
             known = self._prefix([*(sets[i] for i in race.live), DENSE], windows)[:-1]
             values[race.live, :windows] = known

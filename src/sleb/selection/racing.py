@@ -20,7 +20,7 @@ Four things make few windows go far:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -52,18 +52,17 @@ class Race:
         self._prefixes = _prefixes(windows)
         self._looks = _independent_looks(self._prefixes, ERROR / max(1, candidates))
 
-    @property
-    def first(self) -> int:
-        """Windows of the first look."""
-        return self._prefixes[0]
-
-    def looks(self) -> Iterator[int]:
+    def looks(self, fill: Callable[[int], int] | None = None) -> Iterator[int]:
         """Numbers of windows to score the live candidates on, up to all; fewer looks once only
-        ``k`` candidates are left."""
+        ``k`` candidates are left, and none for fewer new windows than ``fill(len(live))``, which
+        would leave the device idle. (To skip a look only makes an error less likely.)"""
+        seen = 0
         for windows in self._prefixes[:-1]:
             if len(self.live) <= self.k:
                 break
-            yield windows
+            if fill is None or windows >= seen + fill(len(self.live)):
+                seen = windows
+                yield windows
         yield self.windows
 
     def update(self, values: Values) -> None:

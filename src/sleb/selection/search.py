@@ -232,6 +232,7 @@ def _find(
                 lambda sets, a, b: sweep.scores(sets, a, b).numpy(),
                 windows,
                 step=sweep.step,
+                fill=sweep.fill,
                 journal=book,
                 note=pace.note,
                 enough=enough,

@@ -107,6 +107,10 @@ class Sweep:
         windows = self.max_bytes // need
         return int(windows if windows < self.batch else windows - windows % self.batch)
 
+    def fill(self, sets: int) -> int:
+        """Windows of so many sets that make one full batch."""
+        return max(1, self.batch // sets)
+
     def scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
         """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit.
 
