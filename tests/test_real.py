@@ -112,3 +112,27 @@ def test_the_conversion_is_cached_and_the_source_untouched(real_model):
         (again.path / "config.json").stat().st_mtime_ns
     )
     assert "apache-2.0" in (first.path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_removed_are_the_best_of_all_pairs(real_model):
+    """All 378 pairs, scored; greedy, racing and beam must find the best of them."""
+    from itertools import combinations
+
+    from sleb.metrics import NLL
+    from sleb.selection.objective import BlockSet, Objective
+    from sleb.selection.strategies import STRATEGIES
+    from sleb.selection.sweep import Sweep
+
+    loaded = sleb.load(real_model)
+    ids = sleb.load_windows(loaded.tokenizer, (), windows=8, length=64, seed=0)[0].ids
+    sweep = Sweep(loaded.stack, ids, NLL, batch=8)
+    pairs = [BlockSet(p) for p in combinations(range(1, 29), 2)]
+    means = sweep.scores(pairs, 0, 8).mean(1)
+    best = pairs[int(means.argmin())]
+    for strategy, exact in (("greedy", True), ("greedy", False), ("beam", True), ("refine", True)):
+        objective = Objective(
+            lambda sets, a, b: sweep.scores(sets, a, b).numpy(), 8, step=sweep.step, exact=exact
+        )
+        found = STRATEGIES[strategy](objective, range(1, 29), 2)
+        assert set(found.order) == best, strategy
