@@ -187,6 +187,17 @@ def test_an_early_loser_is_estimated_through_the_windows_that_both_saw():
         assert s.se > 0
 
 
+def test_a_round_says_whether_its_choice_is_within_noise():
+    draw = np.random.default_rng(0)
+    noise = draw.normal(0, 0.1, (3, 40))
+    clear = rank([0, 1, 2], np.array([[1.0], [1.5], [2.0]]) + noise, 1)
+    assert clear.within_noise is False
+    assert rank([0, 1, 2], np.array([[1.0], [1.001], [2.0]]) + noise, 1).within_noise is True
+    assert clear.choosing(0, 1).within_noise is False
+    assert clear.choosing(0, 1, 2).within_noise is None
+    assert rank([0, 1], np.array([[1.0], [9.0]]), 1).within_noise is True  # one window: unknown
+
+
 def test_few_windows_are_all_scored():
     race = Race(5, 4, 1)
     assert list(race.looks()) == [4]

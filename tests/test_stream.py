@@ -107,6 +107,27 @@ def test_plan_evaluation_and_similarity_are_the_same(tiny_dir, streamed, tmp_pat
     assert done.plan.order == plan.order
 
 
+def test_every_verb_that_scores_can_stream(place, capsys, monkeypatch):
+    from sleb.cli.main import main
+
+    seen = []
+    real = Sweep.__init__
+
+    def init(self, stack, *args, **kwargs):
+        seen.append(stack.streamed)
+        real(self, stack, *args, **kwargs)
+
+    monkeypatch.setattr(Sweep, "__init__", init)
+    for verb in ("eval MODEL --plan plan.json", "search MODEL --remove 2 -o new.json"):
+        command = [*verb.split(), "--windows", "3", "--length", "16", "--json"]
+        assert main(command) == 0
+        want = capsys.readouterr().out
+        assert main([*command, "--stream", *(["--force"] if "search" in verb else [])]) == 0
+        assert capsys.readouterr().out == want
+    assert seen == [False, True, False, True]
+    assert main(["similarity", "MODEL", "--stream", "--windows", "3", "--length", "16"]) == 0
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral", "opt", "bloom"])
 def test_other_families_stream(family, tmp_path):
     """Among them experts, whose weights transformers rearranges on loading."""

@@ -99,10 +99,23 @@ class Score(_Record):
 
 
 class Round(_Record):
-    """One scoring of all live candidates, best first, and the blocks removed on its strength."""
+    """One scoring of all live candidates, best first, and the blocks removed on its strength.
+
+    ``within_noise``: whether the best candidate that stayed was as good as the last one removed, as
+    far as these windows can tell; null without a rival.
+    """
 
     removed: tuple[BlockId, ...]
     scores: tuple[Score, ...]
+    within_noise: bool | None = None
+
+    def choosing(self, *blocks: int) -> Round:
+        """The same scoring with ``blocks`` removed on its strength."""
+        chosen = Round(removed=blocks, scores=self.scores)
+        rival = chosen.runner_up()
+        return Round(
+            removed=blocks, scores=self.scores, within_noise=None if rival is None else rival[2]
+        )
 
     def runner_up(self) -> tuple[Score, float, bool] | None:
         """Best candidate not removed, its margin over the last one removed, and whether the

@@ -27,6 +27,7 @@ from sleb.cli.options import (
     Model,
     PlanFile,
     Seed,
+    Stream,
     Text,
     Trust,
     Windows,
@@ -60,6 +61,7 @@ def similarity(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Batch = None,
+    stream: Stream = False,
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -75,6 +77,7 @@ def similarity(
         model,
         dtype=dtype,
         device=device,
+        stream=stream,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
@@ -187,6 +190,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Batch = None,
+    stream: Stream = False,
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -209,6 +213,7 @@ def evaluate(
         model,
         dtype=dtype,
         device=device,
+        stream=stream,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

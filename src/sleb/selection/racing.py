@@ -173,7 +173,7 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
     removed = tuple(blocks[i] for i in chosen)
     place = {block: turn for turn, block in enumerate(removed)}
     scores.sort(key=lambda s: (place.get(s.block, len(place)), s.mean, s.block))
-    return Round(removed=removed, scores=tuple(scores))
+    return Round(removed=(), scores=tuple(scores)).choosing(*removed)
 
 
 def _standard_error(values: Values) -> float | None:

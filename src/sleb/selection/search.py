@@ -249,7 +249,7 @@ def _find(
 def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
     """The rounds behind ``order``, which may be shorter than what was found."""
     if len(found.rounds) == 1:  # all were chosen at once
-        return (found.rounds[0].model_copy(update={"removed": order}),)
+        return (found.rounds[0].choosing(*order),)
     return found.rounds[: len(order)]
 
 

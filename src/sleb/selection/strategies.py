@@ -109,9 +109,7 @@ def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     history = [turn[BlockSet(order[:i])] for i, turn in enumerate(rounds)]
     return Found(
         order=order,
-        rounds=tuple(
-            r.model_copy(update={"removed": (b,)}) for r, b in zip(history, order, strict=True)
-        ),
+        rounds=tuple(r.choosing(b) for r, b in zip(history, order, strict=True)),
         dense=_dense(objective),
     )
 
