@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-
 from search import published_forwards
 
 AXES = {"windows": "calibration windows", "removed": "blocks removed", "blocks": "blocks"}

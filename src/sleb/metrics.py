@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sleb.registry import Registry
 
@@ -51,8 +52,7 @@ def token_nll(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> T
     """Negative log-likelihood, nats. logits [N, V], targets [N] -> float32 [N]."""
 
     def nll(rows: slice) -> Tensor:
-        wide = logits[rows].float()
-        return wide.logsumexp(-1) - wide.gather(-1, targets[rows, None])[:, 0]
+        return cross_entropy(logits[rows].float(), targets[rows], reduction="none")
 
     return _by_rows(nll, logits)
 
