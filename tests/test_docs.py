@@ -44,7 +44,7 @@ def test_the_readmes_commands_work_in_their_order(workplace, capsys):
         if line.startswith("sleb ")
     ]
     assert [c[1] for c in commands] == [
-        "prune", "inspect", "similarity", "search", "eval", "apply", "verify",
+        "prune", "search", "apply", "inspect", "similarity", "search", "eval", "apply", "verify",
     ]  # fmt: skip
     for command in commands:
         assert main([*command[1:], *(["--force"] if command[1] == "apply" else [])]) == 0, command
