@@ -78,7 +78,7 @@ def ours(
     def score(sets: Any, start: int, stop: int) -> Any:
         if calls is not None:
             calls.append([[sorted(s) for s in sets], start, stop])
-        return sweep.scores(sets, start, stop).numpy()
+        return sweep.values(sets, start, stop)
 
     objective = Objective(score, len(ids), step=sweep.step, fill=sweep.fill, exact=exact)
     found = STRATEGIES["greedy"](objective, candidates, n)

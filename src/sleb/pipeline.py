@@ -17,8 +17,7 @@ from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
-from sleb.selection.goal import Goal
-from sleb.selection.request import SearchOptions, check_choice, check_request
+from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply, refuse_source
 from sleb.text import load_windows
@@ -60,14 +59,7 @@ def prune(
     out = Path(out)
     writable_target(out, force=force)
     watch = Stopwatch(progress)
-    goal = Goal.choose(
-        remove=options.get("remove"),
-        max_loss_increase=options.get("max_loss_increase"),
-        speedup=options.get("speedup"),
-        size=options.get("size"),
-        curve=options.get("curve", False),
-    )
-    check_choice(goal, options.get("metric", "loss"), options.get("strategy"))
+    goal = goal_of(options)
     text, trust = options.get("text", ()), options.get("trust_remote_code", False)
     check_request(
         model,

@@ -12,6 +12,7 @@ from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
 from sleb.progress import Progress, silent
 from sleb.selection.objective import DENSE, BlockSet, Values
+from sleb.selection.racing import standard_error
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.text import Windows
 
@@ -68,7 +69,7 @@ def evaluate(
     work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)
-        losses = sweep.scores(sets, 0, n).numpy()
+        losses = sweep.values(sets, 0, n)
     dense = interval(losses[0])
     plain = Evaluation(
         windows=n,
@@ -92,10 +93,9 @@ def evaluate(
 
 def interval(values: Values) -> Interval:
     """Mean of per-window values [windows] with its 95 % interval (Student's t)."""
-    mean = float(values.mean())
-    if values.size < 2:
+    mean, error = float(values.mean()), standard_error(values)
+    if error is None:
         return Interval(value=mean, low=None, high=None)
-    error = float(values.std(ddof=1) / np.sqrt(values.size))
     half = float(stats.t.ppf(0.975, values.size - 1)) * error
     return Interval(value=mean, low=mean - half, high=mean + half)
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -265,18 +265,10 @@ def demo(
 def _asked(options: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
     """What the library is asked for, apart from --force and --json. A wrong name or target is
     refused before anything is loaded."""
-    from sleb.selection.goal import Goal
+    from sleb.selection.request import SearchOptions, goal_of
 
-    targets = ("remove", "max_loss_increase", "speedup", "size", "curve")
-    Goal.choose(**{name: options[name] for name in targets})
-    from sleb.metrics import METRICS
-
-    METRICS[options["metric"]]
     force, json = options.pop("force"), options.pop("json")
-    if options["strategy"]:
-        from sleb.selection.strategies import STRATEGIES
-
-        STRATEGIES[options["strategy"]]
+    goal_of(cast(SearchOptions, options))
     return {**options, "text": options["text"] or ()}, force, json
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ def strict_model(
     from transformers import AutoModelForCausalLM
 
     # weights that transformers has to rearrange cannot be read in place; it keeps a copy here
-    spill = Path(tempfile.mkdtemp(prefix="sleb-")) if places else None
+    spill = tempfile.TemporaryDirectory(prefix="sleb-") if places else None
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -112,10 +111,10 @@ def strict_model(
                 ignore_mismatched_sizes=True,  # they are counted below, and then refused
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                **({"device_map": places, "offload_folder": spill} if places else {}),
+                **({"device_map": places, "offload_folder": spill.name} if spill else {}),
             )
             if spill:
-                weakref.finalize(model, shutil.rmtree, spill, ignore_errors=True)
+                weakref.finalize(model, spill.cleanup)
         except ImportError as error:
             raise InputError(f"{path} needs a package to load: {_say(error)}") from None
         except Exception as error:  # of many types, and from the model's own code

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from sleb.plan import Round, Score
+from sleb.plan import Baseline, Round, Score
 
-__all__ = ["ERROR", "Race", "Values", "rank"]
+__all__ = ["ERROR", "Race", "Values", "baseline", "rank", "standard_error"]
 
 Values = NDArray[np.float64]
 
@@ -153,11 +153,11 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
     for i, row in enumerate(values):
         seen = np.isfinite(row)
         excess = (row - values[best])[seen]
-        excess_se = _standard_error(excess)
+        excess_se = standard_error(excess)
         if i in full:
-            mean, se = full[i], _standard_error(row)
+            mean, se = full[i], standard_error(row)
         else:
-            mean, base = full[best] + float(excess.mean()), _standard_error(values[best])
+            mean, base = full[best] + float(excess.mean()), standard_error(values[best])
             se = None if base is None or excess_se is None else float(np.hypot(base, excess_se))
         scores.append(
             Score(
@@ -176,7 +176,13 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
     return Round(removed=(), scores=tuple(scores)).choosing(*removed)
 
 
-def _standard_error(values: Values) -> float | None:
+def baseline(dense: Values) -> Baseline:
+    """The record of the dense model's scores [windows]."""
+    return Baseline(mean=round(float(dense.mean()), 6), se=_rounded(standard_error(dense)))
+
+
+def standard_error(values: Values) -> float | None:
+    """Of the mean of ``values``; None for a single one."""
     return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else None
 
 

@@ -18,7 +18,7 @@ from sleb.selection.goal import Goal
 from sleb.selection.strategies import STRATEGIES
 from sleb.text import check_sources
 
-__all__ = ["SearchOptions", "candidates_for", "check_choice", "check_request"]
+__all__ = ["SearchOptions", "candidates_for", "check_choice", "check_request", "goal_of"]
 
 
 class SearchOptions(TypedDict, total=False):
@@ -44,6 +44,23 @@ class SearchOptions(TypedDict, total=False):
     stream: bool
     max_memory: int | str | None
     trust_remote_code: bool
+
+
+def goal_of(options: SearchOptions) -> Goal:
+    """The target among a search's options, if these go together.
+
+    Raises:
+        InputError: as :func:`check_choice`, and for none, two or an impossible one.
+    """
+    goal = Goal.choose(
+        remove=options.get("remove"),
+        max_loss_increase=options.get("max_loss_increase"),
+        speedup=options.get("speedup"),
+        size=options.get("size"),
+        curve=options.get("curve", False),
+    )
+    check_choice(goal, options.get("metric", "loss"), options.get("strategy"))
+    return goal
 
 
 def check_choice(goal: Goal, metric: str, strategy: str | None) -> None:

@@ -17,7 +17,6 @@ from sleb.errors import InputError
 from sleb.metrics import METRICS, NLL
 from sleb.models.load import LoadedModel, load
 from sleb.plan import (
-    Baseline,
     Calibration,
     Fingerprint,
     Plan,
@@ -29,7 +28,7 @@ from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import Journal, Objective
 from sleb.selection.pace import Pace, rounds_of_work
-from sleb.selection.racing import rank
+from sleb.selection.racing import baseline, rank
 from sleb.selection.request import candidates_for, check_choice, check_request
 from sleb.selection.strategies import STRATEGIES, Found
 from sleb.selection.sweep import Sweep
@@ -196,7 +195,7 @@ def search(
         strategy=named + ("" if exact or chosen.token is None else ", racing"),
         dtype=model.dtype,
         target=target,
-        baseline=_baseline(found),
+        baseline=baseline(found.dense) if found.dense.size else None,
         rounds=_rounds(found, order),
         similarity=gate,
         calibration=windows.record,
@@ -229,7 +228,7 @@ def _find(
                 return aim.enough(order)
 
             objective = Objective(
-                lambda sets, a, b: sweep.scores(sets, a, b).numpy(),
+                sweep.values,
                 windows,
                 step=sweep.step,
                 fill=sweep.fill,
@@ -280,14 +279,6 @@ def _above(
             f"at most {best[n - 1]:.4f} leaves enough"
         )
     return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))
-
-
-def _baseline(found: Found) -> Baseline | None:
-    if not found.dense.size:
-        return None
-    n = found.dense.size
-    se = round(float(found.dense.std(ddof=1) / np.sqrt(n)), 6) if n > 1 else None
-    return Baseline(mean=round(float(found.dense.mean()), 6), se=se)
 
 
 def _shuffled(windows: Windows, seed: int) -> list[int]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from sleb.errors import DataError, ResourceError, UnsupportedModel
 from sleb.metrics import TokenMetric
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.objective import DENSE, BlockSet, Values
 
 __all__ = ["Sweep", "block_forwards"]
 
@@ -137,6 +137,10 @@ class Sweep:
                 continue
             start = end
         return torch.cat(parts, dim=1)
+
+    def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
+        """:meth:`scores` as an Objective wants them."""
+        return self.scores(sets, start, stop).numpy()
 
     @torch.inference_mode()
     def _walk_scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy import stats
 
 from sleb.checkpoint import Checkpoint
 from sleb.errors import InputError, VerificationFailed
 from sleb.models.stack import BlockStack
-from sleb.plan import Baseline, Curve, Point, Target, blocks_to_remove
+from sleb.plan import Curve, Point, Target, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import interval
 from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective
+from sleb.selection.racing import baseline, standard_error
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.text import Windows
 
@@ -77,17 +77,16 @@ class Heldout:
     def __init__(self, sweep: Sweep, windows: Windows, costs: Costs) -> None:
         self._sweep, self.windows, self._costs = sweep, windows, costs
         n = len(windows.ids)
-        self._losses = Objective(lambda sets, a, b: sweep.scores(sets, a, b).numpy(), n)
+        self._losses = Objective(sweep.values, n)
 
     def point(self, order: Sequence[int]) -> Point:
         """The model without ``order``, against the dense one."""
         dense, pruned = self._losses.scores([DENSE, BlockSet(order)])
         increase = pruned - dense
-        found, n = interval(increase), increase.size
+        found, error = interval(increase), standard_error(increase)
         bound = None
-        if n > 1:
-            error = float(increase.std(ddof=1) / np.sqrt(n))
-            bound = found.value + float(stats.t.ppf(CONFIDENCE, n - 1)) * error
+        if error is not None:
+            bound = found.value + float(stats.t.ppf(CONFIDENCE, increase.size - 1)) * error
         return Point(
             depth=len(order),
             block=order[-1],
@@ -107,10 +106,9 @@ class Heldout:
         with progress.stage("measuring held-out loss", len(self.windows.ids) * work) as tick:
             self._sweep.on_work(tick)
             dense = self._losses.scores(sets)[0]
-        se = _rounded(float(dense.std(ddof=1) / np.sqrt(dense.size))) if dense.size > 1 else None
         return Curve(
             heldout=self.windows.record,
-            baseline=Baseline(mean=_rounded(float(dense.mean())), se=se),
+            baseline=baseline(dense),
             points=tuple(self.point(p) for p in prefixes),
         )
 
