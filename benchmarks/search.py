@@ -73,7 +73,8 @@ def ours(
     calls: list[Any] | None = None,
 ) -> tuple[list[int], int]:
     """Order of removal and block forwards; ``calls`` collects what the sweep was asked for."""
-    sweep = Sweep(stack, ids, NLL, batch=tune(stack, ids, threads=torch.get_num_threads()).batch)
+    batch = tune(stack, ids, threads=torch.get_num_threads()).batch
+    sweep = Sweep(stack, ids, NLL, batch=batch, keep=exact)
 
     def score(sets: Any, start: int, stop: int) -> Any:
         if calls is not None:

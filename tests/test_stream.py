@@ -163,9 +163,9 @@ print(plan.order)
 
 @pytest.mark.real
 def test_the_real_model_is_searched_in_less_memory_than_it_has(real_model, tmp_path, tiny_dir):
-    """A process that may hold, beyond what it had before, no more than the model's float32 weights:
-    streamed it finds the same blocks, else it fails. (RLIMIT_DATA also counts mapped files: streamed
-    it needs 0.7 of that, resident above 1.5.)"""
+    """A process that may hold, beyond what it had before, no more than its float32 weights:
+    streamed it finds the same blocks, else it fails. (RLIMIT_DATA also counts mapped files:
+    streamed it needs 0.7 of that, resident above 1.5.)"""
     loaded = sleb.load(real_model, dtype="bfloat16")
     loaded.model.save_pretrained(tmp_path / "m", max_shard_size="40MB")
     loaded.tokenizer.save_pretrained(tmp_path / "m")

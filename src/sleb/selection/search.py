@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -166,10 +167,10 @@ def search(
 
     costs = Costs.of(checkpoint, stack)
     setting = tune(stack, windows.ids, batch=batch, threads=threads)
-    options = {"batch": setting.batch, "max_bytes": most_bytes}
+    sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
     evidence = None
     if aside is not None and measures_aside:
-        evidence = Heldout(Sweep(stack, aside.ids, NLL, **options), aside, costs)
+        evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
     aim = Aim(goal, costs, candidates, evidence)
     with running(setting):
         if chosen.token is None:
@@ -179,7 +180,7 @@ def search(
         else:
             key = _key(identity, windows.record, metric, model.dtype, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
-            sweep = Sweep(stack, ids, chosen.token, **options)
+            sweep = sweeping(ids, chosen.token, keep=exact)
             book = Journal(Path(journal), key) if journal else None
             found = _find(sweep, named, candidates, aim, book, progress, exact, keep_journal)
         order, target = aim.settle(found.order)

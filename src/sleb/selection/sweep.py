@@ -8,6 +8,11 @@ sets. A greedy round over n live blocks costs about n²/2 block forwards instead
 A stream goes through the model's own code, as in a separate full pass, so scores are those of
 separate passes; where batches differ, to rounding.
 
+What one round computes below the block that it removes, the next one needs again. Those states are
+kept, where memory allows, so that the next round starts from them. Kept and computed states are the
+same to the bit, since this is done only where a stream is alone in a call: a search that was killed
+and goes on without them comes to the same scores.
+
 Where blocks are streamed from disk, a walk takes as many batches of windows as ``max_bytes`` of
 hidden states allow, and each block is read once for all of them. More windows take more walks: to
 read the blocks again costs less than to write hidden states to disk and read them back, since for
@@ -19,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import MappingProxyType
 
 import psutil
 import torch
@@ -27,6 +33,7 @@ from torch import Tensor
 from sleb.errors import DataError, ResourceError, UnsupportedModel
 from sleb.metrics import TokenMetric
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.selection.kept import Kept, States
 from sleb.selection.objective import DENSE, BlockSet, Values
 
 __all__ = ["Sweep", "block_forwards"]
@@ -42,13 +49,14 @@ class Part:
         self.stack, self.ids = stack, ids
         hidden, calls = stack.enter(ids)
         self.streams = {DENSE: hidden}
+        self.left: States = {}
         self._calls = {1: calls}  # what the blocks are handed, by number of streams in a batch
 
     def advance(
         self, i: int, runs: Sequence[BlockSet], skips: Collection[BlockSet], most: int
     ) -> None:
         """Take the streams in ``runs`` through block i, at most ``most`` in one call, and those in
-        ``skips`` past it."""
+        ``skips`` past it; drop all others."""
         after = {prefix | {i}: self.streams[prefix] for prefix in skips}
         for group in _groups(runs, most):
             if len(group) not in self._calls:
@@ -64,7 +72,8 @@ class Part:
 class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
-    ``forwards`` counts block forwards of one window, the unit of the search's work.
+    ``forwards`` counts block forwards of one window, the unit of the search's work. ``keep`` is for
+    searches that score in rounds, all windows in each: see ``kept``.
     """
 
     def __init__(
@@ -75,10 +84,12 @@ class Sweep:
         *,
         batch: int | None = None,
         max_bytes: int | None = None,
+        keep: bool = False,
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
         self.max_bytes = max_bytes or _free_bytes(stack.input_device) // 2
+        self._kept = Kept(self.max_bytes // 2 if keep and not stack.streamed else 0)
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
         self._checked = False
@@ -125,14 +136,17 @@ class Sweep:
             try:
                 parts.append(self._walk_scores(sets, start, end))
             except torch.OutOfMemoryError:
-                if self.batch == 1:
+                if self._kept:
+                    self._kept = Kept(0)
+                elif self.batch > 1:
+                    self.batch //= 2
+                    self.max_bytes //= 2
+                    logger.info("out of memory: going on with %d windows per batch", self.batch)
+                else:
                     raise ResourceError(
                         f"out of memory with one window of {self.ids.shape[1]} tokens: "
                         "use a shorter --length, or --dtype bfloat16"
                     ) from None
-                self.batch //= 2
-                self.max_bytes //= 2
-                logger.info("out of memory: going on with %d windows per batch", self.batch)
                 torch.cuda.empty_cache()
                 continue
             start = end
@@ -145,18 +159,21 @@ class Sweep:
     @torch.inference_mode()
     def _walk_scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
         wanted = list(dict.fromkeys([*sets, *([DENSE] if self.metric.needs_dense else [])]))
-        parts = self.walk(wanted, self.ids[start:stop])
+        # more windows take two calls, fewer share one: only so are sums rounded as without
+        keeps = 2 * (stop - start) > self.batch >= stop - start
+        kept, windows = self._kept if keeps else Kept(0), (start, stop)
+        parts = self.walk(wanted, self.ids[start:stop], kept.of(windows), kept.place(sets))
+        kept.put(windows, parts[0].left)
         if not self._checked:
             self._check(parts[0].streams, parts[0].ids)
         columns = []
         while parts:
             part = parts.pop(0)  # its memory is needed for the logits
-            order = list(part.streams)
             dense = part.streams.get(DENSE) if self.metric.needs_dense else None
-            merged = torch.cat([part.streams.pop(s) for s in order])
+            merged = torch.cat([part.streams.pop(s) for s in wanted])
             scored = self._score(merged, dense, part.ids)
-            columns.append(scored[[order.index(s) for s in sets]])
-            self._tick(len(order) * len(part.ids))
+            columns.append(scored[[wanted.index(s) for s in sets]])
+            self._tick(len(wanted) * len(part.ids))
         out = torch.cat(columns, dim=1)
         if not torch.isfinite(out).all():
             row, column = (~torch.isfinite(out)).nonzero()[0].tolist()
@@ -165,17 +182,30 @@ class Sweep:
                 f"removed, on window {start + column}: try --dtype float32, and check that the "
                 "model itself is sound with: sleb eval"
             )
+        kept.learn(sets, out.sum(1).tolist())
         return out
 
-    def walk(self, sets: Sequence[BlockSet], ids: Tensor) -> list[Part]:
+    def walk(
+        self,
+        sets: Sequence[BlockSet],
+        ids: Tensor,
+        have: States = MappingProxyType({}),
+        place: int | None = None,
+    ) -> list[Part]:
         """Hidden states after the last block, per set. ids [W, T] -> parts of at most ``batch``
-        windows, in order."""
+        windows, in order. What stands in ``have`` is not computed; each part's ``left`` gets what
+        enters block ``place``."""
         parts = [Part(self.stack, part) for part in torch.split(ids, self.batch)]
+        needed = _needed(sets, len(self.stack), have)
         for i in range(len(self.stack)):
-            runs = sorted({_below(s, i) for s in sets if i not in s}, key=sorted)
-            skips = {_below(s, i) for s in sets if i in s}
+            wanted = {p for p in needed[i + 1] if (i + 1, p) not in have}
+            runs = sorted({p for p in wanted if i not in p}, key=sorted)
+            skips = {_below(p, i) for p in wanted if i in p}
             with self.stack.holding(i) if runs else contextlib.nullcontext():
                 for part in parts:
+                    part.streams |= {p: have[i, p] for p in needed[i] if (i, p) in have}
+                    if i == place:
+                        part.left = {(i, p): state for p, state in part.streams.items()}
                     part.advance(i, runs, skips, most=max(1, self.batch // len(part.ids)))
                     self.forwards += len(runs) * len(part.ids)
                     self._tick(len(runs) * len(part.ids))
@@ -230,6 +260,15 @@ def _groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]
         start += size
 
 
+def _needed(sets: Sequence[BlockSet], n_blocks: int, have: States) -> list[set[BlockSet]]:
+    """The streams before each block, and after the last, that lead to the sets, from the start or
+    from a state in ``have``."""
+    needed = [set(sets)]
+    for i in reversed(range(n_blocks)):
+        needed.append({_below(p, i) for p in needed[-1] if (i + 1, p) not in have})
+    return needed[::-1]
+
+
 def _below(blocks: BlockSet, i: int) -> BlockSet:
     return BlockSet(b for b in blocks if b < i)
 
@@ -257,5 +296,6 @@ def _logit_bytes(stack: BlockStack) -> int:
 
 
 def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
-    """Block forwards that one sweep over ``sets`` takes for a window, without running it."""
+    """Block forwards that one sweep over ``sets`` takes for a window with nothing kept, without
+    running it."""
     return sum(len({_below(s, i) for s in sets if i not in s}) for i in range(n_blocks))
