@@ -332,9 +332,9 @@ def test_sleb_runs_as_a_module_and_alone_shows_its_help(place):
     assert (alone.returncode, alone.stdout) == (2, "")
     assert alone.stderr.startswith("Usage: sleb [OPTIONS] COMMAND")
     assert "Traceback" not in alone.stderr
-    wrong = sleb_module("serch", capture_output=True)
+    wrong = sleb_module("verfy", capture_output=True)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("sleb: No such command 'serch'. Did you mean 'search'?")
+    assert wrong.stderr.startswith("sleb: No such command 'verfy'. Did you mean 'verify'?")
 
 
 def test_every_exported_name_resolves():

@@ -51,7 +51,10 @@ def both(capsys, code: int, command: str) -> str:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("serch MODEL", "No such command 'serch'. Did you mean 'search'? See: sleb --help"),
+        (
+            "verfy MODEL",
+            "No such command 'verfy'. Did you mean 'verify'? See: sleb --help",
+        ),
         ("qqqqqqqqqq", "No such command 'qqqqqqqqqq'. See: sleb --help"),
         ("inspect", "Missing argument 'MODEL'. See: sleb inspect --help"),
         (

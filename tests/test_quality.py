@@ -11,7 +11,6 @@ from scipy import stats
 
 import reference
 import sleb
-from sleb.quality import exponential, interval
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +49,35 @@ def test_dense_and_pruned_are_paired(loaded, windows):
     assert found.removed == (1, 4)
 
 
-def test_a_single_window_has_no_interval():
-    one = interval(np.array([2.0]))
-    assert (one.value, one.low, one.high) == (2.0, None, None)
-    assert exponential(one).low is None
+def test_divergence_and_agreement_are_those_of_the_logits(loaded, windows):
+    found = sleb.evaluate(loaded, windows, removed=(1, 4), batch=2)
+    with torch.no_grad():
+        dense = loaded.model(windows.ids).logits[:, :-1]
+        with sleb.bypassed(loaded, (1, 4)):
+            pruned = loaded.model(windows.ids, use_cache=False).logits[:, :-1]
+    p, q = dense.log_softmax(-1), pruned.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean(1)
+    same = (dense.argmax(-1) == pruned.argmax(-1)).float().mean(1)
+    assert found.divergence.value == pytest.approx(kl.mean().item(), abs=1e-6)
+    assert found.agreement.value == pytest.approx(same.mean().item(), abs=1e-6)
+    low, high = stats.t.interval(0.95, 6, same.mean(), stats.sem(same))
+    assert (found.agreement.low, found.agreement.high) == pytest.approx((low, high), abs=1e-6)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for _ in range(2000):
-        found = interval(generator.normal(3.0, 1.0, size=5))
-        hits += found.low <= 3.0 <= found.high
-    assert 0.93 < hits / 2000 < 0.97
+def test_each_text_is_measured_by_itself(loaded, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"all of {name} and more of it. " * 40)
+    specs = [f"{name}={tmp_path / name}.txt" for name in ("one", "two")]
+    both = sleb.load_windows(loaded.tokenizer, specs, windows="all", length=20, seed=0)[0]
+    found = sleb.evaluate(loaded, both, removed=(2,))
+    assert list(found.domains) == ["one", "two"]
+    for spec, (name, quality) in zip(specs, found.domains.items(), strict=True):
+        alone = sleb.load_windows(loaded.tokenizer, [spec], windows="all", length=20, seed=0)[0]
+        want = sleb.evaluate(loaded, alone, removed=(2,)).domains[name]
+        assert quality.windows == len(alone.ids)
+        assert quality.perplexity_ratio.value == pytest.approx(want.perplexity_ratio.value)
+        assert quality.loss.low == pytest.approx(want.loss.low)
+    parts = found.domains.values()
+    assert found.tokens == sum(q.tokens for q in parts)
+    mean = sum(q.loss.value * q.windows for q in parts) / found.windows
+    assert found.loss.value == pytest.approx(mean)

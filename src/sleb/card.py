@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sleb.plan import Plan
-from sleb.quality import Interval
 from sleb.record import RunRecord
+from sleb.statistics import Interval
 
 __all__ = ["model_card"]
 

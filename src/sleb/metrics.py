@@ -23,9 +23,9 @@ CACHE_BYTES = 2 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMetric:
-    """Value per predicted token from logits.
+    """Value per predicted token from logits, or M of them.
 
-    ``tokens(logits [N, V], targets [N], dense logits [N, V] or None) -> float32 [N]``.
+    ``tokens(logits [N, V], targets [N], dense logits [N, V] or None) -> float32 [N]`` or [N, M].
     """
 
     name: str
@@ -69,6 +69,14 @@ def token_kl(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Te
     return _by_rows(kl, logits)
 
 
+def token_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Loss and divergence in nats, and whether the likeliest token is the dense model's.
+    [N, V], [N], [N, V] -> float32 [N, 3]."""
+    assert dense is not None
+    same = (logits.argmax(-1) == dense.argmax(-1)).float()
+    return torch.stack((token_nll(logits, targets), token_kl(logits, targets, dense), same), -1)
+
+
 def _by_rows(value: Callable[[slice], Tensor], logits: Tensor) -> Tensor:
     """``value`` of all rows of logits [N, V]; on a CPU a few rows at a time, so that float32
     intermediates stay in its cache."""
@@ -79,6 +87,9 @@ def _by_rows(value: Callable[[slice], Tensor], logits: Tensor) -> Tensor:
 
 NLL = TokenMetric(name="loss", unit="nats/token", tokens=token_nll)
 KL = TokenMetric(name="kl", unit="nats/token", tokens=token_kl, needs_dense=True)
+QUALITY = TokenMetric(
+    name="quality", unit="nats/token, nats/token, share", tokens=token_quality, needs_dense=True
+)
 
 METRICS.register("loss")(
     Metric(token=NLL, unit=NLL.unit, strategy="greedy", source="SLEB (2402.09025), metric 3")

@@ -42,6 +42,7 @@ def prune(
     heldout: int = DEFAULT_HELDOUT,
     force: bool = False,
     command: str = "sleb.prune",
+    stages: dict[str, str] | None = None,
     progress: Progress = silent,
     **options: Unpack[SearchOptions],
 ) -> Pruned:
@@ -50,6 +51,7 @@ def prune(
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
     run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
     number of windows set aside from the same texts for targets and for the quality figures.
+    ``command`` and ``stages`` go into the record as they are.
 
     Raises:
         VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
@@ -142,6 +144,7 @@ def prune(
                 evaluation_note=note,
                 verification=checked,
                 environment=setting,
+                stages=stages or {},
             )
         )
         record[0].save(stage / "run.json")

@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats
 
-from sleb.metrics import NLL
+from sleb.metrics import NLL, QUALITY
 from sleb.models.load import LoadedModel
 from sleb.progress import Progress, silent
-from sleb.selection.objective import DENSE, BlockSet, Values
-from sleb.selection.racing import standard_error
+from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep, block_forwards
+from sleb.statistics import Interval, Values, exponential, interval
 from sleb.text import Windows
 
-__all__ = ["Evaluation", "Interval", "evaluate"]
+__all__ = ["Evaluation", "Quality", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A value with its 95 % confidence interval; the bounds are null for a single window."""
+class Quality:
+    """Loss in nats/token and perplexity over ``windows`` windows of which ``tokens`` were scored.
 
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Loss in nats/token and perplexity over ``windows`` windows with ``tokens`` scored tokens.
-
-    With blocks removed, also the pruned model's, the paired difference of losses, and the ratio of
-    perplexities (the difference's exponential). Intervals are Student's t over windows.
+    With blocks removed, also the pruned model's, the paired difference of losses, the ratio of
+    perplexities (the difference's exponential), the divergence from the dense model's predictions
+    (KL, nats/token), and the share of tokens where both find the same one likeliest. Intervals are
+    Student's t over windows.
     """
 
     windows: int
-    length: int
     tokens: int
     loss: Interval
     perplexity: Interval
-    removed: tuple[int, ...] = ()
     pruned_loss: Interval | None = None
     pruned_perplexity: Interval | None = None
     loss_increase: Interval | None = None
     perplexity_ratio: Interval | None = None
+    divergence: Interval | None = None
+    agreement: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Quality):
+    """Quality on all windows of ``length`` tokens, and on each text's own, by its name."""
+
+    length: int
+    removed: tuple[int, ...] = ()
+    domains: dict[str, Quality] = field(default_factory=dict)
 
 
 def evaluate(
@@ -64,46 +65,39 @@ def evaluate(
         DataError: a loss is NaN or infinite.
     """
     sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
-    sweep = Sweep(model.stack, windows.ids, NLL, batch=batch)
+    sweep = Sweep(model.stack, windows.ids, QUALITY if removed else NLL, batch=batch)
     n, length = windows.ids.shape
     work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)
-        losses = sweep.values(sets, 0, n)
-    dense = interval(losses[0])
-    plain = Evaluation(
-        windows=n,
+        values = sweep.values(sets, 0, n)  # [sets, windows] or [sets, windows, 3]
+    source = np.array(windows.source)
+    return Evaluation(
+        **vars(_quality(values, length)),
         length=length,
-        tokens=n * (length - 1),
-        loss=dense,
-        perplexity=exponential(dense),
+        removed=tuple(sorted(removed)),
+        domains={
+            name: _quality(values[:, source == i], length)
+            for i, name in enumerate(windows.names)
+            if (source == i).any()
+        },
     )
-    if not removed:
+
+
+def _quality(values: Values, length: int) -> Quality:
+    n = values.shape[1]
+    losses = values[..., 0] if values.ndim == 3 else values
+    dense = interval(losses[0])
+    plain = Quality(windows=n, tokens=n * (length - 1), loss=dense, perplexity=exponential(dense))
+    if values.ndim == 2:
         return plain
     pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])
     return replace(
         plain,
-        removed=tuple(sorted(removed)),
         pruned_loss=pruned,
         pruned_perplexity=exponential(pruned),
         loss_increase=increase,
         perplexity_ratio=exponential(increase),
+        divergence=interval(values[1, :, 1]),
+        agreement=interval(values[1, :, 2]),
     )
-
-
-def interval(values: Values) -> Interval:
-    """Mean of per-window values [windows] with its 95 % interval (Student's t)."""
-    mean, error = float(values.mean()), standard_error(values)
-    if error is None:
-        return Interval(value=mean, low=None, high=None)
-    half = float(stats.t.ppf(0.975, values.size - 1)) * error
-    return Interval(value=mean, low=mean - half, high=mean + half)
-
-
-def exponential(losses: Interval) -> Interval:
-    """From nats/token to perplexity, bounds included."""
-
-    def exp(x: float | None) -> float | None:
-        return None if x is None else float(np.exp(x))
-
-    return Interval(value=float(np.exp(losses.value)), low=exp(losses.low), high=exp(losses.high))

@@ -11,23 +11,39 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Self
+
+from sleb.errors import InputError
+from sleb.evidence.answers import Comparison
+from sleb.evidence.gate import GateResult
+from sleb.evidence.speed import Speed
+from sleb.evidence.tasks import TaskResult
+from sleb.evidence.transfer import Transfer
 from sleb.exactness import Verification
+from sleb.files import write_text
 from sleb.progress import Progress, Tick
 from sleb.quality import Evaluation
 
 __all__ = ["RunRecord", "Stopwatch", "environment"]
 
+MAX_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One `sleb prune`: command, timings in seconds, sizes in bytes, quality, verification.
+    """One `sleb prune`: command, timings in seconds, sizes in bytes, quality, verification; and
+    what was measured on its result since, each null until then.
 
-    The plan is not repeated here; it is plan.json in the same folder.
+    The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
+    pruned). ``similarity[i][j]``: mean cosine of the dense model's states i and j (0 is the
+    embedding, i + 1 the output of block i). ``stages``: what `sleb run` has done, and a hash of
+    what each stage depended on.
     """
 
     command: str
@@ -42,13 +58,49 @@ class RunRecord:
     evaluation_note: str
     verification: Verification
     environment: dict[str, Any]
+    similarity: tuple[tuple[float, ...], ...] | None = None
+    tasks: tuple[TaskResult, ...] | None = None
+    answers: Comparison | None = None
+    speed: Speed | None = None
+    transfer: Transfer | None = None
+    gate: GateResult | None = None
+    stages: dict[str, str] = field(default_factory=dict)
     schema_version: int = 1
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        """Write as JSON, atomically."""
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read ``folder``/run.json.
+
+        Raises:
+            InputError: missing, too large, not JSON, another schema, or inconsistent.
+        """
+        path = Path(folder) / "run.json"
+        if not path.is_file():
+            raise InputError(f"no run record at {path}; sleb prune and sleb run write one")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a run record")
+        try:
+            found: Self = TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise InputError(f"{path} is not a run record: {where}: {first['msg']}") from None
+        if found.schema_version != 1:
+            raise InputError(
+                f"{path} has run schema {found.schema_version}, this sleb reads 1: upgrade sleb"
+            )
+        return found
+
+    @classmethod
+    def update(cls, folder: str | Path, **sections: Any) -> Self:
+        """Replace sections of ``folder``/run.json, and return the new record."""
+        record = replace(cls.load(folder), **sections)
+        record.save(Path(folder) / "run.json")
+        return record
 
 
 @dataclass

@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "PlanFile",
     "Protect",
+    "Record",
     "Remove",
     "Seed",
     "Size",
@@ -112,6 +113,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Depth = Annotated[int | None, typer.Option(help="Use only the plan's first DEPTH removals.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+]
+Record = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Add the result to RUN/run.json, for gate and report."),
 ]
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help="Plan from sleb search.")]
 

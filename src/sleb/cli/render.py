@@ -19,8 +19,10 @@ __all__ = [
     "applied",
     "curve",
     "description",
+    "domains",
     "evaluation",
     "note",
+    "percent",
     "plan",
     "record",
     "result",
@@ -246,7 +248,31 @@ def evaluation(console: Console, e: Any) -> None:
             "increase, ratio (paired)", bounds(e.loss_increase, 4), bounds(e.perplexity_ratio)
         )
     console.print(table)
+    if e.divergence:
+        console.print(
+            f"divergence from the dense model {bounds(e.divergence, 4)} nats/token; the likeliest "
+            f"token is the same for {percent(e.agreement)}"
+        )
+    if len(e.domains) > 1:
+        console.print()
+        domains(console, e)
     console.print(f"{e.windows} windows of {e.length} tokens, {e.tokens:,} tokens scored")
+
+
+def domains(console: Console, e: Any) -> None:
+    """Quality by text."""
+    table = _table("text", "windows", "perplexity", *(["pruned", "ratio"] if e.removed else []))
+    for name, q in e.domains.items():
+        pruned = [bounds(q.pruned_perplexity), bounds(q.perplexity_ratio)] if e.removed else []
+        table.add_row(name, str(q.windows), bounds(q.perplexity), *pruned)
+    console.print(table)
+
+
+def percent(share: Any) -> str:
+    """A share with its interval, in per cent."""
+    if share.low is None:
+        return f"{share.value:.1%}"
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
 def record(console: Console, r: Any) -> None:
@@ -264,6 +290,10 @@ def record(console: Console, r: Any) -> None:
         table.add_row("perplexity ratio", "1", bounds(e.perplexity_ratio))
     table.add_row("ideal speed-up", "1", f"{r.blocks / left:.2f}x")
     console.print(table)
+    if e and len(e.domains) > 1:
+        console.print()
+        domains(console, e)
+        console.print()
     console.print(f"removed blocks {_blocks(r.removed)}; perplexity: {r.evaluation_note}")
     passed = sum(c.passed for c in r.verification.checks)
     console.print(f"verified: {passed} of {len(r.verification.checks)} gates passed")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sleb.cli import render
+from sleb.cli import measure, render
 from sleb.cli.options import (
     Batch,
     Depth,
@@ -26,6 +26,7 @@ from sleb.cli.options import (
     Length,
     Model,
     PlanFile,
+    Record,
     Seed,
     Stream,
     Text,
@@ -148,15 +149,26 @@ def verify(
     depth: Depth = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", metavar="FILE", help="Limits on what OUT/run.json has recorded."),
+    ] = None,
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Prove that a checkpoint is the original without the plan's blocks. Exit code 3 if not."""
+    """Prove that a checkpoint is the original without the plan's blocks. Exit code 3 if not, or if
+    a limit of the gate is not kept."""
     from sleb.plan import Plan
 
     if not Path(out).is_dir():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     loaded = Plan.load(plan or Path(out) / "plan.json")
+    judged = None
+    if gate:
+        from sleb.evidence.gate import Gate
+        from sleb.record import RunRecord
+
+        judged = Gate.load(gate).check(RunRecord.load(out))
     from sleb.exactness import verify as check
 
     found = check(
@@ -169,8 +181,18 @@ def verify(
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
-    render.result(found, json, render.verification)
+    if json and judged:
+        render.result({"verification": found, "gate": judged}, json, render.verification)
+    else:
+        render.result(found, json, render.verification)
+    if judged and not json:
+        from sleb.cli.render_transfer import gate as draw
+
+        render.result(judged, json, draw)
     found.require()
+    if judged:
+        measure.save(out, json, gate=judged)
+        judged.require()
     return 0
 
 
@@ -186,21 +208,42 @@ def evaluate(
         str | None, typer.Option("--plan", help="Also score the model cut by this plan.")
     ] = None,
     depth: Depth = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Score a task in place of text; repeat for several. Your own .jsonl of questions, "
+            "or a name that lm-evaluation-harness knows.",
+        ),
+    ] = None,
+    tasks_folder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where further tasks are defined (YAML).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.", min=1)] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Batch = None,
     stream: Stream = False,
+    record: Record = None,
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Perplexity with its 95 % interval; with --plan, dense and pruned on the same windows."""
+    """Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by side."""
     from sleb.plan import Plan
 
     chosen = Plan.load(plan) if plan else None
     if depth is not None and chosen is None:
         raise InputError("--depth is a depth of a plan; give the plan with --plan")
+    if record and chosen is None:
+        raise InputError("--record is for a pruned model's record; give its plan with --plan")
+    if task and (text or windows or length):
+        raise InputError("--task scores items, not windows of --text; run sleb eval once for each")
+    if (tasks_folder or limit) and not task:
+        raise InputError("--tasks-folder and --limit are for tasks; name them with --task")
     removed = chosen.at_depth(depth) if chosen else ()
+    measure.check_record(record, removed)
     from sleb.checkpoint import Checkpoint, fingerprint
     from sleb.models.load import load
     from sleb.quality import evaluate as score
@@ -208,6 +251,10 @@ def evaluate(
     from sleb.text import check_sources, load_windows
 
     check_sources(text or ())
+    if task:
+        from sleb.evidence.tasks import check_tasks
+
+        check_tasks(task, folder=tasks_folder)
     progress = terminal_progress()
     loaded = load(
         model,
@@ -220,12 +267,31 @@ def evaluate(
     if chosen:
         identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
         check_fingerprint(chosen.model, identity, model)
+    if task:
+        from sleb.cli.render_tasks import tasks as draw
+        from sleb.evidence.tasks import run_tasks
+
+        results = run_tasks(
+            loaded,
+            task,
+            removed=removed,
+            folder=tasks_folder,
+            limit=limit,
+            batch=batch,
+            seed=seed,
+            progress=progress,
+        )
+        render.result(results, json, draw)
+        measure.save(record, json, tasks=results)
+        return 0
     length = length or min(2048, loaded.stack.max_length or 2048)
     scored, _ = load_windows(
         loaded.tokenizer, text or (), windows=windows or "all", length=length, seed=seed
     )
     found = score(loaded, scored, removed=removed, batch=batch, progress=progress)
     render.result(found, json, render.evaluation)
+    note = f"{found.windows} windows of {length} tokens from {', '.join(text or ['default'])}"
+    measure.save(record, json, evaluation=found, evaluation_note=note)
     return 0
 
 
@@ -280,6 +346,15 @@ EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
     "verify": (verify, "sleb verify ./smaller --model ./model --plan plan.json"),
     "eval": (evaluate, "sleb eval ./model --text test.txt --plan plan.json"),
     "prune": (prune, "sleb prune ./model --remove 20% -o ./smaller"),
+    "compare": (measure.compare, "sleb compare ./model ./smaller --prompts prompts.jsonl"),
+    "bench": (measure.bench, "sleb bench ./model ./smaller --quick"),
+    "transfer": (
+        measure.transfer,
+        "sleb transfer ./model --text mail=mail.jsonl --text code=code.txt --remove 20%",
+    ),
+    "init": (measure.init, "sleb init --model ./model"),
+    "run": (measure.run, "sleb run sleb.toml"),
+    "report": (measure.report, "sleb report ./smaller -o report.html --lang ja"),
     "demo": (demo, "sleb demo"),
 }
 

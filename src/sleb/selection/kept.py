@@ -8,7 +8,7 @@ costs time and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -36,8 +36,9 @@ class Kept:
         """What is kept for the windows from, to."""
         return self._states.get(windows, {})
 
-    def learn(self, sets: Sequence[BlockSet], sums: Iterable[float]) -> None:
-        """Scores, summed over further windows, to tell which set is ahead."""
+    def learn(self, sets: Sequence[BlockSet], scores: Tensor) -> None:
+        """Scores [sets, further windows], to tell which set is ahead."""
+        sums = scores.sum(1).tolist() if self.max_bytes else [0.0] * len(sets)
         for blocks, value in zip(sets, sums, strict=True):
             self._sums[blocks] = self._sums.get(blocks, 0.0) + value
 

@@ -24,14 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from sleb.plan import Baseline, Round, Score
+from sleb.statistics import Values, standard_error
 
-__all__ = ["ERROR", "Race", "Values", "baseline", "rank", "standard_error"]
-
-Values = NDArray[np.float64]
+__all__ = ["ERROR", "Race", "Values", "baseline", "rank"]
 
 ERROR = 0.05
 PRIOR = 16
@@ -179,11 +177,6 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
 def baseline(dense: Values) -> Baseline:
     """The record of the dense model's scores [windows]."""
     return Baseline(mean=round(float(dense.mean()), 6), se=_rounded(standard_error(dense)))
-
-
-def standard_error(values: Values) -> float | None:
-    """Of the mean of ``values``; None for a single one."""
-    return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else None
 
 
 def _rounded(value: float | None) -> float | None:

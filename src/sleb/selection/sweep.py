@@ -123,7 +123,8 @@ class Sweep:
         return max(1, self.batch // sets)
 
     def scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
-        """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit.
+        """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit;
+        [.., .., M] for a metric of M values.
 
         Raises:
             DataError: a score is NaN or infinite; the message names the set and the window.
@@ -176,13 +177,14 @@ class Sweep:
             self._tick(len(wanted) * len(part.ids))
         out = torch.cat(columns, dim=1)
         if not torch.isfinite(out).all():
-            row, column = (~torch.isfinite(out)).nonzero()[0].tolist()
+            worst = tuple((~torch.isfinite(out)).nonzero()[0].tolist())
+            row, column = worst[:2]
             raise DataError(
-                f"{self.metric.name} is {out[row, column].item()} with blocks {sorted(sets[row])} "
+                f"{self.metric.name} is {out[worst].item()} with blocks {sorted(sets[row])} "
                 f"removed, on window {start + column}: try --dtype float32, and check that the "
                 "model itself is sound with: sleb eval"
             )
-        kept.learn(sets, out.sum(1).tolist())
+        kept.learn(sets, out)
         return out
 
     def walk(
@@ -213,7 +215,7 @@ class Sweep:
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
         """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S streams,
-        dense [B, T, D], ids [B, T] -> float64 [S, B] on the CPU."""
+        dense [B, T, D], ids [B, T] -> float64 [S, B] or [S, B, M] on the CPU."""
         batch, predicted = len(ids), ids.shape[1] - 1
         vocab = int(decoder_config(self.stack.model.config).vocab_size)
         rows = max(1, _logit_bytes(self.stack) // (4 * vocab))
@@ -221,7 +223,7 @@ class Sweep:
         # so that learned position tables are long enough
         high, wide = max(1, rows // predicted), min(rows, predicted)
         following = ids[:, 1:].to(hidden.device)
-        values = torch.empty((len(hidden), predicted), dtype=torch.float32, device=hidden.device)
+        values: Tensor | None = None
         for a in range(0, len(hidden), high):
             window = torch.arange(a, min(a + high, len(hidden)), device=hidden.device) % batch
             for p in range(0, predicted, wide):
@@ -232,8 +234,13 @@ class Sweep:
                 if dense is not None:
                     base = self.stack.exit(dense[window, here]).flatten(0, 1)
                 found = self.metric.tokens(logits, targets.flatten().to(logits.device), base)
-                values[a : a + high, here] = found.view(targets.shape)
-        return values.double().mean(1).view(-1, batch).cpu()
+                found = found.view(*targets.shape, *found.shape[1:]).to(hidden.device)
+                if values is None:
+                    values = found.new_empty((len(hidden), predicted, *found.shape[2:]))
+                values[a : a + high, here] = found
+        assert values is not None
+        means = values.double().mean(1)
+        return means.view(-1, batch, *means.shape[1:]).cpu()
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
         """Once per model: the walk must agree with the model's own forward pass."""

@@ -16,11 +16,11 @@ from sleb.errors import InputError, VerificationFailed
 from sleb.models.stack import BlockStack
 from sleb.plan import Curve, Point, Target, blocks_to_remove
 from sleb.progress import Progress, silent
-from sleb.quality import interval
 from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective
-from sleb.selection.racing import baseline, standard_error
+from sleb.selection.racing import baseline
 from sleb.selection.sweep import Sweep, block_forwards
+from sleb.statistics import interval, standard_error
 from sleb.text import Windows
 
 __all__ = ["Aim", "Costs", "Heldout"]

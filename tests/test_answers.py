@@ -1,0 +1,414 @@
+"""Answers to the user's own prompts: as transformers' greedy ones, paired, and judged rightly."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import math
+import shutil
+import time
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+import sleb
+from conftest import byte_tokenizer
+from sleb.cli.render_answers import comparison
+from sleb.errors import InputError
+from sleb.evidence import answers
+from sleb.evidence.answers import Answer, Comparison, Pair, Prompt, compare, read_prompts
+from sleb.evidence.text_checks import (
+    first_difference,
+    language,
+    repetition,
+    script,
+    switched,
+)
+from sleb.statistics import proportion
+
+CPU = {"dtype": "float32", "device": "cpu"}
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+EXAMPLE = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
+
+
+def plain(text: str, id: str = "p", **options) -> Prompt:
+    return Prompt(id=id, text=text, messages=None, **options)
+
+
+def chat(content: str, id: str = "c", role: str = "user") -> Prompt:
+    return Prompt(id=id, text=None, messages=({"role": role, "content": content},))
+
+
+PROMPTS = (plain("the block of", "one"), plain("nothing", "two", json=True), plain("a", "three"))
+
+
+@pytest.fixture(scope="module")
+def out(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
+    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_dir, out) -> Comparison:
+    return compare(tiny_dir, out, PROMPTS, max_new_tokens=12, **CPU)
+
+
+@pytest.fixture
+def copy(tiny_dir, tmp_path):
+    """A copy of the tiny model in which something is changed."""
+
+    def copy(name: str, template: str | None = None, **generation) -> Path:
+        path = Path(shutil.copytree(tiny_dir, tmp_path / name))
+        if template:
+            tokenizer = byte_tokenizer()
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(path)
+        if generation:
+            file = path / "generation_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **generation}))
+        return path
+
+    return copy
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is a failed test: the mistake was to be found before."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(answers, "load", load)
+
+
+def greedy(path: Path, ids: list[int], n: int, forbidden: tuple[int, ...] = ()) -> list[int]:
+    """Likeliest tokens one by one, from a full pass each, without a cache."""
+    model = sleb.load(path, **CPU).model
+    start = len(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        logits[list(forbidden)] = -math.inf
+        ids = [*ids, int(logits.argmax())]
+    return ids[start:]
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def test_answers_are_the_greedy_ones_of_each_model(tiny_dir, out, compared):
+    tokenizer = byte_tokenizer()
+    for prompt, pair in zip(PROMPTS, compared.pairs, strict=True):
+        ids = tokenizer(prompt.text).input_ids
+        before, after = (greedy(path, ids, 12) for path in (tiny_dir, out))
+        assert (pair.id, pair.prompt) == (prompt.id, prompt.text)
+        for answer, tokens in ((pair.dense, before), (pair.pruned, after)):
+            assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+            assert (answer.tokens, answer.ended) == (12, False)
+            assert answer.repetition == repetition(tokens)
+            assert answer.script == script(answer.text)
+            assert answer.language == language(answer.text)
+            assert answer.json_valid is (False if prompt.json else None)
+            assert answer.seconds > 0
+        assert pair.agreed == first_difference(before, after) < 12
+    assert len({pair.dense.text for pair in compared.pairs}) == 3
+
+
+def test_the_sum_is_that_of_the_pairs(compared):
+    pairs = compared.pairs
+    n = len(pairs)
+    for model in ("dense", "pruned"):
+        each, whole = [getattr(p, model) for p in pairs], getattr(compared, model)
+        assert whole.ended == proportion(sum(a.ended for a in each), n)
+        assert whole.empty == proportion(sum(not a.text.strip() for a in each), n)
+        assert whole.repetitive == proportion(sum(a.repetition > 0.5 for a in each), n)
+        assert whole.json_valid == proportion(0, 1)
+        assert whole.seconds_median == sorted(a.seconds for a in each)[1]
+        assert whole.seconds_median <= whole.seconds_p90 <= max(a.seconds for a in each)
+    assert (compared.prompts, compared.max_new_tokens) == (n, 12)
+    assert compared.identical == proportion(0, n)
+    assert compared.switched == proportion(sum(p.switched for p in pairs), n)
+    assert compared.agreed_median == sorted(p.agreed for p in pairs)[1]
+    logs = np.log([p.dense.seconds / p.pruned.seconds for p in pairs])
+    ends = stats.t.interval(0.95, n - 1, logs.mean(), stats.sem(logs))
+    ratio = compared.seconds_per_token_ratio
+    assert ratio.value == pytest.approx(math.exp(logs.mean()))
+    assert (ratio.low, ratio.high) == pytest.approx(tuple(np.exp(ends)))
+    assert len(compared.sha256) == len(hashlib.sha256().hexdigest())
+
+
+def test_a_model_agrees_with_itself_and_again(tiny_dir, out, compared):
+    same = compare(tiny_dir, tiny_dir, PROMPTS[:2], max_new_tokens=5, **CPU)
+    assert same.identical == proportion(2, 2)
+    assert same.switched == proportion(0, 2)
+    assert same.agreed_median == 5
+    assert same.worst(3) == ()
+    again = compare(tiny_dir, out, PROMPTS, max_new_tokens=12, **CPU)
+    assert again.sha256 == compared.sha256 != same.sha256
+
+    def still(pair):
+        return replace(
+            pair, **{m: replace(getattr(pair, m), seconds=0) for m in ("dense", "pruned")}
+        )
+
+    assert [still(p) for p in again.pairs] == [still(p) for p in compared.pairs]
+
+
+def test_the_generation_config_is_kept_but_for_sampling(tiny_dir, copy, capfd, recwarn):
+    ids = byte_tokenizer()("nothing").input_ids
+    first = greedy(tiny_dir, ids, 1)[0]
+    tokens = greedy(tiny_dir, ids, 12, forbidden=(first,))
+    stop = next(t for t in tokens[3:] if t not in tokens[:3])
+    end = tokens.index(stop) + 1
+    sampling = {"do_sample": True, "temperature": 5.0, "top_k": 7, "top_p": 0.5, "num_beams": 3}
+    model = copy(
+        "sampling", **sampling, max_length=40, eos_token_id=[2, stop], suppress_tokens=[first]
+    )
+    capfd.readouterr()
+    found = compare(model, tiny_dir, [PROMPTS[1]], max_new_tokens=12, **CPU).pairs[0]
+    assert found.dense.tokens == end
+    assert found.dense.ended
+    assert found.dense.text == byte_tokenizer().decode(tokens[:end], skip_special_tokens=True)
+    assert not found.pruned.ended
+    assert capfd.readouterr() == ("", "")
+    assert not [w for w in recwarn if "generation" in str(w.message) or "sample" in str(w.message)]
+    at_the_limit = compare(model, model, [PROMPTS[1]], max_new_tokens=end, **CPU).pairs[0]
+    assert at_the_limit.dense.ended
+
+
+def test_an_answer_of_special_tokens_is_empty_and_has_no_speed(tiny_dir, copy):
+    ids = byte_tokenizer()("a").input_ids
+    first = greedy(tiny_dir, ids, 1)[0]
+    others = [i for i in range(259) if i != 2]
+    silent = copy("silent", suppress_tokens=others)
+    found = compare(tiny_dir, silent, [plain("a")], max_new_tokens=3, **CPU)
+    pair = found.pairs[0]
+    assert (pair.pruned.text, pair.pruned.tokens, pair.pruned.ended) == ("", 1, True)
+    assert pair.pruned.script == ""
+    assert not pair.switched
+    assert found.pruned.empty == proportion(1, 1)
+    assert found.dense.empty == proportion(0, 1)
+    assert found.seconds_per_token_ratio is None
+    assert found.dense.json_valid is None
+    assert first != 2
+    assert pair.faults == ("empty",)
+
+
+def test_a_chat_goes_through_the_template_with_a_generation_prompt(copy):
+    model = copy("chat", TEMPLATE)
+    found = compare(model, model, [chat("hi"), plain("hi")], max_new_tokens=4, **CPU).pairs
+    assert [p.prompt for p in found] == ["<user>hi<assistant>", "hi"]
+    ids = byte_tokenizer()("<user>hi<assistant>").input_ids
+    assert found[0].dense.text == byte_tokenizer().decode(
+        greedy(model, ids, 4), skip_special_tokens=True
+    )
+
+
+def test_one_model_is_in_memory_at_a_time(tiny_dir, out, monkeypatch):
+    seen = []
+
+    def load(*args, **kwargs):
+        assert all(model() is None for model in seen)
+        loaded = sleb.load(*args, **kwargs)
+        seen.append(weakref.ref(loaded.model))
+        return loaded
+
+    gc.disable()  # a cycle that is not collected on purpose would be a chance
+    try:
+        monkeypatch.setattr(answers, "load", load)
+        compare(tiny_dir, out, PROMPTS[:1], max_new_tokens=2, **CPU)
+    finally:
+        gc.enable()
+    assert len(seen) == 2
+
+
+def test_the_first_answer_is_not_the_slow_one(tiny_dir, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    generate, warm = LlamaForCausalLM.generate, weakref.WeakSet()
+
+    def slow_at_first(self, *args, **kwargs):
+        if self not in warm:
+            warm.add(self)
+            time.sleep(0.3)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", slow_at_first)
+    found = compare(tiny_dir, tiny_dir, PROMPTS[:2], max_new_tokens=2, **CPU).pairs
+    assert max(a.seconds for p in found for a in (p.dense, p.pruned)) < 0.25
+
+
+def test_progress_is_a_stage_for_each_model_and_a_tick_for_each_answer(tiny_dir, out):
+    done = {}
+
+    class Counting:
+        @contextmanager
+        def stage(self, title, total):
+            done[title] = [total, 0]
+
+            def tick(n=1, note=""):
+                done[title][1] += n
+
+            yield tick
+
+    compare(tiny_dir, out, PROMPTS, max_new_tokens=2, **CPU, progress=Counting())
+    assert done[f"answering with {tiny_dir}"] == [3, 3]
+    assert done[f"answering with {out}"] == [3, 3]
+
+
+# -- mistakes, found before any weights are loaded -----------------------------------------------
+
+
+@pytest.mark.usefixtures("no_weights")
+class TestMistakes:
+    def test_a_chat_needs_a_template_that_takes_it(self, tiny_dir, out, copy):
+        with pytest.raises(InputError, match=r"prompt 'c' is a chat, but the tokenizer of .* no"):
+            compare(tiny_dir, out, [plain("a"), chat("hi")], **CPU)
+        model = copy("chat", TEMPLATE)
+        with pytest.raises(InputError, match=r"prompt 'c' does not fit .* \(no robots\)"):
+            compare(model, model, [chat("hi", role="robot")], **CPU)
+
+    def test_prompt_and_answer_must_fit_the_context(self, tiny_dir, out):
+        fits = {"max_new_tokens": 56, **CPU}
+        with pytest.raises(AssertionError, match="weights were loaded"):
+            compare(tiny_dir, out, [plain("a" * 200)], **fits)
+        with pytest.raises(InputError, match="prompt 'p' takes 201 of the 256 tokens that"):
+            compare(tiny_dir, out, [plain("a", "q"), plain("a" * 201)], **fits)
+
+    def test_out_must_be_a_checkpoint(self, tiny_dir, tmp_path):
+        with pytest.raises(InputError, match=r"no checkpoint folder at .*none; make one"):
+            compare(tiny_dir, tmp_path / "none", PROMPTS, **CPU)
+        with pytest.raises(InputError, match=r"has no config\.json"):
+            compare(tiny_dir, tmp_path, PROMPTS, **CPU)
+        shutil.copy(tiny_dir / "config.json", tmp_path)
+        with pytest.raises(InputError, match="safetensors"):
+            compare(tiny_dir, tmp_path, PROMPTS, **CPU)
+
+    def test_both_must_read_prompts_alike(self, tiny_dir, copy, tmp_path):
+        other = copy("tokens")
+        data = json.loads((other / "tokenizer.json").read_text())
+        vocab = data["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        (other / "tokenizer.json").write_text(json.dumps(data))
+        with pytest.raises(InputError, match=r"different tokenizers \(of 259 and 259 tokens\)"):
+            compare(tiny_dir, other, PROMPTS, **CPU)
+        one, two = copy("one", TEMPLATE), copy("two", TEMPLATE.replace("assistant", "bot"))
+        with pytest.raises(InputError, match="read prompt 'c' differently"):
+            compare(one, two, [plain("a"), chat("hi")], max_new_tokens=9, **CPU)
+
+    @pytest.mark.parametrize(
+        ("prompts", "options", "message"),
+        [
+            ((), {}, "no prompts to compare on"),
+            (PROMPTS, {"max_new_tokens": 0}, "--new-tokens 0 is not possible"),
+            (PROMPTS, {"device": "tpu"}, "--device 'tpu' is not a device"),
+            ([plain("")], {}, "prompt 'p' has no tokens"),
+        ],
+    )
+    def test_options_are_checked(self, tiny_dir, out, prompts, options, message):
+        with pytest.raises(InputError, match=message):
+            compare(tiny_dir, out, prompts, **{**CPU, **options})
+
+
+# -- the terminal --------------------------------------------------------------------------------
+
+
+def answer(text: str, **options) -> Answer:
+    facts = {"tokens": 9, "seconds": 1.0, "ended": True, "repetition": 0.0, "json_valid": None}
+    return Answer(text=text, script=script(text), language="", **{**facts, **options})
+
+
+def drawn(compared: Comparison, pairs: list[Pair], width: int = 100) -> str:
+    stream = io.StringIO()
+    comparison(Console(file=stream, width=width), replace(compared, pairs=tuple(pairs)))
+    return stream.getvalue()
+
+
+def pair(id: str, dense: Answer, pruned: Answer, agreed: int = 0) -> Pair:
+    differ = switched(dense.text, pruned.text)
+    return Pair(
+        id=id, prompt=f"say {id}", dense=dense, pruned=pruned, agreed=agreed, switched=differ
+    )
+
+
+def test_the_worst_three_are_shown(compared):
+    good = answer("good")
+    pairs = [
+        pair("same", good, good, 9),
+        pair("late", good, answer("fine"), 5),
+        pair("early", good, answer("well"), 1),
+        pair("broken", answer("{}", json_valid=True), answer("{", json_valid=False), 7),
+        pair("both", answer("no", repetition=0.9), answer("yes", repetition=0.8), 6),
+        pair("loop", good, answer("だめ", repetition=0.8, ended=False), 8),
+    ]
+    shown = drawn(compared, pairs)
+    heads = [line for line in shown.splitlines() if ": part after" in line]
+    assert [head.split(":")[0] for head in heads] == ["loop", "broken", "early"]
+    assert heads[0].endswith("8 tokens, repeats itself, does not end, other language")
+    assert "JSON is broken" in heads[1]
+    assert "say loop" in shown
+    assert "same" not in drawn(compared, pairs[:1])
+    assert drawn(compared, pairs[:1]).splitlines()[0].split()[-2:] == ["dense", "pruned"]
+
+
+def test_the_table_has_no_json_row_if_none_was_asked_for(compared):
+    assert "valid JSON" in drawn(compared, [])
+    none = [replace(m, json_valid=None) for m in (compared.dense, compared.pruned)]
+    assert "valid JSON" not in drawn(replace(compared, dense=none[0], pruned=none[1]), [])
+    assert "time per token" in drawn(compared, [])
+    assert "time per token" not in drawn(replace(compared, seconds_per_token_ratio=None), [])
+
+
+def test_answers_cannot_steer_the_terminal(compared):
+    bad = "\x1b[31mred\x1b]0;title\x07 [bold red]x[/] [/nonsense] :smile: \u202eback\r\n\x9b2J"
+    shown = drawn(compared, [pair(bad, answer(bad), answer(""), 0)])
+    assert not set("\x1b\x07\x9b\r\u202e") & set(shown)
+    assert "[bold red]x[/] [/nonsense] :smile:" in " ".join(shown.split())
+    assert "(nothing)" in shown
+    assert "\u200c" in drawn(compared, [pair("fa", answer("می\u200cخواهم"), answer("x"))])
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 900), st.integers(40, 120))
+def test_long_texts_are_cut_around_where_they_part(compared, common, width):
+    start = "日本語 " * (common // 4)
+    pairs = [
+        pair("long", answer(start + "DENSE" + "a" * 900), answer(start + "PRUNED" + "b" * 900))
+    ]
+    shown = drawn(compared, pairs, width)
+    assert "DENSE" in shown.replace("\n", "")
+    assert shown.count("a") < 400
+
+
+def test_the_table_says_if_languages_are_told_apart_by_script_alone(compared):
+    shown = drawn(replace(compared, languages=False), [])
+    assert "writing system alone; for more: pip install 'sleb[lang]'" in " ".join(shown.split())
+    assert "sleb[lang]" not in drawn(replace(compared, languages=True), [])
+
+
+# -- a real model --------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_a_real_model_answers_and_a_cut_one_differs(real_model, tmp_path):
+    plan = sleb.search(real_model, remove=3, windows=1, length=32, metric="one-shot-loss")
+    cut = sleb.apply(plan, real_model, tmp_path / "out")
+    asked = [p for p in read_prompts(EXAMPLE) if p.id in ("chat-facts", "plain-tides")]
+    found = compare(real_model, cut, asked, max_new_tokens=16)
+    dense = {p.id: p.dense.text for p in found.pairs}
+    assert "sky" in dense["chat-facts"].lower()
+    assert script(dense["plain-tides"]) == "Latin"
+    assert found.identical.value < 1

@@ -1,0 +1,198 @@
+"""One file from search to report: stages, what they depend on, and what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import sleb.evidence.project as project_module
+from conftest import save_tiny
+from sleb.cli.main import main
+from sleb.errors import InputError
+from sleb.evidence.project import Project, run, write_project
+from sleb.record import RunRecord
+
+TEXT = "the mail of today and of all other days to everyone here. "
+
+SETTINGS = """
+model = "model"
+out = "smaller"
+device = "cpu"
+dtype = "float32"
+[text]
+mail = "mail.txt"
+notes = "notes.txt"
+[search]
+remove = 2
+windows = 4
+heldout = 6
+length = 24
+[measure]
+prompts = "prompts.jsonl"
+new_tokens = 4
+tasks = ["questions.jsonl"]
+bench = false
+transfer = true
+reports = ["en", "ja"]
+[gate.perplexity]
+max_ratio = 1000
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "mail.txt").write_text(TEXT * 40)
+    (tmp_path / "notes.txt").write_text(TEXT[::-1] * 40)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Dear all,"}\n{"prompt": "Today"}\n')
+    row = {"question": "One and one?", "choices": ["two", "three"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    (tmp_path / "sleb.toml").write_text(SETTINGS)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)  # paths are relative to the file, not to where one stands
+    return tmp_path
+
+
+def change(place, before, after):
+    path = place / "sleb.toml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+def test_one_command_goes_from_search_to_reports(place, capsys):
+    assert main(["run", str(place / "sleb.toml")]) == 0
+    out = place / "smaller"
+    record = RunRecord.load(out)
+    assert list(record.evaluation.domains) == ["mail", "notes"]
+    assert len(record.similarity) == 7
+    assert [t.items for t in record.tasks] == [3]
+    assert record.answers.prompts == 2
+    assert record.transfer.domains == ("mail", "notes")
+    assert record.gate.passed
+    assert record.speed is None
+    for lang in ("en", "ja"):
+        assert f'lang="{lang}"' in (out / f"report.{lang}.html").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert "report.ja.html" in printed
+    assert "1,000" in printed or "1000" in printed
+
+
+def test_a_limit_that_fails_ends_with_3_and_still_writes_the_reports(place, capsys):
+    change(place, "max_ratio = 1000", "max_ratio = 0.5")
+    assert main(["run", str(place / "sleb.toml")]) == 3
+    assert "perplexity" in capsys.readouterr().err
+    assert (place / "smaller" / "report.en.html").is_file()
+    assert not RunRecord.load(place / "smaller").gate.passed
+    # another limit is no reason to measure again
+    before = RunRecord.load(place / "smaller")
+    change(place, "max_ratio = 0.5", "max_ratio = 1000")
+    assert main(["run", str(place / "sleb.toml")]) == 0
+    assert RunRecord.load(place / "smaller").answers == before.answers
+
+
+def test_a_run_goes_on_with_the_stage_that_is_missing(place, monkeypatch):
+    calls = []
+
+    def counted(name):
+        real = getattr(project_module, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            if name == "compare" and calls.count(name) == 1:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(project_module, name, call)
+
+    for name in ("prune", "run_tasks", "transfer", "compare", "write_report"):
+        counted(name)
+    file = place / "sleb.toml"
+    with pytest.raises(KeyboardInterrupt):
+        run(file)
+    assert calls == ["prune", "run_tasks", "transfer", "compare"]
+    run(file)
+    assert calls[4:] == ["compare", "write_report", "write_report"]
+    # a stage is repeated when what it depends on has changed, and only that stage
+    (place / "questions.jsonl").write_text((place / "questions.jsonl").read_text() * 2)
+    assert [t.items for t in run(file).tasks] == [6]
+    assert calls[7:] == ["run_tasks", "write_report", "write_report"]
+
+
+def test_other_settings_do_not_overwrite_a_result(place):
+    run(place / "sleb.toml")
+    before = (place / "smaller" / "run.json").read_bytes()
+    change(place, "remove = 2", "remove = 1")
+    with pytest.raises(InputError, match=r"other settings .* --force"):
+        run(place / "sleb.toml")
+    assert (place / "smaller" / "run.json").read_bytes() == before
+    assert len(run(place / "sleb.toml", force=True).removed) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("remove = 2", "", "no target"),
+        ("remove = 2", "remove = 2\nspeedup = 1.5", "two targets"),
+        ("heldout = 6", "heldot = 6", "search.heldot: .*did you mean 'heldout'"),
+        ("heldout = 6", "heldout = 'six'", "search.heldout"),
+        ("[gate.perplexity]", "[gate.perplexty]", "did you mean 'perplexity'"),
+        ('model = "model"', "", "model: field required"),
+        ('"questions.jsonl"', '"quests.jsonl"', "quests.jsonl"),
+        ('"prompts.jsonl"', '"prompt.jsonl"', "no file of prompts at .*prompt.jsonl"),
+        ('mail = "mail.txt"', 'mail = "mail.text"', "mail.text"),
+        ('model = "model"', 'model = "./modell"', "no model at .*did you mean 'model'"),
+        ('["en", "ja"]', '["fr"]', "reports"),
+        ("[text]", "[text", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_before_anything_is_loaded(
+    place, before, after, message, capsys
+):
+    change(place, before, after)
+    assert main(["run", str(place / "sleb.toml")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("sleb: ")
+    assert error.count("\n") == 1
+    assert not (place / "smaller").exists()
+
+
+def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / 'a "model"')
+    assert main(["init", "--model", 'a "model"']) == 0
+    assert "sleb run sleb.toml" in capsys.readouterr().out
+    assert main(["init"]) == 2
+    assert "exists" in capsys.readouterr().err
+    project = Project.load("sleb.toml")
+    assert project.source == 'a "model"'
+    # what is commented out is right as well
+    text = (tmp_path / "sleb.toml").read_text()
+    keys = re.findall(r"^#? ?(\w+) = ", text, re.MULTILINE)
+    tables = [project_module.Search, project_module.Measure, Project]
+    known = {name for table in tables for name in table.model_fields}
+    assert set(keys) - known == {
+        "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",
+        "max_repetitive", "max_empty", "max_unfinished",
+    }  # fmt: skip
+
+
+def test_a_record_that_is_none_is_refused(place, tmp_path):
+    with pytest.raises(InputError, match="no run record"):
+        RunRecord.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"command": 3}')
+    with pytest.raises(InputError, match="is not a run record: "):
+        RunRecord.load(tmp_path)
+    write_project(tmp_path / "x.toml", "m")
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(InputError, match="not a run record"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_record_reads_back_as_it_was_written(place):
+    record = run(place / "sleb.toml")
+    assert RunRecord.load(place / "smaller") == record
+    assert RunRecord.update(place / "smaller", stages={}).answers == record.answers

@@ -1,0 +1,90 @@
+"""Intervals cover what they say, and paired comparisons know noise from change."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sleb.statistics import exponential, flips, interval, proportion, standard_error
+
+
+def test_an_interval_is_students():
+    values = np.array([1.0, 2.0, 4.0, 3.5])
+    found = interval(values)
+    want = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(want)
+    assert found.value == values.mean()
+    assert standard_error(values) == pytest.approx(stats.sem(values))
+
+
+def test_one_value_has_no_bounds():
+    found = exponential(interval(np.array([math.log(2)])))
+    assert (found.value, found.low, found.high) == (pytest.approx(2), None, None)
+
+
+def test_perplexity_bounds_are_the_losses():
+    found = exponential(interval(np.array([1.0, 2.0, 3.0])))
+    logs = interval(np.array([1.0, 2.0, 3.0]))
+    assert math.log(found.low) == pytest.approx(logs.low)
+    assert math.log(found.high) == pytest.approx(logs.high)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_a_share_lies_within_its_bounds_and_these_within_0_and_1(counts):
+    found = proportion(*counts)
+    assert -1e-12 <= found.low <= found.value + 1e-12
+    assert found.value <= found.high + 1e-12 <= 1 + 1e-9
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
+def test_turning_a_comparison_round_turns_its_sign(pairs):
+    before, after = (list(side) for side in zip(*pairs, strict=True))
+    there, back = flips(before, after), flips(after, before)
+    assert there.difference.value == pytest.approx(np.mean(after) - np.mean(before))
+    assert back.difference.value == pytest.approx(-there.difference.value)
+    assert back.difference.low == pytest.approx(-there.difference.high)
+    assert (back.lost, back.won) == (there.won, there.lost)
+    assert back.p_value == pytest.approx(there.p_value)
+    assert there.difference.low <= there.difference.value <= there.difference.high
+
+
+def test_the_same_answers_are_noise_and_many_lost_ones_are_not():
+    same = flips([True, False] * 10, [True, False] * 10)
+    assert (same.lost, same.won, same.p_value, same.within_noise) == (0, 0, 1.0, True)
+    worse = flips([True] * 30, [True] * 20 + [False] * 10)
+    assert (worse.lost, worse.won, worse.within_noise) == (10, 0, False)
+    assert worse.p_value == pytest.approx(2 * 0.5**10)
+    assert worse.difference.high < 0
+
+
+def test_a_point_on_five_hundred_items_is_noise():
+    before = [True] * 250 + [False] * 250
+    after = [*[True] * 225, *[False] * 25, *[True] * 20, *[False] * 230]
+    found = flips(before, after)
+    assert found.difference.value == pytest.approx(-0.01)
+    assert found.within_noise
+
+
+@pytest.mark.parametrize(("lose", "win"), [(0.05, 0.02), (0.3, 0.3), (0.01, 0.01)])
+def test_intervals_of_a_difference_cover_it(lose, win):
+    """Of 2,000 samples of 150 items about 95 % of the intervals hold the true difference."""
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(2_000):
+        draw = generator.random(150)
+        lost, won = draw < lose, draw > 1 - win
+        before = lost | (~won & (draw < 0.6))
+        found = flips(before.tolist(), ((before & ~lost) | won).tolist()).difference
+        held += found.low <= win - lose <= found.high
+    assert 0.93 < held / 2_000 < 0.995
+
+
+@pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])
+def test_what_is_not_paired_is_refused(before, after):
+    with pytest.raises(ValueError, match="before"):
+        flips(before, after)

@@ -1,0 +1,343 @@
+"""Plans of each text and of all: fair searches, costs on text that none saw, and which to use."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import rich.console
+from pydantic import TypeAdapter
+from scipy import stats
+
+import reference
+import sleb
+import sleb.evidence.transfer as module
+from sleb.cli.render_transfer import transfer as draw
+from sleb.errors import InputError
+from sleb.evidence.transfer import Transfer, check_transfer, clearly_worse, transfer
+from text_tools import letters
+
+CPU = {"dtype": "float32", "device": "cpu"}
+SMALL = {"windows": 6, "length": 20}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir):
+    return sleb.load(tiny_dir, **CPU)
+
+
+@pytest.fixture
+def texts(write):
+    """Three texts of 64 kinds of window each, of which no two are alike."""
+    write("mail.txt", "".join(f"Dear {i:03d}, thank" for i in range(70)))
+    write("code.txt", "".join(f"x[{i:03d}]=f({i:03d});{{}};" for i in range(70)))
+    write("sums.txt", letters(1280, 5000))
+    return ["mail.txt", "prog=code.txt", "sums.txt"]
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Every search that is made: name of its stage, its windows, its plan."""
+    calls = []
+
+    def spy(model, *, windows, progress, **options):
+        plan = sleb.search(model, windows=windows, **options)
+        calls.append((progress.name, windows, plan))
+        return plan
+
+    monkeypatch.setattr(module, "search", spy)
+    return calls
+
+
+def rows(windows):
+    return {tuple(row) for row in windows.ids.tolist()}
+
+
+def test_each_plan_is_the_search_on_the_same_text(loaded, texts):
+    found = transfer(loaded, texts, remove=2, heldout=3, **SMALL)
+    assert found.domains == ("mail", "prog", "sums")
+    assert [plan.source for plan in found.plans] == ["mail", "prog", "sums", "mix"]
+    for plan, text in zip(found.plans, [*([spec] for spec in texts), texts], strict=True):
+        assert plan.removed == sleb.search(loaded, text=text, remove=2, **SMALL).removed
+    assert (found.windows, found.heldout, found.length) == (6, (3, 3, 3), 20)
+
+
+def test_searches_are_equal_in_windows_and_see_nothing_held_out(
+    loaded, texts, searched, monkeypatch
+):
+    aside = []
+
+    def costs(model, plans, held, progress, options):
+        aside.extend(held)
+        return [np.ones((4, 5))] * 3
+
+    monkeypatch.setattr(module, "_costs", costs)
+    weighted = [f"{texts[0]}@4", *texts[1:]]
+    transfer(loaded, weighted, remove=1, heldout=5, **SMALL)
+    assert [name for name, _, _ in searched] == ["mail", "prog", "sums", "mix"]
+    assert [len(windows.ids) for _, windows, _ in searched] == [6] * 4
+    *own, mix = [windows for _, windows, _ in searched]
+    assert [mix.source.count(i) for i in range(3)] == [4, 1, 1]  # weights shape the mix alone
+    assert rows(mix) < set.union(*map(rows, own))
+    assert [len(rows(held)) for held in aside] == [5] * 3
+    assert not set.union(*map(rows, aside)) & set.union(*map(rows, own))
+
+
+def test_costs_are_paired_increases_on_each_texts_own_windows(loaded, texts):
+    found = transfer(loaded, texts, remove=2, heldout=4, **SMALL)
+    model = loaded.model
+    for i, spec in enumerate(texts):
+        held = sleb.load_windows(loaded.tokenizer, [spec], **SMALL, seed=0, heldout=4)[1].ids
+        dense = reference.loss(model, (), held).numpy()
+        for plan in found.plans:
+            gap = reference.loss(model, plan.removed, held).numpy() - dense
+            low, high = stats.t.interval(0.95, 3, gap.mean(), stats.sem(gap))
+            seen = plan.increase[i]
+            assert (seen.value, seen.low, seen.high) == pytest.approx(
+                (gap.mean(), low, high), abs=1e-5
+            )
+
+
+def test_all_plans_are_scored_in_one_walk(loaded, texts, monkeypatch):
+    """So what they share is computed once, and the dense model once for all."""
+    made = []
+
+    class Counted(module.Sweep):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(module, "Sweep", Counted)
+    found = transfer(loaded, texts[:2], remove=1, heldout=4, **SMALL)
+    (sweep,) = made
+    sets = [frozenset(), *(frozenset(plan.removed) for plan in found.plans)]
+    assert sweep.forwards == 8 * module.block_forwards(sets, 6)
+
+
+# -- how many windows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("windows", "heldout", "scored", "held"),
+    [
+        (200, 16, 32, (16, 16)),  # enough of both
+        (200, 48, 32, (48, 48)),
+        (40, 16, 24, (16, 16)),  # the shorter text sets the number for all
+        (20, 16, 10, (10, 16)),  # half of a short text is held out
+        (5, 2, 3, (2, 2)),
+    ],
+)
+def test_the_shortest_text_sets_the_number(loaded, write, searched, windows, heldout, scored, held):
+    write("short.txt", letters(10 * windows))
+    write("long.txt", letters(2000, 5000))
+    found = transfer(
+        loaded, ["short.txt", "long.txt"], remove=1, heldout=heldout, length=10, metric="cosine"
+    )
+    assert (found.windows, found.heldout) == (scored, held)
+    assert [len(used.ids) for _, used, _ in searched] == [scored] * 3
+
+
+def no_search(*args, **options):
+    raise AssertionError("searched")
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (None, "short.txt has 3 windows of 20 tokens, too few to search on and to hold out"),
+        (2, "short.txt leaves 1 windows of 20 tokens to hold out, and a comparison needs two"),
+        (3, "short.txt leaves 0 windows of 20 tokens to hold out, and a comparison needs two"),
+        (4, "short.txt holds 3 windows of 20 tokens, but 4 are wanted from it"),
+        (1, "--windows 1 leaves none for"),
+    ],
+)
+def test_texts_that_are_too_short_are_refused_before_a_search(
+    loaded, write, monkeypatch, windows, message
+):
+    monkeypatch.setattr(module, "search", no_search)
+    write("short.txt", letters(60))
+    write("long.txt", letters(2000, 5000))
+    with pytest.raises(InputError, match=message):
+        transfer(loaded, ["long.txt", "short.txt"], remove=1, length=20, windows=windows)
+
+
+def test_one_text_under_two_names_is_refused_before_a_search(loaded, texts, monkeypatch):
+    monkeypatch.setattr(module, "search", no_search)
+    with pytest.raises(InputError, match="are the same text"):
+        transfer(loaded, ["a=mail.txt", "b=mail.txt"], remove=1, **SMALL)
+
+
+# -- what is refused without a model -------------------------------------------------------------
+
+TWO = {"text": ["mail.txt", "code=code.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": ()}, "compares texts: give two or more"),
+        ({"text": ["mail.txt"]}, "compares texts: give two or more"),
+        ({"text": ["mail.txt", "mail=code.txt"]}, "mail=code.txt: 'mail' is the name of two texts"),
+        ({"text": ["mail.txt", "mix=code.txt"]}, "mix=code.txt: 'mix' means all texts together"),
+        ({"text": ["mail.txt", "cod.txt"]}, "no file cod.txt .did you mean 'code.txt'"),
+        ({"remove": None}, "no target: give one of"),
+        ({"speedup": 1.5}, "--remove and --speedup are two targets"),
+        ({"curve": True}, "--curve measures one plan at many depths, and sleb transfer many"),
+        ({"remove": None, "max_loss_increase": 0.1}, "--max-loss-increase would have every plan"),
+        ({"heldout": 1}, "--heldout 1 is too few to compare on; give at least 2"),
+        ({"metric": "los"}, "unknown metric 'los'"),
+        ({"metric": "cosine", "strategy": "beam"}, "--metric cosine ranks all blocks at once"),
+    ],
+)
+def test_mistakes_are_found_without_a_model(texts, options, message):
+    with pytest.raises(InputError, match=message):
+        check_transfer({**TWO, "remove": 1, **options})
+    given = {**TWO, "remove": 1, **options}
+    with pytest.raises(InputError, match=message):
+        transfer(None, given.pop("text"), **given)
+
+
+def test_what_a_command_line_hands_on_is_accepted(texts):
+    """Every option of a search, also those that were not given."""
+    check_transfer({**TWO, "remove": "20%", "curve": False, "max_loss_increase": None, **CPU})
+    check_transfer({**TWO, "speedup": 1.2})
+    check_transfer({**TWO, "size": "1MB"})
+
+
+# -- what follows from the costs -----------------------------------------------------------------
+
+
+def cost(mean, windows=8, spread=0.001):
+    """Increases of loss of this mean, whose paired differences spread little."""
+    noise = np.cos(np.arange(windows) * mean * 7)
+    return mean + spread * (noise - noise.mean())
+
+
+def test_clearly_worse_is_beyond_noise_and_beyond_a_tenth():
+    assert clearly_worse(cost(0.56), cost(0.50))
+    assert not clearly_worse(cost(0.54), cost(0.50))  # sure, but little
+    assert not clearly_worse(cost(0.50), cost(0.56))
+    assert not clearly_worse(cost(0.5), cost(0.5))
+    noisy = cost(0.5) + np.array([0.5, -0.4] * 4)
+    assert noisy.mean() > 1.1 * 0.49  # much, but not sure
+    assert not clearly_worse(noisy, cost(0.49))
+    # the windows differ much more than the plans do: pairing sees through that
+    windows = np.linspace(0, 5, 8)
+    assert clearly_worse(windows + cost(0.5), windows + cost(0.05))
+    assert clearly_worse(cost(-0.02), cost(-0.1))
+    assert not clearly_worse(cost(-0.097), cost(-0.1))
+    assert not clearly_worse(np.array([1.0]), np.array([0.1]))  # one window proves nothing
+
+
+PLANS = {"mail": (1, 2), "code": (2, 3), "mix": (1, 4)}
+
+
+def outcome(loaded, write, monkeypatch, table):
+    """The transfer of plans that cost this much: a row per plan, a column per text."""
+    plans = iter(PLANS.values())
+    write("mail.txt", letters(400))
+    write("code.txt", letters(400, 5000))
+    monkeypatch.setattr(module, "search", lambda *a, **o: SimpleNamespace(removed=next(plans)))
+    columns = [np.array([cost(row[d]) for row in table]) for d in range(2)]
+    monkeypatch.setattr(module, "_costs", lambda *a: columns)
+    return transfer(loaded, ["mail.txt", "code.txt"], remove=2, length=10)
+
+
+@pytest.mark.parametrize(
+    ("table", "away", "recommended"),
+    [
+        # each is best at home, and the mix is second everywhere
+        ([(0.1, 0.9), (0.9, 0.1), (0.2, 0.2)], [["code"], ["mail"], ["mail", "code"]], "mix"),
+        # mail's plan is as good as the mix's at home, but not better anywhere
+        ([(0.2, 0.2), (0.9, 0.2), (0.2, 0.2)], [[], ["mail"], []], "mix"),
+        # code's plan is better at home, and no worse elsewhere
+        ([(0.2, 0.9), (0.2, 0.1), (0.2, 0.2)], [["code"], [], ["code"]], "code"),
+        # both are better somewhere and nowhere worse: the one with the lower average
+        ([(0.1, 0.2), (0.2, 0.15), (0.2, 0.2)], [["code"], ["mail"], ["mail", "code"]], "mail"),
+        # better on the average and at home, but clearly worse elsewhere
+        ([(0.1, 0.3), (0.5, 0.2), (0.5, 0.2)], [["code"], ["mail"], ["mail"]], "mix"),
+        # better on the average, but clearly so nowhere
+        ([(0.19, 0.2), (0.9, 0.2), (0.2, 0.2)], [[], ["mail"], []], "mix"),
+        # better at home by 0.1, worse elsewhere by 0.3
+        ([(0.1, 0.5), (0.5, 0.2), (0.2, 0.2)], [["code"], ["mail"], ["mail"]], "mix"),
+    ],
+)
+def test_what_is_far_from_home_and_what_is_recommended(
+    loaded, write, monkeypatch, table, away, recommended
+):
+    found = outcome(loaded, write, monkeypatch, table)
+    assert [list(plan.away) for plan in found.plans] == away
+    assert found.recommended == recommended
+    for plan, row in zip(found.plans, table, strict=True):
+        assert [cost.value for cost in plan.increase] == pytest.approx(row)
+
+
+def test_too_few_windows_to_tell_do_not_make_a_plan_the_better_one(loaded, write, monkeypatch):
+    """Clearly better at home, and elsewhere worse on average without being clearly so."""
+    far = 0.2 + np.array([1.5, -0.5] * 4)
+    costs = [
+        np.array([cost(0.1), cost(0.5), cost(0.2)]),
+        np.array([far, cost(0.2), cost(0.2)]),
+    ]
+    assert not clearly_worse(far, cost(0.2))
+    assert module._recommended(costs) == 2
+    costs[1][0] = cost(0.2)
+    assert module._recommended(costs) == 0
+
+
+def test_overlap_is_shared_over_either(loaded, write, monkeypatch):
+    found = outcome(loaded, write, monkeypatch, [(0.1, 0.1)] * 3)
+    third = 1 / 3
+    assert found.overlap == (
+        (1, pytest.approx(third), pytest.approx(third)),
+        (pytest.approx(third), 1, 0),
+        (pytest.approx(third), 0, 1),
+    )
+
+
+def test_the_result_is_drawn_and_recorded(loaded, write, monkeypatch, capsys):
+    table = [(0.1, 0.9), (0.9, 0.1), (0.2, 0.1)]
+    found = outcome(loaded, write, monkeypatch, table)
+    adapter = TypeAdapter(Transfer)
+    assert adapter.validate_json(adapter.dump_json(found)) == found
+    draw(rich.console.Console(width=140, highlight=False, markup=False), found)
+    out = capsys.readouterr().out
+    assert re.search(r"^mail +0\.1000 ± 0\.\d{4} +0\.\d{4} ± 0\.\d{4} \* *$", out, re.MULTILINE)
+    assert re.search(r"^mix +33% +0% +100% +1, 4 *$", out, re.MULTILINE)
+    assert "measured on 16 of mail, 16 of code" in out
+    warned = re.findall(
+        r"^\* blocks chosen on (\w+) cost clearly more on (\w+) ", out, re.MULTILINE
+    )
+    assert warned == [("mail", "code"), ("code", "mail"), ("mix", "mail")]
+    assert "against 0.1000 with the blocks chosen there)" in out
+    assert out.splitlines()[-1] == "recommended: the blocks chosen on mix: 1, 4"
+
+
+def test_stages_say_which_search_they_belong_to(loaded, texts):
+    titles = []
+
+    class Heard:
+        def stage(self, title, total):
+            titles.append(title)
+            return sleb.progress.silent.stage(title, total)
+
+    transfer(loaded, texts[:2], remove=1, heldout=2, progress=Heard(), **SMALL)
+    assert [t for t in titles if t.startswith("searching")] == [
+        "searching (mail)",
+        "searching (prog)",
+        "searching (mix)",
+    ]
+    assert titles[-1] == "comparing"
+
+
+@pytest.mark.real
+def test_on_a_real_model_every_plan_costs_something_at_home(real_model, write):
+    write("list.txt", "".join(f"{i} {i + 1} {i + 2}\n" for i in range(200)))
+    loaded = sleb.load(real_model, **CPU)
+    options = {"remove": 6, "windows": 2, "length": 64, "heldout": 2, "metric": "cosine"}
+    found = transfer(loaded, ["default", "list.txt"], **options)
+    assert found.domains == ("default", "list")
+    assert [len(plan.removed) for plan in found.plans] == [6, 6, 6]
+    assert all(plan.increase[0].value > 0 for plan in found.plans)
