@@ -16,18 +16,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from sleb.errors import DataError, InputError
 from sleb.plan import Fingerprint
 
-__all__ = ["Checkpoint", "TensorInfo", "fingerprint", "read_json"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "TensorInfo", "fingerprint", "read_json", "tensor_bytes"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 2 * 2**20
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Floating-point dtypes of safetensors, by torch's names."""
 
 # Fields of config.json that do not change what the model computes.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
@@ -114,6 +119,12 @@ class Checkpoint:
                 left -= len(piece)
                 yield piece
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        with safe_open(self.path / self.tensors[name].shard, framework="pt") as shard:
+            found: Tensor = shard.get_tensor(name)
+        return found
+
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, hexadecimal."""
         sha = hashlib.sha256()
@@ -166,6 +177,14 @@ class Checkpoint:
             return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
         return max(fits, key=lambda prefix: (shared(prefix), prefix))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they are stored."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy().data)
 
 
 def fingerprint(

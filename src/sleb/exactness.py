@@ -24,8 +24,9 @@ from sleb.errors import DataError, SlebError, UnsupportedModel, VerificationFail
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.plan import Plan
+from sleb.plan import Plan, RepairRecord
 from sleb.progress import Progress, silent
+from sleb.repair import repaired
 from sleb.surgery import check_fingerprint, pruned_config, renamer
 
 __all__ = ["Check", "Verification", "verify"]
@@ -78,7 +79,8 @@ def verify(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Verification:
-    """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed.
+    """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed and, where the
+    plan records a repair, with the repaired tensors of ``out``, whose hashes must be the plan's.
 
     The two models are in memory one after the other, never together. In float32 on the CPU logits
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
@@ -103,12 +105,20 @@ def verify(
     def load_again() -> LoadedModel:
         return load(model, dtype=dtype, device=device, trust_remote_code=trust)
 
+    repair = plan.repair if plan.repair and removed == plan.removed else None
+    tensors: dict[str, Tensor] = {}
     with progress.stage("original with the blocks bypassed", None):
         original = load_again()
         _align(original.model)
-        weights = _digests(original.model, original.stack.path, removed)
-        reference = _logits(original.model, probe, original.stack.bypassed(removed))
-        del original
+        stack = original.stack
+        prefix = Checkpoint.open(source.path).block_prefix(len(stack), stack.path)
+        if repair:
+            check, tensors = _repair_check(Path(out), repair, renamer(prefix, removed))
+            checks.append(check)
+        with repaired(stack, tensors, prefix):
+            weights = _digests(original.model, stack.path, removed)
+            reference = _logits(original.model, probe, stack.bypassed(removed))
+        del original, stack
         gc.collect()
 
     with progress.stage("reloading the checkpoint", None):
@@ -130,6 +140,24 @@ def verify(
     with progress.stage("generating", None):
         checks.append(_generation_check(pruned, probe, load_again))
     return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
+
+
+def _repair_check(
+    out: Path, repair: RepairRecord, rename: Callable[[str], str | None]
+) -> tuple[Check, dict[str, Tensor]]:
+    """Whether the checkpoint has the plan's repaired tensors; and those that it has."""
+    name, limit = "repaired tensors", "the hashes in the plan"
+    try:
+        checkpoint = Checkpoint.open(out)
+    except DataError as error:
+        return _check(name, False, str(error), limit), {}
+    new = {old: rename(old) or "" for old in repair.tensors}
+    if lacking := sorted(old for old in new if new[old] not in checkpoint.tensors):
+        return _check(name, False, f"{lacking[0]} is missing", limit), {}
+    wrong = [o for o, digest in repair.tensors.items() if checkpoint.digest(new[o]) != digest]
+    measured = f"{len(wrong)} of {len(new)} differ, for example {wrong[0]}" if wrong else ""
+    found = {old: checkpoint.tensor(new[old]) for old in new if old not in wrong}
+    return _check(name, not wrong, measured or f"{len(new)} tensors are the plan's", limit), found
 
 
 def probe_ids(config: Any) -> Tensor:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from typing_extensions import Unpack
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
+from sleb.errors import InputError, UnsupportedModel
 from sleb.exactness import verify
 from sleb.files import enough_space, writable_target
-from sleb.models.load import load
+from sleb.models.load import LoadedModel, load
 from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
+from sleb.repair import Repair
+from sleb.repair import repair as fit_repair
+from sleb.repair.material import TOKENS, repair_windows
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply, refuse_source
-from sleb.text import load_windows
+from sleb.text import Windows, load_windows
 
 __all__ = ["Pruned", "prune"]
 
@@ -40,17 +45,21 @@ def prune(
     *,
     windows: int | None = None,
     heldout: int = DEFAULT_HELDOUT,
+    repair: bool | None = None,
+    repair_tokens: int = TOKENS,
     force: bool = False,
     command: str = "sleb.prune",
     stages: dict[str, str] | None = None,
     progress: Progress = silent,
     **options: Unpack[SearchOptions],
 ) -> Pruned:
-    """Search, measure on held-out windows, write the checkpoint, verify it; all or nothing.
+    """Search, repair, measure on held-out windows, write the checkpoint, verify it; all or nothing.
 
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
     run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
     number of windows set aside from the same texts for targets and for the quality figures.
+    ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
+    record says why it was not. It is fitted on ``repair_tokens`` tokens of the same texts.
     ``command`` and ``stages`` go into the record as they are.
 
     Raises:
@@ -103,11 +112,27 @@ def prune(
         progress=watch,
         **options,
     )
-    quality, note = None, "no text was left over to measure on: give more, or fewer --windows"
+    fixed, repair_note = _repaired(
+        loaded, plan, scored, aside, repair, repair_tokens, options, watch
+    )
+    plain, quality, note = (
+        None,
+        None,
+        "no text was left over to measure on: give more, or fewer --windows",
+    )
     if aside is not None:
-        quality = evaluate(
-            loaded, aside, removed=plan.removed, batch=options.get("batch"), progress=watch
-        )
+        batch = options.get("batch")
+        plain = evaluate(loaded, aside, removed=plan.removed, batch=batch, progress=watch)
+        quality = plain
+        if fixed:
+            quality = evaluate(
+                loaded,
+                aside,
+                removed=plan.removed,
+                patch=partial(fixed.patch, loaded.stack),
+                batch=batch,
+                progress=watch,
+            )
         length = aside.record.length
         note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
@@ -122,7 +147,7 @@ def prune(
             verify(
                 stage,
                 model=model,
-                plan=plan,
+                plan=Plan.load(stage / "plan.json"),
                 trust_remote_code=trust,
                 progress=watch,
             ),
@@ -142,6 +167,8 @@ def prune(
                 nbytes=(before.nbytes, after.nbytes),
                 evaluation=quality,
                 evaluation_note=note,
+                unrepaired=plain if fixed else None,
+                repair_note=repair_note,
                 verification=checked,
                 environment=setting,
                 stages=stages or {},
@@ -155,13 +182,58 @@ def prune(
         plan,
         model,
         out,
+        repair=fixed,
         force=force,
         trust_remote_code=trust,
         finish=finish,
         progress=watch,
     )
     journal.unlink(missing_ok=True)
-    return Pruned(path=out, plan=plan, record=record[0])
+    return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=record[0])
+
+
+def _repaired(
+    model: LoadedModel,
+    plan: Plan,
+    scored: Windows,
+    aside: Windows | None,
+    wanted: bool | None,
+    tokens: int,
+    options: SearchOptions,
+    progress: Progress,
+) -> tuple[Repair | None, str]:
+    """The repair of the plan's cut, and what is to be said of it."""
+    if wanted is False:
+        return None, "not asked for"
+    try:
+        fitted, judges = repair_windows(
+            model.tokenizer,
+            options.get("text", ()),
+            scored=scored,
+            aside=aside,
+            tokens=tokens,
+            length=scored.record.length,
+            seed=scored.record.seed,
+        )
+        found = fit_repair(
+            model,
+            plan.removed,
+            fitted,
+            judges,
+            batch=options.get("batch"),
+            progress=progress,
+        )
+    except (InputError, UnsupportedModel) as error:
+        if wanted:
+            raise
+        return None, f"not possible: {error}"
+    if not found.tensors:
+        return None, "no fit was better on every text"
+    done = sum(gap.ridge is not None for gap in found.record.gaps)
+    return found, (
+        f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
+        f"{fitted.ids.numel():,} tokens and judged on {len(judges.ids)} other windows"
+    )
 
 
 def _elements(checkpoint: Checkpoint) -> int:

@@ -24,6 +24,9 @@ __all__ = [
     "Fingerprint",
     "Plan",
     "Point",
+    "RepairRecord",
+    "RepairedGap",
+    "RepairedTensor",
     "Round",
     "Score",
     "SimilarityGate",
@@ -181,6 +184,48 @@ class Curve(_Record):
     points: tuple[Point, ...]
 
 
+class RepairedTensor(_Record):
+    """A tensor of the original checkpoint, by its name there, and the SHA-256 of its new bytes."""
+
+    name: Text
+    sha256: Digest
+
+
+class RepairedGap(_Record):
+    """A run of removed blocks and what was re-fitted to make up for it.
+
+    ``ridge`` is the regression's, as a share of the Gram matrix's mean diagonal; null where no fit
+    was accepted, and nothing was changed. ``before`` and ``after``: mean loss in nats/token of the
+    cut model on held-out windows, by text, with the gaps in front of this one as they are.
+    """
+
+    removed: tuple[BlockId, ...]
+    ridge: float | None
+    tensors: tuple[RepairedTensor, ...]
+    before: dict[Text, float]
+    after: dict[Text, float]
+
+
+class RepairRecord(_Record):
+    """The closed-form repair of a cut: gap by gap, in order. ``reach``: blocks behind a gap that
+    were re-fitted too. ``calibration`` is what was fitted on, ``heldout`` what judged it."""
+
+    gaps: tuple[RepairedGap, ...]
+    reach: Count
+    calibration: Calibration
+    heldout: Calibration
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The blocks of the cut, sorted."""
+        return tuple(sorted(block for gap in self.gaps for block in gap.removed))
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """SHA-256 of every changed tensor, by its name in the original checkpoint."""
+        return {tensor.name: tensor.sha256 for gap in self.gaps for tensor in gap.tensors}
+
+
 class Plan(_Record):
     """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it."""
 
@@ -199,6 +244,7 @@ class Plan(_Record):
     similarity: SimilarityGate | None = None
     calibration: Calibration | None = None
     curve: Curve | None = None
+    repair: RepairRecord | None = None
     versions: dict[Text, Text] = {}
 
     @model_validator(mode="after")
@@ -213,6 +259,8 @@ class Plan(_Record):
             )
         if len(self.removed) >= self.model.blocks:
             raise ValueError("removes every block of the model")
+        if self.repair and self.repair.removed != self.removed:
+            raise ValueError("`repair` is of another cut")
         if clash := sorted(set(self.removed) & set(self.protected)):
             raise ValueError(f"removes protected blocks {clash}")
         return self

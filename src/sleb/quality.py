@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,10 +55,12 @@ def evaluate(
     windows: Windows,
     *,
     removed: Collection[int] = (),
+    patch: Callable[[], AbstractContextManager[None]] | None = None,
     batch: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed.
+    """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed; the latter
+    in the context that ``patch`` makes, if it is given, as of a repair.
 
     Every window scores its length - 1 predicted tokens, as the published protocol does.
 
@@ -65,7 +68,7 @@ def evaluate(
         DataError: a loss is NaN or infinite.
     """
     sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
-    sweep = Sweep(model.stack, windows.ids, QUALITY if removed else NLL, batch=batch)
+    sweep = Sweep(model.stack, windows.ids, QUALITY if removed else NLL, batch=batch, patch=patch)
     n, length = windows.ids.shape
     work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:

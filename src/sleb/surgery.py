@@ -13,11 +13,11 @@ import logging
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint
+from sleb.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint, tensor_bytes
 from sleb.depthfields import depth_fields, reindex
 from sleb.errors import InputError, UnsupportedModel
 from sleb.files import enough_space, staged_dir
@@ -26,9 +26,10 @@ from sleb.plan import Fingerprint, Plan
 from sleb.progress import Progress, Tick, silent
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from sleb.models.stack import BlockStack
+    from sleb.repair import Repair
 
 __all__ = ["apply", "cut_checkpoint", "pruned_config", "renamer"]
 
@@ -48,6 +49,7 @@ def apply(
     out: str | Path,
     *,
     depth: int | None = None,
+    repair: Repair | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     finish: Callable[[Path], None] | None = None,
@@ -57,10 +59,11 @@ def apply(
 
     ``finish(stage)`` may add files to the staging folder before it becomes ``out``; if it raises,
     nothing is written. ``out`` gets the plan as far as it was used. The source is only read. No
-    tensor is held in memory, only a few buffers of 2 MiB.
+    tensor is held in memory, only a few buffers of 2 MiB and what ``repair`` has changed.
 
     Raises:
-        InputError: the plan is for another model, ``depth`` is outside the plan, ``out`` exists.
+        InputError: the plan is for another model, ``depth`` is outside the plan, ``repair`` is of
+            another cut, ``out`` exists.
         UnsupportedModel: this model cannot be cut exactly.
         DataError: the source is corrupt.
         ResourceError: the disk is full.
@@ -70,6 +73,18 @@ def apply(
 
     out = Path(out)
     removed = plan.at_depth(depth)
+    used = plan.model_copy(
+        update={
+            "removed": removed,
+            "order": plan.order[: len(removed)],
+            "repair": repair.record if repair else None,
+        }
+    )
+    if repair and repair.record.removed != removed:
+        raise InputError(
+            f"the repair is of a cut of blocks {list(repair.record.removed)}, and this one is of "
+            f"{list(removed)}"
+        )
     source = resolve(model, progress)
     refuse_source(out, source.path)
     with staged_dir(out, force=force) as stage:
@@ -79,9 +94,13 @@ def apply(
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
             check_fingerprint(plan.model, fingerprint(checkpoint, blocks, tick), source.ref)
         cut_checkpoint(
-            checkpoint, removed, stage, trust_remote_code=trust_remote_code, progress=progress
+            checkpoint,
+            removed,
+            stage,
+            replaced=repair.tensors if repair else None,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
-        used = plan.model_copy(update={"removed": removed, "order": plan.order[: len(removed)]})
         (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
         if finish:
             finish(stage)
@@ -113,10 +132,12 @@ def cut_checkpoint(
     removed: Collection[int],
     stage: Path,
     *,
+    replaced: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> None:
-    """Write ``checkpoint`` without the blocks ``removed`` into the folder ``stage``."""
+    """Write ``checkpoint`` without the blocks ``removed``, and with the tensors ``replaced`` by
+    others of the same dtype and shape, into the folder ``stage``."""
     from sleb.models.load import empty_model, load_config
     from sleb.models.stack import BlockStack, decoder_config
 
@@ -133,7 +154,7 @@ def cut_checkpoint(
     kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
     enough_space(stage.parent, kept_bytes)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
-        _write_shards(checkpoint, names, stage, tick)
+        _write_shards(checkpoint, names, replaced or {}, stage, tick)
     cut.save_pretrained(stage)
     for path in sorted(checkpoint.path.iterdir()):
         _carry(path, stage)
@@ -218,7 +239,13 @@ def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None
     return rename
 
 
-def _write_shards(checkpoint: Checkpoint, names: dict[str, str], stage: Path, tick: Tick) -> None:
+def _write_shards(
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    replaced: Mapping[str, Tensor],
+    stage: Path,
+    tick: Tick,
+) -> None:
     """Copy the tensors ``names`` (old to new) into shards of ``stage``; write the index."""
     by_shard: dict[str, list[str]] = {}
     for name in names:
@@ -231,7 +258,8 @@ def _write_shards(checkpoint: Checkpoint, names: dict[str, str], stage: Path, ti
         members.sort(
             key=lambda name: (-checkpoint.tensors[name].width, checkpoint.tensors[name].start)
         )
-        _write_shard(checkpoint, {m: names[m] for m in members}, stage / target, shard, tick)
+        own = {m: names[m] for m in members}
+        _write_shard(checkpoint, own, replaced, stage / target, shard, tick)
         weight_map.update({names[m]: target for m in members})
     if total > 1:
         size = sum(checkpoint.tensors[name].nbytes for name in names)
@@ -244,7 +272,12 @@ def _write_shards(checkpoint: Checkpoint, names: dict[str, str], stage: Path, ti
 
 
 def _write_shard(
-    checkpoint: Checkpoint, names: dict[str, str], path: Path, shard: str, tick: Tick
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    replaced: Mapping[str, Tensor],
+    path: Path,
+    shard: str,
+    tick: Tick,
 ) -> None:
     header: dict[str, Any] = {"__metadata__": checkpoint.metadata[shard] or {"format": "pt"}}
     offset = 0
@@ -261,7 +294,8 @@ def _write_shard(
     with open(path, "wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
         for old in names:
-            for piece in checkpoint.chunks(old):
+            own = replaced.get(old)
+            for piece in checkpoint.chunks(old) if own is None else [tensor_bytes(own)]:
                 stream.write(piece)
                 tick(len(piece))
 

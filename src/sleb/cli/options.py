@@ -29,6 +29,7 @@ __all__ = [
     "Protect",
     "Record",
     "Remove",
+    "RepairTokens",
     "Seed",
     "Size",
     "Speedup",
@@ -107,6 +108,9 @@ Protect = Annotated[str, typer.Option(help="Blocks that stay: 0,5-7,-1; '' for n
 MinSimilarity = Annotated[
     str | None,
     typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
+]
+RepairTokens = Annotated[
+    int, typer.Option(help="Tokens of the texts that a repair is fitted on, at most.", min=1)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

@@ -222,6 +222,19 @@ def curve(console: Console, p: Any) -> None:
 def applied(console: Console, a: Any) -> None:
     """`sleb apply`."""
     console.print(f"{a['out']}: {a['blocks']} blocks; removed {_blocks(a['removed'])}")
+    if "repair" in a:
+        repair(console, a["repair"])
+
+
+def repair(console: Console, r: Any) -> None:
+    """A repair: a line per gap, with the loss on the windows that judged it."""
+    texts = list(r["gaps"][0]["before"])
+    table = _table("gap", "re-fitted", "ridge", *texts, title="loss on held-out text, nats/token")
+    for gap in r["gaps"]:
+        changes = [f"{gap['before'][name]:.4f} → {gap['after'][name]:.4f}" for name in texts]
+        ridge = "none kept" if gap["ridge"] is None else f"{gap['ridge']:g}"
+        table.add_row(_blocks(gap["removed"]), str(len(gap["tensors"])), ridge, *changes)
+    console.print(table)
 
 
 def verification(console: Console, v: Any) -> None:
@@ -276,25 +289,33 @@ def percent(share: Any) -> str:
 
 
 def record(console: Console, r: Any) -> None:
-    """`sleb prune` and `sleb demo`: the summary."""
+    """`sleb prune` and `sleb demo`: the summary. The plain cut and the repaired one stand apart."""
     left = r.blocks - len(r.removed)
-    table = _table("", "original", "pruned")
-    table.add_row("blocks", str(r.blocks), str(left))
-    table.add_row("parameters", *(_millions(n) for n in r.parameters))
-    table.add_row("weights", *(_mb(n) for n in r.nbytes))
+    cuts = [r.unrepaired, r.evaluation] if r.unrepaired else [r.evaluation]
+    table = _table("", "original", *(["cut", "repaired"] if r.unrepaired else ["pruned"]))
+    table.add_row("blocks", str(r.blocks), *[str(left)] * len(cuts))
+    for name, (dense, pruned), show in (
+        ("parameters", r.parameters, _millions),
+        ("weights", r.nbytes, _mb),
+    ):
+        table.add_row(name, show(dense), *[show(pruned)] * len(cuts))
     e = r.evaluation
     if e and e.pruned_perplexity:
         table.add_row(
-            "perplexity, 95 % interval", bounds(e.perplexity), bounds(e.pruned_perplexity)
+            "perplexity, 95 % interval",
+            bounds(e.perplexity),
+            *(bounds(cut.pruned_perplexity) for cut in cuts),
         )
-        table.add_row("perplexity ratio", "1", bounds(e.perplexity_ratio))
-    table.add_row("ideal speed-up", "1", f"{r.blocks / left:.2f}x")
+        table.add_row("perplexity ratio", "1", *(bounds(cut.perplexity_ratio) for cut in cuts))
+    table.add_row("ideal speed-up", "1", *[f"{r.blocks / left:.2f}x"] * len(cuts))
     console.print(table)
     if e and len(e.domains) > 1:
         console.print()
         domains(console, e)
         console.print()
     console.print(f"removed blocks {_blocks(r.removed)}; perplexity: {r.evaluation_note}")
+    if r.repair_note:
+        console.print(f"repair: {r.repair_note}")
     passed = sum(c.passed for c in r.verification.checks)
     console.print(f"verified: {passed} of {len(r.verification.checks)} gates passed")
     total = sum(r.seconds.values())

@@ -27,6 +27,7 @@ from sleb.cli.options import (
     Model,
     PlanFile,
     Record,
+    RepairTokens,
     Seed,
     Stream,
     Text,
@@ -113,6 +114,14 @@ def apply(
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
     depth: Depth = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Re-fit matrices around the gaps, on --text.")
+    ] = False,
+    repair_tokens: RepairTokens = 100_000,
+    text: Text = None,
+    length: Length = 256,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     force: Force = False,
     json: Json = False,
     trust_remote_code: Trust = False,
@@ -122,20 +131,48 @@ def apply(
 
     loaded = Plan.load(plan)
     removed = loaded.at_depth(depth)
+    if text and not repair:
+        raise InputError("--text is what --repair is fitted on; give --repair too, or leave it out")
     writable_target(Path(out), force=force)
     from sleb.surgery import apply as cut
+
+    fixed = None
+    if repair:
+        from sleb.models.load import load
+        from sleb.repair import repair as fit
+        from sleb.repair.material import repair_windows
+        from sleb.text import check_sources
+
+        check_sources(text or ())
+        progress = terminal_progress()
+        dense = load(
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        fitted, judges = repair_windows(
+            dense.tokenizer, text or (), tokens=repair_tokens, length=length, seed=0
+        )
+        fixed = fit(dense, removed, fitted, judges, progress=progress)
+        del dense
 
     cut(
         loaded,
         model,
         out,
         depth=depth,
+        repair=fixed,
         force=force,
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
     left = loaded.model.blocks - len(removed)
-    render.result({"out": out, "removed": removed, "blocks": left}, json, render.applied)
+    done = {"out": out, "removed": removed, "blocks": left}
+    if fixed:
+        done["repair"] = fixed.record.model_dump(mode="json")
+    render.result(done, json, render.applied)
     render.note(f"next: sleb verify {out} --model {model}", json)
     return 0
 
@@ -300,10 +337,19 @@ def prune(
     context: typer.Context,
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Re-fit matrices around the gaps to make up for them. Default: where possible.",
+        ),
+    ] = None,
+    repair_tokens: RepairTokens = 100_000,
     **options: Any,
 ) -> int:
-    """Search, cut and prove in one go; OUT holds the checkpoint, plan, run record and card."""
+    """Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card."""
     asked, force, json = _asked(options)
+    asked |= {"repair": repair, "repair_tokens": repair_tokens}
     writable_target(Path(out), force=force)
     from sleb.pipeline import prune as run
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 
 import psutil
@@ -73,7 +74,8 @@ class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
     ``forwards`` counts block forwards of one window, the unit of the search's work. ``keep`` is for
-    searches that score in rounds, all windows in each: see ``kept``.
+    searches that score in rounds, all windows in each: see ``kept``. ``patch`` makes a context in
+    which all sets but the dense one are computed: one that changes weights.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Sweep:
         batch: int | None = None,
         max_bytes: int | None = None,
         keep: bool = False,
+        patch: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
         self.max_bytes = max_bytes or _free_bytes(stack.input_device) // 2
         self._kept = Kept(self.max_bytes // 2 if keep and not stack.streamed else 0)
+        self._patch = patch
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
         self._checked = False
@@ -163,8 +167,11 @@ class Sweep:
         # more windows take two calls, fewer share one: only so are sums rounded as without
         keeps = 2 * (stop - start) > self.batch >= stop - start
         kept, windows = self._kept if keeps else Kept(0), (start, stop)
-        parts = self.walk(wanted, self.ids[start:stop], kept.of(windows), kept.place(sets))
-        kept.put(windows, parts[0].left)
+        if self._patch is None:
+            parts = self.walk(wanted, self.ids[start:stop], kept.of(windows), kept.place(sets))
+            kept.put(windows, parts[0].left)
+        else:
+            parts = self._walk_patched(wanted, self.ids[start:stop])
         if not self._checked:
             self._check(parts[0].streams, parts[0].ids)
         columns = []
@@ -212,6 +219,16 @@ class Sweep:
                     self.forwards += len(runs) * len(part.ids)
                     self._tick(len(runs) * len(part.ids))
         return parts
+
+    def _walk_patched(self, sets: Sequence[BlockSet], ids: Tensor) -> list[Part]:
+        """:meth:`walk` with other weights for the dense model than for the rest."""
+        assert self._patch is not None
+        parts = self.walk([DENSE], ids) if DENSE in sets else []
+        with self._patch():
+            others = self.walk([s for s in sets if s != DENSE], ids)
+        for part, dense in zip(others, parts, strict=False):
+            part.streams = {**dense.streams, **part.streams}
+        return others
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
         """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S streams,

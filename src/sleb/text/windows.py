@@ -6,7 +6,7 @@ import hashlib
 import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +34,21 @@ class Windows:
     source: tuple[int, ...]
     names: tuple[str, ...]
     record: Calibration
+
+    def take(self, rows: Sequence[int]) -> Windows:
+        """Some of the windows, in the order of ``rows``."""
+        source = tuple(self.source[row] for row in rows)
+        return replace(
+            self,
+            ids=self.ids[list(rows)],
+            source=source,
+            record=_recount(self.record, self.ids[list(rows)], source),
+        )
+
+    def __add__(self, other: Windows) -> Windows:
+        """These and then the windows of ``other``, which are from the same sources."""
+        ids, source = torch.cat((self.ids, other.ids)), self.source + other.source
+        return replace(self, ids=ids, source=source, record=_recount(self.record, ids, source))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,6 +225,16 @@ def _cut(
             sources=records, windows=len(ids), length=length, seed=seed, sha256=_digest(ids)
         ),
     )
+
+
+def _recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibration:
+    """The record of other windows from the same sources."""
+    counted = tuple(
+        known.model_copy(update={"windows": source.count(i)})
+        for i, known in enumerate(record.sources)
+    )
+    changed = {"sources": counted, "windows": len(ids), "sha256": _digest(ids)}
+    return record.model_copy(update=changed)
 
 
 def _digest(ids: Tensor) -> str:

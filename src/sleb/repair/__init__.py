@@ -1,0 +1,206 @@
+"""Closed-form repair of a cut: a few matrices around each gap are re-fitted to make up for it.
+
+    found = repair(model, plan.removed, windows, heldout)
+    found.record     # what was changed and gained on held-out windows: goes into the plan
+    found.tensors    # the new matrices, by their names in the checkpoint: go into the cut
+
+Nothing is added and no shape changes, so the result is as stock a checkpoint as the plain cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sleb.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
+from sleb.errors import InputError, UnsupportedModel
+from sleb.metrics import NLL
+from sleb.models.load import LoadedModel
+from sleb.models.stack import BlockStack
+from sleb.plan import RepairedGap, RepairedTensor, RepairRecord
+from sleb.progress import Progress, silent
+from sleb.repair.fit import REACH, Fitter, Gap, gaps
+from sleb.selection.objective import BlockSet
+from sleb.selection.sweep import Sweep
+from sleb.statistics import Values
+from sleb.text import Windows
+
+__all__ = ["RIDGES", "Repair", "repair", "repaired"]
+
+RIDGES = (0.1, 1.0, 10.0)
+"""Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
+step away from the original weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Repair:
+    """New tensors by name in the original checkpoint, in its dtypes, on the CPU; and the record."""
+
+    record: RepairRecord
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    prefix: str
+
+    def patch(self, stack: BlockStack) -> AbstractContextManager[None]:
+        """The model of ``stack`` with the new tensors, until the context ends."""
+        return repaired(stack, self.tensors, self.prefix)
+
+
+def repair(
+    model: LoadedModel,
+    removed: Collection[int],
+    windows: Windows,
+    heldout: Windows,
+    *,
+    reach: int = REACH,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> Repair:
+    """Re-fit matrices around each gap of ``removed``, from the front to the back; the model itself
+    is left as it was.
+
+    The fit sees ``windows``. A gap's fit stays only if on ``heldout`` windows the mean loss falls,
+    and rises on none of their texts; else it is made with a larger ridge, or left out.
+
+    Raises:
+        UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
+            are quantized.
+        InputError: blocks are streamed from disk.
+    """
+    stack = model.stack
+    if stack.streamed:
+        raise InputError("a repair changes blocks in memory: leave out --stream or --repair")
+    n = len(stack)
+    cut = gaps(removed, n, reach)
+    stored = _Stored(Checkpoint.open(model.source.path), stack)
+    sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
+    fitter = Fitter(stack, removed, windows.ids, sweep.batch)
+    if not any(fitter.branches(b).fitted for gap in cut for b in gap.blocks):
+        raise UnsupportedModel(
+            f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
+            "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
+        )
+
+    def losses() -> Values:
+        values: Values = sweep.values([BlockSet(removed)], 0, len(heldout.ids))[0]
+        return values
+
+    found: list[RepairedGap] = []
+    tensors: dict[str, Tensor] = {}
+    try:
+        before = losses()
+        with progress.stage("repairing", None) as tick:
+            for gap in cut:
+                judge = _Judge(losses, before, heldout)
+                ridge = fitter.fit(gap, RIDGES, judge.accepts, stored.rounded, tick)
+                after = before if ridge is None else judge.last
+                changed = {} if ridge is None else stored.tensors(fitter, gap)
+                tensors |= changed
+                found.append(
+                    RepairedGap(
+                        removed=gap.removed,
+                        ridge=ridge,
+                        tensors=tuple(
+                            RepairedTensor(name=name, sha256=_digest(tensor))
+                            for name, tensor in changed.items()
+                        ),
+                        before=_by_text(before, heldout),
+                        after=_by_text(after, heldout),
+                    )
+                )
+                before = after
+    finally:
+        fitter.restore()
+    record = RepairRecord(
+        gaps=tuple(found), reach=reach, calibration=windows.record, heldout=heldout.record
+    )
+    return Repair(record=record, tensors=tensors, prefix=stored.prefix)
+
+
+@contextmanager
+def repaired(stack: BlockStack, tensors: Mapping[str, Tensor], prefix: str) -> Iterator[None]:
+    """The model with ``tensors`` in place, named as in the checkpoint, whose block tensors begin
+    with ``prefix``; afterwards it is as it was, bit for bit."""
+    places = {}
+    for name in tensors:
+        block, _, rest = name.removeprefix(prefix).partition(".")
+        places[name] = stack.blocks[int(block)].get_parameter(rest)
+    originals = {name: parameter.detach().clone() for name, parameter in places.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in places.items():
+                parameter.copy_(tensors[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in places.items():
+                parameter.copy_(originals[name])
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+class _Stored:
+    """How the model's matrices are stored: their names and their precision."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: BlockStack) -> None:
+        self.checkpoint, self.stack = checkpoint, stack
+        self.prefix = checkpoint.block_prefix(len(stack), stack.path)
+
+    def name(self, block: int, path: str) -> str:
+        """Name in the checkpoint of a parameter of a block."""
+        return f"{self.prefix}{block}.{path}"
+
+    def dtype(self, block: int, path: str) -> torch.dtype:
+        name = self.name(block, path)
+        info = self.checkpoint.tensors.get(name)
+        if info is None or info.dtype not in TORCH_DTYPES:
+            stored = f"is stored as {info.dtype}" if info else "has another name in the checkpoint"
+            raise UnsupportedModel(f"{name} {stored}, so it cannot be repaired: use --no-repair")
+        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+        return dtype
+
+    def rounded(self, block: int, path: str, tensor: Tensor) -> Tensor:
+        """``tensor`` with the precision that the parameter is stored with."""
+        return tensor.to(self.dtype(block, path))
+
+    def tensors(self, fitter: Fitter, gap: Gap) -> dict[str, Tensor]:
+        """Copies of what ``fitter`` has changed for ``gap``."""
+        out = {}
+        for block, path in fitter.originals:
+            for kind, parameter in fitter.changed(block, path) if block in gap.blocks else ():
+                full = f"{path}.{kind}"
+                out[self.name(block, full)] = parameter.to(self.dtype(block, full)).cpu().clone()
+        return out
+
+
+class _Judge:
+    """Accepts weights with which the mean loss falls, and on no text rises."""
+
+    def __init__(self, losses: Callable[[], Values], before: Values, heldout: Windows) -> None:
+        self.losses, self.before, self.heldout = losses, before, heldout
+        self.last = before
+
+    def accepts(self) -> bool:
+        """Measure the model as it is now."""
+        self.last = self.losses()
+        old, new = _by_text(self.before, self.heldout), _by_text(self.last, self.heldout)
+        falls = bool(self.last.mean() < self.before.mean())
+        return falls and all(new[text] <= old[text] for text in old)
+
+
+def _by_text(losses: Values, heldout: Windows) -> dict[str, float]:
+    """Mean loss on each text, nats/token."""
+    source = np.array(heldout.source)
+    return {
+        name: round(float(losses[source == i].mean()), 6)
+        for i, name in enumerate(heldout.names)
+        if (source == i).any()
+    }

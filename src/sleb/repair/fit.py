@@ -1,0 +1,254 @@
+"""Closed-form re-fit of the matrices around each gap: the stream becomes the dense model's again.
+
+For every gap the last block before it takes over what the missing blocks added, as far as that is
+linear in what its matrices see; the ``reach`` blocks after the gap correct what is left. Each fit
+is ridge regression towards the original weights on the residual to the dense stream, in float64.
+Every token is weighted by the inverse of its mean square, as the next norm will divide by it; else
+the few tokens of massive activation would count for all. They may not be left out either: a fit
+that has not seen them ruins the attention sink that they are.
+
+Related: ReplaceMe (2505.02819), which fits one linear map per gap; here nothing is added, and
+shapes and runtime stay those of the plain cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from sleb.models.stack import BlockStack
+from sleb.repair.maps import Branches, Outputs, bias_of, find_branches, stream_before, weight_of
+
+__all__ = ["REACH", "Fitter", "Gap", "gaps"]
+
+REACH = 2
+ROWS = 8192  # tokens that enter a product at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A run of removed blocks, and the kept blocks that make up for it, in order."""
+
+    removed: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[Gap, ...]:
+    """The gaps of a cut. A kept block belongs to the gap right behind it, else to one before."""
+    gone = sorted(removed)
+    kept = [b for b in range(n_blocks) if b not in gone]
+    runs = [tuple(b for _, b in run) for _, run in groupby(enumerate(gone), lambda p: p[1] - p[0])]
+    before = {run: run[0] - 1 for run in runs}
+    found = []
+    for run in runs:
+        first = [before[run]] if before[run] >= 0 else []
+        after = [b for b in kept if b > run[-1]][:reach]
+        taken = [b for b in after if b not in before.values()]
+        # what lies behind the next gap is that gap's
+        nearer = taken if len(taken) == len(after) else after[: after.index(_stop(after, before))]
+        found.append(Gap(removed=run, blocks=(*first, *nearer)))
+    return tuple(found)
+
+
+def _stop(after: Sequence[int], before: dict[tuple[int, ...], int]) -> int:
+    return next(b for b in after if b in before.values())
+
+
+class Fitter:
+    """Walks the dense and the cut model side by side over windows of tokens. ids [N, T].
+
+    Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
+    both streams and two targets of one block, [N, T, D] each, and the Gram matrix of what the
+    block's widest matrix sees.
+    """
+
+    def __init__(self, stack: BlockStack, removed: Collection[int], ids: Tensor, batch: int):
+        self.stack, self.removed = stack, frozenset(removed)
+        self.parts = torch.split(ids, batch)
+        entered = [stack.enter(part) for part in self.parts]
+        self.calls = [calls for _, calls in entered]
+        self.dense = [hidden for hidden, _ in entered]
+        self.cut = list(self.dense)
+        self.at = 0  # the next block of both
+        self.originals: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        self._branches: dict[int, Branches] = {}
+
+    def restore(self) -> None:
+        """Give every changed matrix its original values."""
+        self._undo(list(self.originals))
+
+    def module(self, block: int, name: str) -> nn.Module:
+        """A module of a block, by its path in it."""
+        return self.stack.blocks[block].get_submodule(name)
+
+    def changed(self, block: int, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the parameters of a fitted module that are not as they were."""
+        module = self.module(block, name)
+        weight, bias = self.originals[block, name]
+        if not torch.equal(weight, weight_of(module)):
+            yield "weight", module.weight.detach()
+        now = bias_of(module)
+        if now is not None and bias is not None and not torch.equal(bias, now):
+            yield "bias", now.detach()
+
+    def branches(self, block: int) -> Branches:
+        """What of a block can be re-fitted."""
+        if block not in self._branches:
+            self._branches[block] = find_branches(self.stack, block)
+        return self._branches[block]
+
+    @torch.inference_mode()
+    def fit(
+        self,
+        gap: Gap,
+        ridges: Sequence[float],
+        accept: Callable[[], bool],
+        rounded: Callable[[int, str, Tensor], Tensor],
+        tick: Callable[[int], None],
+    ) -> float | None:
+        """Re-fit the blocks of ``gap``, the next one in order, with the first of ``ridges`` that
+        ``accept()``, asked with the new weights in place, agrees to. ``rounded`` gives a tensor the
+        precision that it is stored with. Gives the ridge, or None if all were refused: then the
+        weights are as before.
+        """
+        self._advance_to(gap.blocks[0], tick)
+        start, known = (self.dense, self.cut, self.at), set(self.originals)
+        for ridge in ridges:
+            for block in gap.blocks:
+                self._advance_to(block, tick)
+                self._fit_block(block, ridge, rounded, tick)
+            if accept():
+                return ridge
+            self._undo([key for key in self.originals if key not in known])
+            self.dense, self.cut, self.at = start
+        return None
+
+    def _undo(self, keys: Sequence[tuple[int, str]]) -> None:
+        for block, name in keys:
+            module = self.module(block, name)
+            weight, bias = self.originals.pop((block, name))
+            with torch.no_grad():
+                weight_of(module).copy_(weight)
+                if (now := bias_of(module)) is not None and bias is not None:
+                    now.copy_(bias)
+
+    def _advance_to(self, block: int, tick: Callable[[int], None]) -> None:
+        """Take both streams to the input of ``block``."""
+        same = self.cut[0] is self.dense[0]
+        for i in range(self.at, block):
+            if i in self.removed:
+                same = False
+            self.dense = list(self._run(i, self.dense, tick))
+            if same:
+                self.cut = list(self.dense)
+            elif i not in self.removed:
+                self.cut = list(self._run(i, self.cut, tick))
+        self.at = max(self.at, block)
+
+    def _run(
+        self, i: int, streams: Sequence[Tensor], tick: Callable[[int], None]
+    ) -> Iterator[Tensor]:
+        for hidden, calls in zip(streams, self.calls, strict=True):
+            yield self.stack.run(i, hidden, calls[i])
+            tick(len(hidden))
+
+    def _fit_block(
+        self,
+        block: int,
+        ridge: float,
+        rounded: Callable[[int, str, Tensor], Tensor],
+        tick: Callable[[int], None],
+    ) -> None:
+        """Fit one block towards the dense stream at the next kept block, and step over it."""
+        branches = self.branches(block)
+        seen = Outputs(self.stack.blocks[block], [*branches.last])
+        before_last: list[Tensor] = []
+        after: list[Tensor] = []
+        with seen.recorded():
+            for out in self._run(block, self.dense, tick):
+                before_last.append(stream_before(out, seen, branches.last))
+                after.append(out)
+        self.dense = after
+        gap = block + 1
+        while gap in self.removed:
+            self.dense = list(self._run(gap, self.dense, tick))
+            gap += 1
+        if branches.inner:
+            if not branches.final:  # attention has to make up for the gap as well
+                before_last = [
+                    mid + (target - out)
+                    for mid, target, out in zip(before_last, self.dense, after, strict=True)
+                ]
+            self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
+        if branches.final:
+            self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
+        self.cut = list(self._run(block, self.cut, tick))
+        self.at = gap
+
+    def _solve(
+        self,
+        block: int,
+        branches: Branches,
+        maps: Mapping[str, float],
+        targets: Sequence[Tensor],
+        ridge: float,
+        rounded: Callable[[int, str, Tensor], Tensor],
+        tick: Callable[[int], None],
+    ) -> None:
+        """Ridge regression of the residual on the inputs of all ``maps`` together."""
+        names = list(maps)
+        inner = maps is branches.inner
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *branches.last])])
+        gram: Tensor | None = None
+        cross: Tensor | None = None
+        with seen.recorded():
+            for out, target in zip(self._run(block, self.cut, tick), targets, strict=True):
+                value = stream_before(out, seen, branches.last) if inner else out
+                for x, y in _weighted(seen, names, target, value):
+                    if gram is None or cross is None:
+                        gram = torch.zeros(2 * x.shape[-1:], dtype=torch.float64, device=_exact(x))
+                        cross = gram.new_zeros((y.shape[-1], x.shape[-1]))
+                    gram += (x.T @ x).to(gram)
+                    cross += (y.T @ x).to(gram)
+        assert gram is not None
+        assert cross is not None
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T  # [D, inputs + 1]
+        column = 0
+        for name, factor in maps.items():
+            module = self.module(block, name)
+            weight, bias = weight_of(module), bias_of(module)
+            self.originals.setdefault(
+                (block, name), (weight.clone(), None if bias is None else bias.clone())
+            )
+            width = weight.shape[1]
+            new = weight.double() + (change[:, column : column + width] / factor).to(weight.device)
+            weight.copy_(rounded(block, f"{name}.weight", new))
+            column += width
+            if bias is not None:
+                share = change[:, -1].to(bias.device) / (factor * len(maps))
+                bias.copy_(rounded(block, f"{name}.bias", bias.double() + share))
+
+
+def _weighted(
+    seen: Outputs, names: Sequence[str], target: Tensor, value: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs with a one behind them [rows, inputs + 1] and residuals [rows, D], in float32, both
+    times the root of the token's weight; at most ``ROWS`` rows at a time."""
+    columns = [seen.inputs[name].flatten(0, -2) for name in names]
+    target, value = target.flatten(0, -2), value.flatten(0, -2)
+    for a in range(0, len(target), ROWS):
+        rows = slice(a, a + ROWS)
+        wanted = target[rows].float()
+        root = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        x = torch.cat([c[rows].float() for c in columns] + [torch.ones_like(root)], -1)
+        yield x * root, (wanted - value[rows].float()) * root
+
+
+def _exact(x: Tensor) -> torch.device:
+    """Where float64 is possible: not on mps."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device

@@ -1,0 +1,177 @@
+"""Which matrices of a block write into the residual stream, found by probing the block.
+
+Adding a vector to the output of such a matrix adds that vector, times a constant, to the block's
+output (``final``: a Llama's ``down_proj``; attention's output too, where it runs beside the MLP)
+or to the stream between attention and MLP (``inner``: ``o_proj``). Whatever else a block does, a
+least-squares fit of these matrices is then exact, so no architecture needs a class of its own. A
+block with a norm behind its MLP (Gemma 2, OLMo 2) has none, nor have routed experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sleb.models.stack import BlockStack
+
+__all__ = ["Branches", "Outputs", "bias_of", "find_branches", "stream_before", "weight_of"]
+
+PROBE_TOKENS = 8
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """Modules of one block that add to the stream, by path in the block, and the factor with which
+    each does. ``final`` and ``inner`` are matrices that can be re-fitted; ``last`` are the modules
+    whose outputs, taken off the block's output, leave the stream between attention and MLP."""
+
+    final: Mapping[str, float]
+    inner: Mapping[str, float]
+    last: Mapping[str, float]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is anything to re-fit."""
+        return bool(self.final or self.inner)
+
+
+class Outputs:
+    """Inputs and outputs of named modules during a forward pass of ``block``."""
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        self.block, self.names = block, names
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[Outputs]:
+        """Record while the context lasts; each pass overwrites the one before."""
+
+        def keep(name: str, args: tuple[Any, ...], output: Any) -> None:
+            if args:
+                self.inputs[name] = args[0]
+            self.outputs[name] = output
+            self.calls[name] += 1
+
+        handles = [
+            self.block.get_submodule(name).register_forward_hook(
+                lambda _, args, output, name=name: keep(name, args, output)
+            )
+            for name in self.names
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The matrix [out, in] of a linear module; a view, so writing to it changes the module."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """What a linear module adds after its product [out]; None without it."""
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return bias
+
+
+@torch.inference_mode()
+def find_branches(stack: BlockStack, i: int) -> Branches:
+    """Probe block ``i`` of ``stack``, on a float32 copy of it."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(stack.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    length = min(PROBE_TOKENS, stack.max_length or PROBE_TOKENS)
+    ids = torch.randint(0, vocabulary, (1, length), generator=generator)
+    hidden, calls = stack.enter(ids)
+    args, kwargs = _in_float32(calls[i])
+    hidden = hidden.float()
+    block = copy.deepcopy(stack.blocks[i]).float()
+
+    def run() -> Tensor:
+        out = block(hidden.clone(), *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    names = [n for n, module in block.named_modules() if n and not isinstance(module, nn.Dropout)]
+    seen = Outputs(block, names)
+    with seen.recorded():
+        out = run()
+    seen.outputs = {n: x for n, x in seen.outputs.items() if seen.calls[n] == 1 and _fits(x, out)}
+    places = list(seen.outputs)
+    shift = torch.randn(out.shape, generator=generator).to(out) * out.std()
+
+    def factor(name: str, last: Mapping[str, float]) -> float | None:
+        """How many times ``shift``, added to a module's output, shows in the stream; None if it
+        shows in another way."""
+        recorded = Outputs(block, list(last))
+
+        def add(_: nn.Module, args: Any, output: Any) -> Any:
+            return output + shift.view(output.shape)
+
+        before = stream_before(out, seen, last)
+        handle = block.get_submodule(name).register_forward_hook(add)
+        try:
+            with recorded.recorded():
+                moved = run()
+        finally:
+            handle.remove()
+        moved = stream_before(moved, recorded, last) - before
+        constant = float((moved * shift).sum() / (shift * shift).sum())
+        off = float((moved - constant * shift).norm() / shift.norm())
+        shows = abs(constant) > TOLERANCE and off < TOLERANCE * abs(constant)
+        return round(constant, 5) if shows else None
+
+    adding = {n: c for n in places if (c := factor(n, {})) is not None}
+    # of modules within each other, the innermost: what a whole MLP adds may hold the stream itself
+    last = {n: c for n, c in adding.items() if not any(m.startswith(n + ".") for m in adding)}
+    inner = {
+        n: c
+        for n in places
+        if n not in last and _linear(block, n) and (c := factor(n, last)) is not None
+    }
+    return Branches(
+        final={n: c for n, c in last.items() if _linear(block, n)}, inner=inner, last=last
+    )
+
+
+def stream_before(out: Tensor, seen: Outputs, last: Mapping[str, float]) -> Tensor:
+    """The stream [B, T, D] between attention and MLP: a block's output without what the modules
+    ``last`` have added to it."""
+    for name, factor in last.items():
+        out = out - factor * seen.outputs[name].view(out.shape)
+    return out
+
+
+def _fits(output: Any, stream: Tensor) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.numel() == stream.numel()
+        and output.shape[-1] == stream.shape[-1]
+    )
+
+
+def _linear(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(name), (nn.Linear, Conv1D))
+
+
+def _in_float32(value: Any) -> Any:
+    """The same arguments with every floating-point tensor in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _in_float32(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_in_float32(item) for item in value)
+    return value

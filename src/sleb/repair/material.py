@@ -1,0 +1,62 @@
+"""Which windows a repair is fitted on, and which judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sleb.errors import InputError
+from sleb.text import Windows, load_windows
+
+__all__ = ["JUDGES", "TOKENS", "repair_windows"]
+
+TOKENS = 100_000
+JUDGES = 16
+
+
+def repair_windows(
+    tokenizer: Any,
+    text: Sequence[str],
+    *,
+    scored: Windows | None = None,
+    aside: Windows | None = None,
+    tokens: int = TOKENS,
+    length: int,
+    seed: int,
+) -> tuple[Windows, Windows]:
+    """About ``tokens`` tokens to fit on, and ``JUDGES`` windows, at least one of each text, that
+    decide whether a fit stays. Neither shares a window with ``aside``, which measures the result.
+    What the search has ``scored`` is fitted on too.
+
+    Raises:
+        InputError: the text is too short for both.
+    """
+    used, kept = (0 if w is None else len(w.ids) for w in (scored, aside))
+    first, more = load_windows(
+        tokenizer,
+        text,
+        windows=used or None,
+        length=length,
+        seed=seed,
+        heldout=kept + JUDGES + max(0, tokens // length - used),
+    )
+    taken = set() if aside is None else set(map(tuple, aside.ids.tolist()))
+    free = (
+        []
+        if more is None
+        else [i for i, w in enumerate(more.ids.tolist()) if tuple(w) not in taken]
+    )
+    if more is None or not free:
+        raise InputError(
+            "no text is left over to judge a repair by: give more --text, or fewer --windows"
+        )
+    texts = [[i for i in free if more.source[i] == s] for s in range(len(more.names))]
+    each = max(1, JUDGES // len(texts))
+    # evenly spread over each text, which is in order; at most a third of it, so that most is fitted
+    judges = [i for rows in texts for i in _spread(rows, min(each, max(1, len(rows) // 3)))]
+    fitted = [i for i in free if i not in set(judges)]
+    return (scored or first) + more.take(fitted), more.take(judges)
+
+
+def _spread(rows: Sequence[int], n: int) -> list[int]:
+    return [rows[(2 * k + 1) * len(rows) // (2 * n)] for k in range(n)] if rows else []

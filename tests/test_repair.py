@@ -1,0 +1,369 @@
+"""Repair: the matrices it finds, that the fit is least squares, and what it never does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import sleb
+import zoo
+from sleb.checkpoint import Checkpoint
+from sleb.errors import InputError, UnsupportedModel
+from sleb.exactness import verify
+from sleb.models.stack import BlockStack
+from sleb.repair import RIDGES, repair
+from sleb.repair.fit import Fitter, Gap, gaps
+from sleb.repair.maps import find_branches
+from sleb.repair.material import repair_windows
+
+CPU = {"dtype": "float32", "device": "cpu"}
+REMOVED = (2, 3)
+
+# -- which matrices ------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "llama": ({"mlp.down_proj": 1.0}, {"self_attn.o_proj": 1.0}),
+    "gpt2": ({"mlp.c_proj": 1.0}, {"attn.c_proj": 1.0}),
+    "opt": ({"fc2": 1.0}, {"self_attn.out_proj": 1.0}),
+    "bloom": ({"mlp.dense_4h_to_h": 1.0}, {"self_attention.dense": 1.0}),
+    "gpt_neox": ({"attention.dense": 1.0, "mlp.dense_4h_to_h": 1.0}, {}),  # side by side
+    "minicpm3": ({"mlp.down_proj": 0.49497}, {"self_attn.o_proj": 0.49497}),  # scaled branches
+    "mixtral": ({}, {"self_attn.o_proj": 1.0}),  # routed experts
+    "hunyuan_v1_moe": ({"mlp.shared_mlp.down_proj": 1.0}, {"self_attn.o_proj": 1.0}),
+    "mamba": ({"mixer.out_proj": 1.0}, {}),
+    "gemma2": ({}, {}),  # norms behind attention and MLP
+    "olmo2": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_the_matrices_that_write_into_the_stream_are_found(family):
+    found = find_branches(BlockStack(zoo.tiny(family)[0]), 2)
+    assert (dict(found.final), dict(found.inner)) == OUTPUTS[family]
+
+
+def test_probing_leaves_the_block_as_it_was():
+    model, _ = zoo.tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    find_branches(BlockStack(model.bfloat16()), 1)
+    assert all(torch.equal(t, before[n].bfloat16()) for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("removed", "blocks", "expected"),
+    [
+        ({3, 4}, 10, [((3, 4), (2, 5, 6))]),
+        ({2, 6}, 10, [((2,), (1, 3, 4)), ((6,), (5, 7, 8))]),
+        ({2, 5}, 10, [((2,), (1, 3)), ((5,), (4, 6, 7))]),  # 4 is nearer to the next gap
+        ({2, 4}, 8, [((2,), (1,)), ((4,), (3, 5, 6))]),
+        ({0, 1}, 6, [((0, 1), (2, 3))]),
+        ({5}, 6, [((5,), (4,))]),
+    ],
+)
+def test_every_block_belongs_to_one_gap(removed, blocks, expected):
+    assert gaps(removed, blocks) == tuple(Gap(removed=a, blocks=b) for a, b in expected)
+
+
+# -- the fit -------------------------------------------------------------------------------------
+
+
+def streams(stack, removed, ids):
+    """Dense and cut hidden states after the last block."""
+    with torch.inference_mode():
+        dense, calls = stack.enter(ids)
+        cut = dense
+        for i in range(len(stack)):
+            dense = stack.run(i, dense, calls[i])
+            if i not in removed:
+                cut = stack.run(i, cut, calls[i])
+    return dense, cut
+
+
+def distance(stack, removed, ids) -> float:
+    dense, cut = streams(stack, removed, ids)
+    return float((dense - cut).norm() / dense.norm())
+
+
+def fit_all(stack, removed, ids, ridge=0.01, reach=2, batch=8):
+    fitter = Fitter(stack, removed, ids, batch)
+    for gap in gaps(removed, len(stack), reach):
+        fitter.fit(gap, (ridge,), lambda: True, lambda block, name, t: t.float(), lambda n: None)
+    return fitter
+
+
+@pytest.mark.parametrize("family", [f for f in OUTPUTS if any(OUTPUTS[f])])
+def test_a_fit_brings_the_stream_nearer_on_new_text(family):
+    model, _ = zoo.tiny(family)
+    stack = BlockStack(model)
+    ids = torch.randint(3, 90, (96, 24), generator=torch.Generator().manual_seed(1))
+    plain = distance(stack, REMOVED, ids[80:])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fitter = fit_all(stack, set(REMOVED), ids[:80], ridge=0.1)
+    assert distance(stack, REMOVED, ids[80:]) < 0.98 * plain
+    fitter.restore()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert distance(stack, REMOVED, ids[80:]) == plain
+
+
+def test_a_fit_is_weighted_ridge_regression():
+    """The block before the gap, against the normal equations written out by hand."""
+    model, _ = zoo.tiny("llama")
+    stack, ridge = BlockStack(model), 0.05
+    ids = torch.randint(3, 90, (12, 20), generator=torch.Generator().manual_seed(2))
+    down = stack.blocks[1].mlp.down_proj
+    old, seen = down.weight.detach().double().clone(), []
+    fitter = Fitter(stack, {2}, ids, 5)
+    stack.blocks[1].self_attn.o_proj.register_forward_hook(lambda m, a, out: out)
+    # without attention's matrix, the fit of the last one stands alone
+    fitter._branches[1] = find_branches(stack, 1)
+    fitter._branches[1].inner.clear()
+    with torch.inference_mode():
+        hidden, calls = stack.enter(ids)
+        hidden = stack.run(0, hidden, calls[0])
+        handle = down.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        out = stack.run(1, hidden, calls[1])
+        handle.remove()
+        target = stack.run(2, out, calls[2])
+    fitter.fit(
+        Gap(removed=(2,), blocks=(1,)), (ridge,), lambda: True, lambda b, n, t: t, lambda n: None
+    )
+    x = seen[0].flatten(0, 1).double()
+    w = 1 / target.flatten(0, 1).double().square().mean(-1)
+    e = (target - out).flatten(0, 1).double()
+    ones = torch.cat((x, torch.ones(len(x), 1)), 1)
+    gram = (ones * w[:, None]).T @ ones
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    change = torch.linalg.solve(gram, (ones * w[:, None]).T @ e).T
+    torch.testing.assert_close(down.weight.double(), old + change[:, :-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_takes_part():
+    model, _ = zoo.tiny("gpt2")
+    stack = BlockStack(model)
+    ids = torch.randint(3, 90, (40, 20), generator=torch.Generator().manual_seed(3))
+    before = stack.blocks[1].mlp.c_proj.bias.detach().clone()
+    fitter = fit_all(stack, {2}, ids)
+    assert not torch.equal(stack.blocks[1].mlp.c_proj.bias, before)
+    fitter.restore()
+    assert torch.equal(stack.blocks[1].mlp.c_proj.bias, before)
+
+
+def test_a_larger_ridge_is_a_smaller_step():
+    sizes = []
+    for ridge in (0.01, 1.0, 100.0):
+        model, _ = zoo.tiny("llama")
+        stack = BlockStack(model)
+        old = stack.blocks[1].mlp.down_proj.weight.detach().clone()
+        ids = torch.randint(3, 90, (40, 20), generator=torch.Generator().manual_seed(4))
+        fit_all(stack, {2}, ids, ridge=ridge)
+        sizes.append(float((stack.blocks[1].mlp.down_proj.weight.detach() - old).norm()))
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+
+
+def test_batches_do_not_matter():
+    weights = []
+    for batch in (3, 40):
+        model, _ = zoo.tiny("llama")
+        stack = BlockStack(model)
+        ids = torch.randint(3, 90, (40, 20), generator=torch.Generator().manual_seed(5))
+        fit_all(stack, {2, 4}, ids, batch=batch)
+        weights.append(torch.cat([p.detach().flatten() for p in stack.blocks.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_refused_leaves_no_trace():
+    model, _ = zoo.tiny("llama")
+    stack, asked = BlockStack(model), []
+    ids = torch.randint(3, 90, (24, 20), generator=torch.Generator().manual_seed(6))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def only_the_second() -> bool:
+        asked.append({n for n, t in model.state_dict().items() if not torch.equal(t, before[n])})
+        return len(asked) == 2
+
+    fitter = Fitter(stack, {1, 4}, ids, 8)
+    first, second = gaps({1, 4}, len(stack), 1)
+    store = lambda block, name, t: t.float()  # noqa: E731
+    assert fitter.fit(first, RIDGES, only_the_second, store, lambda n: None) == RIDGES[1]
+    kept = {n: t.clone() for n, t in model.state_dict().items()}
+    assert fitter.fit(second, RIDGES, lambda: False, store, lambda n: None) is None
+    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
+    assert len(asked) == 2
+    assert asked[0]
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A tiny model that has learned its text, so that losses mean something; and that text."""
+    from conftest import byte_tokenizer, tiny_llama
+
+    folder = tmp_path_factory.mktemp("learned")
+    words = (
+        "the block of a model passes its input through",
+        "and nothing at all is lost",
+        "for ever",
+    )
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, 3, (1500,), generator=generator).tolist()
+    (folder / "text.txt").write_text(". ".join(words[i] for i in picks))
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor(tokenizer((folder / "text.txt").read_text())["input_ids"])
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    for _ in range(120):
+        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(learned):
+    return sleb.load(learned / "model", **CPU)
+
+
+@pytest.fixture(scope="module")
+def material(learned, loaded):
+    return repair_windows(
+        loaded.tokenizer, [str(learned / "text.txt")], tokens=12_000, length=32, seed=0
+    )
+
+
+def test_a_repair_gives_loss_back_and_a_stock_checkpoint(learned, loaded, material, tmp_path):
+    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
+    plan = sleb.search(
+        loaded, remove=2, text=[str(learned / "text.txt")], windows=8, length=32, exact=True
+    )
+    found = repair(loaded, plan.removed, *material)
+    assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
+    assert found.record.removed == plan.removed
+    for gap in found.record.gaps:
+        assert gap.ridge in RIDGES
+        assert all(gap.after[text] < gap.before[text] for text in gap.before)
+
+    out = sleb.apply(plan, learned / "model", tmp_path / "out", repair=found)
+    written = sleb.Plan.load(out / "plan.json")
+    assert written.repair == found.record
+    checked = verify(out, model=learned / "model", plan=written)
+    assert checked.passed, checked
+    assert checked.checks[0].name == "repaired tensors"
+
+    # the checkpoint's loss is what the record claims, computed by plain transformers
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        loss = model(input_ids=material[1].ids, labels=material[1].ids).loss.item()
+    last = found.record.gaps[-1]
+    assert loss == pytest.approx(last.after["text"], abs=1e-4)
+    plain = sleb.apply(plan, learned / "model", tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    with torch.no_grad():
+        worse = model(input_ids=material[1].ids, labels=material[1].ids).loss.item()
+    assert worse == pytest.approx(found.record.gaps[0].before["text"], abs=1e-4)
+    assert loss < worse - 0.01
+    kept = Checkpoint.open(plain), Checkpoint.open(out)
+    differ = {n for n in kept[0].tensors if kept[0].digest(n) != kept[1].digest(n)}
+    assert len(differ) == len(found.tensors)
+
+
+def test_verify_notices_a_tensor_that_is_not_the_plans(learned, loaded, material, tmp_path):
+    plan = sleb.search(
+        loaded, remove=1, text=[str(learned / "text.txt")], windows=4, length=32, exact=True
+    )
+    found = repair(loaded, plan.removed, *material)
+    out = sleb.apply(plan, learned / "model", tmp_path / "out", repair=found)
+    name, tensor = next(iter(found.tensors.items()))
+    again = type(found)(
+        record=found.record, tensors={**found.tensors, name: tensor + 1}, prefix=found.prefix
+    )
+    wrong = sleb.apply(plan, learned / "model", tmp_path / "wrong", repair=again)
+    checked = verify(wrong, model=learned / "model", plan=sleb.Plan.load(out / "plan.json"))
+    assert not checked.passed
+    assert "repaired tensors" in [c.name for c in checked.checks if not c.passed]
+
+
+def test_a_text_that_the_repair_would_harm_is_protected(loaded, material, monkeypatch):
+    """Fits that raise the loss on one text are refused, whatever they gain on others."""
+    fitted, judges = material
+    half = tuple(int(i >= len(judges.ids) // 2) for i in range(len(judges.ids)))
+    two = replace(judges, source=half, names=("one", "two"))
+    from sleb.repair import _Judge
+
+    old = torch.zeros(len(judges.ids)).double().numpy()
+    better_in_one = old - 2.0 * (1 - torch.tensor(half).double().numpy()) + 0.5
+    assert not _Judge(lambda: better_in_one, old, two).accepts()
+    assert _Judge(lambda: old - 0.1, old, two).accepts()
+    assert not _Judge(lambda: old, old, two).accepts()
+    random = replace(fitted, ids=torch.randint(3, 250, fitted.ids.shape))
+    found = repair(loaded, (2,), random, judges)
+    for gap in found.record.gaps:
+        assert all(gap.after[text] <= gap.before[text] for text in gap.before)
+
+
+def test_what_judges_was_not_fitted_and_measures_neither(learned, loaded):
+    text = [str(learned / "text.txt")]
+    scored, aside = sleb.load_windows(
+        loaded.tokenizer, text, windows=8, length=32, seed=3, heldout=9
+    )
+    fitted, judges = repair_windows(
+        loaded.tokenizer, text, scored=scored, aside=aside, tokens=3200, length=32, seed=3
+    )
+    assert torch.equal(fitted.ids[:8], scored.ids)
+    assert 90 <= len(fitted.ids) <= 102
+    rows = [set(map(tuple, w.ids.tolist())) for w in (fitted, judges, aside)]
+    # the text repeats itself, so equal rows can stand in two places
+    assert not rows[2] & rows[1]
+    assert len(judges.ids) >= 8
+    assert fitted.record.windows == len(fitted.ids)
+    assert fitted.record.sha256 != scored.record.sha256
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_repaired_is_refused(loaded, material, tmp_path, learned):
+    model, _ = zoo.tiny("gemma2")
+    model.save_pretrained(tmp_path / "gemma2")
+    loaded.tokenizer.save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(UnsupportedModel, match="no matrix beside the gaps writes into the stream"):
+        repair(
+            sleb.load(tmp_path / "gemma2", **CPU),
+            (2,),
+            *(replace(w.take([0]), ids=w.ids[:1] % 90) for w in material),
+        )
+    plan = sleb.search(loaded, remove=2, text=[str(learned / "text.txt")], windows=4, length=32)
+    other = repair(loaded, plan.removed[:1], *material)
+    with pytest.raises(InputError, match="the repair is of a cut of blocks"):
+        sleb.apply(plan, learned / "model", tmp_path / "out", repair=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_streamed_blocks_are_refused(learned, material):
+    streamed = sleb.load(learned / "model", stream=True, **CPU)
+    with pytest.raises(InputError, match="leave out --stream or --repair"):
+        repair(streamed, (2,), *material)
+
+
+def test_a_repaired_tensor_is_a_linear_modules(loaded, material):
+    found = repair(loaded, (2,), *material)
+    for name in found.tensors:
+        module, _, kind = name.rpartition(".")
+        assert isinstance(loaded.model.get_submodule(module), nn.Linear)
+        assert kind == "weight"
