@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search import Published, measure, ours
+from common import measure
+from search import Published, ours
 
 import sleb
 from sleb.models.load import LoadedModel

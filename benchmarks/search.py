@@ -20,14 +20,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
-import resource
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import measure, setting
 from torch import Tensor
 
 import sleb
@@ -106,20 +103,6 @@ def extrapolated(naive: Published, seconds: float, candidates: list[int], n: int
 
 def published_forwards(blocks: int, candidates: int, n: int, windows: int) -> int:
     return windows * sum((candidates - r) * (blocks - r - 1) for r in range(n))
-
-
-def measure(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Result, seconds, and peak memory in GB so far (CPU) or of this work (CUDA)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return result, time.perf_counter() - start, peak
 
 
 def random_llama(shape: str, device: torch.device) -> Any:
@@ -236,10 +219,7 @@ def main() -> None:
         "model": options.shape or Path(options.model).name,
         "text": [Path(t).name for t in options.text] or ["default"],
         "blocks": n_blocks,
-        "dtype": str(stack.dtype).removeprefix("torch."),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **setting(device, stack.dtype),
         "systems": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,40 @@ def tiny_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def learned(tmp_path_factory) -> Path:
+    """A tiny model that has learned its text, so that losses mean something; and that text."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("learned")
+    words = (
+        "the block of a model passes its input through",
+        "and nothing at all is lost",
+        "for ever",
+    )
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, 3, (1500,), generator=generator).tolist()
+    (folder / "text.txt").write_text(". ".join(words[i] for i in picks))
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor(tokenizer((folder / "text.txt").read_text())["input_ids"])
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    for _ in range(120):
+        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_plan(tiny_dir):
     """A plan that removes 3 of the tiny model's 6 blocks."""
     import sleb

@@ -200,40 +200,6 @@ def test_what_is_refused_leaves_no_trace():
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """A tiny model that has learned its text, so that losses mean something; and that text."""
-    from conftest import byte_tokenizer, tiny_llama
-
-    folder = tmp_path_factory.mktemp("learned")
-    words = (
-        "the block of a model passes its input through",
-        "and nothing at all is lost",
-        "for ever",
-    )
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(0, 3, (1500,), generator=generator).tolist()
-    (folder / "text.txt").write_text(". ".join(words[i] for i in picks))
-    tokenizer = byte_tokenizer()
-    ids = torch.tensor(tokenizer((folder / "text.txt").read_text())["input_ids"])
-    model = tiny_llama()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
-    for _ in range(120):
-        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def loaded(learned):
     return sleb.load(learned / "model", **CPU)
 

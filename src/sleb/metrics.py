@@ -37,12 +37,14 @@ class TokenMetric:
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A user's choice of ``--metric``: what is measured, and whether it is measured again after
-    every removal (``greedy``) or once (``one-shot``). ``token`` is None for a profile metric."""
+    every removal (``greedy``) or once (``one-shot``). ``token`` is None for a profile metric.
+    ``repaired``: measured after a repair of the cut; see ``sleb.repair.choice``."""
 
     token: TokenMetric | None
     unit: str
     strategy: str
     source: str
+    repaired: bool = False
 
 
 METRICS: Registry[Metric] = Registry("metric")
@@ -99,6 +101,15 @@ METRICS.register("one-shot-loss")(
 )
 METRICS.register("kl")(
     Metric(token=KL, unit=KL.unit, strategy="greedy", source="divergence from the dense model")
+)
+METRICS.register("repaired-loss")(
+    Metric(
+        token=NLL,
+        unit=NLL.unit,
+        strategy="greedy",
+        source="SLEB's metric 3, of the cut after its closed-form repair",
+        repaired=True,
+    )
 )
 METRICS.register("cosine")(
     Metric(

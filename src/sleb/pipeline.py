@@ -188,7 +188,8 @@ def prune(
         finish=finish,
         progress=watch,
     )
-    journal.unlink(missing_ok=True)
+    for suffix in ("", ".repaired"):
+        Path(f"{journal}{suffix}").unlink(missing_ok=True)
     return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=record[0])
 
 

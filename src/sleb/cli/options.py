@@ -91,7 +91,10 @@ Curve = Annotated[
 ]
 Heldout = Annotated[int, typer.Option(help="Windows to set aside for quality.", min=0)]
 Metric = Annotated[
-    str, typer.Option(help="loss (SLEB), one-shot-loss, cosine or kl. See docs/method.md.")
+    str,
+    typer.Option(
+        help="loss (SLEB), one-shot-loss, cosine, kl or repaired-loss. See docs/method.md."
+    ),
 ]
 Strategy = Annotated[
     str | None,

@@ -90,7 +90,8 @@ class Fitter:
         module = self.module(block, name)
         weight, bias = self.originals[block, name]
         if not torch.equal(weight, weight_of(module)):
-            yield "weight", module.weight.detach()
+            parameter: Tensor = module.weight  # type: ignore[assignment]
+            yield "weight", parameter.detach()
         now = bias_of(module)
         if now is not None and bias is not None and not torch.equal(bias, now):
             yield "bias", now.detach()

@@ -142,7 +142,8 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
 
     values [len(blocks), windows]; NaN from the window on at which a candidate left a race. Such a
     candidate's mean is the winner's plus their mean difference on the windows that both saw, since
-    windows differ in difficulty. Ties go to the lower block id.
+    windows differ in difficulty. Ties go to the lower block id. A candidate scored on no window is
+    left out.
     """
     whole = np.flatnonzero(np.isfinite(values).all(1)).tolist()
     full: dict[int, float] = {i: float(values[i].mean()) for i in whole}
@@ -150,6 +151,8 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
     scores = []
     for i, row in enumerate(values):
         seen = np.isfinite(row)
+        if not seen.any():
+            continue
         excess = (row - values[best])[seen]
         excess_se = standard_error(excess)
         if i in full:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import InputError
@@ -86,8 +87,8 @@ def search(
             :class:`sleb.plan.Point`.
         size: remove blocks until the weights take at most so many bytes, or ``"100MB"``.
         curve: measure every depth on held-out windows, for the plan's ``curve``.
-        metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine`` or
-            ``kl``; see ``sleb.metrics``.
+        metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine``,
+            ``kl`` or ``repaired-loss``; see ``sleb.metrics``.
         strategy: ``greedy``, ``one-shot``, ``window``, ``beam`` or ``refine``; by default the
             metric's own. See ``sleb.selection.strategies``.
         exact: score every candidate on every window, as published. Otherwise candidates race: one
@@ -181,8 +182,11 @@ def search(
             key = _key(identity, windows.record, metric, model.dtype, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = sweeping(ids, chosen.token, keep=exact)
-            book = Journal(Path(journal), key) if journal else None
-            found = _find(sweep, named, candidates, aim, book, progress, exact, keep_journal)
+            books = _Books(journal, key, keep=keep_journal)
+            fitted = None
+            if chosen.repaired:
+                fitted = _fitted(model, text, windows, aside)
+            found = _find(sweep, named, candidates, aim, books, progress, exact, fitted)
         order, target = aim.settle(found.order)
         tested = found.order if curve else found.order[: len(order) + 1]
         points = evidence.curve(tested, progress) if evidence else None
@@ -210,40 +214,97 @@ def _find(
     strategy: str,
     candidates: Sequence[int],
     aim: Aim,
-    book: Journal | None,
+    books: _Books,
     progress: Progress,
     exact: bool,
-    keep_journal: bool,
+    fitted: Tensor | None,
 ) -> Found:
-    """Run a strategy over a sweep, with one progress bar and one journal for all of it."""
+    """Run a strategy over a sweep, with one progress bar. ``fitted``: windows [N, T] for the repair
+    after which sets are to be scored."""
     windows = len(sweep.ids)
     work = rounds_of_work(strategy, candidates, aim.most, len(sweep.stack), windows)
-    done = False
-    try:
-        with progress.stage("searching", sum(work) if aim.known else None) as tick:
-            pace = Pace(tick, work, racing=not exact)
-            sweep.on_work(pace.work)
+    known = aim.known and fitted is None  # how long fits take is not
+    with books, progress.stage("searching", sum(work) if known else None) as tick:
+        pace = Pace(tick, work, racing=not exact)
+        sweep.on_work(pace.work)
 
-            def enough(order: Sequence[int]) -> bool:
-                pace.next_round()
-                return aim.enough(order)
+        def enough(order: Sequence[int]) -> bool:
+            pace.next_round()
+            return aim.enough(order)
 
-            objective = Objective(
-                sweep.values,
-                windows,
-                step=sweep.step,
-                fill=sweep.fill,
-                journal=book,
+        objective = Objective(
+            sweep.values,
+            windows,
+            step=sweep.step,
+            fill=sweep.fill,
+            journal=books.open(""),
+            note=pace.note,
+            enough=enough,
+            exact=exact,
+        )
+        if fitted is not None:
+            from sleb.repair.choice import RepairedObjective, RepairedScores
+
+            # of its own: what the other one keeps from round to round is of unrepaired blocks
+            other = Sweep(sweep.stack, sweep.ids, sweep.metric, batch=sweep.batch)
+            other.on_work(pace.work)
+            objective = RepairedObjective(
+                objective,
+                RepairedScores(other, fitted),
+                journal=books.open(".repaired"),
                 note=pace.note,
                 enough=enough,
-                exact=exact,
             )
-            found = STRATEGIES[strategy](objective, candidates, aim.most)
-        done = not keep_journal
-        return found
-    finally:
-        if book:
-            book.close(done=done)
+        return STRATEGIES[strategy](objective, candidates, aim.most)
+
+
+class _Books:
+    """The journals of a search: the file ``path`` and what stands beside it. When the search is
+    done they go, unless ``keep``."""
+
+    def __init__(self, path: str | Path | None, key: str, *, keep: bool) -> None:
+        self.path, self.key, self.keep = path, key, keep
+        self._open: list[Journal] = []
+
+    def open(self, suffix: str) -> Journal | None:
+        """A journal for one kind of scores; None if none is wanted."""
+        if self.path is None:
+            return None
+        self._open.append(Journal(Path(f"{self.path}{suffix}"), self.key + suffix))
+        return self._open[-1]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        for book in self._open:
+            book.close(done=not failed and not self.keep)
+
+
+def _fitted(
+    model: LoadedModel, text: Sequence[str], scored: Windows, aside: Windows | None
+) -> Tensor:
+    """Windows [N, T] that candidates' repairs are fitted on: none that scores them."""
+    from sleb.repair.choice import SEARCH_TOKENS
+    from sleb.repair.material import repair_windows
+
+    if model.stack.streamed:
+        raise InputError("--metric repaired-loss changes blocks in memory: leave out --stream")
+    length, n = scored.record.length, len(scored.ids)
+    fitted, _ = repair_windows(
+        model.tokenizer,
+        text,
+        scored=scored,
+        aside=aside,
+        tokens=SEARCH_TOKENS + n * length,
+        length=length,
+        seed=scored.record.seed,
+    )
+    if len(fitted.ids) == n:
+        raise InputError(
+            "no text is left over to fit repairs on: give more --text, or fewer --windows"
+        )
+    return fitted.ids[n:]
 
 
 def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:

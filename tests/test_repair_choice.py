@@ -1,0 +1,136 @@
+"""Choosing blocks by the loss after a repair: as by hand, only for a few, and resumable."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import sleb
+from sleb.errors import InputError
+from sleb.metrics import NLL
+from sleb.repair import choice
+from sleb.repair.choice import RepairedScores
+from sleb.repair.fit import Fitter, gaps
+from sleb.repair.material import repair_windows
+from sleb.selection.objective import BlockSet
+from sleb.selection.sweep import Sweep
+
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def loaded(learned):
+    return sleb.load(learned / "model", **CPU)
+
+
+def find(loaded, learned, **options):
+    return sleb.search(
+        loaded,
+        remove=2,
+        metric="repaired-loss",
+        **{
+            "text": [str(learned / "text.txt")],
+            **{"windows": 6, "length": 32, "exact": True, "batch": 6},
+            **options,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(loaded, learned):
+    return find(loaded, learned)
+
+
+def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
+    text = [str(learned / "text.txt")]
+    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
+    fitted, _ = repair_windows(
+        loaded.tokenizer,
+        text,
+        scored=scored,
+        tokens=choice.SEARCH_TOKENS + 6 * 32,
+        length=32,
+        seed=0,
+    )
+    by_hand = {}
+    for block in range(1, 5):
+        fitter = Fitter(loaded.stack, {block}, fitted.ids[6:], 6)
+        for gap in gaps({block}, 6):
+            fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
+        sweep = Sweep(loaded.stack, scored.ids, NLL, batch=6)
+        by_hand[block] = float(sweep.values([BlockSet([block])], 0, 6).mean())
+        fitter.restore()
+    first = plan.rounds[0]
+    assert {s.block: s.mean for s in first.scores} == pytest.approx(by_hand, abs=1e-4)
+    assert first.removed == (min(by_hand, key=by_hand.get),)
+    plain = sleb.search(loaded, remove=2, text=text, windows=6, length=32, exact=True)
+    assert all(
+        repaired.mean < alone.mean
+        for repaired in first.scores
+        for alone in plain.rounds[0].scores
+        if alone.block == repaired.block
+    )
+    assert plan.metric == "repaired-loss"
+
+
+def test_the_model_is_left_as_it_was(loaded, learned):
+    import torch
+
+    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
+    find(loaded, learned)
+    assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
+
+
+def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
+    monkeypatch.setattr(choice, "SHORTLIST", 2)
+    asked = []
+    real = RepairedScores.values
+
+    def values(self, sets, start, stop):
+        asked.extend(sets)
+        return real(self, sets, start, stop)
+
+    monkeypatch.setattr(RepairedScores, "values", values)
+    plan = find(loaded, learned)
+    plain = sleb.search(
+        loaded, remove=1, text=[str(learned / "text.txt")], windows=6, length=32, exact=True
+    )
+    best = {score.block for score in plain.rounds[0].scores[:2]}
+    assert {score.block for score in plan.rounds[0].scores} == best
+    assert len([s for s in asked if s]) == 4
+
+
+def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
+    real, calls = RepairedScores._row, []
+
+    def row(self, blocks, start, stop):
+        calls.append(blocks)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, blocks, start, stop)
+
+    monkeypatch.setattr(RepairedScores, "_row", row)
+    journal = tmp_path / "plan.json.journal"
+    with pytest.raises(KeyboardInterrupt):
+        find(loaded, learned, journal=journal)
+    assert journal.exists()
+    again = find(loaded, learned, journal=journal)
+    assert again.to_json() == plan.to_json()
+    assert calls.count(calls[0]) == 1  # what was scored is not scored again
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_is_refused(loaded, learned, tmp_path):
+    (tmp_path / "short.txt").write_text("the block of a model " * 10)
+    with pytest.raises(InputError, match="give more --text, or fewer --windows"):
+        find(loaded, learned, text=[str(tmp_path / "short.txt")], windows=6)
+    streamed = sleb.load(learned / "model", stream=True, **CPU)
+    with pytest.raises(InputError, match="leave out --stream"):
+        find(streamed, learned)
+
+
+def test_what_is_not_fitted_is_not_in_the_record():
+    from sleb.selection.racing import rank
+
+    values = np.array([[1.0, 2.0], [np.nan, np.nan], [0.5, 1.0]])
+    assert [s.block for s in rank([3, 4, 5], values, 1).scores] == [5, 3]
