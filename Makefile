@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-slow bench-search check lint format types clean
+.PHONY: help demo test test-slow bench-search bench-quality check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long tests as well"
 	@echo "make bench-search  the published search against ours, timed"
+	@echo "make bench-quality  what each choice of blocks costs, with and without repair"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
 
@@ -28,6 +29,12 @@ test-slow: $(READY) $(MODEL)
 bench-search: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/search.py $(MODEL) --windows 64 --length 256 --remove 6 \
 		--published-rounds 1 $(BENCH) -o benchmarks/results/search-cpu-64x256.json
+
+# Texts and items are yours to give, in DATA; see docs/quality.md. Takes hours on a CPU.
+DATA ?= data
+RESULT ?= benchmarks/results/quality.json
+bench-quality: $(READY) $(MODEL)
+	$(BIN)/python benchmarks/quality.py $(MODEL) --data $(DATA) $(BENCH) -o $(RESULT)
 
 check: lint types test
 

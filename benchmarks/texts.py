@@ -50,12 +50,13 @@ def prepare(data: Path, folder: Path, seed: int) -> Texts:
     Raises:
         InputError: a file is missing or not of its form, or a document is in both uses.
     """
-    calibration, test = {}, {}
+    calibration: dict[str, list[str]] = {}
+    test: dict[str, list[str]] = {}
     for name, files in DOMAINS.items():
-        documents = [_read(data / file) for file in files]
-        if len(files) == 1:
-            documents = _split(documents[0], f"{seed} {name}")
-        calibration[name], test[name] = documents
+        read = [_read(data / file) for file in files]
+        if len(read) == 1:
+            read = _split(read[0], f"{seed} {name}")
+        calibration[name], test[name] = read
     test |= {name: _read(data / file) for name, file in UNSEEN.items()}
     known = {d for documents in calibration.values() for d in documents if len(d) > OWN}
     for name, documents in test.items():
@@ -71,7 +72,7 @@ def _read(path: Path) -> list[str]:
         raw = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         return raw if path.suffix == ".raw" else [json.loads(row)["text"] for row in raw]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the text that is wanted: {error!r}") from None
+        raise InputError(f"{path} cannot be read as texts ({error!r}); see texts.py") from None
 
 
 def _split(documents: list[str], seed: str) -> list[list[str]]:
@@ -81,7 +82,7 @@ def _split(documents: list[str], seed: str) -> list[list[str]]:
 
 
 def _write(texts: dict[str, list[str]], folder: Path) -> dict[str, str]:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     specs = {}
     for name, documents in texts.items():
         path = folder / f"{name}.jsonl"

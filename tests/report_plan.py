@@ -9,6 +9,9 @@ from sleb.plan import (
     Fingerprint,
     Plan,
     Point,
+    RepairedGap,
+    RepairedTensor,
+    RepairRecord,
     Round,
     Score,
     SourceRecord,
@@ -103,6 +106,37 @@ def plan(**changes) -> Plan:
         },
     }
     return Plan(**{**given, **changes})
+
+
+def repaired_gap(removed: tuple[int, ...], ridge: float | None, blocks: tuple[int, ...], **change):
+    """A gap, with two matrices of each of ``blocks`` re-fitted, and (before, after) by text."""
+    kinds = ("self_attn.o_proj", "mlp.down_proj")
+    return RepairedGap(
+        removed=removed,
+        ridge=ridge,
+        tensors=tuple(
+            RepairedTensor(name=f"model.layers.{b}.{kind}.weight", sha256=HEX)
+            for b in blocks
+            for kind in kinds
+        ),
+        before={text: pair[0] for text, pair in change.items()},
+        after={text: pair[1] for text, pair in change.items()},
+    )
+
+
+def repaired_plan(**changes) -> Plan:
+    """A plan whose first gap has 6 re-fitted matrices, while no fit of the second one stayed."""
+    texts = calibration("mail=mail.jsonl", "manuals=manuals.txt@2")
+    repair = RepairRecord(
+        gaps=(
+            repaired_gap((4,), 0.1, (3, 5, 6), mail=(2.97, 2.93), manuals=(3.21, 3.16)),
+            repaired_gap((7, 8), None, (), mail=(2.93, 2.93), manuals=(3.16, 3.16)),
+        ),
+        reach=2,
+        calibration=texts.model_copy(update={"windows": 390, "sha256": "a" * 64}),
+        heldout=texts.model_copy(update={"windows": 14, "sha256": "b" * 64}),
+    )
+    return plan(**{"repair": repair, **changes})
 
 
 def bare_plan() -> Plan:

@@ -48,7 +48,7 @@ def quality(ratio: tuple[float, float, float], windows: int, **more) -> Evaluati
     )
 
 
-def verification(failed: bool = False) -> Verification:
+def verification(failed: bool = False, repaired: bool = False) -> Verification:
     names = (
         ("depth-dependent config fields", "layer_types", "re-indexed"),
         ("clean reload", "0 missing, unexpected, mismatched", "0"),
@@ -57,6 +57,10 @@ def verification(failed: bool = False) -> Verification:
         ("logits equal the original with blocks bypassed", "maximum difference 0", "at most 0"),
         ("generation with cache equals without", "16 equal tokens", "16 equal tokens"),
     )
+    if repaired:
+        weights = ("weights equal the original's, but for the repaired", *names[3][1:])
+        plans = ("repaired tensors", "6 tensors are the plan's", "the hashes in the plan")
+        names = (plans, *names[:3], weights, *names[4:])
     return Verification(
         checkpoint=OUT,
         removed=tuple(sorted(ORDER)),
@@ -337,6 +341,19 @@ def complete(**changes) -> RunRecord:
         "evaluation_note": "28 held-out windows of 256 tokens from the calibration texts",
     }
     return replace(sparse(), **{**given, **changes})
+
+
+def repaired(**changes) -> RunRecord:
+    """A complete record of a repaired cut; its plan is :func:`report_plan.repaired_plan`."""
+    texts = {
+        "mail": quality((1.31, 1.2, 1.43), 16),
+        "manuals": quality((1.52, 1.41, 1.63), 12),
+    }
+    record = complete(verification=verification(repaired=True), repair_note="6 matrices, as noted")
+    assert record.evaluation is not None
+    plain = quality((1.4321, 1.3579, 1.5151), 28, domains=texts)
+    given = {"evaluation": replace(record.evaluation, unrepaired=plain)}
+    return replace(record, **{**given, **changes})
 
 
 def sparse(**changes) -> RunRecord:

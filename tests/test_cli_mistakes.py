@@ -51,10 +51,7 @@ def both(capsys, code: int, command: str) -> str:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (
-            "verfy MODEL",
-            "No such command 'verfy'. Did you mean 'verify'? See: sleb --help",
-        ),
+        ("verfy MODEL", "No such command 'verfy'. Did you mean 'verify'? See: sleb --help"),
         ("qqqqqqqqqq", "No such command 'qqqqqqqqqq'. See: sleb --help"),
         ("inspect", "Missing argument 'MODEL'. See: sleb inspect --help"),
         (
@@ -68,10 +65,7 @@ def both(capsys, code: int, command: str) -> str:
             "--speedup or --size",
         ),
         ("prune MODEL --remove 2", "Missing option '--out' / '-o'. See: sleb prune --help"),
-        (
-            "search MODEL --remove",
-            "Option '--remove' requires an argument. See: sleb --help",
-        ),
+        ("search MODEL --remove", "Option '--remove' requires an argument. See: sleb --help"),
     ],
 )
 def test_usage_errors(place, capsys, command, message):

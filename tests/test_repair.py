@@ -229,6 +229,10 @@ def test_a_repair_gives_loss_back_and_a_stock_checkpoint(learned, loaded, materi
     checked = verify(out, model=learned / "model", plan=written)
     assert checked.passed, checked
     assert checked.checks[0].name == "repaired tensors"
+    weights = next(c for c in checked.checks if c.name.startswith("weights"))
+    assert weights.name == "weights equal the original's, but for the repaired"
+    changed, stay = len(found.tensors), len(Checkpoint.open(out).tensors)
+    assert weights.measured == f"{stay - changed} tensors are equal, {changed} are the plan's"
 
     # the checkpoint's loss is what the record claims, computed by plain transformers
     from transformers import AutoModelForCausalLM

@@ -16,6 +16,7 @@ from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 
 CPU = {"dtype": "float32", "device": "cpu"}
+SMALL = {"windows": 6, "length": 32, "exact": True, "batch": 6}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,7 @@ def find(loaded, learned, **options):
         loaded,
         remove=2,
         metric="repaired-loss",
-        **{
-            "text": [str(learned / "text.txt")],
-            **{"windows": 6, "length": 32, "exact": True, "batch": 6},
-            **options,
-        },
+        **{**SMALL, "text": [str(learned / "text.txt")], **options},
     )
 
 

@@ -10,8 +10,18 @@ import pytest
 
 import sleb
 from cli_tools import refused, run, tree
-from report_plan import bare_plan, plan
-from report_record import answer, complete, gate, pair, save, similarity, sparse, verification
+from report_plan import bare_plan, plan, repaired_plan
+from report_record import (
+    answer,
+    complete,
+    gate,
+    pair,
+    repaired,
+    save,
+    similarity,
+    sparse,
+    verification,
+)
 from report_tools import INVISIBLE, Seen, html, page, put, seen
 from sleb.errors import InputError
 from sleb.plan import Plan
@@ -31,9 +41,11 @@ EVIL = "<script>alert(1)</script>"
 def hostile():
     """A record and a plan in which whatever a person names is HTML."""
     image = '"><img src=x onerror=alert(1)>'
-    record = complete(command=EVIL, model=f"models/{EVIL}", environment={"device": image})
+    record = repaired(command=EVIL, model=f"models/{EVIL}", environment={"device": image})
     record = put(record, "verification.checkpoint", image)
-    record = put(record, "evaluation.domains", {EVIL: record.evaluation, image: record.evaluation})
+    both = {EVIL: record.evaluation, image: record.evaluation}
+    record = put(record, "evaluation.domains", both)
+    record = put(record, "evaluation.unrepaired.domains", both)
     record = put(record, "tasks.0.name", EVIL)
     record = put(record, "tasks.1.metric", image)
     record = put(record, "answers.pairs.4.prompt", EVIL)
@@ -47,7 +59,10 @@ def hostile():
     record = put(record, "gate.rows.3.missing", f"{image}; run: {EVIL}")
     record = put(record, "verification.checks.0.measured", EVIL)
     record = put(record, "evaluation_note", f"1 windows from {EVIL}")
-    chosen = plan(metric=EVIL, strategy=image, unit=EVIL, versions={EVIL: image})
+    chosen = repaired_plan(metric=EVIL, strategy=image, unit=EVIL, versions={EVIL: image})
+    for losses in ("before", "after"):
+        chosen = put(chosen, f"repair.gaps.0.{losses}", {EVIL: 3.2, image: 3.1})
+    chosen = put(chosen, "repair.calibration.sources.0.spec", image)
     return record, put(chosen, "calibration.sources.0.spec", EVIL)
 
 
@@ -94,7 +109,11 @@ def test_the_page_has_every_part_in_order(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-@pytest.mark.parametrize("made", [(complete, plan), (sparse, bare_plan)], ids=["full", "bare"])
+@pytest.mark.parametrize(
+    "made",
+    [(complete, plan), (repaired, repaired_plan), (sparse, bare_plan)],
+    ids=["full", "repaired", "bare"],
+)
 def test_ids_are_unique_and_links_lead_somewhere(lang, made):
     record, chosen = (make() for make in made)
     source = html(record, chosen, lang, charts=True)
@@ -138,6 +157,7 @@ def test_html_in_names_and_texts_is_text(lang):
         assert EVIL in evil.text(place), place
     for place in ("provenance", "why", "rounds"):
         assert EVIL in evil.text(place), place
+    assert evil.text("texts").count(EVIL) == 1 + 2  # the source; by text, and by gap
     assert '</p>"><img src=x onerror=alert(1)>' in evil.text("answers")
 
 
@@ -264,9 +284,12 @@ def test_force_replaces_a_report(tmp_path):
 
 def test_a_checkpoint_that_is_not_exact_is_called_so_above_all():
     for judged in (None, gate(passed=True), gate()):
-        made = page(complete(gate=judged, verification=verification(failed=True)))
-        assert (made.verdict.tone, made.verdict.headline) == ("bad", "Not exact: do not use")
-        assert "failed: 1 of 6" in made.verdict.text
+        for fixed, chosen, checks in ((False, plan(), 6), (True, repaired_plan(), 7)):
+            broken = verification(failed=True, repaired=fixed)
+            made = page(complete(gate=judged, verification=broken), chosen)
+            assert (made.verdict.tone, made.verdict.headline) == ("bad", "Not exact: do not use")
+            assert f"failed: 1 of {checks}" in made.verdict.text
+            assert "is not what the plan makes of the original" in made.verdict.text
     assert page().verdict.headline == "Not passed"
 
 
@@ -285,3 +308,14 @@ def test_a_real_run_can_be_reported(tiny_dir, text_file, tmp_path):
         ratio = Words(lang).interval(record.evaluation.perplexity_ratio, Words(lang).ratio)
         assert ratio.translate(INVISIBLE) in found.text("sum-quality")
         assert len(found.rows["exact"]) == 1 + len(record.verification.checks)
+        say = Words(lang)
+        checks = {check.name for check in record.verification.checks}
+        assert checks <= {*say.tables["checks"]}
+        if chosen.repair is None:
+            assert found.text("sum-removed").count(say.raw("repair.none")) == 1
+            continue
+        plain = say.interval(record.evaluation.unrepaired.perplexity_ratio, say.ratio)
+        assert found.text("texts").count(plain.translate(INVISIBLE)) >= 2
+        assert "weights equal the original's, but for the repaired" in checks
+        assert chosen.repair.calibration.sha256 in found.text("provenance")
+        assert chosen.repair.heldout.sha256 in found.text("provenance")

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from report_plan import plan
-from report_record import complete
+from report_plan import HEX, plan, repaired_gap, repaired_plan
+from report_record import complete, repaired
 from report_tools import page, put, seen
 from sleb.report.summary import SERVERS
 
@@ -111,9 +111,52 @@ PLAN = [
 ]
 
 
+SECOND = repaired_gap((7, 8), 10.0, (9,), mail=(2.93, 2.92), manuals=(3.16, 3.16))
+
+# The same for a repaired cut: in the record, and in its plan.
+REPAIRED_RECORD = [
+    ("evaluation.unrepaired.perplexity_ratio.value", 1.777, "texts", "it is 1.777× (1.358 to"),
+    (
+        "evaluation.unrepaired.perplexity_ratio.high",
+        1.666,
+        "texts",
+        "1.123) 1.432× (1.358 to 1.666",
+    ),
+    ("evaluation.perplexity_ratio.low", 1.011, "texts", "all texts is 1.105× (1.011 to 1.123)."),
+    (
+        "evaluation.unrepaired.domains.manuals.perplexity_ratio.low",
+        1.222,
+        "texts",
+        "1.210× (1.150 to 1.270) 1.520× (1.222 to 1.630) 0.0812",
+    ),
+    ("verification.checks.0.passed", False, "sum-removed", "6 of 7 passed"),
+    ("verification.checks.0.measured", "1 of 6 differ", "exact", "plan records passed 1 of 6 dif"),
+]
+REPAIRED_PLAN = [
+    ("repair.gaps.1", SECOND, "sum-removed", "repair 8 matrices re-fitted around 2 of 2 gaps"),
+    ("repair.gaps.1", SECOND, "exact", "with the re-fitted matrices (8) of the repair"),
+    ("repair.gaps.1", SECOND, "texts", "7, 8 2 10 2.9300 → 2.9200 3.1600 → 3.1600"),
+    ("repair.gaps.0.ridge", 1.0, "texts", "4 6 1 2.9700 → 2.9300 3.2100 → 3.1600"),
+    ("repair.gaps.0.before.mail", 2.9876, "texts", "4 6 0.1 2.9876 → 2.9300 3.2100 → 3.1600"),
+    ("repair.gaps.0.after.manuals", 3.0987, "texts", "4 6 0.1 2.9700 → 2.9300 3.2100 → 3.0987"),
+    ("repair.gaps.1.removed", (8,), "texts", "3.1600 8 0 kept none 2.9300"),
+    ("repair.heldout.windows", 99, "texts", "on these windows (99, of 256 tokens each)"),
+    ("repair.heldout.length", 64, "provenance", "Windows: 14, of 64 tokens each; seed 0."),
+    ("repair.heldout.sha256", "c" * 64, "provenance", "c" * 64),
+    ("repair.calibration.windows", 777, "provenance", "Windows: 777, of 256 tokens each"),
+    ("repair.calibration.sources.1.tokens", 54_321, "provenance", f"{HEX} 40 54,321 12"),
+    ("repair.calibration.sources.1.sha256", "d" * 64, "provenance", "d" * 64),
+]
+
+
 @pytest.fixture(scope="module")
 def usual():
     return seen()
+
+
+@pytest.fixture(scope="module")
+def usual_repaired():
+    return seen(repaired(), repaired_plan())
 
 
 @pytest.mark.parametrize(("path", "new", "place", "shown"), RECORD)
@@ -127,6 +170,18 @@ def test_a_figure_of_the_record_is_on_the_page(usual, path, new, place, shown):
 def test_a_figure_of_the_plan_is_on_the_page(usual, path, new, place, shown):
     assert shown not in usual.text(place)
     assert shown in seen(complete(), put(plan(), path, new)).text(place)
+
+
+@pytest.mark.parametrize(("path", "new", "place", "shown"), REPAIRED_RECORD)
+def test_a_figure_of_a_repaired_cuts_record_is_on_the_page(usual_repaired, path, new, place, shown):
+    assert shown not in usual_repaired.text(place)
+    assert shown in seen(put(repaired(), path, new), repaired_plan()).text(place)
+
+
+@pytest.mark.parametrize(("path", "new", "place", "shown"), REPAIRED_PLAN)
+def test_a_figure_of_the_repair_is_on_the_page(usual_repaired, path, new, place, shown):
+    assert shown not in usual_repaired.text(place)
+    assert shown in seen(repaired(), put(repaired_plan(), path, new)).text(place)
 
 
 def numbers(text):

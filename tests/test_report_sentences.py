@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from report_plan import bare_plan, plan
-from report_record import complete, gate, sparse, speed
+from report_plan import bare_plan, plan, repaired_plan
+from report_record import complete, gate, repaired, sparse, speed
 from report_tools import page, put, seen
 from sleb.plan import Target
 from sleb.statistics import Interval
@@ -214,6 +214,69 @@ def test_text_that_was_not_held_out_is_not_called_so(usual):
     assert "given for this measurement: mail.jsonl, b.txt. That it took no part" in other.text(
         "texts"
     )
+
+
+def test_a_repair_is_told_and_nothing_is_said_of_one_that_was_not(usual):
+    """What is true of a plain cut alone is not said of a repaired one, and the other way round."""
+    found = seen(repaired(), repaired_plan())
+    without = "All figures of this section are of cuts without repair."
+    for place, told in {
+        "sum-removed": "repair 6 matrices re-fitted around 1 of 2 gaps",
+        "exact": "every other weight equals the original’s",
+        "sum-rollback": "That cut has no repair;",
+        "curve": without,
+        "transfer": without,
+        "texts": "Without the repair it is 1.432× (1.358 to 1.515), on the same windows.",
+        "provenance": "Text that decided which fits of the repair stay",
+    }.items():
+        assert told in found.text(place), place
+        assert told not in usual.text(place), place
+    assert "repair none" in usual.text("sum-removed")
+    assert "repair none" not in found.text("sum-removed")
+    assert "repair" not in usual.text("texts") + usual.text("exact") + usual.text("provenance")
+    names = [row[0] for row in found.rows["exact"]]
+    assert "The weights that remain equal the original’s, but for the re-fitted matrices" in names
+    assert "The weights that remain equal the original’s" not in names
+    assert "The weights that remain equal the original’s" in [r[0] for r in usual.rows["exact"]]
+    assert [len(row) for row in found.rows["texts"]] == [8] * 4 + [5] * 3
+    assert [len(row) for row in usual.rows["texts"]] == [7] * 4
+    heads = ["ratio", "ratio without repair"], ["removed blocks", "matrices re-fitted", "ridge"]
+    assert found.rows["texts"][0][4:6] == heads[0]
+    assert found.rows["texts"][4] == [*heads[1], "mail", "manuals"]
+    assert "As they have chosen the fits, they flatter them" in found.text("texts")
+
+
+def test_a_repair_of_which_no_fit_stayed_is_none():
+    refused = repaired_plan()
+    refused = put(
+        refused,
+        "repair.gaps.0",
+        refused.repair.gaps[0].model_copy(
+            update={"ridge": None, "tensors": (), "after": refused.repair.gaps[0].before}
+        ),
+    )
+    found = seen(chosen=refused)
+    assert "repair none" in found.text("sum-removed")
+    assert "4 0 kept none 2.9700 → 2.9700" in found.text("texts")
+    assert "every other weight" not in found.text("exact")
+    assert "without repair" not in found.text("curve")
+
+
+def test_the_gains_of_a_repair_are_shown_without_a_measurement_too():
+    found = seen(repaired(evaluation=None), repaired_plan())
+    assert "not measured" in found.text("texts")
+    assert "4 6 0.1 2.9700 → 2.9300" in found.text("texts")
+    one = put(repaired(), "evaluation.unrepaired.domains", {})
+    mail = seen(one, repaired_plan()).rows["texts"][1]
+    assert mail[4:6] == ["1.040× (0.990 to 1.090)", "–"]
+
+
+def test_a_matrix_and_its_bias_are_one_matrix():
+    chosen = repaired_plan()
+    tensors = chosen.repair.gaps[0].tensors
+    bias = put(tensors[0], "name", tensors[0].name.replace(".weight", ".bias"))
+    both = put(chosen, "repair.gaps.0.tensors", (*tensors, bias))
+    assert "6 matrices re-fitted" in seen(repaired(), both).text("sum-removed")
 
 
 def test_the_worst_answers_come_first_and_equal_ones_are_not_shown(usual):

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 from typer.main import get_command
 
-from report_plan import bare_plan, plan
-from report_record import complete, gate, sparse, verification
+from report_plan import bare_plan, plan, repaired_plan
+from report_record import complete, gate, repaired, sparse, verification
 from report_tools import html, page, put, seen
 from sleb import exactness
 from sleb.cli.main import app
@@ -91,6 +91,7 @@ def variety():
     long = put(full, "answers.pairs.4.pruned.text", "word " * 9000)
     targets = {"remove": 3, "speedup": 1.2, "size": 2e9}
     yield from [(full, chosen), (sparse(), bare_plan()), (full, worse), (long, chosen)]
+    yield repaired(), repaired_plan()
     yield full, put(worse, "rounds.0.scores.1.windows", 9)
     yield full, put(chosen, "rounds.0.scores.1.block", 4)
     yield full, plan(similarity=chosen_by)
@@ -145,6 +146,9 @@ def test_names_of_the_record_have_words(words):
     checks = Path(exactness.__file__).read_text()
     for name in words.tables["checks"]:
         assert f'"{name}"' in checks
+    assert {c.name for r in (complete(), repaired()) for c in r.verification.checks} == {
+        *words.tables["checks"]
+    }
     source = Path(limits.__file__).read_text()
     for reason in words.tables["reasons"]:
         assert reason in source
@@ -262,10 +266,14 @@ def test_an_unknown_language_is_refused():
         Words("de")
 
 
-@pytest.mark.parametrize("record", [complete(), sparse()], ids=["full", "bare"])
-def test_the_japanese_page_has_no_english_sentence_of_ours(record):
+@pytest.mark.parametrize(
+    ("record", "chosen"),
+    [(complete(), plan()), (repaired(), repaired_plan()), (sparse(), plan())],
+    ids=["full", "repaired", "bare"],
+)
+def test_the_japanese_page_has_no_english_sentence_of_ours(record, chosen):
     """What remains in English comes from the record: names, commands, checks' figures."""
-    japanese = html(record, lang="ja")
+    japanese = html(record, chosen, lang="ja")
     for key, text in sentences(EN):
         plain = LINK.sub(r"\2", text).strip()
         if len(plain) > 15 and "{" not in plain and key.split(".")[0] != "commands":

@@ -38,7 +38,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
         f"# {name} without {len(plan.removed)} of its {record.blocks} transformer blocks",
         "",
         f"Removed blocks (original numbering, first is 0): {', '.join(map(str, plan.removed))}; "
-        f"{left} remain. No weight was changed and nothing was trained. The order of removal, "
+        f"{left} remain. {_changed(plan)} The order of removal, "
         "every candidate's score and the calibration text's hashes are in `plan.json`; timings and "
         "verification in `run.json`.",
         "",
@@ -61,6 +61,9 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
             f"{record.evaluation_note}, computed in {record.environment['dtype']}. It says nothing "
             "about other texts or tasks: measure yours before you rely on this model.",
         ]
+        if quality.unrepaired and quality.unrepaired.perplexity_ratio:
+            plain = _range(quality.unrepaired.perplexity_ratio)
+            lines += ["", f"Without the repair the ratio is {plain}."]
     else:
         lines += ["", f"Quality was not measured: {record.evaluation_note}."]
     lines += ["", "Checks passed when it was written:", ""]
@@ -77,6 +80,17 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
         "Method: SLEB (Song et al., ICML 2024, arXiv:2402.09025).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _changed(plan: Plan) -> str:
+    """Which weights are not the original's."""
+    if plan.repair is None:
+        return "No weight was changed and nothing was trained."
+    names = plan.repair.tensors
+    return (
+        f"{len(names)} matrices around the gaps were re-fitted in closed form, to make up for the "
+        f"missing blocks ({', '.join(f'`{name}`' for name in names)}); nothing was trained."
+    )
 
 
 def _inherited(source: Path) -> dict[str, Any]:

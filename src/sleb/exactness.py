@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.depthfields import depth_fields
-from sleb.errors import DataError, SlebError, UnsupportedModel, VerificationFailed
+from sleb.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
@@ -31,6 +31,8 @@ from sleb.surgery import check_fingerprint, pruned_config, renamer
 
 __all__ = ["Check", "Verification", "verify"]
 
+HEALED = "heal.json"
+"""File of a checkpoint that was trained after the cut."""
 NEW_TOKENS = 16
 MAX_PROBE = 1040
 
@@ -86,9 +88,15 @@ def verify(
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
 
     Raises:
-        InputError: a path is wrong, ``out`` is no checkpoint, or the plan is for another model.
+        InputError: a path is wrong, ``out`` is no checkpoint or a healed one, or the plan is for
+            another model.
         UnsupportedModel: the original cannot be cut exactly.
     """
+    if (Path(out) / HEALED).is_file():
+        raise InputError(
+            f"{out} is healed: its weights were trained after the cut, so they are not the "
+            f"original's, as {HEALED} records; verify the cut that it was made from"
+        )
     removed = plan.at_depth(depth)
     target = pick_device(device)
     source = resolve(model, progress)
@@ -134,7 +142,7 @@ def verify(
     blocks = len(BlockStack(pruned))
     left = plan.model.blocks - len(removed)
     checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
-    checks.append(_weight_check(_digests(pruned), weights))
+    checks.append(_weight_check(_digests(pruned), weights, len(repair.tensors) if repair else 0))
     if blocks == left:
         checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, target))
     with progress.stage("generating", None):
@@ -203,13 +211,19 @@ def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) ->
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
-def _weight_check(found: dict[str, str], expected: dict[str, str]) -> Check:
+def _weight_check(found: dict[str, str], expected: dict[str, str], repaired: int) -> Check:
+    """Whether every tensor is as ``expected``: the original's, or one of the ``repaired``."""
     name, limit = "weights equal the original's", "equal bytes in every tensor that stays"
+    equal = f"{len(found)} tensors are equal"
+    if repaired:
+        name = "weights equal the original's, but for the repaired"
+        limit += ", or the plan's"
+        equal = f"{len(found) - repaired} tensors are equal, {repaired} are the plan's"
     differ = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
     if differ:
         measured = f"{len(differ)} of {len(expected)} tensors differ, for example {differ[0]}"
         return _check(name, False, measured, limit)
-    return _check(name, True, f"{len(found)} tensors are equal", limit)
+    return _check(name, True, equal, limit)
 
 
 def _logit_check(

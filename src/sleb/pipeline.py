@@ -115,24 +115,17 @@ def prune(
     fixed, repair_note = _repaired(
         loaded, plan, scored, aside, repair, repair_tokens, options, watch
     )
-    plain, quality, note = (
-        None,
-        None,
-        "no text was left over to measure on: give more, or fewer --windows",
-    )
+    quality = None
+    note = "no text was left over to measure on: give more, or fewer --windows"
     if aside is not None:
-        batch = options.get("batch")
-        plain = evaluate(loaded, aside, removed=plan.removed, batch=batch, progress=watch)
-        quality = plain
-        if fixed:
-            quality = evaluate(
-                loaded,
-                aside,
-                removed=plan.removed,
-                patch=partial(fixed.patch, loaded.stack),
-                batch=batch,
-                progress=watch,
-            )
+        quality = evaluate(
+            loaded,
+            aside,
+            removed=plan.removed,
+            patch=partial(fixed.patch, loaded.stack) if fixed else None,
+            batch=options.get("batch"),
+            progress=watch,
+        )
         length = aside.record.length
         note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
@@ -167,7 +160,6 @@ def prune(
                 nbytes=(before.nbytes, after.nbytes),
                 evaluation=quality,
                 evaluation_note=note,
-                unrepaired=plain if fixed else None,
                 repair_note=repair_note,
                 verification=checked,
                 environment=setting,

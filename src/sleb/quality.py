@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from sleb.metrics import NLL, QUALITY
 from sleb.models.load import LoadedModel
 from sleb.progress import Progress, silent
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.sweep import Sweep, block_forwards
+from sleb.selection.sweep import Patch, Sweep, block_forwards
 from sleb.statistics import Interval, Values, exponential, interval
 from sleb.text import Windows
 
@@ -43,11 +42,14 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Quality):
-    """Quality on all windows of ``length`` tokens, and on each text's own, by its name."""
+    """Quality on all windows of ``length`` tokens, and on each text's own, by its name.
+
+    Where the pruned model is a repaired one, ``unrepaired`` is the plain cut's."""
 
     length: int
     removed: tuple[int, ...] = ()
     domains: dict[str, Quality] = field(default_factory=dict)
+    unrepaired: Evaluation | None = None
 
 
 def evaluate(
@@ -55,12 +57,12 @@ def evaluate(
     windows: Windows,
     *,
     removed: Collection[int] = (),
-    patch: Callable[[], AbstractContextManager[None]] | None = None,
+    patch: Patch | None = None,
     batch: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed; the latter
-    in the context that ``patch`` makes, if it is given, as of a repair.
+    """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed; with
+    ``patch``, as of a repair, the latter both under it and without.
 
     Every window scores its length - 1 predicted tokens, as the published protocol does.
 
@@ -75,7 +77,11 @@ def evaluate(
         sweep.on_work(tick)
         values = sweep.values(sets, 0, n)  # [sets, windows] or [sets, windows, 3]
     source = np.array(windows.source)
+    plain = None
+    if patch:
+        plain = evaluate(model, windows, removed=removed, batch=batch, progress=progress)
     return Evaluation(
+        unrepaired=plain,
         **vars(_quality(values, length)),
         length=length,
         removed=tuple(sorted(removed)),

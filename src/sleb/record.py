@@ -41,10 +41,9 @@ class RunRecord:
     what was measured on its result since, each null until then.
 
     The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
-    pruned). ``unrepaired``: the plain cut's quality, where ``evaluation`` is the repaired one's;
-    ``repair_note`` says what was repaired, or why nothing was. ``similarity[i][j]``: mean cosine of
-    the dense model's states i and j (0 is the embedding, i + 1 the output of block i). ``stages``:
-    what `sleb run` has done, and a hash of what each stage depended on.
+    pruned). ``repair_note`` says what was repaired, or why nothing was. ``similarity[i][j]``: mean
+    cosine of the dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
 
     command: str
@@ -59,7 +58,6 @@ class RunRecord:
     evaluation_note: str
     verification: Verification
     environment: dict[str, Any]
-    unrepaired: Evaluation | None = None
     repair_note: str = ""
     similarity: tuple[tuple[float, ...], ...] | None = None
     tasks: tuple[TaskResult, ...] | None = None

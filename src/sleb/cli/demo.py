@@ -20,7 +20,7 @@ __all__ = ["run"]
 
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
-WINDOWS, HELDOUT, LENGTH = 8, 16, 128
+WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000
 
 
 def run(model: str | None, out: Path, progress: Progress) -> int:
@@ -37,6 +37,7 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
 
     console.print(f"Pruning {Path(model).name} by 20 %.\n")
     options = ["--remove", "20%", "--windows", str(WINDOWS), "--length", str(LENGTH)]
+    options += ["--repair-tokens", str(REPAIR)]
     done = prune(
         model,
         out,
@@ -44,6 +45,7 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
         windows=WINDOWS,
         length=LENGTH,
         heldout=HELDOUT,
+        repair_tokens=REPAIR,
         force=True,
         command=shlex.join(["sleb", "prune", model, *options, "-o", str(out)]),
         progress=progress,
@@ -65,8 +67,7 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
     console.print(
         f"\nA small sample, chosen to finish in minutes: {WINDOWS * LENGTH:,} tokens to search, "
         f"{HELDOUT * LENGTH:,} to measure. The intervals\nshow how little it pins down. For real "
-        "use, give text of your own job with --text and more\n--windows. Nothing was repaired or "
-        "trained: the blocks are simply gone."
+        "use, give text of your own job with --text and more\n--windows. Nothing was trained."
     )
     console.print(f"\nThe checkpoint is in {out}: plain transformers loads it, without sleb.")
     return 0

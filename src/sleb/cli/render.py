@@ -261,6 +261,12 @@ def evaluation(console: Console, e: Any) -> None:
             "increase, ratio (paired)", bounds(e.loss_increase, 4), bounds(e.perplexity_ratio)
         )
     console.print(table)
+    if e.unrepaired:
+        plain = e.unrepaired
+        console.print(
+            f"pruned is the cut with its repair; the plain cut's perplexity is "
+            f"{bounds(plain.pruned_perplexity)}, its ratio {bounds(plain.perplexity_ratio)}"
+        )
     if e.divergence:
         console.print(
             f"divergence from the dense model {bounds(e.divergence, 4)} nats/token; the likeliest "
@@ -291,15 +297,15 @@ def percent(share: Any) -> str:
 def record(console: Console, r: Any) -> None:
     """`sleb prune` and `sleb demo`: the summary. The plain cut and the repaired one stand apart."""
     left = r.blocks - len(r.removed)
-    cuts = [r.unrepaired, r.evaluation] if r.unrepaired else [r.evaluation]
-    table = _table("", "original", *(["cut", "repaired"] if r.unrepaired else ["pruned"]))
+    e = r.evaluation
+    cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
+    table = _table("", "original", *(["cut", "repaired"] if len(cuts) > 1 else ["pruned"]))
     table.add_row("blocks", str(r.blocks), *[str(left)] * len(cuts))
     for name, (dense, pruned), show in (
         ("parameters", r.parameters, _millions),
         ("weights", r.nbytes, _mb),
     ):
         table.add_row(name, show(dense), *[show(pruned)] * len(cuts))
-    e = r.evaluation
     if e and e.pruned_perplexity:
         table.add_row(
             "perplexity, 95 % interval",

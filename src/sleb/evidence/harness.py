@@ -30,6 +30,7 @@ from sleb.evidence.scorer import Scorer
 from sleb.models.load import LoadedModel
 from sleb.models.source import quiet_transformers
 from sleb.progress import Progress
+from sleb.selection.sweep import Patch
 
 __all__ = ["Harness", "Scores", "Task", "find_names"]
 
@@ -113,13 +114,16 @@ class Harness:
         longest = self.scorer.longest(name, task.instances, picked)
         return Task(name=name, metric=metric, task=task, picked=picked, longest=longest)
 
-    def score(self, task: Task, removed: Collection[int] = ()) -> Scores:
-        """Score the model, with ``removed`` blocks bypassed if there are some."""
+    def score(
+        self, task: Task, removed: Collection[int] = (), patch: Patch | None = None
+    ) -> Scores:
+        """Score the model, with ``removed`` blocks bypassed if there are some, under ``patch``."""
         title = f"{task.name}, {'pruned' if removed else 'dense'}"
         self.scorer.prepare(title, self.batch, task.longest, bypassing=bool(removed))
         with (
             _quiet(),
             _seeded(),
+            patch() if patch else contextlib.nullcontext(),
             self.model.stack.bypassed(removed),
             _memory(task.name),
         ):

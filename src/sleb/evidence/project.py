@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,8 +28,10 @@ from sleb.evidence.transfer import Transfer, transfer
 from sleb.files import write_text
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.pipeline import prune
+from sleb.plan import Plan
 from sleb.progress import Progress, silent
 from sleb.record import RunRecord
+from sleb.repair import stored_repair
 from sleb.report import write_report
 from sleb.selection.request import SearchOptions, goal_of
 from sleb.similarity import measure_similarity
@@ -58,6 +61,8 @@ class Search(_Table):
     strategy: str | None = None
     exact: bool = False
     seed: int = 0
+    repair: bool | None = None
+    repair_tokens: int = Field(default=100_000, ge=1)
 
 
 class Measure(_Table):
@@ -148,7 +153,7 @@ class Project(_Table):
     def options(self) -> SearchOptions:
         """What the search is asked for."""
         options = {
-            **self.search.model_dump(exclude={"windows", "heldout"}),
+            **self.search.model_dump(exclude={"windows", "heldout", "repair", "repair_tokens"}),
             "curve": True,
             "text": [f"{name}={self._text(spec)}" for name, spec in self.text.items()],
             "device": self.device,
@@ -236,6 +241,8 @@ def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunR
         out,
         windows=project.search.windows,
         heldout=project.search.heldout,
+        repair=project.search.repair,
+        repair_tokens=project.search.repair_tokens,
         force=force,
         command="sleb run",
         stages={"prune": key},
@@ -296,10 +303,13 @@ class _Session:
     def tasks(self) -> tuple[TaskResult, ...]:
         measure = self.project.measure
         folder = measure.tasks_folder and self.project.beside(measure.tasks_folder)
+        plan = Plan.load(self.project.target / "plan.json")
+        fixed = stored_repair(plan, self.project.target, self.dense)
         return run_tasks(
             self.dense,
             self.project.tasks,
             removed=self.record.removed,
+            patch=partial(fixed.patch, self.dense.stack) if fixed else None,
             folder=folder,
             limit=measure.limit,
             seed=self.project.search.seed,

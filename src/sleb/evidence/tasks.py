@@ -17,6 +17,7 @@ from sleb.errors import InputError
 from sleb.evidence.questions import Questions, read_questions
 from sleb.models.load import LoadedModel
 from sleb.progress import Progress, silent
+from sleb.selection.sweep import Patch
 from sleb.statistics import Flips, Interval, flips, interval, proportion
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     removed: Collection[int] = (),
+    patch: Patch | None = None,
     folder: str | Path | None = None,
     limit: int | None = None,
     batch: int | None = None,
@@ -78,6 +80,7 @@ def run_tasks(
             are looked up in ``folder`` and then among the harness's own. A group or tag gives a
             result for each of its tasks.
         removed: blocks to bypass for the second score; none: no second score.
+        patch: what the second score is taken under, as a repair.
         folder: where further tasks are defined in the harness's YAML.
         limit: items per task; where a task has more, a sample is drawn by ``seed``, the same for
             both models. Few-shot examples are those that the harness draws by default.
@@ -109,7 +112,7 @@ def run_tasks(
     both = []
     for task in found:
         dense = harness.score(task)
-        both.append((task, dense, harness.score(task, removed) if removed else None))
+        both.append((task, dense, harness.score(task, removed, patch) if removed else None))
     return tuple(_result(task.name, task.metric, dense, pruned) for task, dense, pruned in both)
 
 

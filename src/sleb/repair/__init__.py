@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,15 +24,16 @@ from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
-from sleb.plan import RepairedGap, RepairedTensor, RepairRecord
+from sleb.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.progress import Progress, silent
 from sleb.repair.fit import REACH, Fitter, Gap, gaps
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 from sleb.statistics import Values
+from sleb.surgery import renamer
 from sleb.text import Windows
 
-__all__ = ["RIDGES", "Repair", "repair", "repaired"]
+__all__ = ["RIDGES", "Repair", "repair", "repaired", "stored_repair"]
 
 RIDGES = (0.1, 1.0, 10.0)
 """Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
@@ -121,6 +123,29 @@ def repair(
         gaps=tuple(found), reach=reach, calibration=windows.record, heldout=heldout.record
     )
     return Repair(record=record, tensors=tensors, prefix=stored.prefix)
+
+
+def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair | None:
+    """The repair that ``plan`` records, with its tensors from the checkpoint in ``folder``; None if
+    it records none.
+
+    Raises:
+        InputError: the checkpoint is not there, or its tensors are not the plan's.
+    """
+    if plan.repair is None:
+        return None
+    stored = _Stored(Checkpoint.open(model.source.path), model.stack)
+    rename = renamer(stored.prefix, plan.removed)
+    hint = "give the plan that lies in its checkpoint's folder"
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(f"the plan is of a repaired cut, and {folder} has no checkpoint: {hint}")
+    checkpoint, tensors = Checkpoint.open(folder), {}
+    for name, digest in plan.repair.tensors.items():
+        new = rename(name) or ""
+        if new not in checkpoint.tensors or checkpoint.digest(new) != digest:
+            raise InputError(f"{name} in {folder} is not the one that the plan records: {hint}")
+        tensors[name] = checkpoint.tensor(new)
+    return Repair(record=plan.repair, tensors=tensors, prefix=stored.prefix)
 
 
 @contextmanager

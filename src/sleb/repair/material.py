@@ -11,7 +11,7 @@ from sleb.text import Windows, load_windows
 __all__ = ["JUDGES", "TOKENS", "repair_windows"]
 
 TOKENS = 100_000
-JUDGES = 16
+JUDGES = 32
 
 
 def repair_windows(

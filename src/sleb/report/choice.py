@@ -21,6 +21,7 @@ from sleb.report.page import (
     Table,
     Text,
 )
+from sleb.report.repair import plain_only
 
 __all__ = ["choice"]
 
@@ -241,7 +242,7 @@ def _curve(m: Material) -> list[Item]:
             y_label=say.plain("curve.y"),
         ),
     )
-    return [figure, _depths(m, points, chosen), *_target(m)]
+    return [figure, _depths(m, points, chosen), *_target(m), *plain_only(m)]
 
 
 def _depths(m: Material, points: tuple[Point, ...], chosen: int) -> Table:

@@ -65,6 +65,11 @@ class Material:
         """Whether the evaluation is on what was set aside of the texts that chose the blocks."""
         return "held-out windows" in self.record.evaluation_note.partition(" from ")[0]
 
+    @property
+    def repaired(self) -> bool:
+        """Whether matrices around the gaps are not the original's."""
+        return self.plan.repair is not None and bool(self.plan.repair.tensors)
+
     def missing(self, key: str) -> Markup:
         """That something was not measured, and the command that measures it."""
         return self.say(f"missing.{key}", command=self.command(key))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sleb.report.answers import answers
 from sleb.report.material import Material
 from sleb.report.page import Item, Missing, Panel, Table, Text
+from sleb.report.repair import by_gap, plain_only, with_and_without
 from sleb.report.timing import speed
 
 if TYPE_CHECKING:
@@ -35,9 +36,17 @@ def measured(m: Material) -> list[Panel]:
 def _texts(m: Material) -> list[Item]:
     say, e = m.say, m.record.evaluation
     if e is None:
-        return [Missing(text=m.missing("evaluation"))]
+        return [Missing(text=m.missing("evaluation")), *by_gap(m)]
 
-    def row(name: str, q: Quality) -> tuple[str, ...]:
+    plain = e.unrepaired
+
+    def without(q: Quality | None) -> tuple[str, ...]:
+        if plain is None:
+            return ()
+        ratio = q.perplexity_ratio if q else None
+        return (say.interval(ratio, say.ratio) if ratio else "–",)
+
+    def row(name: str, q: Quality, plain_q: Quality | None) -> tuple[str, ...]:
         dash = "–"
         return (
             name,
@@ -45,14 +54,18 @@ def _texts(m: Material) -> list[Item]:
             say.interval(q.perplexity, say.level),
             say.interval(q.pruned_perplexity, say.level) if q.pruned_perplexity else dash,
             say.interval(q.perplexity_ratio, say.ratio) if q.perplexity_ratio else dash,
+            *without(plain_q),
             say.interval(q.divergence, say.nats) if q.divergence else dash,
             say.interval(q.agreement, say.percent) if q.agreement else dash,
         )
 
-    columns = ("text", "windows", "dense", "pruned", "ratio", "divergence", "agreement")
-    rows = [row(name, q) for name, q in e.domains.items()]
+    columns = ["text", "windows", "dense", "pruned", "ratio", "divergence", "agreement"]
+    if plain is not None:
+        columns.insert(5, "unrepaired")
+    before = plain.domains if plain is not None else {}
+    rows = [row(name, q, before.get(name)) for name, q in e.domains.items()]
     if len(rows) != 1:
-        rows.append(row(say("quality.all"), e))
+        rows.append(row(say("quality.all"), e, plain))
     intro = say(
         "texts.intro" if m.heldout else "texts.other",
         windows=e.windows,
@@ -62,11 +75,13 @@ def _texts(m: Material) -> list[Item]:
     )
     return [
         Text(text=intro),
+        *with_and_without(m),
         Table(
             caption=say("texts.caption"),
             columns=tuple(say(f"texts.{c}") for c in columns),
             rows=tuple(rows),
         ),
+        *by_gap(m),
     ]
 
 
@@ -114,6 +129,7 @@ def _transfer(m: Material) -> list[Item]:
         _transfer_table(m, t),
         _overlap_table(m, t),
         Text(text=say("transfer.recommended", source=_source(m, t.recommended))),
+        *plain_only(m),
     ]
 
 

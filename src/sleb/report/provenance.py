@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
 from sleb.report.limits import gate_table
 from sleb.report.material import Material
 from sleb.report.page import Facts, Item, Missing, Panel, Table, Text
+from sleb.report.repair import changed
 from sleb.report.words import code
 
 __all__ = ["proof", "provenance"]
@@ -20,8 +23,9 @@ def proof(m: Material) -> list[Panel]:
 
 def _exact(m: Material) -> list[Item]:
     say, checks = m.say, m.record.verification.checks
+    notes = ("note", "note_repaired") if m.repaired else ("note",)
     return [
-        Text(text=say("exact.text")),
+        Text(text=say("exact.repaired" if m.repaired else "exact.text", count=changed(m))),
         Table(
             caption=say("exact.caption"),
             columns=tuple(say(f"exact.{c}") for c in ("check", "result", "measured", "limit")),
@@ -36,7 +40,7 @@ def _exact(m: Material) -> list[Item]:
             ),
             words=frozenset(range(4)),
             bad=frozenset(i for i, check in enumerate(checks) if not check.passed),
-            note=say("exact.note") if say.raw("exact.note") else "",
+            note=Markup(" ").join(say(f"exact.{n}") for n in notes if say.raw(f"exact.{n}")),
         ),
     ]
 
@@ -93,7 +97,13 @@ def _texts(m: Material) -> list[Item]:
     say = m.say
     items: list[Item] = []
     heldout = m.plan.curve.heldout if m.plan.curve else None
-    for key, found in (("scored", m.plan.calibration), ("heldout", heldout)):
+    repair = m.plan.repair
+    for key, found in (
+        ("scored", m.plan.calibration),
+        ("heldout", heldout),
+        ("fitted", repair.calibration if repair else None),
+        ("judged", repair.heldout if repair else None),
+    ):
         if found is None:
             continue
         columns = ("spec", "sha256", "documents", "tokens", "windows")

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from sleb.report.material import Material
 from sleb.report.page import Facts, Item, Listing, Missing, Panel, Table, Text
+from sleb.report.repair import in_short
 from sleb.report.words import bounds
 from sleb.statistics import Interval
 
@@ -60,6 +61,7 @@ def _removed(m: Material) -> list[Item]:
             ),
         ),
         (say("removed.which"), say.join(map(str, r.removed))),
+        (say("repair.name"), in_short(m)),
         (
             say("removed.parameters"),
             change(*r.parameters, (say.large(r.parameters[0]), say.large(r.parameters[1]))),
@@ -247,4 +249,5 @@ def _rollback(m: Material) -> Listing:
     lines = [say("rollback.unchanged", model=m.record.model)]
     if depth > 1:
         lines.append(say("rollback.shallower", most=depth - 1, command=m.command("apply")))
+        lines += [say("rollback.unrepaired")] if m.repaired else []
     return Listing(lines=tuple(lines))

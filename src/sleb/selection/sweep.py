@@ -37,9 +37,12 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.kept import Kept, States
 from sleb.selection.objective import DENSE, BlockSet, Values
 
-__all__ = ["Sweep", "block_forwards"]
+__all__ = ["Patch", "Sweep", "block_forwards"]
 
 logger = logging.getLogger(__name__)
+
+Patch = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which the model's blocks have other weights, as of a repair."""
 
 
 class Part:
@@ -74,8 +77,8 @@ class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
     ``forwards`` counts block forwards of one window, the unit of the search's work. ``keep`` is for
-    searches that score in rounds, all windows in each: see ``kept``. ``patch`` makes a context in
-    which all sets but the dense one are computed: one that changes weights.
+    searches that score in rounds, all windows in each: see ``kept``. All sets but the dense
+    one are computed under ``patch``.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Sweep:
         batch: int | None = None,
         max_bytes: int | None = None,
         keep: bool = False,
-        patch: Callable[[], AbstractContextManager[None]] | None = None,
+        patch: Patch | None = None,
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])

@@ -1,0 +1,320 @@
+"""What each choice of blocks costs, with and without repair: one model, one run.
+
+    python benchmarks/quality.py MODEL --data FOLDER -o out.json
+
+FOLDER is laid out as texts.py says. Every set of blocks is scored as a plain cut and as a repaired
+one, on text that neither search nor repair has seen: perplexity over the dense model's on the same
+windows, by domain; their geometric mean over the five domains that calibrate; likewise over texts
+of other kinds; and zero-shot accuracy with --tasks. The JSON is written after every system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import measure, setting
+from plot_quality import summary
+from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
+from zeroshot import Tasks, local_tasks
+
+import sleb
+from sleb.errors import SlebError, UnsupportedModel
+from sleb.evidence.tasks import check_tasks
+from sleb.files import write_text
+from sleb.plan import Calibration, blocks_to_remove
+from sleb.repair import Repair, repair
+from sleb.repair.material import TOKENS, repair_windows
+from sleb.selection.sweep import Patch
+from sleb.statistics import Interval, exponential
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A way to choose blocks: options of :func:`sleb.search`; whether its first k of n blocks are
+    what it finds for k; and whether it sees the published calibration text or that of all domains.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    nested: bool = True
+    published: bool = False
+
+
+SYSTEMS = {
+    "cosine": System(options={"metric": "cosine"}),
+    "sleb": System(options={"exact": True}, published=True),
+    "greedy": System(),
+    "beam": System(options={"strategy": "beam"}, nested=False),
+    "window": System(options={"strategy": "window"}, nested=False),
+    "repair-aware": System(options={"metric": "repaired-loss"}),
+}
+
+
+class Bench:
+    """The loaded model, the windows of every use, and what was measured of which cut."""
+
+    def __init__(self, options: argparse.Namespace, texts: Texts) -> None:
+        self.options, seed = options, options.seed
+        self.model = sleb.load(options.model, dtype=options.dtype, device=options.device)
+        self.depths = [blocks_to_remove(n, len(self.model.stack)) for n in options.removed]
+        self.device = self.model.stack.input_device
+        self.mix = [*texts.calibration.values()]
+        self.published = [texts.calibration[PUBLISHED]]
+        cut = functools.partial(sleb.load_windows, self.model.tokenizer, seed=seed)
+        self.scored, _ = cut(self.mix, windows=options.windows, length=options.length)
+        self.narrow, _ = cut(
+            self.published, windows=options.published_windows, length=options.published_length
+        )
+        length = options.repair_length or options.length
+        self.fitted, self.judges = repair_windows(
+            self.model.tokenizer,
+            self.mix,
+            scored=self.scored if length == options.length else None,
+            tokens=options.repair_tokens,
+            length=length,
+            seed=seed,
+        )
+        self.test, _ = cut(
+            [*texts.test.values()],
+            windows=options.test_windows * len(texts.test),
+            length=options.test_length,
+        )
+        self.tasks: Tasks | None = None
+        self._known: dict[frozenset[int], dict[str, Any]] = {}
+
+    def dense(self) -> dict[str, Any]:
+        """The model as it is."""
+        found, seconds, peak = measure(self.device, lambda: sleb.evaluate(self.model, self.test))
+        return {
+            "perplexity": {name: asdict(q.perplexity) for name, q in found.domains.items()},
+            "evaluation_seconds": seconds,
+            "peak_gb": peak,
+            "tasks": self.tasks.dense() if self.tasks else None,
+        }
+
+    def texts(self) -> dict[str, Any]:
+        """What was used of which text."""
+        return {
+            "search": _used(self.scored.record),
+            "published": {
+                "note": "as much as the released code, which takes 128 rows of the training set",
+                **_used(self.narrow.record),
+            },
+            "repair": _used(self.fitted.record),
+            "repair_judges": _used(self.judges.record),
+            "test": _used(self.test.record),
+        }
+
+    def run(self, name: str) -> dict[str, Any]:
+        """All depths of one system."""
+        system = SYSTEMS[name]
+        plans: dict[int, sleb.Plan] = {}
+        searches = []
+        for depth in [max(self.depths)] if system.nested else self.depths:
+            plan, seconds, peak = measure(self.device, functools.partial(self._search, name, depth))
+            plans[depth] = plan
+            searches.append(
+                {"removed": depth, "order": plan.order, "seconds": seconds, "peak_gb": peak}
+            )
+        sets = []
+        for depth in self.depths:
+            removed = plans[depth if depth in plans else max(plans)].at_depth(depth)
+            sets.append({"removed": depth, "blocks": removed, **self._measured(removed)})
+            print(json.dumps({"system": name, **_brief(sets[-1])}), flush=True)
+        return {
+            "system": name,
+            "options": dict(system.options),
+            "calibration": "published" if system.published else "search",
+            "searches": searches,
+            "sets": sets,
+        }
+
+    def _search(self, name: str, depth: int) -> sleb.Plan:
+        system = SYSTEMS[name]
+        return sleb.search(
+            self.model,
+            remove=depth,
+            text=self.published if system.published else self.mix,
+            windows=self.narrow if system.published else self.scored,
+            seed=self.options.seed,
+            **system.options,
+        )
+
+    def _measured(self, removed: tuple[int, ...]) -> dict[str, Any]:
+        """A cut, plain and repaired. Two systems may find the same one."""
+        key = frozenset(removed)
+        if key not in self._known:
+            found, done = self._repair(removed)
+            patch = functools.partial(found.patch, self.model.stack) if found else None
+            scored = sleb.evaluate(self.model, self.test, removed=removed, patch=patch)
+            plain = self._scored(scored.unrepaired or scored)
+            repaired = self._scored(scored, patch) if patch else None
+            if "refused" not in done and not patch:  # no fit was accepted: the cut is the plain one
+                repaired = plain
+            self._known[key] = {"plain": plain, "repaired": repaired, "repair": done}
+        return self._known[key]
+
+    def _repair(self, removed: tuple[int, ...]) -> tuple[Repair | None, dict[str, Any]]:
+        """A repair, if it changes anything, and what is to be said of it."""
+        work = functools.partial(repair, self.model, removed, self.fitted, self.judges)
+        try:
+            found, seconds, peak = measure(self.device, work)
+        except UnsupportedModel as error:
+            return None, {"refused": str(error)}
+        return found if found.tensors else None, {
+            "seconds": seconds,
+            "peak_gb": peak,
+            "tensors": len(found.tensors),
+            "gaps": [
+                {"blocks": gap.removed, "ridge": gap.ridge, "tensors": len(gap.tensors)}
+                for gap in found.record.gaps
+            ],
+        }
+
+    def _scored(self, found: sleb.Evaluation, patch: Patch | None = None) -> dict[str, Any]:
+        increases: dict[str, Interval] = {}
+        domains = {}
+        for name, quality in found.domains.items():
+            assert quality.loss_increase is not None
+            assert quality.perplexity_ratio is not None
+            assert quality.agreement is not None
+            increases[name] = quality.loss_increase
+            domains[name] = {
+                "ratio": asdict(quality.perplexity_ratio),
+                "agreement": quality.agreement.value,
+            }
+        return {
+            "geo": geometric([increases[name] for name in DOMAINS]),
+            "unseen_geo": geometric([increases[name] for name in UNSEEN]),
+            "worst": max(DOMAINS, key=lambda name: increases[name].value),
+            "domains": domains,
+            "tasks": self.tasks.score(found.removed, patch) if self.tasks else None,
+        }
+
+
+def geometric(increases: Sequence[Interval]) -> dict[str, Any]:
+    """Geometric mean of the perplexity ratios whose logs are ``increases``, with its 95 % interval:
+    domains are independent strata of one weight, so their half-widths add as squares."""
+    mean = float(np.mean([i.value for i in increases]))
+    halves = [i.high - i.value for i in increases if i.high is not None]
+    if len(halves) < len(increases):
+        return asdict(exponential(Interval(value=mean, low=None, high=None)))
+    half = float(np.sqrt(np.square(halves).sum())) / len(halves)
+    return asdict(exponential(Interval(value=mean, low=mean - half, high=mean + half)))
+
+
+def _used(record: Calibration) -> dict[str, Any]:
+    sources = [
+        {"name": Path(s.spec).stem, **s.model_dump(mode="json", exclude={"spec"})}
+        for s in record.sources
+    ]
+    return {"windows": record.windows, "length": record.length, "sources": sources}
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "removed": row["blocks"],
+        "plain": round(row["plain"]["geo"]["value"], 3),
+        "repaired": row["repaired"] and round(row["repaired"]["geo"]["value"], 3),
+        "repair_seconds": round(row["repair"].get("seconds", 0), 1),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six figures are more than any of these means."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of texts and items")
+    parser.add_argument("--removed", default="10%,20%,30%", help="depths: blocks, or percentages")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--windows", type=int, default=64, help="to search on, over all domains")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--published-windows", type=int, default=4)
+    parser.add_argument("--published-length", type=int, default=2048)
+    parser.add_argument("--repair-tokens", type=int, default=TOKENS)
+    parser.add_argument("--repair-length", type=int, help="default: --length")
+    parser.add_argument("--test-windows", type=int, default=16, help="of each text")
+    parser.add_argument("--test-length", type=int, default=2048)
+    parser.add_argument("--tasks", help="examples/tasks without _local, or of --tasks-folder")
+    parser.add_argument("--tasks-folder", type=Path)
+    parser.add_argument("--limit", type=int, help="items per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--minutes", type=float, help="then no further system is begun")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    options = parser.parse_args()
+    for name in ("removed", "systems", "tasks"):
+        setattr(options, name, [p for p in (getattr(options, name) or "").split(",") if p])
+    if unknown := [name for name in options.systems if name not in SYSTEMS]:
+        parser.error(f"no system {unknown[0]!r}; known: {', '.join(SYSTEMS)}")
+    return options
+
+
+def main() -> None:
+    start = time.monotonic()
+    options = parse()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        texts = prepare(options.data, Path(place), options.seed)
+        names, folder = options.tasks, options.tasks_folder
+        if names:
+            if folder is None:
+                folder = Path(place) / "tasks"
+                names = local_tasks(options.data, names, folder)
+            check_tasks(names, folder=folder)
+        bench = Bench(options, texts)
+        if names:
+            bench.tasks = Tasks(bench.model, names, folder, options.limit, options.seed)
+        paths = ("out", "model", "data", "tasks_folder")
+        report: dict[str, Any] = {
+            "what": {k: v for k, v in vars(options).items() if k not in paths},
+            "model": Path(options.model).name,
+            "blocks": len(bench.model.stack),
+            **setting(bench.device, bench.model.stack.dtype),
+            "domains": [*DOMAINS],
+            "unseen": [*UNSEEN],
+            "texts": bench.texts(),
+            "dense": bench.dense(),
+            "systems": [],
+            "not_begun": options.systems,
+        }
+
+        def save() -> None:
+            report["seconds"] = time.monotonic() - start
+            write_text(options.out, json.dumps(_rounded(report), indent=1) + "\n")
+
+        save()
+        while report["not_begun"]:
+            if options.minutes and time.monotonic() - start > 60 * options.minutes:
+                break
+            name, *report["not_begun"] = report["not_begun"]
+            report["systems"].append(bench.run(name))
+            save()
+    print("\n" + summary(report))
+    if report["not_begun"]:
+        print(f"\nnot begun for lack of time: {', '.join(report['not_begun'])}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SlebError as error:
+        sys.exit(f"quality.py: {error}")

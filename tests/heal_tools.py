@@ -1,0 +1,59 @@
+"""A small cut model with texts, healing it, and stopping that."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import sleb
+from conftest import save_tiny
+from sleb.heal import heal
+
+CPU = {"device": "cpu", "dtype": "float32"}
+SMALL = {**CPU, "tokens": 3072, "length": 32, "lr": 3e-3, "heldout": 8, "batch": 8}
+
+
+def cut_model(folder: Path, dtype: torch.dtype | None = None, **options) -> Path:
+    model = save_tiny(folder / "MODEL", **options)
+    if dtype:
+        for shard in model.glob("*.safetensors"):
+            stored = {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
+            save_file(stored, shard, metadata={"format": "pt"})
+        config = json.loads((model / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (model / "config.json").write_text(json.dumps(config))
+    plan = sleb.search(model, remove=2, windows=4, length=16, **CPU)
+    sleb.apply(plan, model, folder / "OUT")
+    words = "the block of a model passes its input through and nothing is lost "
+    (folder / "mail.txt").write_text((words * 200)[:12_000])
+    (folder / "code.txt").write_text("".join(f"def f{i}(x): return x + {i}\n" for i in range(300)))
+    return folder
+
+
+def healed(home: Path, out: Path, **options):
+    texts = [str(home / "mail.txt"), str(home / "code.txt")]
+    return heal(home / "OUT", home / "MODEL", out, **{"text": texts, **SMALL, **options})
+
+
+class Stopping:
+    """A progress that does ``action`` at the ``at``-th pass of training, and counts them."""
+
+    def __init__(self, at: int = -1, action=lambda: signal.raise_signal(signal.SIGINT)) -> None:
+        self.at, self.action, self.passes, self.total = at, action, 0, None
+
+    @contextmanager
+    def stage(self, title, total):
+        def tick(n=1, note=""):
+            if title == "healing":
+                self.passes += 1
+                if self.passes == self.at:
+                    self.action()
+
+        if title == "healing":
+            self.total = total
+        yield tick

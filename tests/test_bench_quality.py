@@ -1,0 +1,236 @@
+"""benchmarks/quality.py on a tiny model: what its figures are, and what it keeps apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from math import log
+from pathlib import Path
+
+import pytest
+
+import sleb
+from sleb.errors import InputError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from plot_quality import draw, markdown  # noqa: E402
+from texts import DOMAINS, UNSEEN, prepare  # noqa: E402
+from zeroshot import local_tasks  # noqa: E402
+
+SENTENCES = (  # what the model of conftest has learned
+    "the block of a model passes its input through",
+    "and nothing at all is lost",
+    "for ever",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of texts and items as the benchmark wants it."""
+    folder = tmp_path_factory.mktemp("data")
+    for sub in ("wikitext2", "domains", "prose", "zeroshot"):
+        (folder / sub).mkdir()
+    place = random.Random(0)
+    for path in [*(f for files in DOMAINS.values() for f in files), *UNSEEN.values()]:
+        rows = [". ".join(place.choices(SENTENCES, k=20)) for _ in range(12)]
+        if path.endswith(".jsonl"):
+            rows = [json.dumps({"text": row}) for row in rows]
+        (folder / path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    letters = [chr(c) for c in range(97, 123)]
+    items = [  # near chance, so that answers flip
+        {"query": "for ever", "choices": ["".join(place.choices(letters, k=4)) for _ in range(2)]}
+        for _ in range(30)
+    ]
+    rows = [json.dumps({**item, "gold": i % 2}) for i, item in enumerate(items)]
+    (folder / "zeroshot/piqa.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def bench(model: Path, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    sizes = {"windows": 10, "length": 32, "published-windows": 2, "published-length": 32}
+    sizes |= {
+        "repair-tokens": 3000,
+        "test-windows": 3,
+        "test-length": 48,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    return subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / "quality.py",
+            model,
+            "--data",
+            data,
+            "-o",
+            out,
+            *options,
+            *more,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def result(learned, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "out.json"
+    pytest.importorskip("lm_eval")
+    systems = (
+        "--removed",
+        "1,40%",
+        "--systems",
+        "cosine,sleb,greedy,beam,window",
+        "--tasks",
+        "piqa",
+    )
+    done = bench(learned / "model", data, out, *systems)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_every_system_is_scored_plain_and_repaired_at_every_depth(result, data):
+    report, shown = result
+    assert [s["system"] for s in report["systems"]] == [
+        "cosine",
+        "sleb",
+        "greedy",
+        "beam",
+        "window",
+    ]
+    assert report["not_begun"] == []
+    assert str(data) not in json.dumps(report)
+    depths = {1, report["systems"][0]["sets"][1]["removed"]}
+    for system in report["systems"]:
+        assert {len(cut["blocks"]) for cut in system["sets"]} == depths
+        shallow, deep = (set(cut["blocks"]) for cut in system["sets"])
+        if system["system"] in ("beam", "window"):
+            assert [s["removed"] for s in system["searches"]] == sorted(depths)
+        else:
+            assert [s["removed"] for s in system["searches"]] == [max(depths)]
+            assert shallow < deep
+        for cut in system["sets"]:
+            for form in ("plain", "repaired"):
+                check(cut[form])
+            assert [b for gap in cut["repair"]["gaps"] for b in gap["blocks"]] == cut["blocks"]
+            assert f"{cut['plain']['geo']['value']:.2f}" in shown
+    assert any(
+        cut["repaired"]["geo"]["value"] < cut["plain"]["geo"]["value"] - 1e-3
+        for system in report["systems"]
+        for cut in system["sets"]
+    )
+
+
+def check(scored: dict) -> None:
+    """Means and the worst, computed again from the domains."""
+    ratios = {name: row["ratio"]["value"] for name, row in scored["domains"].items()}
+    assert set(ratios) == {*DOMAINS, *UNSEEN}
+    for key, names in (("geo", DOMAINS), ("unseen_geo", UNSEEN)):
+        mean = sum(log(ratios[name]) for name in names) / len(names)
+        assert log(scored[key]["value"]) == pytest.approx(mean, abs=1e-4)
+        assert scored[key]["low"] < scored[key]["value"] < scored[key]["high"]
+    assert ratios[scored["worst"]] == max(ratios[name] for name in DOMAINS)
+
+
+def test_a_ratio_is_that_of_the_bypassed_model_on_the_test_text(result, learned, data, tmp_path):
+    report, _ = result
+    loaded = sleb.load(learned / "model", dtype="float32", device="cpu")
+    specs = prepare(data, tmp_path, 0).test
+    windows, _ = sleb.load_windows(
+        loaded.tokenizer, [*specs.values()], windows=3 * len(specs), length=48, seed=0
+    )
+    cut = report["systems"][1]["sets"][0]
+    found = sleb.evaluate(loaded, windows, removed=cut["blocks"])
+    for name, row in cut["plain"]["domains"].items():
+        assert found.domains[name].perplexity_ratio.value == pytest.approx(
+            row["ratio"]["value"], rel=1e-4
+        )
+        assert found.domains[name].perplexity.value == pytest.approx(
+            report["dense"]["perplexity"][name]["value"], rel=1e-4
+        )
+
+
+def test_accuracies_are_those_of_the_cut_and_the_repaired_model(result, learned, data, tmp_path):
+    from sleb.evidence.tasks import run_tasks
+
+    report, _ = result
+    loaded = sleb.load(learned / "model", dtype="float32", device="cpu")
+    (name,) = local_tasks(data, ["piqa"], tmp_path / "tasks")
+    dense = report["dense"]["tasks"][name]
+    assert dense["items"] == 30
+    changed = []
+    for system in report["systems"]:
+        cut = system["sets"][1]
+        (own,) = run_tasks(loaded, [name], removed=cut["blocks"], folder=tmp_path / "tasks")
+        plain, repaired = (cut[form]["tasks"][name] for form in ("plain", "repaired"))
+        assert own.dense.value == pytest.approx(dense["accuracy"]["value"], abs=1e-5)
+        assert own.pruned.value == pytest.approx(plain["accuracy"]["value"], abs=1e-5)
+        assert (own.flips.lost, own.flips.won) == (plain["lost"], plain["won"])
+        changed.append((plain["lost"], plain["won"]))
+        changed.append((repaired["lost"], repaired["won"]))
+    assert any(lost or won for lost, won in changed[::2])
+    assert changed[::2] != changed[1::2]
+
+
+def test_tables_and_plot_hold_the_figures(result, tmp_path):
+    report, _ = result
+    text = markdown(report)
+    for name in (*DOMAINS, *UNSEEN):
+        assert f"{report['dense']['perplexity'][name]['value']:.2f}" in text
+    assert text.count("greedy, repaired") == 4
+    refused = json.loads(json.dumps(report))
+    for system in refused["systems"]:
+        for cut in system["sets"]:
+            cut |= {"repaired": None, "repair": {"refused": "a norm follows"}}
+    assert "refused" in markdown(refused)
+    assert ", repaired" not in markdown(refused)
+    draw([report, refused], tmp_path / "plot.svg")
+    assert "zero-shot accuracy" in (tmp_path / "plot.svg").read_text()
+
+
+def test_time_is_kept_and_what_was_not_begun_is_told(learned, data, tmp_path):
+    done = bench(learned / "model", data, tmp_path / "out.json", "--minutes", "0.0001")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["systems"] == []
+    assert report["not_begun"] == ["cosine", "sleb", "greedy", "beam", "window", "repair-aware"]
+    assert "not begun for lack of time: cosine" in done.stdout
+
+
+def test_what_calibrates_does_not_test(data, tmp_path):
+    found = prepare(data, tmp_path / "one", 0)
+    assert set(found.calibration) == {*DOMAINS}
+    assert set(found.test) == {*DOMAINS, *UNSEEN}
+    documents = {
+        use: {row for spec in specs.values() for row in Path(spec).read_text().splitlines()}
+        for use, specs in (("calibration", found.calibration), ("test", found.test))
+    }
+    assert not documents["calibration"] & documents["test"]
+    for name, files in DOMAINS.items():
+        kept = [Path(s[name]).read_text().splitlines() for s in (found.calibration, found.test)]
+        assert [len(rows) for rows in kept] == ([8, 4] if len(files) == 1 else [12, 12])
+    other = prepare(data, tmp_path / "two", 1)
+    assert Path(other.test["code"]).read_text() != Path(found.test["code"]).read_text()
+
+
+def test_a_document_on_both_sides_is_refused(data, tmp_path):
+    for path in [p for p in data.rglob("*") if p.is_file()]:
+        target = tmp_path / "data" / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    rows = (tmp_path / "data/domains/c4_calibration.jsonl").read_text().splitlines(keepends=True)
+    with open(tmp_path / "data/domains/c4_test.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(rows[3])
+    with pytest.raises(InputError, match="a document of 'c4' tests and calibrates"):
+        prepare(tmp_path / "data", tmp_path, 0)
+    (tmp_path / "data/prose/sotu_1961_2026.jsonl").unlink()
+    with pytest.raises(InputError, match=r"sotu_1961_2026\.jsonl cannot be read"):
+        prepare(tmp_path / "data", tmp_path, 0)

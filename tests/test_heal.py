@@ -1,0 +1,296 @@
+"""Healing: the cut model learns from the dense one, and keeps its form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import sleb
+from cli_tools import refused, run, tree
+from conftest import save_tiny
+from heal_tools import CPU, SMALL, Stopping, cut_model, healed
+from sleb.checkpoint import Checkpoint
+from sleb.errors import DataError, InputError, UnsupportedModel, VerificationFailed
+from sleb.heal import heal, training
+from sleb.heal.material import heal_windows
+from sleb.heal.state import Progressed
+from sleb.heal.student import Student
+from sleb.heal.training import Schedule, rows_of
+from sleb.quality import evaluate
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """``MODEL``, ``OUT`` without 2 of its 6 blocks, and two texts."""
+    folder = tmp_path_factory.mktemp("heal")
+    return cut_model(folder)
+
+
+# -- the result ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_healed_checkpoint_is_nearer_and_of_the_same_form(tmp_path, tied, dtype):
+    home = cut_model(tmp_path, dtype, tie_word_embeddings=tied, shard="60KB")
+    done = healed(home, tmp_path / "H")
+    assert done.overall.healed_divergence.value < 0.6 * done.overall.cut_divergence.value
+    assert set(done.texts) == {"mail", "code"}
+    for text in done.texts.values():
+        assert text.healed_divergence.value < text.cut_divergence.value
+
+    before, after = Checkpoint.open(home / "OUT"), Checkpoint.open(tmp_path / "H")
+    forms = [{n: (i.dtype, i.shape) for n, i in c.tensors.items()} for c in (before, after)]
+    assert forms[0] == forms[1]
+    assert len(before.metadata) == len(after.metadata)
+    same = {n for n in after.tensors if after.digest(n) == before.digest(n)}
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert same == ends, "all but embedding and head were trained"
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "H")
+    assert stock.dtype == dtype
+    assert stock.config.num_hidden_layers == 4
+    assert (tmp_path / "H/plan.json").read_bytes() == (home / "OUT/plan.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "H" / name).read_bytes() == (home / "OUT" / name).read_bytes()
+    config = [json.loads((p / "config.json").read_text()) for p in (home / "OUT", tmp_path / "H")]
+    assert config[0] == config[1]
+
+
+def test_what_was_done_is_recorded(home, tmp_path):
+    done = healed(home, tmp_path / "H", tokens=8 * 32 * 100)
+    found = json.loads((tmp_path / "H/heal.json").read_text())
+    assert found["steps"] == done.steps == 100
+    assert found["tokens"] == 8 * 32 * 100
+    assert done.passes > 1, "more tokens than text: it is gone through again"
+    assert done.passes == pytest.approx(800 / found["calibration"]["windows"], abs=1e-3)
+    assert [step for step, _ in done.checks] == list(range(0, 101, 10))
+    assert found["settings"]["lr"] == 3e-3
+    for name, folder in (("cut", home / "OUT"), ("healed", tmp_path / "H")):
+        digest = sleb.checkpoint.fingerprint(Checkpoint.open(folder), 4).weights_sha256
+        assert found[f"{name}_sha256"] == digest
+    card = (tmp_path / "H/README.md").read_text()
+    assert "## Healed" in card
+    assert f"| mail | {done.texts['mail'].windows} | " in card
+    assert not (tmp_path / "H.heal").exists()
+
+
+def test_the_figures_are_those_of_eval(home, tmp_path):
+    """Before and after, measured by the rest of the library too."""
+    done = healed(home, tmp_path / "H")
+    dense = sleb.load(home / "MODEL", **CPU)
+    texts = [str(home / "mail.txt"), str(home / "code.txt")]
+    trained, judges = heal_windows(
+        dense.tokenizer, texts, batch=8, wanted=96, judges=8, length=32, seed=0
+    )
+    rows = [set(map(tuple, w.ids.tolist())) for w in (trained, judges)]
+    assert len(judges.ids) == 8
+    fresh = [i for i, w in enumerate(judges.ids.tolist()) if tuple(w) not in rows[0]]
+    assert fresh, "the texts repeat themselves, but not everywhere"
+    wanted = evaluate(dense, judges, removed=done.removed)
+    assert done.overall.perplexity.value == pytest.approx(wanted.perplexity.value, rel=1e-5)
+    assert done.overall.cut_ratio.value == pytest.approx(wanted.perplexity_ratio.value, rel=1e-5)
+    assert done.overall.cut_divergence.low == pytest.approx(wanted.divergence.low, rel=1e-4)
+    own = evaluate(sleb.load(tmp_path / "H", **CPU), judges)
+    ratio = own.perplexity.value / wanted.perplexity.value
+    assert done.overall.healed_ratio.value == pytest.approx(ratio, rel=1e-5)
+
+
+def test_adapters_are_merged(home, tmp_path):
+    done = healed(home, tmp_path / "H", lora=4, lr=1e-2)
+    assert done.overall.healed_divergence.value < 0.8 * done.overall.cut_divergence.value
+    assert done.trained_parameters == 4 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
+    before, after = Checkpoint.open(home / "OUT"), Checkpoint.open(tmp_path / "H")
+    changed = {n for n in after.tensors if after.digest(n) != before.digest(n)}
+    assert changed == {n for n in before.tensors if n.endswith("_proj.weight")}
+
+
+# -- how it is trained -----------------------------------------------------------------------------
+
+
+def scripted(monkeypatch, values):
+    """Held-out divergences in place of measured ones; and the weights at each check."""
+    seen, script = [], iter(values)
+
+    def measured(student, teacher, judges, at_once):
+        weights = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+        seen.append(weights)
+        return np.full((8, 3), next(script))
+
+    monkeypatch.setattr(training, "measure", measured)
+    return seen
+
+
+def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
+    home, tmp_path, monkeypatch
+):
+    seen = scripted(monkeypatch, [0.09, 0.05, 0.06, 0.05, 0.07, 0.01, 0.01])
+    done = healed(home, tmp_path / "H", tokens=10 * 256)
+    assert done.stopped == "no better on held-out text in 3 checks"
+    assert (done.steps, done.best_step) == (5, 2)
+    assert len(seen) == 5
+    found = load_file(tmp_path / "H/model.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, seen[1][name]), name
+    assert not torch.equal(seen[1]["model.norm.weight"], seen[4]["model.norm.weight"])
+
+
+def test_a_run_that_makes_nothing_better_writes_nothing(home, tmp_path, monkeypatch):
+    scripted(monkeypatch, [9.0] * 10)
+    with pytest.raises(VerificationFailed, match=r"did not bring .* nearer .* give a lower --lr"):
+        healed(home, tmp_path / "H")
+    assert tree(tmp_path) == {}
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(home, tmp_path):
+    with pytest.raises(DataError, match="give a lower --lr"):
+        healed(home, tmp_path / "H", lr=1e30)
+    assert not (tmp_path / "H").exists()
+
+
+def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
+    done = healed(home, tmp_path / "H", tokens=10**9, minutes=0.03)
+    assert done.stopped == "time is up"
+    assert 1.8 <= done.seconds < 10
+    assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
+
+    plain = Schedule(steps=100, batch=8, lr=1.0)
+    rates = [plain.rate(step, 0.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[4] == pytest.approx(1, abs=0.01)
+    assert max(rates) == rates[4]
+    assert rates[50] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.001
+    timed = Schedule(steps=100, batch=8, lr=1.0, seconds=10)
+    assert timed.rate(5, 5.0) == pytest.approx(0.5)
+    assert timed.rate(5, 12.0) == 0
+    assert timed.over(Progressed(step=5, seconds=10)) == "time is up"
+    assert plain.over(Progressed(step=99)) is None
+    assert plain.over(Progressed(step=100)) == "all steps done"
+
+
+def test_every_window_is_taken_once_before_any_is_taken_again():
+    steps = [rows_of(step, 4, 10, seed=1) for step in range(5)]
+    taken = [row for rows in steps for row in rows]
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    assert taken[:10] != taken[10:]
+    assert taken != [row for step in range(5) for row in rows_of(step, 4, 10, seed=2)]
+
+
+def test_windows_that_judge_are_of_every_text_and_never_trained_on(tmp_path):
+    from text_tools import letters, tokenizer
+
+    (tmp_path / "long.txt").write_text(letters(3000))
+    (tmp_path / "short.txt").write_text(letters(100, start=9000))
+    specs = [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
+    options = {"batch": 4, "judges": 20, "length": 10, "seed": 0}
+    trained, judges = heal_windows(tokenizer(), specs, wanted=10_000, **options)
+    assert [judges.source.count(i) for i in (0, 1)] == [10, 2]
+    rows = [set(map(tuple, w.ids.tolist())) for w in (trained, judges)]
+    assert not rows[0] & rows[1]
+    assert len(rows[0] | rows[1]) == 310, "nothing is left out"
+    few, same = heal_windows(tokenizer(), specs, wanted=40, **options)
+    assert 30 <= len(few.ids) <= 40
+    assert set(few.source) == {0, 1}
+    assert not set(map(tuple, few.ids.tolist())) & set(map(tuple, same.ids.tolist()))
+    with pytest.raises(InputError, match=r"windows of 1000 tokens are left to train on, .* step"):
+        heal_windows(tokenizer(), specs[:1], wanted=40, **{**options, "length": 1000})
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeypatch):
+    other = save_tiny(tmp_path / "other", seed=1)
+    bare = Path(shutil.copytree(home / "OUT", tmp_path / "bare"))
+    (bare / "plan.json").unlink()
+    (tmp_path / "short.txt").write_text("too short to heal on " * 9)
+    done = Path(shutil.copytree(home / "OUT", tmp_path / "done"))
+    (done / "heal.json").write_text("{}")
+    before = tree(tmp_path)
+    text = {"text": [str(home / "mail.txt")]}
+    out, model, cut = tmp_path / "H", home / "MODEL", home / "OUT"
+    for arguments, options, message in [
+        ((cut, other, out), text, "made for another model: weights_sha256"),
+        ((tmp_path / "none", model, out), text, "no checkpoint folder at"),
+        ((bare, model, out), text, "has no plan.json"),
+        ((done, model, out), text, "is healed already"),
+        ((cut, model, bare), text, "exists; choose another -o"),
+        ((cut, model, out), {"text": [str(tmp_path / "short.txt")]}, "a step takes 8"),
+        ((cut, model, out), {"text": ["gone.txt"]}, "gone.txt"),
+        ((cut, model, out), {**text, "lr": 0.0}, "--lr 0.0 is not possible"),
+        ((cut, model, out), {**text, "at_once": 0}, "--at-once 0 is not possible"),
+        ((cut, model, out), {**text, "lora": 0}, "--lora 0 is not possible"),
+        ((cut, model, out), {**text, "minutes": -1}, "--minutes -1 is not possible"),
+        ((cut, model, out), {**text, "length": 300}, "300 tokens are longer than the 256"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            heal(*arguments, **{**SMALL, **options})
+    with pytest.raises(InputError, match="is the model itself"):
+        heal(cut, model, cut, **SMALL, **text, force=True)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"--lora needs PEFT; .*'sleb\[heal\]'"):
+        healed(home, out, lora=2)
+    assert tree(tmp_path) == before
+
+
+def test_a_plan_of_another_depth_is_refused(home, tmp_path):
+    other = Path(shutil.copytree(home / "OUT", tmp_path / "other"))
+    plan = json.loads((other / "plan.json").read_text())
+    plan["removed"], plan["order"] = plan["order"][:1], plan["order"][:1]
+    (other / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match=r"has 4 blocks, and its plan leaves 6 - 1"):
+        heal(other, home / "MODEL", tmp_path / "H", text=[str(home / "mail.txt")], **SMALL)
+
+
+def test_weights_that_are_not_stored_as_such_are_refused(home):
+    model = AutoModelForCausalLM.from_pretrained(home / "OUT")
+    checkpoint = Checkpoint.open(home / "OUT")
+    name = "model.layers.1.mlp.up_proj.weight"
+    info = checkpoint.tensors[name]
+    checkpoint.tensors[name] = type(info)(**{**vars(info), "dtype": "F8_E4M3"})
+    with pytest.raises(
+        UnsupportedModel, match=f"{name} is stored as F8_E4M3 .* before it is quant"
+    ):
+        Student(model, checkpoint, rank=None, seed=0)
+    del checkpoint.tensors[name]
+    with pytest.raises(UnsupportedModel, match=f"{name} has another name in"):
+        Student(model, checkpoint, rank=None, seed=0)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    command = ["heal", "OUT", "--model", "MODEL", "--text", "mail.txt", "--text", "code.txt"]
+    command += ["--tokens", "3072", "--length", "32", "--lr", "3e-3", "--heldout", "8"]
+    command += ["--device", "cpu", "--dtype", "float32", "-o", tmp_path / "H"]
+    ran = run(capsys, *command)
+    assert ran.code == 0, ran.err
+    head, *rows = ran.out.splitlines()[1:5]
+    assert head.split() == ["text", "windows", "dense", "cut", "healed", "divergence"]
+    assert [row.split()[0] for row in rows] == ["mail", "code", "all"]
+    for row in rows:
+        assert row.count(" to ") == 3, "two ratios with their intervals, and the divergence"
+    assert f"checkpoint written to {tmp_path / 'H'}" in ran.out
+
+    assert "exists" in refused(capsys, 2, *command)
+    found = run(capsys, *command, "--force", "--json").json
+    assert found["overall"]["healed_divergence"]["value"] < 1
+    assert found["heldout"]["windows"] == 8
+    message = refused(capsys, 2, "verify", tmp_path / "H", "--model", "MODEL")
+    assert "is healed: its weights were trained after the cut" in message
+    assert "verify the cut" in message
+
+    monkeypatch.setattr("sleb.cli.heal.terminal_progress", lambda: Stopping(3))
+    message = refused(capsys, 130, *command[:-1], tmp_path / "N")
+    assert message.endswith(f"so far is in {tmp_path / 'N.heal'}: repeat the command to go on")

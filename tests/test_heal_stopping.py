@@ -1,0 +1,124 @@
+"""A healing run that is stopped goes on, and ends as one that was not."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from cli_tools import tree
+from heal_tools import Stopping, cut_model, healed
+from sleb.errors import DataError, InputError, ResourceError
+from sleb.heal import training
+from sleb.heal.state import Progressed, load_state, save_state
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """``MODEL``, ``OUT`` without 2 of its 6 blocks, and two texts."""
+    folder = tmp_path_factory.mktemp("heal")
+    return cut_model(folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(home, tmp_path_factory):
+    """Weights of runs that were not stopped, by their ``lora``."""
+    out = tmp_path_factory.mktemp("unbroken")
+    for lora in (None, 2):
+        healed(home, out / str(lora), lora=lora, at_once=4)
+    return {lora: (out / str(lora) / "model.safetensors").read_bytes() for lora in (None, 2)}
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, unbroken, lora, number):
+    stop = Stopping(13, lambda: signal.raise_signal(number))  # in the middle of step 7 of 12
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", lora=lora, at_once=4, progress=stop)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert stop.passes == 13
+    assert [*tree(tmp_path)] == ["H.heal"]
+    more = Stopping()
+    done = healed(home, tmp_path / "H", lora=lora, at_once=4, progress=more)
+    assert more.passes == 12, "the six steps that were done are not repeated"
+    assert more.total == 6 * 8 * 32, "time left is that of what is left"
+    assert done.steps == 12
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[lora]
+    assert not (tmp_path / "H.heal").exists()
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_state(home, tmp_path, unbroken):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    for at in (3, 9, 8):
+        progress = Stopping(at, die)
+        with pytest.raises(Killed):
+            healed(home, tmp_path / "H", at_once=4, save_every=0, progress=progress)
+    more = Stopping()
+    healed(home, tmp_path / "H", at_once=4, progress=more)
+    assert more.passes == 24 - 2 * (1 + 4 + 3), "after 1, 4 and 3 whole steps"
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
+
+
+def test_an_interrupt_in_the_last_step_is_not_lost(home, tmp_path, unbroken):
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", at_once=4, progress=Stopping(24))
+    assert not (tmp_path / "H").exists()
+    more = Stopping()
+    healed(home, tmp_path / "H", at_once=4, progress=more)
+    assert more.passes == 0
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
+
+
+def test_a_second_interrupt_acts_at_once():
+    with training.interruptible() as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_state_of_other_settings_is_refused(home, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", progress=Stopping(3))
+    before = (tmp_path / "H.heal").read_bytes()
+    with pytest.raises(InputError, match=r"other settings \(lr was 0.003, now 0.001\)"):
+        healed(home, tmp_path / "H", lr=1e-3)
+    with pytest.raises(InputError, match=r"other settings \(windows was"):
+        healed(home, tmp_path / "H", seed=1)
+    assert (tmp_path / "H.heal").read_bytes() == before
+    (tmp_path / "H.heal").write_bytes(before[:-9])
+    with pytest.raises(DataError, match=r"H\.heal is damaged .*; remove it to start anew"):
+        healed(home, tmp_path / "H")
+
+
+def test_a_full_disk_leaves_nothing_half_written(home, tmp_path, monkeypatch):
+    state = tmp_path / "H.heal"
+    save_state(state, {"lr": 1}, Progressed(step=3, checks=((0, 1.5),)), {"x": torch.ones(2)})
+    before = tree(tmp_path)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ResourceError, match=r"cannot write .*H\.heal .* free some space"):
+        save_state(state, {"lr": 1}, Progressed(step=4), {"x": torch.ones(2)})
+    assert tree(tmp_path) == before
+    where, tensors = load_state(state, {"lr": 1})
+    assert where == Progressed(step=3, checks=((0, 1.5),))
+    assert torch.equal(tensors["x"], torch.ones(2))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ResourceError, match=r"needs 1 MB, .* has 0 MB free"):
+        healed(home, tmp_path / "N")
+    assert tree(tmp_path) == before
