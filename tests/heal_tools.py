@@ -7,12 +7,13 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 import sleb
 from conftest import save_tiny
-from sleb.heal import heal
+from sleb.heal import heal, training
 
 CPU = {"device": "cpu", "dtype": "float32"}
 SMALL = {**CPU, "tokens": 3072, "length": 32, "lr": 3e-3, "heldout": 8, "batch": 8}
@@ -57,3 +58,16 @@ class Stopping:
         if title == "healing":
             self.total = total
         yield tick
+
+
+def scripted(monkeypatch, values):
+    """Held-out divergences in place of measured ones; and the weights at each check."""
+    seen, script = [], iter(values)
+
+    def measured(student, teacher, judges, at_once):
+        weights = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+        seen.append(weights)
+        return np.full((8, 3), next(script))
+
+    monkeypatch.setattr(training, "measure", measured)
+    return seen

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
-from heal_tools import CPU, SMALL, Stopping, cut_model, healed
+from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
 from sleb.checkpoint import Checkpoint
+from sleb.cli.heal import heal as verb
 from sleb.errors import DataError, InputError, UnsupportedModel, VerificationFailed
-from sleb.heal import heal, training
+from sleb.heal import heal
 from sleb.heal.material import heal_windows
 from sleb.heal.state import Progressed
 from sleb.heal.student import Student
@@ -114,19 +115,6 @@ def test_adapters_are_merged(home, tmp_path):
 
 
 # -- how it is trained -----------------------------------------------------------------------------
-
-
-def scripted(monkeypatch, values):
-    """Held-out divergences in place of measured ones; and the weights at each check."""
-    seen, script = [], iter(values)
-
-    def measured(student, teacher, judges, at_once):
-        weights = {n: p.detach().clone() for n, p in student.model.named_parameters()}
-        seen.append(weights)
-        return np.full((8, 3), next(script))
-
-    monkeypatch.setattr(training, "measure", measured)
-    return seen
 
 
 def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
@@ -294,3 +282,11 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     monkeypatch.setattr("sleb.cli.heal.terminal_progress", lambda: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")
     assert message.endswith(f"so far is in {tmp_path / 'N.heal'}: repeat the command to go on")
+
+
+def test_the_verbs_defaults_are_those_of_the_library():
+    ours, theirs = (inspect.signature(f).parameters for f in (verb, heal))
+    shared = (ours.keys() & theirs.keys()) - {"text"}
+    assert len(shared) == 18
+    for name in shared:
+        assert ours[name].default == theirs[name].default, name

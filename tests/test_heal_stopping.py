@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from cli_tools import tree
-from heal_tools import Stopping, cut_model, healed
+from heal_tools import Stopping, cut_model, healed, scripted
 from sleb.errors import DataError, InputError, ResourceError
 from sleb.heal import training
 from sleb.heal.state import Progressed, load_state, save_state
+
+LONG = {"tokens": 24 * 256, "at_once": 4}  # 24 steps of 2 passes, a check after every other step
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +32,25 @@ def unbroken(home, tmp_path_factory):
     """Weights of runs that were not stopped, by their ``lora``."""
     out = tmp_path_factory.mktemp("unbroken")
     for lora in (None, 2):
-        healed(home, out / str(lora), lora=lora, at_once=4)
+        healed(home, out / str(lora), lora=lora, **LONG)
     return {lora: (out / str(lora) / "model.safetensors").read_bytes() for lora in (None, 2)}
 
 
 @pytest.mark.parametrize("lora", [None, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, unbroken, lora, number):
-    stop = Stopping(13, lambda: signal.raise_signal(number))  # in the middle of step 7 of 12
+    stop = Stopping(15, lambda: signal.raise_signal(number))  # in the middle of step 8 of 24
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
-        healed(home, tmp_path / "H", lora=lora, at_once=4, progress=stop)
+        healed(home, tmp_path / "H", lora=lora, **LONG, progress=stop)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert stop.passes == 13
+    assert stop.passes == 15
     assert [*tree(tmp_path)] == ["H.heal"]
     more = Stopping()
-    done = healed(home, tmp_path / "H", lora=lora, at_once=4, progress=more)
-    assert more.passes == 12, "the six steps that were done are not repeated"
-    assert more.total == 6 * 8 * 32, "time left is that of what is left"
-    assert done.steps == 12
+    done = healed(home, tmp_path / "H", lora=lora, **LONG, progress=more)
+    assert more.passes == 34, "the seven steps that were done are not repeated"
+    assert more.total == 17 * 8 * 32, "time left is that of what is left"
+    assert done.steps == 24
     assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[lora]
     assert not (tmp_path / "H.heal").exists()
 
@@ -62,21 +65,32 @@ def test_a_run_that_was_killed_goes_on_from_its_last_state(home, tmp_path, unbro
     for at in (3, 9, 8):
         progress = Stopping(at, die)
         with pytest.raises(Killed):
-            healed(home, tmp_path / "H", at_once=4, save_every=0, progress=progress)
+            healed(home, tmp_path / "H", **LONG, save_every=0, progress=progress)
     more = Stopping()
-    healed(home, tmp_path / "H", at_once=4, progress=more)
-    assert more.passes == 24 - 2 * (1 + 4 + 3), "after 1, 4 and 3 whole steps"
+    healed(home, tmp_path / "H", **LONG, progress=more)
+    assert more.passes == 48 - 2 * (1 + 4 + 3), "after 1, 4 and 3 whole steps"
     assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
 
 
 def test_an_interrupt_in_the_last_step_is_not_lost(home, tmp_path, unbroken):
     with pytest.raises(KeyboardInterrupt):
-        healed(home, tmp_path / "H", at_once=4, progress=Stopping(24))
+        healed(home, tmp_path / "H", **LONG, progress=Stopping(48))
     assert not (tmp_path / "H").exists()
     more = Stopping()
-    healed(home, tmp_path / "H", at_once=4, progress=more)
+    healed(home, tmp_path / "H", **LONG, progress=more)
     assert more.passes == 0
     assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
+
+
+def test_the_best_weights_so_far_survive_a_stop(home, tmp_path, monkeypatch):
+    seen = scripted(monkeypatch, [0.05, 0.06, 0.07, 0.08])
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", progress=Stopping(3))
+    assert len(seen) == 3
+    done = healed(home, tmp_path / "H")
+    assert (done.steps, done.best_step) == (4, 1)
+    for name, tensor in load_file(tmp_path / "H/model.safetensors").items():
+        assert torch.equal(tensor, seen[0][name]), name
 
 
 def test_a_second_interrupt_acts_at_once():

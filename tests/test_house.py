@@ -35,8 +35,7 @@ def test_dependencies_point_one_way():
         {"errors", "files", "progress", "registry", "plan"},
         {"depthfields", "checkpoint", "text", "data", "statistics", "toml"},
         {"models"},
-        {"metrics", "selection", "similarity", "quality"},
-        {"surgery", "exactness", "repair"},
+        {"metrics", "selection", "similarity", "quality", "surgery", "exactness", "repair"},
         {"record", "card", "pipeline", "evidence", "report", "heal"},
         {"cli", "__main__", "__init__"},
     ]
