@@ -287,6 +287,6 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
 def test_the_verbs_defaults_are_those_of_the_library():
     ours, theirs = (inspect.signature(f).parameters for f in (verb, heal))
     shared = (ours.keys() & theirs.keys()) - {"text"}
-    assert len(shared) == 18
+    assert len(shared) == 17
     for name in shared:
         assert ours[name].default == theirs[name].default, name

@@ -33,7 +33,10 @@ def heal(
     batch: Annotated[int, typer.Option(help="Windows per step.", min=1)] = 8,
     at_once: Annotated[
         int | None,
-        typer.Option(help="Windows per pass: fewer need less memory. Default: 8192 tokens.", min=1),
+        typer.Option(
+            help="Windows per pass; fewer need less memory. Default: 8192 tokens, on a CPU 1024.",
+            min=1,
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train for so long at most; fewer tokens then.")
