@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -337,3 +338,22 @@ def test_a_repaired_tensor_is_a_linear_modules(loaded, material):
         module, _, kind = name.rpartition(".")
         assert isinstance(loaded.model.get_submodule(module), nn.Linear)
         assert kind == "weight"
+
+
+def test_progress_reaches_what_it_announced(loaded, material):
+    seen = {"total": 0, "done": 0, "notes": []}
+
+    class Counting:
+        @contextmanager
+        def stage(self, title, total):
+            def tick(n, note=""):
+                if title == "repairing":
+                    seen["total"], seen["done"] = total, seen["done"] + n
+                    seen["notes"] += [note] if note else []
+
+            yield tick
+
+    found = repair(loaded, (1, 3), *material, progress=Counting())
+    assert all(gap.ridge == RIDGES[0] for gap in found.record.gaps)
+    assert 0.8 * seen["total"] <= seen["done"] <= seen["total"]
+    assert seen["notes"] == ["gap 1 of 2", "gap 2 of 2"]

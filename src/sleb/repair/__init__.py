@@ -97,8 +97,9 @@ def repair(
     tensors: dict[str, Tensor] = {}
     try:
         before = losses()
-        with progress.stage("repairing", None) as tick:
-            for gap in cut:
+        with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as tick:
+            for turn, gap in enumerate(cut, 1):
+                tick(0, note=f"gap {turn} of {len(cut)}")
                 judge = _Judge(losses, before, heldout)
                 ridge = fitter.fit(gap, RIDGES, judge.accepts, stored.rounded, tick)
                 after = before if ridge is None else judge.last
@@ -204,6 +205,14 @@ class _Stored:
                 full = f"{path}.{kind}"
                 out[self.name(block, full)] = parameter.to(self.dtype(block, full)).cpu().clone()
         return out
+
+
+def _runs(cut: Collection[Gap], removed: Collection[int]) -> int:
+    """Block forwards of a window if every gap's first fit is accepted: each block once in the dense
+    model and once in the cut one from where they part, and twice more where something is fitted."""
+    fitted = [block for gap in cut for block in gap.blocks]
+    first, end = min(fitted), max(*fitted, *removed) + 1
+    return end + (end - first - len(removed)) + 2 * len(fitted)
 
 
 class _Judge:

@@ -165,7 +165,7 @@ class Fitter:
         tick: Callable[[int], None],
     ) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
-        branches = self.branches(block)
+        branches, same = self.branches(block), self.cut[0] is self.dense[0]
         seen = Outputs(self.stack.blocks[block], [*branches.last])
         before_last: list[Tensor] = []
         after: list[Tensor] = []
@@ -178,7 +178,7 @@ class Fitter:
         while gap in self.removed:
             self.dense = list(self._run(gap, self.dense, tick))
             gap += 1
-        if branches.inner:
+        if branches.inner and not (same and branches.final):  # nothing is lost yet
             if not branches.final:  # attention has to make up for the gap as well
                 before_last = [
                     mid + (target - out)
