@@ -316,3 +316,25 @@ def _registries_as_before():
     for registry, entries in zip(registries, before, strict=True):
         registry._entries.clear()
         registry._entries.update(entries)
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_the_example_report_is_made_from_what_lies_beside_it(tmp_path, lang):
+    from sleb.record import RunRecord
+    from sleb.report import write_report
+
+    folder = ROOT / "docs" / "example"
+    record = RunRecord.load(folder)
+    page = write_report(folder, tmp_path / "report.html", lang).read_text(encoding="utf-8")
+    told = (folder / "README.md").read_text(encoding="utf-8")
+    for name, ratio in (
+        ("repaired", record.evaluation.perplexity_ratio),
+        ("plain", record.evaluation.unrepaired.perplexity_ratio),
+    ):
+        assert f"{ratio.value:.3f}" in page, name
+        assert f"{ratio.value:.2f}" in told, name
+    task = record.tasks[0]
+    assert f"answers {task.dense.value:.0%}".rstrip("%") in told
+    assert f"{task.pruned.value:.1%}".replace("%", "") in page
+    assert f"this model {task.pruned.value:.0%}".rstrip("%") in told
+    assert f"{record.seconds['searching'] / 60:.1f} min the search" in " ".join(told.split())
