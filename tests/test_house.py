@@ -65,6 +65,7 @@ def test_importing_sleb_is_light_and_the_check_can_fail():
 
 
 def test_every_exported_name_exists():
+    assert sleb.__all__ == list(sleb._HOME)
     for name in sleb.__all__:
         assert getattr(sleb, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

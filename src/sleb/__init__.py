@@ -59,7 +59,33 @@ _HOME = {
     "verify": "exactness",
 }
 
-__all__ = [*_HOME]
+# spelled out, since type checkers do not compute it
+__all__ = [
+    "DataError",
+    "Description",
+    "Evaluation",
+    "InputError",
+    "LoadedModel",
+    "Plan",
+    "Pruned",
+    "ResourceError",
+    "Similarity",
+    "SlebError",
+    "UnsupportedModel",
+    "Verification",
+    "VerificationFailed",
+    "Windows",
+    "apply",
+    "bypassed",
+    "describe",
+    "evaluate",
+    "load",
+    "load_windows",
+    "measure_similarity",
+    "prune",
+    "search",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
