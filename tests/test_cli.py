@@ -126,10 +126,13 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     (model / "LICENSE").write_text("the licence")
     before = tree(model)
     out = tmp_path / "small er"
-    arguments = ["prune", str(model), "--remove", "2", *SMALL, "-o", str(out)]
+    arguments = ["prune", str(model), "--remove", "2", *SMALL, "--repair-tokens", "500"]
+    arguments += ["-o", str(out)]
     text = run(capsys, *arguments)
     assert (text.code, text.err) == (0, "")
-    assert "verified: 6 of 6 gates passed" in text.out
+    gates = 7 if Plan.load(out / "plan.json").repair else 6
+    assert f"verified: {gates} of {gates} gates passed" in text.out
+    assert "repair: " in text.out
     assert text.out.endswith(f"checkpoint written to {out}\n")
     assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
     assert names(out) == sorted(
@@ -143,7 +146,7 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert shlex.split(record["command"])[1:] == arguments
     assert record["removed"] == list(plan.removed)
     assert record["verification"]["checkpoint"] == str(out)
-    assert [c["passed"] for c in record["verification"]["checks"]] == [True] * 6
+    assert [c["passed"] for c in record["verification"]["checks"]] == [True] * gates
     assert record["nbytes"][1] < record["nbytes"][0]
     assert ".part-" not in (out / "run.json").read_text()
 
@@ -211,7 +214,8 @@ def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
         )
 
     monkeypatch.setattr(pipeline, "verify", verify)
-    said = refused(capsys, 3, "prune", "MODEL", "--remove", "2", *SMALL, "-o", "out")
+    options = ["--remove", "2", *SMALL, "--no-repair"]
+    said = refused(capsys, 3, "prune", "MODEL", *options, "-o", "out")
     assert said == "out failed 'logits': off by 1 (must be at most 0); do not ship it"
     assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
 

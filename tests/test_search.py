@@ -295,7 +295,7 @@ def test_unknown_metric_has_a_suggestion(loaded):
         InputError, match=r"unknown metric 'los' \(did you mean 'loss'\?\); known: cos"
     ):
         sleb.search(loaded, remove=1, metric="los")
-    assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss"]'
+    assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss", "repaired-loss"]'
 
 
 def test_windows_longer_than_the_model_reads_are_refused(loaded):
@@ -361,7 +361,7 @@ def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypa
 
 
 def test_a_prune_that_fails_late_does_not_search_again(tiny_dir, tmp_path, monkeypatch):
-    options = {"remove": 2, "windows": 4, "length": 16, "heldout": 2, **CPU}
+    options = {"remove": 2, "windows": 4, "length": 16, "heldout": 2, "repair": False, **CPU}
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
