@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb.checkpoint import Checkpoint
 from sleb.errors import InputError
+from sleb.evidence.lines import numbered_lines
 from sleb.models.load import load_config, load_tokenizer
 from sleb.models.source import quiet_transformers, resolve
 from sleb.models.stack import decoder_config
@@ -86,24 +87,9 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"{path} is no file of prompts; give a .jsonl or .txt file")
-    if not path.is_file():
-        raise InputError(f"no file of prompts at {path}; give a .jsonl or .txt file")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB; give fewer prompts")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8: invalid byte at offset {error.start}; convert it to UTF-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.strip()
+    return numbered_lines(path, "prompts", ".jsonl or .txt", MAX_BYTES)
 
 
 def _row(line: str, where: str) -> _Row:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb.errors import InputError, did_you_mean
+from sleb.evidence.lines import numbered_lines
 
 __all__ = ["Question", "Questions", "read_questions"]
 
@@ -125,7 +126,7 @@ def read_questions(path: str | Path) -> Questions:
     path = Path(path)
     items: dict[str, Question] = {}
     kind: tuple[bool, bool] | None = None
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path, "questions", ".jsonl", MAX_BYTES):
         at = f"{path}:{number}"
         row = _row(line, at)
         own = (row.choices is not None, row.prompt is not None)
@@ -162,25 +163,6 @@ def _spaced(items: Collection[Question]) -> tuple[str, Iterable[Question]]:
         )
         for item in items
     )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    if not path.is_file():
-        raise InputError(f"no file of questions at {path}; give a .jsonl file")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB; give fewer questions")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8: invalid byte at offset {error.start}; convert it to UTF-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.strip()
 
 
 def _row(line: str, at: str) -> _Row:
