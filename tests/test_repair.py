@@ -63,6 +63,7 @@ def test_probing_leaves_the_block_as_it_was():
         ({2, 4}, 8, [((2,), (1,)), ((4,), (3, 5, 6))]),
         ({0, 1}, 6, [((0, 1), (2, 3))]),
         ({5}, 6, [((5,), (4,))]),
+        ({0, 2}, 6, [((0,), ()), ((2,), (1, 3, 4))]),
     ],
 )
 def test_every_block_belongs_to_one_gap(removed, blocks, expected):
@@ -357,3 +358,29 @@ def test_progress_reaches_what_it_announced(loaded, material):
     assert all(gap.ridge == RIDGES[0] for gap in found.record.gaps)
     assert 0.8 * seen["total"] <= seen["done"] <= seen["total"]
     assert seen["notes"] == ["gap 1 of 2", "gap 2 of 2"]
+
+
+def test_a_gap_without_blocks_of_its_own_is_left_as_it_is(loaded, material):
+    found = repair(loaded, (0, 2), *material)
+    first, second = found.record.gaps
+    assert (first.removed, first.ridge, first.tensors) == ((0,), None, ())
+    assert second.removed == (2,)
+
+
+def test_prune_says_in_the_card_which_matrices_it_changed(learned, tmp_path):
+    done = sleb.prune(
+        learned / "model",
+        tmp_path / "out",
+        remove=1,
+        text=[str(learned / "text.txt")],
+        windows=4,
+        length=32,
+        repair=True,
+        repair_tokens=4000,
+        **CPU,
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert done.plan == sleb.Plan.load(tmp_path / "out" / "plan.json")
+    assert done.plan.repair.tensors
+    assert all(f"`{name}`" in card for name in done.plan.repair.tensors)
+    assert "No weight was changed" not in card

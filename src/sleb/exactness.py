@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.checkpoint import Checkpoint, fingerprint, tensor_bytes
 from sleb.depthfields import depth_fields
 from sleb.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
@@ -204,8 +204,7 @@ def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) ->
     tensors = {new: t for name, t in model.state_dict().items() if (new := rename(name))}
 
     def digest(tensor: Tensor) -> str:
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return hashlib.sha256(raw.numpy().data).hexdigest()
+        return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))

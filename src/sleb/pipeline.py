@@ -115,6 +115,7 @@ def prune(
     fixed, repair_note = _repaired(
         loaded, plan, scored, aside, repair, repair_tokens, options, watch
     )
+    plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
     quality = None
     note = "no text was left over to measure on: give more, or fewer --windows"
     if aside is not None:
@@ -140,7 +141,7 @@ def prune(
             verify(
                 stage,
                 model=model,
-                plan=Plan.load(stage / "plan.json"),
+                plan=plan,
                 trust_remote_code=trust,
                 progress=watch,
             ),
@@ -182,7 +183,7 @@ def prune(
     )
     for suffix in ("", ".repaired"):
         Path(f"{journal}{suffix}").unlink(missing_ok=True)
-    return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=record[0])
+    return Pruned(path=out, plan=plan, record=record[0])
 
 
 def _repaired(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,14 @@ def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[G
     gone = sorted(removed)
     kept = [b for b in range(n_blocks) if b not in gone]
     runs = [tuple(b for _, b in run) for _, run in groupby(enumerate(gone), lambda p: p[1] - p[0])]
-    before = {run: run[0] - 1 for run in runs}
+    ends = {run[0] - 1 for run in runs}
     found = []
     for run in runs:
-        first = [before[run]] if before[run] >= 0 else []
+        before = [run[0] - 1] if run[0] else []
         after = [b for b in kept if b > run[-1]][:reach]
-        taken = [b for b in after if b not in before.values()]
-        # what lies behind the next gap is that gap's
-        nearer = taken if len(taken) == len(after) else after[: after.index(_stop(after, before))]
-        found.append(Gap(removed=run, blocks=(*first, *nearer)))
+        nearer = takewhile(lambda b: b not in ends, after)  # the rest is the next gap's
+        found.append(Gap(removed=run, blocks=(*before, *nearer)))
     return tuple(found)
-
-
-def _stop(after: Sequence[int], before: dict[tuple[int, ...], int]) -> int:
-    return next(b for b in after if b in before.values())
 
 
 class Fitter:
@@ -114,8 +108,10 @@ class Fitter:
         """Re-fit the blocks of ``gap``, the next one in order, with the first of ``ridges`` that
         ``accept()``, asked with the new weights in place, agrees to. ``rounded`` gives a tensor the
         precision that it is stored with. Gives the ridge, or None if all were refused: then the
-        weights are as before.
+        weights are as before. A gap without blocks of its own has nothing to fit.
         """
+        if not gap.blocks:
+            return None
         self._advance_to(gap.blocks[0], tick)
         start, known = (self.dense, self.cut, self.at), set(self.originals)
         for ridge in ridges:

@@ -54,7 +54,7 @@ def repair_windows(
     each = max(1, JUDGES // len(texts))
     # evenly spread over each text, which is in order; at most a third of it, so that most is fitted
     judges = [i for rows in texts for i in _spread(rows, min(each, max(1, len(rows) // 3)))]
-    fitted = [i for i in free if i not in set(judges)]
+    fitted = sorted(set(free) - set(judges))
     return (scored or first) + more.take(fitted), more.take(judges)
 
 
