@@ -71,6 +71,8 @@ def prune(
     writable_target(out, force=force)
     watch = Stopwatch(progress)
     goal = goal_of(options)
+    if repair and options.get("stream"):
+        raise InputError("a repair changes blocks in memory: leave out --stream or --repair")
     text, trust = options.get("text", ()), options.get("trust_remote_code", False)
     check_request(
         model,
