@@ -32,11 +32,11 @@ def test_only_the_command_line_prints():
 def test_dependencies_point_one_way():
     """The order of docs/architecture.md; a module may import from its own layer and below."""
     layers = [
-        {"errors", "files", "progress", "registry", "plan"},
+        {"errors", "files", "progress", "registry", "plan", "parallel"},
         {"depthfields", "checkpoint", "text", "data", "statistics", "toml"},
         {"models"},
         {"metrics", "selection", "similarity", "quality", "surgery", "exactness", "repair"},
-        {"record", "card", "pipeline", "evidence", "report", "heal"},
+        {"record", "card", "pipeline", "evidence", "report", "heal", "deploy"},
         {"cli", "__main__", "__init__"},
     ]
     level = {name: i for i, names in enumerate(layers) for name in names}
