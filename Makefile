@@ -4,15 +4,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-slow bench-search bench-quality check lint format types clean
+.PHONY: help demo test test-slow test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       prune a real model, SmolLM2-135M-Instruct, and prove the result"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long tests as well"
+	@echo "make test-llama-cpp  cut GGUF files, run in llama.cpp (builds it once, 10 minutes)"
+	@echo "make test-mergekit  exported plans, run in mergekit (fetches it once)"
+	@echo "make test-quantize  the tests with llm-compressor (fetches it once)"
 	@echo "make bench-search  the published search against ours, timed"
 	@echo "make bench-quality  what each choice of blocks costs, with and without repair"
+	@echo "make bench-quantize  what pruning and quantizing cost, each and together"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
 
@@ -25,6 +29,45 @@ test: $(READY) $(MODEL)
 test-slow: $(READY) $(MODEL)
 	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m ""
 
+# llama.cpp is compiled once, into an environment of its own. SLEB_TEST_GEMMA=FILE, a GGUF of
+# Gemma-3-270M, adds the test of sliding windows.
+LLAMA_CPP := .venv-llama-cpp/bin/python
+test-llama-cpp: $(READY) $(MODEL) $(LLAMA_CPP)
+	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) SLEB_TEST_LLAMA_CPP=$(LLAMA_CPP) \
+		$(BIN)/python -m pytest -m llama_cpp -s tests/test_gguf_llama_cpp.py
+
+$(LLAMA_CPP):
+	rm -rf .venv-llama-cpp .venv-llama-cpp.part
+	$(PYTHON) -m venv .venv-llama-cpp.part
+	.venv-llama-cpp.part/bin/python -m pip install --quiet --disable-pip-version-check \
+		numpy llama-cpp-python==0.3.36
+	mv .venv-llama-cpp.part .venv-llama-cpp
+
+# mergekit needs versions of its own, so it gets an environment of its own.
+MERGEKIT := .venv-mergekit/bin/python
+test-mergekit: $(READY) $(MODEL) $(MERGEKIT)
+	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) SLEB_TEST_MERGEKIT=$(MERGEKIT) \
+		$(BIN)/python -m pytest -m mergekit tests/test_exports.py
+
+$(MERGEKIT):
+	rm -rf .venv-mergekit .venv-mergekit.part
+	$(PYTHON) -m venv .venv-mergekit.part
+	.venv-mergekit.part/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 mergekit==0.1.5
+	mv .venv-mergekit.part .venv-mergekit
+
+# llm-compressor lags behind transformers, so it gets an environment of its own.
+QUANTIZE := .venv-quantize/bin/python
+test-quantize: $(QUANTIZE)
+	OMP_NUM_THREADS=1 $(QUANTIZE) -m pytest -m quantize tests/test_quantize_gptq.py
+
+$(QUANTIZE):
+	rm -rf .venv-quantize
+	$(PYTHON) -m venv .venv-quantize
+	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 llmcompressor==0.14.0.1 torchao==0.18.0 pytest hypothesis -e '.[quantize]' \
+		|| { rm -rf .venv-quantize; exit 1; }
+
 # The published search against ours on this machine; takes about half an hour on 2 cores.
 bench-search: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/search.py $(MODEL) --windows 64 --length 256 --remove 6 \
@@ -32,9 +75,15 @@ bench-search: $(READY) $(MODEL)
 
 # Texts and items are yours to give, in DATA; see docs/quality.md. Takes hours on a CPU.
 DATA ?= data
+WORK ?= bench-quantize
 RESULT ?= benchmarks/results/quality.json
 bench-quality: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/quality.py $(MODEL) --data $(DATA) $(BENCH) -o $(RESULT)
+
+# Texts are yours to give, in DATA; see docs/quantization.md. Takes an hour or more on 2 cores.
+bench-quantize: $(QUANTIZE) $(MODEL)
+	$(QUANTIZE) benchmarks/quantize.py $(MODEL) --data $(DATA) --work $(WORK) $(BENCH) \
+		-o benchmarks/results/quantize-smollm2.json
 
 check: lint types test
 

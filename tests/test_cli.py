@@ -98,7 +98,7 @@ def test_search_apply_verify_and_eval(place, capsys):
 
     text = run(capsys, "verify", "out", "--model", "MODEL")  # OUT/plan.json says what was cut
     assert (text.code, text.err) == (0, "")
-    assert len(re.findall(r"^pass ", text.out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^pass ", text.out, re.MULTILINE)) == 7
     explicit = ["verify", "out", "--model", "MODEL", "--plan", "plan.json", "--depth", "2"]
     found = run(capsys, *explicit, "--json").json
     assert all(check["passed"] for check in found["checks"])
@@ -136,7 +136,8 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert text.out.endswith(f"checkpoint written to {out}\n")
     assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
     assert names(out) == sorted(
-        {p.name for p in model.iterdir()} | {"plan.json", "run.json", "README.md"}
+        {p.name for p in model.iterdir()}
+        | {"plan.json", "run.json", "README.md", "SHA256SUMS", "rollback"}
     )
     assert tree(model) == before
 

@@ -46,6 +46,7 @@ def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
         text,
         scored=scored,
         tokens=choice.SEARCH_TOKENS + 6 * 32,
+        own=False,
         length=32,
         seed=0,
     )

@@ -137,7 +137,7 @@ def test_other_families_stream(family, tmp_path):
     from sleb.models.load import _streaming, load_config, strict_model
 
     places = _streaming(load_config(tmp_path / "m"), torch.device("cpu"), False)
-    stack = BlockStack(strict_model(tmp_path / "m", torch.float32, False, places))
+    stack = BlockStack(strict_model(tmp_path / "m", torch.float32, False, {"device_map": places}))
     assert stack.streamed
     tokens = ids(2, 8, vocab=int(model.config.get_text_config().vocab_size))
     sets = [BlockSet(), BlockSet({1})]

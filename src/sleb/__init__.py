@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sleb.pipeline import Pruned, prune
     from sleb.plan import Plan
     from sleb.quality import Evaluation, evaluate
+    from sleb.rollback.restore import Restored, restore
     from sleb.selection.search import search
     from sleb.similarity import Similarity, measure_similarity
     from sleb.surgery import apply
@@ -41,6 +42,7 @@ _HOME = {
     "Plan": "plan",
     "Pruned": "pipeline",
     "ResourceError": "errors",
+    "Restored": "rollback.restore",
     "Similarity": "similarity",
     "SlebError": "errors",
     "UnsupportedModel": "errors",
@@ -55,6 +57,7 @@ _HOME = {
     "load_windows": "text",
     "measure_similarity": "similarity",
     "prune": "pipeline",
+    "restore": "rollback.restore",
     "search": "selection.search",
     "verify": "exactness",
 }
@@ -69,6 +72,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "ResourceError",
+    "Restored",
     "Similarity",
     "SlebError",
     "UnsupportedModel",
@@ -83,6 +87,7 @@ __all__ = [
     "load_windows",
     "measure_similarity",
     "prune",
+    "restore",
     "search",
     "verify",
 ]

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any
 
+from sleb.cardparts import changed, fenced, front_matter, provenance, title, using
 from sleb.plan import Plan
 from sleb.record import RunRecord
 from sleb.statistics import Interval
 
 __all__ = ["model_card"]
 
-logger = logging.getLogger(__name__)
 
-
-def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
-    """README.md with metadata. ``source`` is the original's folder: its licence is carried over."""
-    from huggingface_hub import ModelCardData
-
-    inherited = _inherited(source)
-    data = ModelCardData(
-        base_model=None if Path(record.model).exists() else record.model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["sleb", "pruned", "block-pruning"],
-        **inherited,
-    )
+def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = False) -> str:
+    """README.md with metadata. ``source`` is the original's folder: its licence is carried over.
+    ``kept``: the checkpoint has a side-car to restore the original from."""
     left = record.blocks - len(plan.removed)
-    name = Path(record.model).name or source.resolve().name
+    name = title(record.model, source.resolve().name)
     before, after = (f"{n / 1e6:,.1f} M" for n in record.parameters)
     lines = [
-        "---",
-        data.to_yaml(),
-        "---",
+        front_matter(source, record.model),
         "",
         f"# {name} without {len(plan.removed)} of its {record.blocks} transformer blocks",
         "",
         f"Removed blocks (original numbering, first is 0): {', '.join(map(str, plan.removed))}; "
-        f"{left} remain. {_changed(plan)} The order of removal, "
+        f"{left} remain. {changed(plan)} The order of removal, "
         "every candidate's score and the calibration text's hashes are in `plan.json`; timings and "
         "verification in `run.json`.",
         "",
-        "```",
-        record.command,
-        "```",
+        *fenced(record.command),
         "",
         "| | original | pruned |",
         "| --- | ---: | ---: |",
@@ -77,33 +61,13 @@ def model_card(plan: Plan, record: RunRecord, source: Path) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
         "",
+        *provenance(plan, source, record.model),
+        "",
+        *using(kept),
+        "",
         "Method: SLEB (Song et al., ICML 2024, arXiv:2402.09025).",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _changed(plan: Plan) -> str:
-    """Which weights are not the original's."""
-    if plan.repair is None:
-        return "No weight was changed and nothing was trained."
-    names = plan.repair.tensors
-    return (
-        f"{len(names)} matrices around the gaps were re-fitted in closed form, to make up for the "
-        f"missing blocks ({', '.join(f'`{name}`' for name in names)}); nothing was trained."
-    )
-
-
-def _inherited(source: Path) -> dict[str, Any]:
-    """Licence and language from the original's card, if it has one."""
-    from huggingface_hub import metadata_load
-
-    try:
-        data: dict[str, Any] = metadata_load(source / "README.md") or {}
-    except Exception as error:  # missing, or not a card: no reason to lose a finished search
-        logger.info("no metadata from %s: %s", source / "README.md", error)
-        return {}
-    keys = ("license", "license_name", "license_link", "language")
-    return {key: data[key] for key in keys if key in data}
 
 
 def _range(interval: Interval) -> str:

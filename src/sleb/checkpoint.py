@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,18 @@ from sleb.plan import Fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "TensorInfo", "fingerprint", "read_json", "tensor_bytes"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "check_fingerprint",
+    "fingerprint",
+    "identity",
+    "read_json",
+    "read_shard",
+    "renamer",
+    "tensor_bytes",
+    "tensor_lines",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,13 +51,19 @@ _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_model_name_or_
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor's bytes are: ``[start, stop)`` in ``shard``; ``dtype`` as safetensors says."""
+    """Where a tensor's bytes are: ``[start, stop)`` in ``shard``; ``dtype`` as safetensors says.
+
+    In a checkpoint that is put together from others, ``shard`` is the file that the tensor belongs
+    to, and ``file`` the one that holds its bytes, under the name ``key``.
+    """
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    file: Path | None = None
+    key: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,16 +86,19 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checked checkpoint folder. Build it with :meth:`open`."""
+    """A checked checkpoint folder. Build it with :meth:`open`. ``headers`` are those of the shards
+    as they are stored: JSON, with what pads it, and without the length in front."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
     metadata: dict[str, dict[str, str]] = field(repr=False)
+    headers: dict[str, bytes] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read and check the headers of all shards.
+        """Read and check the headers of all shards. Links are followed, wherever they lead: the
+        hub's cache and shared storage consist of them, and what they lead to is only read.
 
         Raises:
             InputError: not a checkpoint folder, or one without safetensors weights.
@@ -87,42 +107,39 @@ class Checkpoint:
         path = Path(path)
         config = read_json(path / "config.json")
         tensors: dict[str, TensorInfo] = {}
-        metadata = {}
+        metadata, headers = {}, {}
         for shard in _shards(path):
-            header, data = _header(path / shard)
-            metadata[shard] = dict(header.pop("__metadata__", {}))
-            for name, entry in header.items():
+            found, metadata[shard], headers[shard] = read_shard(path / shard)
+            for name, info in found.items():
                 if name in tensors:
                     raise DataError(f"{path}: tensor {name} is in two shards")
-                start, stop = entry["data_offsets"]
-                tensors[name] = TensorInfo(
-                    shard=shard,
-                    dtype=entry["dtype"],
-                    shape=tuple(entry["shape"]),
-                    start=data + start,
-                    stop=data + stop,
-                )
+                tensors[name] = info
         if not tensors:
             raise DataError(f"{path} holds no tensors")
-        return cls(path=path, config=config, tensors=tensors, metadata=metadata)
+        return cls(path=path, config=config, tensors=tensors, metadata=metadata, headers=headers)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor's bytes."""
+        info = self.tensors[name]
+        return info.file or self.path / info.shard
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes, in pieces of at most 2 MiB."""
         info = self.tensors[name]
-        with open(self.path / info.shard, "rb") as stream:
+        with open(self.file(name), "rb") as stream:
             stream.seek(info.start)
             left = info.nbytes
             while left:
                 piece = stream.read(min(CHUNK, left))
                 if not piece:
-                    raise DataError(f"{self.path / info.shard} ends inside tensor {name}")
+                    raise DataError(f"{self.file(name)} ends inside tensor {name}")
                 left -= len(piece)
                 yield piece
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
-        with safe_open(self.path / self.tensors[name].shard, framework="pt") as shard:
-            found: Tensor = shard.get_tensor(name)
+        with safe_open(self.file(name), framework="pt") as shard:
+            found: Tensor = shard.get_tensor(self.tensors[name].key or name)
         return found
 
     def digest(self, name: str) -> str:
@@ -179,6 +196,25 @@ class Checkpoint:
         return max(fits, key=lambda prefix: (shared(prefix), prefix))
 
 
+def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
+    """New name of a tensor, or None if it goes. Blocks numbered past the last (multi-token
+    prediction) move down by the number removed."""
+    gone = frozenset(removed)
+
+    def rename(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return name
+        match = re.match(r"(\d+)(\..*)", name[len(prefix) :])
+        if not match:
+            return name
+        block = int(match[1])
+        if block in gone:
+            return None
+        return f"{prefix}{block - sum(b < block for b in gone)}{match[2]}"
+
+    return rename
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as they are stored."""
     import torch
@@ -191,6 +227,14 @@ def fingerprint(
     checkpoint: Checkpoint, blocks: int, tick: Callable[[int], None] | None = None
 ) -> Fingerprint:
     """Hash a checkpoint's config and every tensor; ``tick`` gets bytes as they are hashed."""
+    return identity(checkpoint, blocks, tensor_lines(checkpoint, tick))
+
+
+def tensor_lines(
+    checkpoint: Checkpoint, tick: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """For every tensor the line that goes into the fingerprint: its name, dtype, shape and SHA-256,
+    with a tab between; sorted by name."""
 
     def line(name: str) -> str:
         info = checkpoint.tensors[name]
@@ -199,8 +243,13 @@ def fingerprint(
             tick(info.nbytes)
         return f"{name}\t{info.dtype}\t{list(info.shape)}\t{digest}\n"
 
+    names = sorted(checkpoint.tensors)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        lines = list(pool.map(line, sorted(checkpoint.tensors)))
+        return dict(zip(names, pool.map(line, names), strict=True))
+
+
+def identity(checkpoint: Checkpoint, blocks: int, lines: Mapping[str, str]) -> Fingerprint:
+    """The fingerprint, where the :func:`tensor_lines` are known."""
     config = {k: v for k, v in checkpoint.config.items() if k not in _VOLATILE}
     canonical = json.dumps(config, sort_keys=True, ensure_ascii=False)
     return Fingerprint(
@@ -208,8 +257,22 @@ def fingerprint(
         architecture=checkpoint.architecture,
         blocks=blocks,
         config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
-        weights_sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+        weights_sha256=hashlib.sha256("".join(lines.values()).encode()).hexdigest(),
     )
+
+
+def check_fingerprint(expected: Fingerprint, found: Fingerprint, ref: str) -> None:
+    """Raise InputError, naming the difference, unless the two are the same checkpoint."""
+    if expected == found:
+        return
+    for name in ("model_type", "blocks", "weights_sha256", "config_sha256"):
+        a, b = getattr(expected, name), getattr(found, name)
+        if a != b:
+            a, b = (str(v)[:12] + "…" if name.endswith("sha256") else v for v in (a, b))
+            raise InputError(
+                f"the plan was made for another model: {name} is {a} in the plan and {b} in {ref}; "
+                "search again on this model"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -255,14 +318,32 @@ def _shards(path: Path) -> list[str]:
     return names
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A shard's checked header, and the offset of its data."""
+def read_shard(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], bytes]:
+    """A safetensors file's tensors in the order of their bytes, its metadata, and its header as it
+    is stored.
+
+    Raises:
+        DataError: truncated or corrupt.
+    """
     try:
         with safe_open(path, framework="np"):  # checks sizes, offsets and the end of the file
             pass
         with open(path, "rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(size))
-    except (SafetensorError, ValueError, struct.error) as error:
+            raw = stream.read(size)
+        header: dict[str, Any] = json.loads(raw)
+    except (SafetensorError, ValueError, RecursionError, struct.error) as error:
         raise DataError(f"{path} is corrupt or truncated ({error}): fetch it again") from None
-    return header, 8 + size
+    metadata = dict(header.pop("__metadata__", None) or {})
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(
+            shard=path.name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=8 + size + start,
+            stop=8 + size + stop,
+        )
+    order = sorted(tensors, key=lambda name: (tensors[name].start, tensors[name].stop, name))
+    return {name: tensors[name] for name in order}, metadata, raw

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sleb.checkpoint import Checkpoint, fingerprint, tensor_bytes
+from sleb.checkpoint import Checkpoint, fingerprint, read_json, tensor_bytes
+from sleb.checksums import SUMS, check_sums
 from sleb.depthfields import depth_fields
 from sleb.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
+from sleb.models.quantnames import quant_method
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.plan import Plan, RepairRecord
@@ -101,14 +104,24 @@ def verify(
     target = pick_device(device)
     source = resolve(model, progress)
     resolve(out)
+    checks: list[Check] = []
+    if (Path(out) / SUMS).is_file():
+        checks.append(_sums_check(Path(out), progress))
+        if not checks[-1].passed:  # loading damaged files can fail in any way
+            return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
     trust = trust_remote_code
     config = load_config(source.path, trust_remote_code=trust)
+    after = quant_method(read_json(Path(out) / "config.json"))
+    if after and not quant_method(config):
+        raise InputError(
+            f"{out} is quantized ({after}) and {source.ref} is not, so no weight is equal; verify "
+            "the cut that it was made from"
+        )
     checked_dtype = pick_dtype(dtype, config, target)
     identity = fingerprint(Checkpoint.open(source.path), decoder_config(config).num_hidden_layers)
     check_fingerprint(plan.model, identity, source.ref)
     expected = pruned_config(config, removed)
     probe = probe_ids(config)
-    checks: list[Check] = []
 
     def load_again() -> LoadedModel:
         return load(model, dtype=dtype, device=device, trust_remote_code=trust)
@@ -168,6 +181,14 @@ def _repair_check(
     return _check(name, not wrong, measured or f"{len(new)} tensors are the plan's", limit), found
 
 
+def _sums_check(out: Path, progress: Progress) -> Check:
+    """Whether the files are those that were written with the checkpoint."""
+    count, wrong = check_sums(out, progress)
+    measured = "; ".join([*wrong[:3], *(["..."] if len(wrong) > 3 else [])])
+    measured = measured or f"{count} files are as written"
+    return _check(f"files match {SUMS}", not wrong, measured, "equal SHA-256")
+
+
 def probe_ids(config: Any) -> Tensor:
     """Random but fixed token ids [1, T], longer than a sliding window (up to 1040 tokens), so
     that a wrong attention pattern shows."""
@@ -193,7 +214,7 @@ def _align(model: nn.Module) -> None:
     """Move weights to where a cache line begins. In a file they start at any multiple of 8 bytes,
     a cut moves them, and some kernels then round differently."""
     for parameter in model.parameters():
-        if parameter.data_ptr() % 64:
+        if any(part.data_ptr() % 64 for part in _stored(parameter)):
             parameter.data = parameter.data.clone()
 
 
@@ -204,10 +225,21 @@ def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) ->
     tensors = {new: t for name, t in model.state_dict().items() if (new := rename(name))}
 
     def digest(tensor: Tensor) -> str:
-        return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        sha = hashlib.sha256()
+        for part in _stored(tensor):
+            sha.update(tensor_bytes(part))
+        return sha.hexdigest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def _stored(tensor: Any) -> list[Tensor]:
+    """What a tensor consists of: torchao's quantized ones have integers and their scales inside."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(tensor, name))]
 
 
 def _weight_check(found: dict[str, str], expected: dict[str, str], repaired: int) -> Check:

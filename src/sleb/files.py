@@ -12,7 +12,14 @@ from pathlib import Path
 
 from sleb.errors import InputError, ResourceError
 
-__all__ = ["disk_errors", "enough_space", "staged_dir", "writable_target", "write_text"]
+__all__ = [
+    "disk_errors",
+    "enough_space",
+    "staged_dir",
+    "staged_files",
+    "writable_target",
+    "write_text",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (
@@ -132,7 +139,8 @@ def write_text(path: Path, text: str) -> None:
 def staged_dir(out: Path, *, force: bool) -> Iterator[Path]:
     """A directory that becomes ``out`` only if the block exits cleanly; else it leaves no trace.
 
-    With ``force`` an existing ``out`` is replaced, and only after the new one is complete.
+    With ``force`` an existing ``out`` is replaced, and only after the new one is complete. Files in
+    it get the mode 0644, folders 0755.
 
     Raises:
         InputError: see :func:`writable_target`.
@@ -145,11 +153,37 @@ def staged_dir(out: Path, *, force: bool) -> Iterator[Path]:
         try:
             os.chmod(stage, 0o755)
             yield stage
+            for path in stage.rglob("*"):  # copies and temporary files have modes of their own
+                os.chmod(path, 0o755 if path.is_dir() else 0o644)
             writable_target(out, force=force)  # again: another process may have written it
             _swap(stage, out)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def staged_files(*outs: Path, force: bool) -> Iterator[tuple[Path, ...]]:
+    """Places for files of one folder, which become ``outs`` only if the block exits cleanly.
+
+    Raises:
+        InputError: see :func:`writable_target`.
+        ResourceError: the disk is full.
+    """
+    outs = tuple(out.absolute() for out in outs)
+    for out in outs:
+        writable_target(out, force=force, folder=False)
+    with disk_errors(outs[0]), _parents(outs[0]):
+        stage = Path(tempfile.mkdtemp(dir=outs[0].parent, prefix=f".{outs[0].name}.part-"))
+        try:
+            staged = tuple(stage / out.name for out in outs)
+            yield staged
+            for out in outs:
+                writable_target(out, force=force, folder=False)  # again, as in staged_dir
+            for new, out in zip(staged, outs, strict=True):
+                os.replace(new, out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _swap(stage: Path, out: Path) -> None:

@@ -6,7 +6,9 @@ import gc
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
 from typing_extensions import Unpack
 
 from sleb.card import model_card
@@ -15,6 +17,8 @@ from sleb.errors import InputError, UnsupportedModel
 from sleb.exactness import verify
 from sleb.files import enough_space, writable_target
 from sleb.models.load import LoadedModel, load
+from sleb.models.placing import check_placing
+from sleb.parallel import group
 from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
@@ -47,6 +51,7 @@ def prune(
     heldout: int = DEFAULT_HELDOUT,
     repair: bool | None = None,
     repair_tokens: int = TOKENS,
+    keep: bool = True,
     force: bool = False,
     command: str = "sleb.prune",
     stages: dict[str, str] | None = None,
@@ -60,7 +65,7 @@ def prune(
     number of windows set aside from the same texts for targets and for the quality figures.
     ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
     record says why it was not. It is fitted on ``repair_tokens`` tokens of the same texts.
-    ``command`` and ``stages`` go into the record as they are.
+    ``keep``: see :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
 
     Raises:
         VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
@@ -71,8 +76,13 @@ def prune(
     writable_target(out, force=force)
     watch = Stopwatch(progress)
     goal = goal_of(options)
-    if repair and options.get("stream"):
-        raise InputError("a repair changes blocks in memory: leave out --stream or --repair")
+    places: dict[str, Any] = {
+        "device": options.get("device", "auto"),
+        "stream": options.get("stream", False),
+        "device_map": options.get("device_map"),
+        "tp": options.get("tp", 1),
+    }
+    check_placing(**places, repair=bool(repair))
     text, trust = options.get("text", ()), options.get("trust_remote_code", False)
     check_request(
         model,
@@ -85,16 +95,21 @@ def prune(
     loaded = load(
         model,
         dtype=options.get("dtype", "auto"),
-        device=options.get("device", "auto"),
-        stream=options.get("stream", False),
+        **places,
         trust_remote_code=trust,
         progress=watch,
     )
     refuse_source(out, loaded.source.path)
+    if repair and loaded.stack.streamed:  # a device map may turn out so
+        raise InputError(
+            "a repair changes blocks in memory, and --device-map leaves some outside: leave out "
+            "--repair, or use larger or more GPUs"
+        )
     if goal.remove is not None:
         n = len(loaded.stack)
         left = n - blocks_to_remove(goal.remove, n)
-        enough_space(out.parent, Checkpoint.open(loaded.source.path).nbytes * left // n)
+        nbytes = Checkpoint.open(loaded.source.path).nbytes
+        enough_space(out.parent, nbytes if keep else nbytes * left // n)
     scored, aside = load_windows(
         loaded.tokenizer,
         text,
@@ -132,6 +147,8 @@ def prune(
         length = aside.record.length
         note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
+    if group().several:
+        setting |= {"processes": group().size * group().tp}
     source = loaded.source
     del loaded  # its memory is needed for the verification
     gc.collect()
@@ -170,22 +187,28 @@ def prune(
             )
         )
         record[0].save(stage / "run.json")
-        card = model_card(plan, record[0], source.path)
+        card = model_card(plan, record[0], source.path, kept=keep)
         (stage / "README.md").write_text(card, encoding="utf-8")
 
-    apply(
-        plan,
-        model,
-        out,
-        repair=fixed,
-        force=force,
-        trust_remote_code=trust,
-        finish=finish,
-        progress=watch,
-    )
-    for suffix in ("", ".repaired"):
-        Path(f"{journal}{suffix}").unlink(missing_ok=True)
-    return Pruned(path=out, plan=plan, record=record[0])
+    def write() -> str:
+        apply(
+            plan,
+            model,
+            out,
+            repair=fixed,
+            keep=keep,
+            force=force,
+            trust_remote_code=trust,
+            finish=finish,
+            progress=watch,
+        )
+        for suffix in ("", ".repaired"):
+            Path(f"{journal}{suffix}").unlink(missing_ok=True)
+        return TypeAdapter(RunRecord).dump_json(record[0]).decode()
+
+    written = group().by_first(write)
+    done = record[0] if record else TypeAdapter(RunRecord).validate_json(written)
+    return Pruned(path=out, plan=plan, record=done)
 
 
 def _repaired(

@@ -19,8 +19,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Self
 
+from sleb.deploy.runtimes import RuntimeReport
 from sleb.errors import InputError
 from sleb.evidence.answers import Comparison
+from sleb.evidence.draft import Drafting
 from sleb.evidence.gate import GateResult
 from sleb.evidence.speed import Speed
 from sleb.evidence.tasks import TaskResult
@@ -65,6 +67,8 @@ class RunRecord:
     speed: Speed | None = None
     transfer: Transfer | None = None
     gate: GateResult | None = None
+    runtimes: RuntimeReport | None = None
+    draft: Drafting | None = None
     stages: dict[str, str] = field(default_factory=dict)
     schema_version: int = 1
 

@@ -160,7 +160,7 @@ def _states(stack: BlockStack, ids: Tensor, first_window: int) -> Tensor:
     hidden, calls = stack.enter(ids)
     states = [hidden.float()]
     for i, call in enumerate(calls):
-        with stack.holding(i):
+        with stack.holding(i, i + 1 if i + 1 < len(stack) else None):
             hidden = stack.run(i, hidden, call)
         states.append(hidden.float().to(states[0].device))
         if not torch.isfinite(states[-1]).all():

@@ -7,31 +7,54 @@ belongs to the model (tokenizer, chat template, generation config, licence) is c
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
 import shutil
 import struct
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint, tensor_bytes
-from sleb.depthfields import depth_fields, reindex
-from sleb.errors import InputError, UnsupportedModel
+from sleb.cardparts import cut_card
+from sleb.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    check_fingerprint,
+    identity,
+    renamer,
+    tensor_bytes,
+    tensor_lines,
+)
+from sleb.checksums import write_sums
+from sleb.errors import InputError
 from sleb.files import enough_space, staged_dir
+from sleb.models.pruned import check_structure, pruned_config
+from sleb.models.quantnames import renumber_metadata, renumber_quantization
 from sleb.models.source import resolve
-from sleb.plan import Fingerprint, Plan
+from sleb.plan import Plan
 from sleb.progress import Progress, Tick, silent
+from sleb.rollback.keep import keep_original
+from sleb.rollback.manifest import FOLDER, REWRITTEN, Cut
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from sleb.models.stack import BlockStack
     from sleb.repair import Repair
 
-__all__ = ["apply", "cut_checkpoint", "pruned_config", "renamer"]
+__all__ = [
+    "apply",
+    "carry",
+    "check_fingerprint",
+    "cut_checkpoint",
+    "pruned_config",
+    "refuse_source",
+    "renamer",
+    "write_cut",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +62,6 @@ logger = logging.getLogger(__name__)
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|gguf|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|tflite|ot)|.*\.index\.json"
 )
-# params.json is the config, number of blocks included, of another format
-_SKIPPED_FILES = frozenset({"config.json", "params.json", "README.md", "plan.json", "run.json"})
 
 
 def apply(
@@ -50,6 +71,7 @@ def apply(
     *,
     depth: int | None = None,
     repair: Repair | None = None,
+    keep: bool = True,
     force: bool = False,
     trust_remote_code: bool = False,
     finish: Callable[[Path], None] | None = None,
@@ -58,8 +80,12 @@ def apply(
     """Write the model cut by ``plan`` (by its first ``depth`` removals) as a new checkpoint.
 
     ``finish(stage)`` may add files to the staging folder before it becomes ``out``; if it raises,
-    nothing is written. ``out`` gets the plan as far as it was used. The source is only read. No
+    nothing is written. ``out`` gets the plan as far as it was used, a model card unless ``finish``
+    has written one, and the checksums of its files. The source is only read. No
     tensor is held in memory, only a few buffers of 2 MiB and what ``repair`` has changed.
+
+    With ``keep``, ``out`` also gets what :func:`sleb.restore` rebuilds the original from: the
+    folder rollback/, with the removed blocks and all else that the cut changed or left out.
 
     Raises:
         InputError: the plan is for another model, ``depth`` is outside the plan, ``repair`` is of
@@ -72,19 +98,7 @@ def apply(
     from sleb.models.stack import decoder_config
 
     out = Path(out)
-    removed = plan.at_depth(depth)
-    used = plan.model_copy(
-        update={
-            "removed": removed,
-            "order": plan.order[: len(removed)],
-            "repair": repair.record if repair else None,
-        }
-    )
-    if repair and repair.record.removed != removed:
-        raise InputError(
-            f"the repair is of a cut of blocks {list(repair.record.removed)}, and this one is of "
-            f"{list(removed)}"
-        )
+    used = used_plan(plan, depth, repair)
     source = resolve(model, progress)
     refuse_source(out, source.path)
     with staged_dir(out, force=force) as stage:
@@ -92,19 +106,72 @@ def apply(
         config = load_config(source.path, trust_remote_code=trust_remote_code)
         blocks = decoder_config(config).num_hidden_layers
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
-            check_fingerprint(plan.model, fingerprint(checkpoint, blocks, tick), source.ref)
-        cut_checkpoint(
+            lines = tensor_lines(checkpoint, tick)
+        check_fingerprint(plan.model, identity(checkpoint, blocks, lines), source.ref)
+        write_cut(
             checkpoint,
-            removed,
+            used,
             stage,
+            lines=lines if keep else None,
             replaced=repair.tensors if repair else None,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
         if finish:
             finish(stage)
+        if not (stage / "README.md").exists():
+            how = "Written by `sleb apply`."
+            card = cut_card(used, source.path, how=how, kept=keep, model=source.ref)
+            (stage / "README.md").write_text(card, encoding="utf-8")
+        write_sums(stage, progress)
     return out
+
+
+def used_plan(plan: Plan, depth: int | None, repair: Repair | None = None) -> Plan:
+    """``plan`` as far as a cut of its first ``depth`` removals uses it.
+
+    Raises:
+        InputError: ``depth`` is outside the plan, or ``repair`` is of another cut.
+    """
+    removed = plan.at_depth(depth)
+    if repair and repair.record.removed != removed:
+        raise InputError(
+            f"the repair is of a cut of blocks {list(repair.record.removed)}, and this one is of "
+            f"{list(removed)}"
+        )
+    return plan.model_copy(
+        update={
+            "removed": removed,
+            "order": plan.order[: len(removed)],
+            "repair": repair.record if repair else None,
+        }
+    )
+
+
+def write_cut(
+    checkpoint: Checkpoint,
+    used: Plan,
+    stage: Path,
+    *,
+    lines: Mapping[str, str] | None,
+    replaced: Mapping[str, Tensor] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Write ``checkpoint`` cut by the whole plan ``used``, and that plan, into the folder
+    ``stage``; and, given the checkpoint's :func:`tensor_lines`, what is needed to restore it."""
+    cut = cut_checkpoint(
+        checkpoint,
+        used.removed,
+        stage,
+        replaced=replaced,
+        keep=lines is not None,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
+    if lines is not None:
+        keep_original(checkpoint, cut, used, lines, stage, progress)
 
 
 def refuse_source(out: Path, source: Path) -> None:
@@ -113,31 +180,19 @@ def refuse_source(out: Path, source: Path) -> None:
         raise InputError(f"{out} is the model itself, or holds it; choose another -o")
 
 
-def check_fingerprint(expected: Fingerprint, found: Fingerprint, ref: str) -> None:
-    """Raise InputError, naming the difference, unless the two are the same checkpoint."""
-    if expected == found:
-        return
-    for name in ("model_type", "blocks", "weights_sha256", "config_sha256"):
-        a, b = getattr(expected, name), getattr(found, name)
-        if a != b:
-            a, b = (str(v)[:12] + "…" if name.endswith("sha256") else v for v in (a, b))
-            raise InputError(
-                f"the plan was made for another model: {name} is {a} in the plan and {b} in {ref}; "
-                "search again on this model"
-            )
-
-
 def cut_checkpoint(
     checkpoint: Checkpoint,
     removed: Collection[int],
     stage: Path,
     *,
     replaced: Mapping[str, Tensor] | None = None,
+    keep: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> None:
+) -> Cut:
     """Write ``checkpoint`` without the blocks ``removed``, and with the tensors ``replaced`` by
-    others of the same dtype and shape, into the folder ``stage``."""
+    others of the same dtype and shape, into the folder ``stage``. ``keep`` asks for the disk space
+    that what was removed and replaced will need too."""
     from sleb.models.load import empty_model, load_config
     from sleb.models.stack import BlockStack, decoder_config
 
@@ -146,97 +201,26 @@ def cut_checkpoint(
     n = decoder_config(config).num_hidden_layers
     cut = pruned_config(config, removed)
     kept = [i for i in range(n) if i not in set(removed)]
-    _check_structure(stack, kept, empty_model(cut, trust_remote_code=trust_remote_code))
-    rename = renamer(checkpoint.block_prefix(n, stack.path), removed)
-    _refuse_block_names(checkpoint.config.get("quantization_config"), stack.path)
+    check_structure(stack, kept, empty_model(cut, trust_remote_code=trust_remote_code))
+    prefix = checkpoint.block_prefix(n, stack.path)
+    rename = renamer(prefix, removed)
+    if quantization := checkpoint.config.get("quantization_config"):
+        cut.quantization_config = _renumbered(quantization, checkpoint, stack, prefix, removed)
 
+    metadata = {shard: renumber_metadata(m, rename) for shard, m in checkpoint.metadata.items()}
+    renumbered = replace(checkpoint, metadata=metadata)
     names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
     kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
-    enough_space(stage.parent, kept_bytes)
+    gone = set(checkpoint.tensors).difference(names).union(replaced or ()) if keep else ()
+    spared = sum(checkpoint.tensors[name].nbytes for name in gone)
+    enough_space(stage.parent, kept_bytes + spared)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
-        _write_shards(checkpoint, names, replaced or {}, stage, tick)
+        _write_shards(renumbered, names, replaced or {}, stage, tick)
     cut.save_pretrained(stage)
-    for path in sorted(checkpoint.path.iterdir()):
-        _carry(path, stage)
-
-
-def pruned_config(config: Any, removed: Collection[int]) -> Any:
-    """A transformers config re-indexed for the model without ``removed``; the given one unchanged.
-
-    Raises:
-        UnsupportedModel: a depth-dependent field cannot follow this cut.
-    """
-    from sleb.models.stack import decoder_config
-
-    text = decoder_config(config)
-    n = text.num_hidden_layers
-    kept = [i for i in range(n) if i not in set(removed)]
-    field = (getattr(text, "attribute_map", None) or {}).get(
-        "num_hidden_layers", "num_hidden_layers"
+    carried = [name for path in sorted(checkpoint.path.iterdir()) for name in carry(path, stage)]
+    return Cut(
+        prefix=prefix, names=names, replaced=frozenset(replaced or ()), carried=tuple(carried)
     )
-    fields = text.to_dict()
-    new_text = reindex(fields, kept, n, field)
-    changed = {k: v for k, v in new_text.items() if k not in fields or fields[k] != v}
-    # what transformers writes to config.json; some types (dbrx) refuse to read all of to_dict()
-    new = config.to_diff_dict()
-    if text is config:
-        new.update(changed)
-    else:
-        key = next(k for k in config.sub_configs if getattr(config, k, None) is text)
-        new[key] = {**new.get(key, {}), **changed}
-    try:
-        cut = type(config).from_dict(copy.deepcopy(new))
-    except Exception as error:  # transformers validates with several exception types
-        raise UnsupportedModel(
-            f"transformers refuses the config of this cut: {' '.join(str(error).split())}"
-        ) from error
-    check = decoder_config(cut)
-    if check.num_hidden_layers != len(kept):
-        raise UnsupportedModel(f"config field `{field}` does not set the number of blocks")
-    read_back = check.to_dict()
-    for name in (known.name for known in depth_fields(new_text, len(kept))):
-        if read_back.get(name) != new_text[name]:
-            raise UnsupportedModel(
-                f"transformers does not accept config field `{name}` = {new_text[name]!r} for this "
-                f"cut: it becomes {read_back.get(name)!r}"
-            )
-    return cut
-
-
-def _check_structure(stack: BlockStack, kept: list[int], cut: nn.Module) -> None:
-    """Raise UnsupportedModel unless each kept block is built alike in the cut model: some models
-    build the first or the last place differently (rwkv, gpt_neox_japanese)."""
-    from sleb.models.stack import BlockStack
-
-    for old, block in zip(kept, BlockStack(cut).blocks, strict=True):
-        before, after = (
-            {name: tuple(tensor.shape) for name, tensor in b.state_dict().items()}
-            for b in (stack.blocks[old], block)
-        )
-        if different := sorted(dict(before.items() ^ after.items())):
-            raise UnsupportedModel(
-                f"block {old} would move to a place where {stack.name} builds blocks differently "
-                f"({different[0]}): protect the block that has this place now"
-            )
-
-
-def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
-    """New name of a tensor, or None if it goes. Blocks numbered past the last (multi-token
-    prediction) move down by the number removed."""
-    gone = frozenset(removed)
-
-    def rename(name: str) -> str | None:
-        if not name.startswith(prefix):
-            return name
-        match = re.match(r"(\d+)(\..*)", name[len(prefix) :])
-        if not match:
-            return name
-        block = int(match[1])
-        if block in gone:
-            return None
-        return f"{prefix}{block - sum(b < block for b in gone)}{match[2]}"
-
-    return rename
 
 
 def _write_shards(
@@ -255,9 +239,7 @@ def _write_shards(
     for i, (shard, members) in enumerate(sorted(by_shard.items()), 1):
         target = SINGLE if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
         # wide elements first, as safetensors' own writer does: every tensor stays aligned
-        members.sort(
-            key=lambda name: (-checkpoint.tensors[name].width, checkpoint.tensors[name].start)
-        )
+        members.sort(key=lambda name: -checkpoint.tensors[name].width)
         own = {m: names[m] for m in members}
         _write_shard(checkpoint, own, replaced, stage / target, shard, tick)
         weight_map.update({names[m]: target for m in members})
@@ -300,25 +282,41 @@ def _write_shard(
                 tick(len(piece))
 
 
-def _carry(path: Path, stage: Path) -> None:
-    """Copy what belongs to the model but is not weights, config or an earlier card."""
+def carry(path: Path, stage: Path) -> list[str]:
+    """Copy what belongs to the model but is not weights, config or an earlier card; the names of
+    the files, relative to the folder."""
     if path.name.startswith(".") or _OTHER_WEIGHTS.fullmatch(path.name):
-        return
-    if path.is_file() and path.name not in _SKIPPED_FILES:
+        return []
+    if path.is_file() and path.name not in REWRITTEN:
         shutil.copyfile(path, stage / path.name)
-    elif path.is_dir() and path.name == "additional_chat_templates":
+        return [path.name]
+    if path.is_dir() and path.name == "additional_chat_templates":
         shutil.copytree(path, stage / path.name, symlinks=False)
-    elif path.is_dir():
+        copies = (stage / path.name).rglob("*")
+        return sorted(copy.relative_to(stage).as_posix() for copy in copies if copy.is_file())
+    if path.is_dir() and path.name != FOLDER:
         logger.info("not carried over: folder %s", path)
+    return []
 
 
-def _refuse_block_names(quantization: Any, path: str) -> None:
-    """Refuse a quantization config that names single blocks: they would be the wrong ones."""
-    last = path.rpartition(".")[2]
-    if found := re.search(
-        rf"[\w.]*\b{re.escape(last)}\\?\.\d+[\w.]*", json.dumps(quantization or {})
-    ):
-        raise UnsupportedModel(
-            f"quantization_config names single blocks ({found[0]}), which sleb does not renumber "
-            "yet: cut the model before quantizing it"
-        )
+def _renumbered(
+    quantization: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    stack: BlockStack,
+    prefix: str,
+    removed: Collection[int],
+) -> dict[str, Any]:
+    """The quantization config after the cut. It names modules as the model has them, or as the
+    tensors are named on disk."""
+    paths = {f"{stack.path}.", prefix}
+    names = {name for name, _ in stack.model.named_modules()}
+    names |= {name.rpartition(".")[0] for name in checkpoint.tensors}
+
+    def rename(name: str) -> str | None:
+        for path in paths:
+            if name.startswith(path):
+                new = renamer(path, removed)(f"{name}.")  # a block itself has nothing behind it
+                return None if new is None else new[:-1]
+        return name
+
+    return renumber_quantization(quantization, names, stack.path, rename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ import typer
 from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
 from sleb.errors import SlebError
+from sleb.parallel import Group, joined, speaks
 
 __all__ = ["app", "main"]
 
@@ -36,6 +38,9 @@ app = typer.Typer(
 )
 register(app)
 
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn about torchao's build whenever transformers is imported beside it."""
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -54,10 +59,12 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code instead of raising."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; the process is ours
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["sleb", *given])
     try:
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), joined() as here, _quiet_but_for_first(here):
             result = app(args=given, prog_name="sleb", standalone_mode=False, obj=command)
     except SlebError as error:
         return _fail(str(error), error.exit_code)
@@ -106,8 +113,20 @@ def _system_error(error: OSError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sleb: {' '.join(message.splitlines())}", file=sys.stderr)  # noqa: T201
+    if speaks():
+        print(f"sleb: {' '.join(message.splitlines())}", file=sys.stderr)  # noqa: T201
     return code
+
+
+@contextlib.contextmanager
+def _quiet_but_for_first(here: Group) -> Iterator[None]:
+    """Of several processes only the first prints results."""
+    if here.first:
+        yield
+        return
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from sleb.cli.options import Device, Dtype, Force, Json, Model, Record, Threads,
 from sleb.cli.progress import terminal_progress
 from sleb.errors import InputError
 from sleb.files import writable_target
+from sleb.parallel import group
 
 __all__ = ["bench", "check_record", "compare", "init", "report", "run", "save", "transfer"]
 
@@ -58,6 +59,15 @@ def bench(
     ] = None,
     runs: Annotated[int, typer.Option(help="Times each case is run.", min=1)] = 6,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller cases, for a CPU.")] = False,
+    draft: Annotated[
+        bool,
+        typer.Option("--draft", help="Time each OUT as the draft of MODEL, and nothing else."),
+    ] = False,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted at a time.", min=1)] = 4,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts to draft for. Default: embedded text."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -70,6 +80,29 @@ def bench(
     from sleb.evidence.speed import bench as measure
 
     check_record(record)
+    if draft:
+        from sleb.cli.render_runtimes import drafting
+        from sleb.evidence.draft import draft as write
+        from sleb.evidence.prompts import read_prompts
+
+        drafted = write(
+            model,
+            outs or (),
+            read_prompts(prompts) if prompts else (),
+            draft_tokens=draft_tokens,
+            new_tokens=16 if quick else 64,
+            runs=runs,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            progress=terminal_progress(),
+        )
+        render.result(drafted, json, drafting)
+        save(record, json, draft=drafted)
+        return 0
+    if prompts:
+        raise InputError("--prompts is for --draft; give that too, or leave it out")
     found = measure(
         model,
         outs or (),
@@ -100,7 +133,7 @@ def transfer(model: Model, record: Record = None, **options: Any) -> int:
     check_transfer(options)
     check_record(record)
     progress = terminal_progress()
-    names = ("dtype", "device", "stream", "trust_remote_code")
+    names = ("dtype", "device", "stream", "device_map", "tp", "trust_remote_code")
     loaded = load(model, **{name: options[name] for name in names}, progress=progress)
     found = measure(loaded, options.pop("text"), progress=progress, **options)
     render.result(found, json, draw)
@@ -176,7 +209,7 @@ def check_record(folder: str | None, removed: tuple[int, ...] | None = None) -> 
 
 def save(folder: str | None, json: bool, **sections: Any) -> None:
     """Add sections to a run record."""
-    if folder is None:
+    if folder is None or not group().first:
         return
     from sleb.record import RunRecord
 

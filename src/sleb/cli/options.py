@@ -14,11 +14,13 @@ __all__ = [
     "Curve",
     "Depth",
     "Device",
+    "DeviceMap",
     "Dtype",
     "Exact",
     "Force",
     "Heldout",
     "Json",
+    "Keep",
     "Length",
     "MaxLossIncrease",
     "MaxMemory",
@@ -35,6 +37,7 @@ __all__ = [
     "Speedup",
     "Strategy",
     "Stream",
+    "TensorParallel",
     "Text",
     "Threads",
     "Trust",
@@ -68,6 +71,24 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES", help="With --stream: hidden states to hold, say 8GB. Default: half free."
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Run blocks through torch.compile; for long searches on a GPU."),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="For a model larger than a device: auto spreads it over GPUs, memory and disk; or a "
+        "JSON file of places. See docs/distributed.md.",
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tp", metavar="N", help="N processes of torchrun hold the model together.", min=1
     ),
 ]
 Remove = Annotated[str | None, typer.Option(help="Target: blocks to remove, 6 or 20%.")]
@@ -117,6 +138,13 @@ RepairTokens = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep/--no-keep",
+        help="Keep in OUT/rollback what sleb restore needs to take the cut back.",
+    ),
+]
 Depth = Annotated[int | None, typer.Option(help="Use only the plan's first DEPTH removals.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
@@ -149,7 +177,10 @@ def _searching(
     batch: Batch = None,
     threads: Threads = None,
     stream: Stream = False,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = 1,
     max_memory: MaxMemory = None,
+    compile: Compile = False,
     force: Force = False,
     json: Json = False,
     trust_remote_code: Trust = False,

@@ -19,8 +19,9 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from sleb.parallel import group
 from sleb.progress import Progress as ProgressProtocol
-from sleb.progress import Tick
+from sleb.progress import Tick, silent
 
 __all__ = ["terminal_progress"]
 
@@ -29,7 +30,9 @@ LINE_EVERY_S = 15.0
 
 
 def terminal_progress() -> ProgressProtocol:
-    """The progress display that fits stderr."""
+    """The progress display that fits stderr; none but on the first of several processes."""
+    if not group().first:
+        return silent
     return _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
 
 

@@ -15,30 +15,39 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sleb.cli import measure, render
+from sleb.cli import gguf, measure, render
 from sleb.cli.evaluate import evaluate
 from sleb.cli.heal import heal
 from sleb.cli.options import (
     Batch,
     Depth,
     Device,
+    DeviceMap,
     Dtype,
     Force,
     Json,
+    Keep,
     Length,
     Model,
     PlanFile,
     RepairTokens,
     Seed,
     Stream,
+    TensorParallel,
     Text,
     Trust,
     Windows,
     searching,
 )
 from sleb.cli.progress import terminal_progress
+from sleb.cli.quantize import Scheme, check_quantized, quantize, quantized
+from sleb.cli.quantize import draw as draw_quantized
+from sleb.cli.restore import restore
+from sleb.cli.share import export, push
+from sleb.cli.verify import verify
 from sleb.errors import InputError
 from sleb.files import writable_target
+from sleb.parallel import Lost, group, on_first_alone
 
 __all__ = ["Interrupted", "register"]
 
@@ -65,6 +74,8 @@ def similarity(
     dtype: Dtype = "auto",
     batch: Batch = None,
     stream: Stream = False,
+    device_map: DeviceMap = None,
+    tp: TensorParallel = 1,
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -81,6 +92,8 @@ def similarity(
         dtype=dtype,
         device=device,
         stream=stream,
+        device_map=device_map,
+        tp=tp,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
@@ -104,7 +117,8 @@ def search(
     from sleb.selection.search import search as find
 
     plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
-    plan.save(out)
+    if group().first:
+        plan.save(out)
     render.result(plan, json, render.plan)
     render.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
     return 0
@@ -119,6 +133,9 @@ def apply(
         bool, typer.Option("--repair", help="Re-fit matrices around the gaps, on --text.")
     ] = False,
     repair_tokens: RepairTokens = 100_000,
+    keep: Keep = True,
+    repaired: gguf.Repaired = None,
+    other_weights: gguf.OtherWeights = False,
     text: Text = None,
     length: Length = 256,
     device: Device = "auto",
@@ -127,14 +144,23 @@ def apply(
     json: Json = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Write the checkpoint without the plan's blocks, shard by shard, without loading it."""
+    """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
+    GGUF file, if MODEL and OUT both end in .gguf."""
     from sleb.plan import Plan
 
     loaded = Plan.load(plan)
     removed = loaded.at_depth(depth)
     if text and not repair:
         raise InputError("--text is what --repair is fitted on; give --repair too, or leave it out")
-    writable_target(Path(out), force=force)
+    of_gguf: dict[str, Any] = {
+        "depth": depth,
+        "repaired": repaired,
+        "other_weights": other_weights,
+        "force": force,
+    }
+    as_gguf = gguf.wanted(loaded, plan, model, out, repair=repair, **of_gguf)
+    if not as_gguf:
+        writable_target(Path(out), force=force)
     from sleb.surgery import apply as cut
 
     fixed = None
@@ -159,12 +185,15 @@ def apply(
         fixed = fit(dense, removed, fitted, judges, progress=progress)
         del dense
 
+    if as_gguf:
+        return gguf.apply(loaded, model, out, repair=fixed, json=json, **of_gguf)
     cut(
         loaded,
         model,
         out,
         depth=depth,
         repair=fixed,
+        keep=keep,
         force=force,
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
@@ -175,62 +204,6 @@ def apply(
         done["repair"] = fixed.record.model_dump(mode="json")
     render.result(done, json, render.applied)
     render.note(f"next: sleb verify {out} --model {model}", json)
-    return 0
-
-
-def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The pruned checkpoint.")],
-    model: Annotated[str, typer.Option("--model", help="The original model.")],
-    plan: Annotated[
-        str | None, typer.Option("--plan", help="The plan. Default: OUT/plan.json.")
-    ] = None,
-    depth: Depth = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    gate: Annotated[
-        str | None,
-        typer.Option("--gate", metavar="FILE", help="Limits on what OUT/run.json has recorded."),
-    ] = None,
-    json: Json = False,
-    trust_remote_code: Trust = False,
-) -> int:
-    """Prove that a checkpoint is the original without the plan's blocks. Exit code 3 if not, or if
-    a limit of the gate is not kept."""
-    from sleb.plan import Plan
-
-    if not Path(out).is_dir():
-        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
-    loaded = Plan.load(plan or Path(out) / "plan.json")
-    judged = None
-    if gate:
-        from sleb.evidence.gate import Gate
-        from sleb.record import RunRecord
-
-        judged = Gate.load(gate).check(RunRecord.load(out))
-    from sleb.exactness import verify as check
-
-    found = check(
-        out,
-        model=model,
-        plan=loaded,
-        depth=depth,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        progress=terminal_progress(),
-    )
-    if json and judged:
-        render.result({"verification": found, "gate": judged}, json, render.verification)
-    else:
-        render.result(found, json, render.verification)
-    if judged and not json:
-        from sleb.cli.render_transfer import gate as draw
-
-        render.result(judged, json, draw)
-    found.require()
-    if judged:
-        measure.save(out, json, gate=judged)
-        judged.require()
     return 0
 
 
@@ -247,19 +220,34 @@ def prune(
         ),
     ] = None,
     repair_tokens: RepairTokens = 100_000,
+    keep: Keep = True,
+    quantize: Scheme = None,
     **options: Any,
 ) -> int:
     """Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card."""
     asked, force, json = _asked(options)
-    asked |= {"repair": repair, "repair_tokens": repair_tokens}
+    if quantize:
+        check_quantized(out, quantize, force=force)
+    asked |= {"repair": repair, "repair_tokens": repair_tokens, "keep": keep}
     writable_target(Path(out), force=force)
     from sleb.pipeline import prune as run
 
     done = run(model, out, **asked, force=force, command=context.obj, progress=terminal_progress())
-    render.result(done.record, json, render.record)
     if not json:
+        render.result(done.record, json, render.record)
         render.result(done.plan, json, render.curve)
     render.note(f"checkpoint written to {out}", json)
+    if quantize:
+        if not on_first_alone():
+            return 0
+        rounded = quantized(out, quantize, options, force=force)
+        if not json:
+            render.result(rounded, json, draw_quantized)
+        render.note(f"quantized checkpoint written to {rounded.path}", json)
+        if json:
+            render.result({"run": done.record, "quantized": rounded}, json, render.record)
+    elif json:
+        render.result(done.record, json, render.record)
     return 0
 
 
@@ -291,9 +279,14 @@ EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
     "similarity": (similarity, "sleb similarity ./model --text mail.jsonl --measure angular"),
     "search": (search, "sleb search ./model --curve --text mail.jsonl -o plan.json"),
     "apply": (apply, "sleb apply plan.json ./model -o ./smaller --depth 3"),
+    "restore": (restore, "sleb restore ./smaller -o ./model-again"),
     "verify": (verify, "sleb verify ./smaller --model ./model --plan plan.json"),
     "eval": (evaluate, "sleb eval ./model --text test.txt --plan plan.json"),
     "prune": (prune, "sleb prune ./model --remove 20% -o ./smaller"),
+    "quantize": (
+        quantize,
+        "sleb quantize ./smaller --scheme w4a16 --text mail.jsonl -o ./smaller-w4a16",
+    ),
     "heal": (heal, "sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed"),
     "compare": (measure.compare, "sleb compare ./model ./smaller --prompts prompts.jsonl"),
     "bench": (measure.bench, "sleb bench ./model ./smaller --quick"),
@@ -304,8 +297,14 @@ EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
     "init": (measure.init, "sleb init --model ./model"),
     "run": (measure.run, "sleb run sleb.toml"),
     "report": (measure.report, "sleb report ./smaller -o report.html --lang ja"),
+    "export": (export, "sleb export plan.json --as mergekit --model ./model -o merge.yml"),
+    "push": (push, "sleb push ./smaller me/smaller --private"),
     "demo": (demo, "sleb demo"),
 }
+
+
+TOGETHER = {"search", "similarity", "eval", "prune", "transfer"}
+"""Verbs whose work the processes of a job share. The first does the others alone."""
 
 
 class Interrupted(Exception):
@@ -315,18 +314,23 @@ class Interrupted(Exception):
 def register(app: typer.Typer) -> None:
     """Add every verb to ``app``."""
     for name, (function, example) in EXAMPLES.items():
-        app.command(name, epilog=f"Example: {example}")(_interruptible(function))
+        app.command(name, epilog=f"Example: {example}")(_interruptible(name, function))
 
 
-def _interruptible(function: Callable[..., int]) -> Callable[..., int]:
+def _interruptible(name: str, function: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int:
+        if group().several and name not in TOGETHER and not on_first_alone():
+            return 0
         try:
             code = function(*args, **kwargs)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
-            raise Interrupted(_how_to_go_on(kwargs.get("out"))) from None
+            why = "interrupted, or another process has ended" if group().several else "interrupted"
+            raise Interrupted(f"{why}; {_how_to_go_on(kwargs.get('out'))}") from None
+        except Lost as error:
+            raise Lost(f"{error}; {_how_to_go_on(kwargs.get('out'))}") from None
         except BrokenPipeError:  # the reader of stdout has gone, as `head` does
             return 0
         finally:
@@ -341,8 +345,9 @@ def _interruptible(function: Callable[..., int]) -> Callable[..., int]:
 def _how_to_go_on(out: str | None) -> str:
     journal = Path(f"{Path(out)}.journal") if out else None
     if journal and journal.exists():
-        return f"interrupted; scores so far are in {journal}: repeat the command to go on"
+        with_any = ", with any number of processes" if group().several else ""
+        return f"scores so far are in {journal}: repeat the command to go on{with_any}"
     state = Path(f"{Path(out)}.heal") if out else None
     if state and state.exists():
-        return f"interrupted; the training so far is in {state}: repeat the command to go on"
-    return "interrupted; nothing was written"
+        return f"the training so far is in {state}: repeat the command to go on"
+    return "nothing was written"

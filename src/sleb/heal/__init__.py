@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.checksums import write_sums
 from sleb.errors import InputError, ResourceError, VerificationFailed
 from sleb.exactness import HEALED
 from sleb.files import enough_space, staged_dir, writable_target
@@ -242,6 +243,7 @@ def heal(
             )
             done.save(stage / HEALED)
             (stage / "README.md").write_text(card(cut, done), encoding="utf-8")
+            write_sums(stage, progress)
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"out of memory on {target} with --at-once {at_once}; give a lower --at-once, "

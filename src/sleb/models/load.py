@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sleb.checkpoint import Checkpoint, read_json
 from sleb.depthfields import refuse_unsupported
 from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.models.placing import check_placing, device_map_options, tensor_parallel_options
+from sleb.models.quantnames import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
-from sleb.plan import MAX_BLOCKS
+from sleb.parallel import group
+from sleb.plan import MAX_BLOCKS, Plan
 from sleb.progress import Progress, silent
 
 __all__ = ["DTYPES", "LoadedModel", "empty_model", "load", "load_config", "load_tokenizer"]
@@ -27,12 +32,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model in evaluation mode with its tokenizer, block stack and origin."""
+    """A model in evaluation mode with its tokenizer, block stack and origin. ``removed``: blocks of
+    the origin that a plan took out while it was loaded."""
 
     model: nn.Module
     tokenizer: Any
     stack: BlockStack
     source: ModelSource
+    removed: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -46,6 +53,12 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     stream: bool = False,
+    device_map: str | None = None,
+    tp: int = 1,
+    plan: Plan | str | Path | None = None,
+    depth: int | None = None,
+    repaired: str | Path | None = None,
+    check: bool = True,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> LoadedModel:
@@ -56,25 +69,64 @@ def load(
     auto: the first GPU, else the CPU. With ``stream``, blocks stay in the checkpoint's files and
     are read when they run, so that only one has to fit in memory; embedding and head are loaded.
 
+    A model larger than a device: ``device_map`` places it with accelerate over several GPUs, memory
+    and disk, as :func:`sleb.models.placing.device_map_options` says. ``tp`` processes, started by
+    torchrun, hold it together (transformers' tensor parallelism).
+
+    With ``plan`` (or its file) the model is cut while it is loaded, by the first ``depth`` removals
+    or all of them, and computes what the checkpoint that :func:`sleb.apply` writes would: only
+    kept blocks are read, and nothing is written. The plan must be of this model; without ``check``
+    its tensors are not hashed for that, which takes as long as reading the whole file. Where the
+    whole plan is used and has a repair, the changed tensors come from ``repaired``, the folder of a
+    checkpoint that was written with it.
+
     Raises:
-        InputError: no such model, or an unknown dtype or device.
+        InputError: no such model, or an unknown dtype or device; the plan is for another model, or
+            its repaired tensors are not at hand.
         UnsupportedModel: not a causal LM, or its blocks cannot be cut exactly.
         DataError: tensors are missing, unexpected or of another shape.
         ResourceError: it does not fit in memory.
     """
+    check_placing(device=device, stream=stream, device_map=device_map, tp=tp)
+    options = device_map_options(device_map) if device_map else {}
     target = pick_device(device)
-    source = resolve(ref, progress)
+    if plan is None and (depth is not None or repaired is not None):
+        raise InputError("depth and repaired say how a plan is used; give plan too")
+    if plan is not None and (stream or device_map or tp > 1):
+        raise InputError(
+            "blocks are not streamed, placed or split and cut at once; leave out plan, or stream, "
+            "device_map and tp"
+        )
+    plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    source = group().in_turn(lambda: resolve(ref, progress))
     Checkpoint.open(source.path)  # its errors say more than those of loading
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     text = decoder_config(config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
+    weights = None
+    if plan is not None:
+        from sleb.models.planned import planned_weights
+
+        weights = planned_weights(
+            source,
+            config,
+            plan,
+            depth=depth,
+            repaired=repaired,
+            check=check,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     with progress.stage(f"loading {source.ref}", None):
         computed = pick_dtype(dtype, config, target)
         if stream:
-            places = _streaming(config, target, trust_remote_code)
-            model = strict_model(source.path, computed, trust_remote_code, places)
+            options = {"device_map": _streaming(config, target, trust_remote_code)}
+        elif tp > 1:
+            options = tensor_parallel_options(config, tp, target.type, source.ref)
+        if options:
+            model = strict_model(source.path, computed, trust_remote_code, options)
         else:
-            model = strict_model(source.path, computed, trust_remote_code)
+            model = strict_model(source.path, computed, trust_remote_code, weights=weights)
             try:
                 model.to(target)
             except torch.OutOfMemoryError:
@@ -82,17 +134,27 @@ def load(
                     f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
                 ) from None
     tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-    return LoadedModel(model=model, tokenizer=tokenizer, stack=BlockStack(model), source=source)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        stack=BlockStack(model),
+        source=source,
+        removed=plan.at_depth(depth) if plan else (),
+    )
 
 
 def strict_model(
     path: Path,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    places: dict[str, str] | None = None,
+    placing: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    weights: tuple[nn.Module, dict[str, Tensor]] | None = None,
 ) -> nn.Module:
     """A causal LM from a folder, in evaluation mode; every tensor accounted for. It is on the CPU,
-    or where ``places`` says (a device map of modules, as accelerate has it).
+    or where ``placing`` says, arguments of from_pretrained such as ``device_map``. With
+    ``weights``, an empty model and its tensors by their names in a checkpoint, the folder gives
+    only settings.
 
     Raises:
         InputError: loading needs a package that is not installed.
@@ -100,21 +162,29 @@ def strict_model(
     """
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM if weights is None else type(weights[0])
     # weights that transformers has to rearrange cannot be read in place; it keeps a copy here
-    spill = tempfile.TemporaryDirectory(prefix="sleb-") if places else None
+    placed = "device_map" in placing
+    spill = tempfile.TemporaryDirectory(prefix="sleb-") if placed else None
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
+            given = {} if weights is None else _given(path, *weights)
+            model, info = loader.from_pretrained(
+                None if given else path,
                 dtype=dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are counted below, and then refused
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                **({"device_map": places, "offload_folder": spill.name} if spill else {}),
+                **given,
+                **placing,
+                **_unpacked(path),
+                **({"offload_folder": spill.name} if spill else {}),
             )
             if spill:
                 weakref.finalize(model, spill.cleanup)
+            if given:
+                model.name_or_path = model.config.name_or_path = str(path)
         except ImportError as error:
             raise InputError(f"{path} needs a package to load: {_say(error)}") from None
         except Exception as error:  # of many types, and from the model's own code
@@ -130,6 +200,27 @@ def strict_model(
                 f"{found[0]}; the config does not describe these weights"
             )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _unpacked(path: Path) -> dict[str, Any]:
+    """Compressed weights are unpacked when they are read: transformers does so at the first forward
+    pass at the latest, and a search or a digest must not find one thing before it and another
+    after."""
+    if quant_method(read_json(path / "config.json")) != "compressed-tensors":
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+
+
+def _given(path: Path, empty: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What transformers is given in place of a folder."""
+    from transformers import GenerationConfig
+
+    given = {"config": empty.config, "state_dict": tensors}
+    if (path / "generation_config.json").is_file():
+        given["generation_config"] = GenerationConfig.from_pretrained(path)
+    return given
 
 
 def _streaming(config: Any, target: torch.device, trust_remote_code: bool) -> dict[str, str]:
@@ -234,13 +325,27 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is the first GPU, else the CPU.
+    """``auto`` is the first GPU, else the CPU. Of several processes on a machine each has a GPU of
+    its own.
 
     Raises:
-        InputError: not a device, or one that this machine lacks.
+        InputError: not a device, or one that this machine lacks; or one GPU for several processes.
     """
+    here = group()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if here.several and device.startswith("cuda"):
+        if device != "cuda":
+            raise InputError(
+                f"--device {device} is one GPU, and this job has {here.local_size} processes here, "
+                "each with its own: leave --device out"
+            )
+        if here.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"this job has {here.local_size} processes here and {torch.cuda.device_count()} "
+                "GPUs: start as many processes as there are GPUs, or pass --device cpu"
+            )
+        return torch.device("cuda", here.local_rank)
     try:
         picked = torch.device(device)
         if picked.type not in ("cpu", "cuda", "mps"):

@@ -150,10 +150,11 @@ def _convert(path: Path, out: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 dtype=torch.bfloat16,
+                trust_remote_code=False,
                 quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
                 **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **where)
         except ImportError as error:
             raise InputError(
                 f"reading {path.name} needs the gguf package: pip install gguf ({error})"
@@ -176,14 +177,19 @@ def _convert(path: Path, out: Path) -> None:
             raise
         tokenizer.save_pretrained(out)
         stated = _stated(path)
-        _check_tokenizer(path, tokenizer, AutoTokenizer.from_pretrained(out), stated)
+        if isinstance(stated["windows"], list):
+            _set_windows(path, model.config, stated["windows"])
+            model.config.save_pretrained(out)
+        again = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        _check_tokenizer(path, tokenizer, again, stated)
     keys = ("license", "license_name", "license_link", "language")
     data = ModelCardData(**{key: stated[key] for key in keys if stated[key]})
     (out / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n", encoding="utf-8")
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    """What a GGUF file states of its licence, languages and tokenizer; None where it is silent."""
+    """What a GGUF file states of its licence, languages, tokenizer and sliding windows; None where
+    it is silent."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -194,8 +200,25 @@ def _stated(path: Path) -> dict[str, Any]:
         "language": "general.languages",
         "tokenizer": "tokenizer.ggml.model",
         "add_bos": "tokenizer.ggml.add_bos_token",
+        "windows": f"{fields['general.architecture'].contents()}.attention.sliding_window_pattern",
     }
     return {k: fields[name].contents() if name in fields else None for k, name in names.items()}
+
+
+def _set_windows(path: Path, config: Any, windows: list[bool]) -> None:
+    """Give ``config`` the sliding windows that the file states block by block, as that of a cut
+    model does. transformers passes over them, and would derive them from the uncut pattern.
+
+    Raises:
+        UnsupportedModel: the config has no such list.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    if len(kinds) != len(windows) or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise UnsupportedModel(
+            f"{path} states sliding windows block by block, and transformers has no place for them "
+            f"in the config of {config.model_type}; give the model as a Hugging Face checkpoint"
+        )
+    config.layer_types = ["sliding_attention" if window else "full_attention" for window in windows]
 
 
 def _check_tokenizer(path: Path, converted: Any, reloaded: Any, stated: dict[str, Any]) -> None:
@@ -226,16 +249,24 @@ def _check_tokenizer(path: Path, converted: Any, reloaded: Any, stated: dict[str
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' own bars and notices; put its settings back afterwards."""
+    from tqdm import tqdm
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity_error()
     hf.disable_progress_bar()
+    show = tqdm.__init__
+
+    def hide(self: Any, *args: Any, **kwargs: Any) -> None:
+        show(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hide  # compressed-tensors' bars obey no setting
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        tqdm.__init__ = show
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()

@@ -16,6 +16,7 @@ model is measured: masks are chosen by position in it.
 from __future__ import annotations
 
 import contextlib
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb.errors import InputError, UnsupportedModel
+from sleb.models.streaming import Reader, offloading
 
 __all__ = ["BlockStack", "bypassed", "find_blocks"]
 
@@ -97,6 +99,7 @@ class BlockStack:
         self.model = model
         self.path, self.blocks = find_blocks(model)
         self._width: list[int | None] | None = None
+        self.reader = Reader()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -162,18 +165,28 @@ class BlockStack:
         return logits
 
     @contextlib.contextmanager
-    def holding(self, i: int) -> Iterator[None]:
+    def holding(self, i: int, then: int | None = None) -> Iterator[None]:
         """Keep block ``i`` in place for several :meth:`run` of it. This matters to a model that
-        accelerate offloads: its hooks would fetch the weights anew for every call."""
-        hooks = [(m, h) for m in self.blocks[i].modules() for h in _offloading(m)]
+        accelerate offloads: its hooks would fetch the weights anew for every call. Meanwhile block
+        ``then`` is fetched, to be held next."""
+        hooks = offloading(self.blocks[i])
+        if not hooks:
+            yield
+            return
+        weights = self.reader.take(i, hooks)
+        if then is not None and (ahead := offloading(self.blocks[then])):
+            self.reader.start(then, ahead)
+        maps = [hook.weights_map for _, hook in hooks]
         try:
-            for module, hook in hooks:
+            for (module, hook), fetched, before in zip(hooks, weights, maps, strict=True):
+                hook.weights_map = ChainMap(fetched, before)
                 hook.pre_forward(module)
                 hook.offload = False
+            weights.clear()  # the block has them
             yield
         finally:
-            for module, hook in hooks:
-                hook.offload = True
+            for (module, hook), before in zip(hooks, maps, strict=True):
+                hook.offload, hook.weights_map = True, before
                 hook.post_forward(module, None)
 
     @contextlib.contextmanager
@@ -201,6 +214,15 @@ class BlockStack:
     def max_length(self) -> int | None:
         """Longest text that the model reads, in tokens; None where there is no limit."""
         return getattr(decoder_config(self.model.config), "max_position_embeddings", None)
+
+    def device(self, i: int) -> torch.device:
+        """Where block ``i`` computes, and with it what enters and leaves it."""
+        for module in self.blocks[i].modules():
+            hook = getattr(module, "_hf_hook", None)
+            for each in getattr(hook, "hooks", (hook,)):
+                if (where := getattr(each, "execution_device", None)) is not None:
+                    return torch.device(where)
+        return next((p.device for p in self.blocks[i].parameters()), self.input_device)
 
     @property
     def streamed(self) -> bool:
@@ -357,13 +379,6 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, 
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
     return kwargs.pop("hidden_states"), args, kwargs
-
-
-def _offloading(module: nn.Module) -> list[Any]:
-    """The hooks through which accelerate fetches a module's weights when it runs."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return [h for h in hooks if getattr(h, "offload", False)]
 
 
 def _longest(cache: Any) -> int:

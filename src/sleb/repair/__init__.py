@@ -23,10 +23,14 @@ from sleb.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
 from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
+from sleb.models.quantnames import quant_method
 from sleb.models.stack import BlockStack
+from sleb.parallel import group
 from sleb.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.progress import Progress, silent
 from sleb.repair.fit import REACH, Fitter, Gap, gaps
+from sleb.repair.maps import find_branches
+from sleb.repair.own import with_own
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 from sleb.statistics import Values
@@ -61,33 +65,45 @@ def repair(
     heldout: Windows,
     *,
     reach: int = REACH,
+    own: bool = True,
     batch: int | None = None,
     progress: Progress = silent,
 ) -> Repair:
     """Re-fit matrices around each gap of ``removed``, from the front to the back; the model itself
     is left as it was.
 
-    The fit sees ``windows``. A gap's fit stays only if on ``heldout`` windows the mean loss falls,
-    and rises on none of their texts; else it is made with a larger ridge, or left out.
+    The fit sees ``windows`` and, with ``own``, half as many that the model itself writes. A gap's
+    fit stays only if on ``heldout`` windows the mean loss falls, and rises on none of their texts;
+    else it is made with a larger ridge, or left out.
 
     Raises:
         UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
             are quantized.
-        InputError: blocks are streamed from disk.
+        InputError: blocks are streamed from disk, moved in when they run, or split.
     """
     stack = model.stack
-    if stack.streamed:
-        raise InputError("a repair changes blocks in memory: leave out --stream or --repair")
+    if stack.streamed or group().tp > 1:
+        raise InputError(
+            "a repair changes whole blocks in memory, and these are read or moved in when they "
+            "run, or split over processes: leave out --stream or --repair (likewise --device-map, "
+            "--tp)"
+        )
     n = len(stack)
     cut = gaps(removed, n, reach)
     stored = _Stored(Checkpoint.open(model.source.path), stack)
-    sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
-    fitter = Fitter(stack, removed, windows.ids, sweep.batch)
-    if not any(fitter.branches(b).fitted for gap in cut for b in gap.blocks):
+    if method := quant_method(stored.checkpoint.config):
+        raise UnsupportedModel(
+            f"{model.source.ref} is quantized ({method}), and a fitted matrix would not be: repair "
+            "the cut first and quantize it then, or use --no-repair"
+        )
+    if not any(find_branches(stack, b).fitted for gap in cut for b in gap.blocks):
         raise UnsupportedModel(
             f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
             "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
         )
+    windows = with_own(model, windows, progress) if own else windows
+    sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
+    fitter = Fitter(stack, removed, windows.ids, sweep.batch)
 
     def losses() -> Values:
         values: Values = sweep.values([BlockSet(removed)], 0, len(heldout.ids))[0]

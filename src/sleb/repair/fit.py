@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sleb.models.stack import BlockStack
+from sleb.parallel import group
 from sleb.repair.maps import Branches, Outputs, bias_of, find_branches, stream_before, weight_of
+from sleb.repair.normed import exact, fit_normed, root_weight
 
 __all__ = ["REACH", "Fitter", "Gap", "gaps"]
 
@@ -58,15 +60,20 @@ class Fitter:
     Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
     both streams and two targets of one block, [N, T, D] each, and the Gram matrix of what the
     block's widest matrix sees.
+
+    In a job of several ranks each walks its share of the windows, and Gram matrices are summed.
     """
 
     def __init__(self, stack: BlockStack, removed: Collection[int], ids: Tensor, batch: int):
         self.stack, self.removed = stack, frozenset(removed)
-        self.parts = torch.split(ids, batch)
+        here = group()
+        ids = ids[len(ids) * here.rank // here.size : len(ids) * (here.rank + 1) // here.size]
+        self.parts = torch.split(ids, batch) if len(ids) else ()
         entered = [stack.enter(part) for part in self.parts]
         self.calls = [calls for _, calls in entered]
         self.dense = [hidden for hidden, _ in entered]
         self.cut = list(self.dense)
+        self.same = True  # whether the cut stream still is the dense one
         self.at = 0  # the next block of both
         self.originals: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
         self._branches: dict[int, Branches] = {}
@@ -96,6 +103,12 @@ class Fitter:
             self._branches[block] = find_branches(self.stack, block)
         return self._branches[block]
 
+    def keep(self, block: int, name: str) -> None:
+        """Remember a module's weights before they are changed for the first time."""
+        weight, bias = weight_of(self.module(block, name)), bias_of(self.module(block, name))
+        kept = weight.clone(), None if bias is None else bias.clone()
+        self.originals.setdefault((block, name), kept)
+
     @torch.inference_mode()
     def fit(
         self,
@@ -113,7 +126,7 @@ class Fitter:
         if not gap.blocks:
             return None
         self._advance_to(gap.blocks[0], tick)
-        start, known = (self.dense, self.cut, self.at), set(self.originals)
+        start, known = (self.dense, self.cut, self.same, self.at), set(self.originals)
         for ridge in ridges:
             for block in gap.blocks:
                 self._advance_to(block, tick)
@@ -121,7 +134,7 @@ class Fitter:
             if accept():
                 return ridge
             self._undo([key for key in self.originals if key not in known])
-            self.dense, self.cut, self.at = start
+            self.dense, self.cut, self.same, self.at = start
         return None
 
     def _undo(self, keys: Sequence[tuple[int, str]]) -> None:
@@ -135,23 +148,23 @@ class Fitter:
 
     def _advance_to(self, block: int, tick: Callable[[int], None]) -> None:
         """Take both streams to the input of ``block``."""
-        same = self.cut[0] is self.dense[0]
         for i in range(self.at, block):
             if i in self.removed:
-                same = False
-            self.dense = list(self._run(i, self.dense, tick))
-            if same:
+                self.same = False
+            self.dense = list(self.run(i, self.dense, tick))
+            if self.same:
                 self.cut = list(self.dense)
             elif i not in self.removed:
-                self.cut = list(self._run(i, self.cut, tick))
+                self.cut = list(self.run(i, self.cut, tick))
         self.at = max(self.at, block)
 
-    def _run(
+    def run(
         self, i: int, streams: Sequence[Tensor], tick: Callable[[int], None]
     ) -> Iterator[Tensor]:
+        """The streams [B, T, D] behind block i."""
         for hidden, calls in zip(streams, self.calls, strict=True):
             yield self.stack.run(i, hidden, calls[i])
-            tick(len(hidden))
+            tick(len(hidden) * group().size)  # the others do as much meanwhile
 
     def _fit_block(
         self,
@@ -161,30 +174,30 @@ class Fitter:
         tick: Callable[[int], None],
     ) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
-        branches, same = self.branches(block), self.cut[0] is self.dense[0]
+        branches = self.branches(block)
         seen = Outputs(self.stack.blocks[block], [*branches.last])
         before_last: list[Tensor] = []
         after: list[Tensor] = []
         with seen.recorded():
-            for out in self._run(block, self.dense, tick):
+            for out in self.run(block, self.dense, tick):
                 before_last.append(stream_before(out, seen, branches.last))
                 after.append(out)
         self.dense = after
         gap = block + 1
         while gap in self.removed:
-            self.dense = list(self._run(gap, self.dense, tick))
+            self.dense = list(self.run(gap, self.dense, tick))
             gap += 1
-        if branches.inner and not (same and branches.final):  # nothing is lost yet
+        if branches.inner and not (self.same and branches.final):  # nothing is lost yet
             if not branches.final:  # attention has to make up for the gap as well
                 before_last = [
-                    mid + (target - out)
+                    mid + (target.to(out.device) - out)
                     for mid, target, out in zip(before_last, self.dense, after, strict=True)
                 ]
             self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
         if branches.final:
             self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
-        self.cut = list(self._run(block, self.cut, tick))
-        self.at = gap
+        self.cut = list(self.run(block, self.cut, tick))
+        self.at, self.same = gap, False
 
     def _solve(
         self,
@@ -197,31 +210,33 @@ class Fitter:
         tick: Callable[[int], None],
     ) -> None:
         """Ridge regression of the residual on the inputs of all ``maps`` together."""
-        names = list(maps)
         inner = maps is branches.inner
+        for name in branches.norms.keys() & maps.keys():
+            fit_normed(self, block, branches, name, targets, ridge, rounded, tick)
+        maps = {name: factor for name, factor in maps.items() if name not in branches.norms}
+        if not maps:
+            return
+        names = list(maps)
         seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *branches.last])])
-        gram: Tensor | None = None
-        cross: Tensor | None = None
+        weights = [weight_of(self.module(block, name)) for name in names]
+        seen_width = sum(weight.shape[1] for weight in weights) + 1
+        gram = torch.zeros((seen_width, seen_width), dtype=torch.float64, device=exact(weights[0]))
+        cross = gram.new_zeros((weights[0].shape[0], seen_width))
         with seen.recorded():
-            for out, target in zip(self._run(block, self.cut, tick), targets, strict=True):
+            for out, target in zip(self.run(block, self.cut, tick), targets, strict=True):
                 value = stream_before(out, seen, branches.last) if inner else out
                 for x, y in _weighted(seen, names, target, value):
-                    if gram is None or cross is None:
-                        gram = torch.zeros(2 * x.shape[-1:], dtype=torch.float64, device=_exact(x))
-                        cross = gram.new_zeros((y.shape[-1], x.shape[-1]))
                     gram += (x.T @ x).to(gram)
                     cross += (y.T @ x).to(gram)
-        assert gram is not None
-        assert cross is not None
+        group().sum_(gram, cross)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T  # [D, inputs + 1]
+        group().from_first_(change := change.contiguous())
         column = 0
         for name, factor in maps.items():
             module = self.module(block, name)
             weight, bias = weight_of(module), bias_of(module)
-            self.originals.setdefault(
-                (block, name), (weight.clone(), None if bias is None else bias.clone())
-            )
+            self.keep(block, name)
             width = weight.shape[1]
             new = weight.double() + (change[:, column : column + width] / factor).to(weight.device)
             weight.copy_(rounded(block, f"{name}.weight", new))
@@ -240,12 +255,7 @@ def _weighted(
     target, value = target.flatten(0, -2), value.flatten(0, -2)
     for a in range(0, len(target), ROWS):
         rows = slice(a, a + ROWS)
-        wanted = target[rows].float()
-        root = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        wanted = target[rows].to(value.device).float()
+        root = root_weight(wanted)
         x = torch.cat([c[rows].float() for c in columns] + [torch.ones_like(root)], -1)
         yield x * root, (wanted - value[rows].float()) * root
-
-
-def _exact(x: Tensor) -> torch.device:
-    """Where float64 is possible: not on mps."""
-    return torch.device("cpu") if x.device.type == "mps" else x.device

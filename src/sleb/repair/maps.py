@@ -4,7 +4,8 @@ Adding a vector to the output of such a matrix adds that vector, times a constan
 output (``final``: a Llama's ``down_proj``; attention's output too, where it runs beside the MLP)
 or to the stream between attention and MLP (``inner``: ``o_proj``). Whatever else a block does, a
 least-squares fit of these matrices is then exact, so no architecture needs a class of its own. A
-block with a norm behind its MLP (Gemma 2, OLMo 2) has none, nor have routed experts.
+matrix whose output goes through an RMS norm first (Gemma 2 and 3, OLMo 2) is re-fitted in another
+way, see ``normed``. Routed experts have none.
 """
 
 from __future__ import annotations
@@ -22,21 +23,31 @@ from transformers.pytorch_utils import Conv1D
 
 from sleb.models.stack import BlockStack
 
-__all__ = ["Branches", "Outputs", "bias_of", "find_branches", "stream_before", "weight_of"]
+__all__ = ["Branches", "Norm", "Outputs", "bias_of", "find_branches", "stream_before", "weight_of"]
 
 PROBE_TOKENS = 8
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """An RMS norm: it multiplies by its weights plus ``offset``."""
+
+    path: str
+    offset: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Branches:
     """Modules of one block that add to the stream, by path in the block, and the factor with which
     each does. ``final`` and ``inner`` are matrices that can be re-fitted; ``last`` are the modules
-    whose outputs, taken off the block's output, leave the stream between attention and MLP."""
+    whose outputs, taken off the block's output, leave the stream between attention and MLP.
+    ``norms``: what stands between some of these matrices and the stream."""
 
     final: Mapping[str, float]
     inner: Mapping[str, float]
     last: Mapping[str, float]
+    norms: Mapping[str, Norm]
 
     @property
     def fitted(self) -> bool:
@@ -84,7 +95,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """What a linear module adds after its product [out]; None without it."""
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    bias: Tensor | None = getattr(module, "bias", None)  # some norms have not even the name
     return bias
 
 
@@ -136,13 +147,21 @@ def find_branches(stack: BlockStack, i: int) -> Branches:
     adding = {n: c for n in places if (c := factor(n, {})) is not None}
     # of modules within each other, the innermost: what a whole MLP adds may hold the stream itself
     last = {n: c for n, c in adding.items() if not any(m.startswith(n + ".") for m in adding)}
+    norms = {n: found for n in places if (found := _normed(block, n, seen)) is not None}
+    behind = {norm.path: matrix for matrix, norm in norms.items()}
     inner = {
-        n: c
+        behind.get(n, n): c
         for n in places
-        if n not in last and _linear(block, n) and (c := factor(n, last)) is not None
+        if n not in last
+        and (n in behind or _linear(block, n))
+        and (c := factor(n, last)) is not None
     }
+    final = {behind.get(n, n): c for n, c in last.items() if n in behind or _linear(block, n)}
     return Branches(
-        final={n: c for n, c in last.items() if _linear(block, n)}, inner=inner, last=last
+        final=final,
+        inner=inner,
+        last=last,
+        norms={n: norm for n, norm in norms.items() if n in final or n in inner},
     )
 
 
@@ -152,6 +171,29 @@ def stream_before(out: Tensor, seen: Outputs, last: Mapping[str, float]) -> Tens
     for name, factor in last.items():
         out = out - factor * seen.outputs[name].view(out.shape)
     return out
+
+
+def _normed(block: nn.Module, matrix: str, seen: Outputs) -> Norm | None:
+    """The RMS norm that the output of a matrix goes through, if it does."""
+    if not _linear(block, matrix):
+        return None
+    x = seen.outputs[matrix]
+    for name, y in seen.outputs.items():
+        given, weight = seen.inputs.get(name), getattr(block.get_submodule(name), "weight", None)
+        if name == matrix or not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
+            continue
+        if given is None or given.shape != x.shape or not torch.equal(given, x):
+            continue
+        module = block.get_submodule(name)
+        eps: float = getattr(module, "eps", getattr(module, "variance_epsilon", None)) or 0.0
+        unit = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(0, -2)
+        flat = y.flatten(0, -2)
+        gain = (flat * unit).sum(0) / unit.square().sum(0)
+        for offset in (0.0, 1.0):
+            alike = (gain - weight - offset).norm() < TOLERANCE * gain.norm()
+            if alike and (flat - gain * unit).norm() < TOLERANCE * flat.norm():
+                return Norm(path=name, offset=offset)
+    return None
 
 
 def _fits(output: Any, stream: Tensor) -> bool:

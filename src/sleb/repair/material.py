@@ -1,4 +1,4 @@
-"""Which windows a repair is fitted on, and which judge it."""
+"""Which windows of the user's text a repair is fitted on, and which judge it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sleb.errors import InputError
+from sleb.repair.own import SHARE
 from sleb.text import Windows, load_windows
 
 __all__ = ["JUDGES", "TOKENS", "repair_windows"]
 
 TOKENS = 100_000
+"""What a fit sees by default, in all."""
 JUDGES = 32
 
 
@@ -21,17 +23,21 @@ def repair_windows(
     scored: Windows | None = None,
     aside: Windows | None = None,
     tokens: int = TOKENS,
+    own: bool = True,
     length: int,
     seed: int,
 ) -> tuple[Windows, Windows]:
-    """About ``tokens`` tokens to fit on, and ``JUDGES`` windows, at least one of each text, that
-    decide whether a fit stays. Neither shares a window with ``aside``, which measures the result.
-    What the search has ``scored`` is fitted on too.
+    """Windows to fit on, and ``JUDGES`` others, at least one of each text, that decide whether a
+    fit stays. Neither shares a window with ``aside``, which measures the result. What the search
+    has ``scored`` is fitted on too. The fit is to see about ``tokens`` tokens; with ``own`` that
+    counts those that :func:`sleb.repair.own.with_own` adds.
 
     Raises:
         InputError: the text is too short for both.
     """
     used, kept = (0 if w is None else len(w.ids) for w in (scored, aside))
+    if own:
+        tokens -= tokens // SHARE
     first, more = load_windows(
         tokenizer,
         text,

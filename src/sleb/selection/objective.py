@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,15 @@ import numpy as np
 from sleb.files import disk_errors
 from sleb.selection.racing import Race, Values
 
-__all__ = ["DENSE", "BlockSet", "Journal", "Objective", "Values"]
+__all__ = ["DENSE", "BlockSet", "Call", "Journal", "Objective", "Replay", "Values"]
 
 logger = logging.getLogger(__name__)
 
 BlockSet = frozenset[int]
 DENSE = BlockSet()
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
+Call = tuple[Sequence[BlockSet], int, int]
+"""Sets, and the range of windows to score them on."""
 
 
 class Objective:
@@ -31,8 +33,9 @@ class Objective:
 
     ``score(sets, start, stop)`` gives float64 [len(sets), stop - start], lower is better; it is
     called on at most ``step(len(sets))`` windows at a time, and each result is journaled before it
-    is used. Fewer windows at once than ``fill(len(sets))`` take as long. ``enough(order)`` tells a
-    strategy that a target is reached by removing ``order``.
+    is used. Fewer windows at once than ``fill(len(sets))`` take as long. ``deal`` is handed all
+    calls of a step and gives each with its scores; by default they are made one after the other.
+    ``enough(order)`` tells a strategy that a target is reached by removing ``order``.
     """
 
     def __init__(
@@ -42,14 +45,15 @@ class Objective:
         *,
         step: Callable[[int], int] | None = None,
         fill: Callable[[int], int] | None = None,
-        journal: Journal | None = None,
+        deal: Callable[[Sequence[Call]], Iterable[tuple[Call, Values]]] | None = None,
+        journal: Replay | None = None,
         note: Callable[[str], None] | None = None,
         enough: Callable[[Sequence[int]], bool] | None = None,
         exact: bool = True,
     ) -> None:
         self.n_windows = n_windows
         self.exact = exact
-        self._score = score
+        self._deal = deal or (lambda calls: ((call, score(*call)) for call in calls))
         self._step = step or (lambda sets: n_windows)
         self._fill = fill
         self._journal = journal
@@ -99,6 +103,7 @@ class Objective:
     def _prefix(self, sets: Sequence[BlockSet], windows: int) -> Values:
         """Scores on the first ``windows`` windows, float64 [len(sets), windows]."""
         step = self._step(len(sets))
+        calls: list[Call] = []
         for start in range(0, windows, step):
             stop = min(start + step, windows)
             unknown = [s for s in dict.fromkeys(sets) if np.isnan(self._of(s)[start:stop]).any()]
@@ -107,10 +112,11 @@ class Objective:
                 first = start + min(
                     int(np.isfinite(self._of(s)[start:stop]).sum()) for s in unknown
                 )
-                values = self._score(unknown, first, stop)
-                if self._journal:
-                    self._journal.append(unknown, first, values)
-                self._learn(unknown, first, values)
+                calls.append((unknown, first, stop))
+        for (scored, first, _), values in self._deal(calls):
+            if self._journal:
+                self._journal.append(scored, first, values)
+            self._learn(scored, first, values)
         return np.stack([self._of(s)[:windows] for s in sets])
 
     def _of(self, blocks: BlockSet) -> Values:
@@ -121,7 +127,28 @@ class Objective:
             self._of(blocks)[start : start + len(row)] = row
 
 
-class Journal:
+class Replay:
+    """What a journal held, for a process that does not write it."""
+
+    def __init__(self, lines: Sequence[dict[str, object]] = ()) -> None:
+        self.lines = list(lines)
+
+    def replay(self) -> list[tuple[list[BlockSet], int, Values]]:
+        """Everything scored before: sets, first window, values [sets, windows]."""
+        return [
+            (
+                [BlockSet(s) for s in line["sets"]],  # type: ignore[attr-defined]
+                int(line["start"]),  # type: ignore[call-overload]
+                np.array(line["values"], dtype=np.float64),
+            )
+            for line in self.lines
+        ]
+
+    def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
+        """Nothing: the process that writes has it too."""
+
+
+class Journal(Replay):
     """Scores on disk, one JSON line per sweep, so that a killed search goes on where it was.
 
     ``key`` identifies everything that the scores depend on; a journal with another key, or with a
@@ -130,14 +157,14 @@ class Journal:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self._lines = self._read(key)
-        self._scored = bool(self._lines)
+        super().__init__(self._read(key))
+        self._scored = bool(self.lines)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # rewrite what was understood, so that a torn last line never precedes a new one
             self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._write({"journal": 1, "key": key})
-            for line in self._lines:
+            for line in self.lines:
                 self._write(line)
 
     def _read(self, key: str) -> list[dict[str, object]]:
@@ -158,17 +185,6 @@ class Journal:
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
-
-    def replay(self) -> list[tuple[list[BlockSet], int, Values]]:
-        """Everything scored before: sets, first window, values [sets, windows]."""
-        return [
-            (
-                [BlockSet(s) for s in line["sets"]],  # type: ignore[attr-defined]
-                int(line["start"]),  # type: ignore[call-overload]
-                np.array(line["values"], dtype=np.float64),
-            )
-            for line in self._lines
-        ]
 
     def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
         """Record one result durably."""

@@ -12,13 +12,15 @@ from sleb.metrics import METRICS
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
-from sleb.plan import blocks_to_remove, parse_blocks
+from sleb.parallel import group
+from sleb.plan import SimilarityGate, blocks_to_remove, parse_blocks
 from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal
 from sleb.selection.strategies import STRATEGIES
+from sleb.similarity import Similarity
 from sleb.text import check_sources
 
-__all__ = ["SearchOptions", "candidates_for", "check_choice", "check_request", "goal_of"]
+__all__ = ["SearchOptions", "above", "candidates_for", "check_choice", "check_request", "goal_of"]
 
 
 class SearchOptions(TypedDict, total=False):
@@ -42,7 +44,10 @@ class SearchOptions(TypedDict, total=False):
     batch: int | None
     threads: int | None
     stream: bool
+    device_map: str | None
+    tp: int
     max_memory: int | str | None
+    compile: bool
     trust_remote_code: bool
 
 
@@ -96,7 +101,8 @@ def check_request(
         InputError, UnsupportedModel: as :func:`search`.
     """
     check_sources(text)
-    config = load_config(resolve(model, progress).path, trust_remote_code=trust_remote_code)
+    source = group().in_turn(lambda: resolve(model, progress))
+    config = load_config(source.path, trust_remote_code=trust_remote_code)
     blocks = getattr(decoder_config(config), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
         candidates_for(goal, protect, blocks, config)
@@ -135,3 +141,30 @@ def _some_cut_is_exact(config: Any, candidates: Sequence[int]) -> None:
             return
     if refusal:
         raise refusal
+
+
+def above(
+    similarity: Similarity, candidates: Sequence[int], threshold: float | str, n: int
+) -> tuple[list[int], SimilarityGate]:
+    """The candidates whose similarity reaches the threshold, and the record of it.
+
+    Raises:
+        InputError: fewer than ``n`` do, or the threshold is no number.
+    """
+    if threshold == "auto":
+        value = similarity.auto_threshold(candidates, n)
+    else:
+        try:
+            value = float(threshold)
+        except ValueError:
+            raise InputError(
+                f"--min-similarity {threshold!r} is neither a number nor auto"
+            ) from None
+    kept = [b for b in candidates if similarity.blocks[b].mean >= value]
+    best = sorted((similarity.blocks[b].mean for b in candidates), reverse=True)
+    if len(kept) < n:
+        raise InputError(
+            f"--min-similarity {value:g} leaves {len(kept)} candidates for {n} removals; "
+            f"at most {best[n - 1]:.4f} leaves enough"
+        )
+    return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))

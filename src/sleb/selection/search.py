@@ -16,27 +16,29 @@ from torch import Tensor
 
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import InputError
-from sleb.metrics import METRICS, NLL
+from sleb.metrics import METRICS, NLL, Metric
+from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel, load
+from sleb.parallel import group
 from sleb.plan import (
     Calibration,
     Fingerprint,
     Plan,
     Round,
-    SimilarityGate,
     blocks_to_remove,
 )
-from sleb.progress import Progress, silent
+from sleb.progress import Progress, Tick, silent
+from sleb.selection.dealing import deal
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.objective import Journal, Objective
+from sleb.selection.objective import Journal, Objective, Replay
 from sleb.selection.pace import Pace, rounds_of_work
 from sleb.selection.racing import baseline, rank
-from sleb.selection.request import candidates_for, check_choice, check_request
+from sleb.selection.request import above, candidates_for, check_choice, check_request
 from sleb.selection.strategies import STRATEGIES, Found
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Aim, Costs, Heldout
 from sleb.selection.tuning import running, tune
-from sleb.similarity import Similarity, measure_similarity
+from sleb.similarity import measure_similarity
 from sleb.text import Windows, load_windows
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
@@ -69,7 +71,10 @@ def search(
     batch: int | None = None,
     threads: int | None = None,
     stream: bool = False,
+    device_map: str | None = None,
+    tp: int = 1,
     max_memory: int | str | None = None,
+    compile: bool = False,
     trust_remote_code: bool = False,
     journal: str | Path | None = None,
     keep_journal: bool = False,
@@ -104,8 +109,12 @@ def search(
         batch: windows per forward pass; by default measured, see ``sleb.selection.tuning``.
         threads: CPU threads; likewise.
         stream: leave blocks on disk and read each once per walk; see :func:`sleb.load`.
+        device_map: place the model on several devices; likewise.
+        tp: processes that hold one model together; likewise.
         max_memory: with ``stream``, bytes of hidden states to hold, or ``"8GB"``; by default half
             of what is free.
+        compile: run blocks through torch.compile, which on a GPU pays for long searches; see
+            ``sleb.models.compiled``.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
         keep_journal: leave it when the search is done, for a caller who is not done.
 
@@ -119,6 +128,8 @@ def search(
     chosen = METRICS[metric]
     named = strategy or chosen.strategy
     check_choice(goal, metric, strategy)
+    if compile and stream:
+        raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
     most_bytes = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
     if not isinstance(model, LoadedModel):
         check_request(
@@ -134,6 +145,8 @@ def search(
             dtype=dtype,
             device=device,
             stream=stream,
+            device_map=device_map,
+            tp=tp,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -156,7 +169,7 @@ def search(
 
     checkpoint = Checkpoint.open(model.source.path)
     with progress.stage("hashing the model", checkpoint.nbytes) as tick:
-        identity = fingerprint(checkpoint, n_blocks, tick)
+        identity = _identity(checkpoint, n_blocks, tick)
     similarity, gate = None, None
     if min_similarity is not None or chosen.token is None:
         similarity = measure_similarity(
@@ -164,10 +177,12 @@ def search(
         )
     if similarity is not None and min_similarity is not None:
         least = 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
-        candidates, gate = _above(similarity, candidates, min_similarity, least)
+        candidates, gate = above(similarity, candidates, min_similarity, least)
 
     costs = Costs.of(checkpoint, stack)
     setting = tune(stack, windows.ids, batch=batch, threads=threads)
+    if compile:
+        stack = CompiledStack(stack.model, setting.batch)
     sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
     evidence = None
     if aside is not None and measures_aside:
@@ -179,7 +194,8 @@ def search(
             only = rank(candidates, 1 - similarity.per_window[:, candidates].T, aim.most)
             found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
         else:
-            key = _key(identity, windows.record, metric, model.dtype, exact)
+            how = model.dtype + (", compiled" if compile else "")
+            key = _key(identity, windows.record, metric, how, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = sweeping(ids, chosen.token, keep=exact)
             books = _Books(journal, key, keep=keep_journal)
@@ -197,7 +213,7 @@ def search(
         protected=protected,
         metric=metric,
         unit=chosen.unit,
-        strategy=named + ("" if exact or chosen.token is None else ", racing"),
+        strategy=", ".join([named, *_manner(chosen, exact, compile)]),
         dtype=model.dtype,
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
@@ -237,8 +253,9 @@ def _find(
             windows,
             step=sweep.step,
             fill=sweep.fill,
+            deal=functools.partial(deal, sweep),
             journal=books.open(""),
-            note=pace.note,
+            note=lambda text: pace.note(sweep.stack.reader.noted(text)),
             enough=enough,
             exact=exact,
         )
@@ -266,12 +283,22 @@ class _Books:
         self.path, self.key, self.keep = path, key, keep
         self._open: list[Journal] = []
 
-    def open(self, suffix: str) -> Journal | None:
-        """A journal for one kind of scores; None if none is wanted."""
+    def open(self, suffix: str) -> Journal | Replay | None:
+        """A journal for one kind of scores; None if none is wanted. It is the first rank's, and the
+        others learn what stands in it."""
         if self.path is None:
             return None
-        self._open.append(Journal(Path(f"{self.path}{suffix}"), self.key + suffix))
-        return self._open[-1]
+        path = Path(f"{self.path}{suffix}")
+
+        def read() -> str:
+            self._open.append(Journal(path, self.key + suffix))
+            return json.dumps(self._open[-1].lines)
+
+        if not group().several:
+            read()
+            return self._open[-1]
+        lines = group().by_first(read)
+        return self._open[-1] if group().first else Replay(json.loads(lines))
 
     def __enter__(self) -> None:
         pass
@@ -288,8 +315,11 @@ def _fitted(
     from sleb.repair.choice import SEARCH_TOKENS
     from sleb.repair.material import repair_windows
 
-    if model.stack.streamed:
-        raise InputError("--metric repaired-loss changes blocks in memory: leave out --stream")
+    if model.stack.streamed or group().tp > 1:
+        raise InputError(
+            "--metric repaired-loss changes whole blocks in memory: leave out --stream, --tp, and "
+            "a --device-map that leaves blocks outside"
+        )
     length, n = scored.record.length, len(scored.ids)
     fitted, _ = repair_windows(
         model.tokenizer,
@@ -297,6 +327,7 @@ def _fitted(
         scored=scored,
         aside=aside,
         tokens=SEARCH_TOKENS + n * length,
+        own=False,
         length=length,
         seed=scored.record.seed,
     )
@@ -307,6 +338,13 @@ def _fitted(
     return fitted.ids[n:]
 
 
+def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
+    """How sets were scored, as the plan says it behind the strategy's name."""
+    if metric.token is None:
+        return []
+    return ([] if exact else ["racing"]) + (["compiled"] if compile else [])
+
+
 def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
     """The rounds behind ``order``, which may be shorter than what was found."""
     if len(found.rounds) == 1:  # all were chosen at once
@@ -314,33 +352,26 @@ def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
     return found.rounds[: len(order)]
 
 
+def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
+    """The model's, found once per machine; all machines must have the same."""
+    here = group()
+    mine = ""
+    if here.local_rank == 0:
+        mine = fingerprint(checkpoint, n_blocks, tick).model_dump_json()
+    said = {text.decode() for text in here.exchange(mine.encode()) if text}
+    ours = {json.dumps(versions()).encode()}
+    if len(said) > 1 or len({*here.exchange(*ours)}) > 1:
+        raise InputError(
+            "the machines of this job have different weights, or different versions of sleb, torch "
+            "or transformers: give all of them the same"
+        )
+    return Fingerprint.model_validate_json(said.pop())
+
+
 def versions() -> dict[str, str]:
     """Versions of what the scores depend on."""
     packages = {name: version(name) for name in ("sleb", "torch", "transformers")}
     return {**packages, "python": platform.python_version()}
-
-
-def _above(
-    similarity: Similarity, candidates: Sequence[int], threshold: float | str, n: int
-) -> tuple[list[int], SimilarityGate]:
-    """The candidates whose similarity reaches the threshold, and the record of it."""
-    if threshold == "auto":
-        value = similarity.auto_threshold(candidates, n)
-    else:
-        try:
-            value = float(threshold)
-        except ValueError:
-            raise InputError(
-                f"--min-similarity {threshold!r} is neither a number nor auto"
-            ) from None
-    kept = [b for b in candidates if similarity.blocks[b].mean >= value]
-    best = sorted((similarity.blocks[b].mean for b in candidates), reverse=True)
-    if len(kept) < n:
-        raise InputError(
-            f"--min-similarity {value:g} leaves {len(kept)} candidates for {n} removals; "
-            f"at most {best[n - 1]:.4f} leaves enough"
-        )
-    return kept, SimilarityGate(measure="cosine", threshold=value, candidates=tuple(kept))
 
 
 def _shuffled(windows: Windows, seed: int) -> list[int]:

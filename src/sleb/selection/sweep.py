@@ -13,6 +13,10 @@ kept, where memory allows, so that the next round starts from them. Kept and com
 same to the bit, since this is done only where a stream is alone in a call: a search that was killed
 and goes on without them comes to the same scores.
 
+Streams share a call only within a *bundle*, a part of the sets that depends on nothing but the sets
+and the batch; what several bundles need goes alone. So any bundles may be left to another process,
+and every score is the same to the bit. See ``dealing``.
+
 Where blocks are streamed from disk, a walk takes as many batches of windows as ``max_bytes`` of
 hidden states allow, and each block is read once for all of them. More windows take more walks: to
 read the blocks again costs less than to write hidden states to disk and read them back, since for
@@ -23,10 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain, pairwise
 from types import MappingProxyType
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -34,12 +41,18 @@ from torch import Tensor
 from sleb.errors import DataError, ResourceError, UnsupportedModel
 from sleb.metrics import TokenMetric
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.parallel import group
 from sleb.selection.kept import Kept, States
 from sleb.selection.objective import DENSE, BlockSet, Values
+from sleb.selection.prefixes import below, block_forwards, groups, needed, sharing
 
 __all__ = ["Patch", "Sweep", "block_forwards"]
 
 logger = logging.getLogger(__name__)
+
+BUNDLES = 8
+"""Parts of a call's sets that can go to different processes, where calls are large enough. More
+would have each process repeat more of what all sets share."""
 
 Patch = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the model's blocks have other weights, as of a repair."""
@@ -57,20 +70,31 @@ class Part:
         self._calls = {1: calls}  # what the blocks are handed, by number of streams in a batch
 
     def advance(
-        self, i: int, runs: Sequence[BlockSet], skips: Collection[BlockSet], most: int
+        self,
+        i: int,
+        runs: Sequence[Sequence[BlockSet]],
+        skips: Collection[BlockSet],
+        most: int,
     ) -> None:
-        """Take the streams in ``runs`` through block i, at most ``most`` in one call, and those in
-        ``skips`` past it; drop all others."""
+        """Take the streams in each of ``runs`` through block i, at most ``most`` in one call, and
+        those in ``skips`` past it; drop all others."""
         after = {prefix | {i}: self.streams[prefix] for prefix in skips}
-        for group in _groups(runs, most):
-            if len(group) not in self._calls:
-                self._calls[len(group)] = self.stack.enter(self.ids.repeat(len(group), 1))[1]
+        for share in chain.from_iterable(groups(together, most) for together in runs):
+            if len(share) not in self._calls:
+                self._calls[len(share)] = self.stack.enter(self.ids.repeat(len(share), 1))[1]
             # pop() frees a stream as soon as nothing else needs it
-            parts = [self.streams[p] if p in skips else self.streams.pop(p) for p in group]
-            merged = parts[0] if len(parts) == 1 else torch.cat(parts)
-            out = self.stack.run(i, merged, self._calls[len(group)][i])
-            after.update(zip(group, torch.split(out, len(self.ids)), strict=True))
+            parts = [self.streams[p] if p in skips else self.streams.pop(p) for p in share]
+            merged = self._merged(parts, i)
+            out = self.stack.run(i, merged, self._calls[len(share)][i])
+            after.update(zip(share, torch.split(out, len(self.ids)), strict=True))
         self.streams = after
+
+    def _merged(self, parts: Sequence[Tensor], i: int) -> Tensor:
+        """One batch of several, where block i is: some may not have run on the device before."""
+        if len(parts) == 1:
+            return parts[0]
+        here = self.stack.device(i)
+        return torch.cat([part.to(here) for part in parts])
 
 
 class Sweep:
@@ -94,7 +118,9 @@ class Sweep:
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
-        self.max_bytes = max_bytes or _free_bytes(stack.input_device) // 2
+        self.max_bytes = max_bytes or _free_bytes(stack) // 2
+        if stack.streamed:  # decides how windows are dealt out
+            self.max_bytes = min(map(int, group().exchange(b"%d" % self.max_bytes)))
         self._kept = Kept(self.max_bytes // 2 if keep and not stack.streamed else 0)
         self._patch = patch
         self.forwards = 0
@@ -102,8 +128,9 @@ class Sweep:
         self._checked = False
 
     def on_work(self, tick: Callable[[int], None]) -> None:
-        """Call ``tick(n)`` after every n units of work: a block forward or a head, of a window."""
-        self._tick = tick
+        """Call ``tick(n)`` after every n units of work: a block forward or a head, of a window.
+        What other ranks do meanwhile is counted as much as what is done here."""
+        self._tick = (lambda n: tick(n * group().size)) if group().several else tick
 
     def step(self, sets: int) -> int:
         """Windows that one walk takes with so many sets.
@@ -129,9 +156,24 @@ class Sweep:
         """Windows of so many sets that make one full batch."""
         return max(1, self.batch // sets)
 
-    def scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
+    def bundles(self, sets: Sequence[BlockSet], windows: int) -> list[Sequence[BlockSet]]:
+        """The parts of ``sets`` that may share calls on so many windows: about ``BUNDLES``, unless
+        a call would be too small for the device to be busy."""
+        tokens = self.ids.shape[1] * max(1, min(windows, self.batch))
+        full = min(_busy_tokens(self.stack), self.ids.shape[1] * self.batch)
+        size = max(math.ceil(len(sets) / BUNDLES), math.ceil(full / tokens))
+        return [sets[a : a + size] for a in range(0, len(sets), size)]
+
+    def scores(
+        self,
+        sets: Sequence[BlockSet],
+        start: int,
+        stop: int,
+        among: Sequence[BlockSet] | None = None,
+    ) -> Tensor:
         """Mean score per set and window, float64 [len(sets), stop - start], in the metric's unit;
-        [.., .., M] for a metric of M values.
+        [.., .., M] for a metric of M values. If other processes score the rest of ``among``, all
+        of ``sets`` are whole bundles of it, and scores are those of ``scores(among, ..)``.
 
         Raises:
             DataError: a score is NaN or infinite; the message names the set and the window.
@@ -142,7 +184,7 @@ class Sweep:
         while start < stop:
             end = min(start + self.step(len(sets)), stop)
             try:
-                parts.append(self._walk_scores(sets, start, end))
+                parts.append(self._walk_scores(sets, among or sets, start, end))
             except torch.OutOfMemoryError:
                 if self._kept:
                     self._kept = Kept(0)
@@ -161,30 +203,44 @@ class Sweep:
         return torch.cat(parts, dim=1)
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
-        """:meth:`scores` as an Objective wants them."""
-        return self.scores(sets, start, stop).numpy()
+        """:meth:`scores`, as the ranks of the job find them together."""
+        from sleb.selection.dealing import deal
+
+        step = self.step(len(sets))
+        calls = [(sets, a, min(a + step, stop)) for a in range(start, stop, step)]
+        return np.concatenate([values for _, values in deal(self, calls)], axis=1)
 
     @torch.inference_mode()
-    def _walk_scores(self, sets: Sequence[BlockSet], start: int, stop: int) -> Tensor:
+    def _walk_scores(
+        self, sets: Sequence[BlockSet], among: Sequence[BlockSet], start: int, stop: int
+    ) -> Tensor:
         wanted = list(dict.fromkeys([*sets, *([DENSE] if self.metric.needs_dense else [])]))
+        bundles = self.bundles(list(dict.fromkeys(among)), stop - start)
+        # every process needs the dense model for such a metric, so no bundle may have it to itself
+        users = [*bundles, [DENSE]] if self.metric.needs_dense else bundles
         # more windows take two calls, fewer share one: only so are sums rounded as without
         keeps = 2 * (stop - start) > self.batch >= stop - start
         kept, windows = self._kept if keeps else Kept(0), (start, stop)
         if self._patch is None:
-            parts = self.walk(wanted, self.ids[start:stop], kept.of(windows), kept.place(sets))
+            have, place = kept.of(windows), kept.place(sets)
+            parts = self.walk(wanted, self.ids[start:stop], have, place, users)
             kept.put(windows, parts[0].left)
         else:
-            parts = self._walk_patched(wanted, self.ids[start:stop])
+            parts = self._walk_patched(wanted, self.ids[start:stop], users)
         if not self._checked:
             self._check(parts[0].streams, parts[0].ids)
         columns = []
         while parts:
             part = parts.pop(0)  # its memory is needed for the logits
             dense = part.streams.get(DENSE) if self.metric.needs_dense else None
-            merged = torch.cat([part.streams.pop(s) for s in wanted])
-            scored = self._score(merged, dense, part.ids)
-            columns.append(scored[[wanted.index(s) for s in sets]])
-            self._tick(len(wanted) * len(part.ids))
+            scored: dict[BlockSet, Tensor] = {}
+            for bundle in bundles:
+                if mine := [s for s in bundle if s in sets]:
+                    last = self.stack.device(len(self.stack) - 1)
+                    merged = torch.cat([part.streams.pop(s).to(last) for s in mine])
+                    scored.update(zip(mine, self._score(merged, dense, part.ids), strict=True))
+            columns.append(torch.stack([scored[s] for s in sets]))
+            self._tick(len(scored) * len(part.ids))
         out = torch.cat(columns, dim=1)
         if not torch.isfinite(out).all():
             worst = tuple((~torch.isfinite(out)).nonzero()[0].tolist())
@@ -203,32 +259,43 @@ class Sweep:
         ids: Tensor,
         have: States = MappingProxyType({}),
         place: int | None = None,
+        bundles: Sequence[Sequence[BlockSet]] | None = None,
     ) -> list[Part]:
         """Hidden states after the last block, per set. ids [W, T] -> parts of at most ``batch``
         windows, in order. What stands in ``have`` is not computed; each part's ``left`` gets what
-        enters block ``place``."""
+        enters block ``place``. ``bundles``: see :meth:`bundles`; by default all sets are one."""
         parts = [Part(self.stack, part) for part in torch.split(ids, self.batch)]
-        needed = _needed(sets, len(self.stack), have)
+        before = needed(sets, len(self.stack), have)
+        users = [needed(bundle, len(self.stack), {}) for bundle in bundles or [sets]]
+        busy = [
+            i
+            for i in range(len(self.stack))
+            if any(i not in p and (i + 1, p) not in have for p in before[i + 1])
+        ]
+        following = dict(pairwise(busy))
         for i in range(len(self.stack)):
-            wanted = {p for p in needed[i + 1] if (i + 1, p) not in have}
-            runs = sorted({p for p in wanted if i not in p}, key=sorted)
-            skips = {_below(p, i) for p in wanted if i in p}
-            with self.stack.holding(i) if runs else contextlib.nullcontext():
+            wanted = {p for p in before[i + 1] if (i + 1, p) not in have}
+            runs = sharing({p for p in wanted if i not in p}, [user[i + 1] for user in users])
+            skips = {below(p, i) for p in wanted if i in p}
+            with self.stack.holding(i, following.get(i)) if runs else contextlib.nullcontext():
                 for part in parts:
-                    part.streams |= {p: have[i, p] for p in needed[i] if (i, p) in have}
+                    part.streams |= {p: have[i, p] for p in before[i] if (i, p) in have}
                     if i == place:
                         part.left = {(i, p): state for p, state in part.streams.items()}
                     part.advance(i, runs, skips, most=max(1, self.batch // len(part.ids)))
-                    self.forwards += len(runs) * len(part.ids)
-                    self._tick(len(runs) * len(part.ids))
+                    done = sum(map(len, runs)) * len(part.ids)
+                    self.forwards += done
+                    self._tick(done)
         return parts
 
-    def _walk_patched(self, sets: Sequence[BlockSet], ids: Tensor) -> list[Part]:
+    def _walk_patched(
+        self, sets: Sequence[BlockSet], ids: Tensor, bundles: Sequence[Sequence[BlockSet]]
+    ) -> list[Part]:
         """:meth:`walk` with other weights for the dense model than for the rest."""
         assert self._patch is not None
         parts = self.walk([DENSE], ids) if DENSE in sets else []
         with self._patch():
-            others = self.walk([s for s in sets if s != DENSE], ids)
+            others = self.walk([s for s in sets if s != DENSE], ids, bundles=bundles)
         for part, dense in zip(others, parts, strict=False):
             part.streams = {**dense.streams, **part.streams}
         return others
@@ -278,28 +345,6 @@ class Sweep:
         self._checked = True
 
 
-def _groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]]:
-    """Cut into groups of a power of two, at most ``most``: few sizes, so few things to prepare."""
-    start = 0
-    while start < len(items):
-        size = 1 << (min(most, len(items) - start).bit_length() - 1)
-        yield items[start : start + size]
-        start += size
-
-
-def _needed(sets: Sequence[BlockSet], n_blocks: int, have: States) -> list[set[BlockSet]]:
-    """The streams before each block, and after the last, that lead to the sets, from the start or
-    from a state in ``have``."""
-    needed = [set(sets)]
-    for i in reversed(range(n_blocks)):
-        needed.append({_below(p, i) for p in needed[-1] if (i + 1, p) not in have})
-    return needed[::-1]
-
-
-def _below(blocks: BlockSet, i: int) -> BlockSet:
-    return BlockSet(b for b in blocks if b < i)
-
-
 def default_batch(stack: BlockStack, length: int) -> int:
     """Windows per batch: enough tokens to fill the device, with one stream per block in at most
     2 GiB on a GPU (there are never more streams than candidates)."""
@@ -310,19 +355,23 @@ def default_batch(stack: BlockStack, length: int) -> int:
     return max(1, tokens // length)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+def _free_bytes(stack: BlockStack) -> int:
+    """Memory that is free now on the fullest device of the blocks, for each process that uses
+    it."""
+    devices = {stack.device(i) for i in range(len(stack))}
+    gpus = [torch.cuda.mem_get_info(d)[0] for d in devices if d.type == "cuda"]
+    main = [int(psutil.virtual_memory().available) // group().local_size]
+    return min(gpus or main)
+
+
+def _busy_tokens(stack: BlockStack) -> int:
+    """Tokens of a call of a block that keep the device busy: on a GPU about half a millisecond's
+    work of a large one, next to which the time to start it is nothing."""
+    if stack.input_device.type != "cuda":
+        return 1_024
+    return 2**38 // max(1, sum(p.numel() for p in stack.blocks[0].parameters()))
 
 
 def _logit_bytes(stack: BlockStack) -> int:
     """Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
     return 2**30 if stack.input_device.type == "cuda" else 2**26
-
-
-def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
-    """Block forwards that one sweep over ``sets`` takes for a window with nothing kept, without
-    running it."""
-    return sum(len({_below(s, i) for s in sets if i not in s}) for i in range(n_blocks))

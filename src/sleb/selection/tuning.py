@@ -25,6 +25,7 @@ from sleb.errors import InputError, ResourceError
 from sleb.files import write_text
 from sleb.models.source import cache_dir
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.parallel import group
 from sleb.selection.sweep import default_batch
 
 __all__ = ["Setting", "running", "tune"]
@@ -48,6 +49,7 @@ def tune(
     stack: BlockStack, ids: Tensor, *, batch: int | None = None, threads: int | None = None
 ) -> Setting:
     """The fastest setting for windows like ids [N, T]; ``batch`` and ``threads`` are kept if given.
+    In a job of several processes it is the first one's, for all.
 
     Raises:
         InputError: a number below one.
@@ -59,8 +61,16 @@ def tune(
         batch=batch or default_batch(stack, ids.shape[1]),
         threads=threads or torch.get_num_threads(),
     )
-    if ids.numel() < WORTH:
-        return usual
+    here = group()
+    if ids.numel() < WORTH or here.tp > 1:  # to time a share of a model takes all its ranks
+        return Setting(**json.loads(here.by_first(lambda: json.dumps(asdict(usual)))))
+    found = here.by_first(lambda: json.dumps(asdict(_tuned(stack, ids, usual, batch, threads))))
+    return Setting(**json.loads(found))
+
+
+def _tuned(
+    stack: BlockStack, ids: Tensor, usual: Setting, batch: int | None, threads: int | None
+) -> Setting:
     choices = [
         Setting(batch=b, threads=t)
         for t in ([threads] if threads else _threads(stack))

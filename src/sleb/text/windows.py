@@ -21,7 +21,7 @@ from sleb.text.tokens import encode_text, opening_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_WINDOWS", "Windows", "load_windows"]
+__all__ = ["DEFAULT_WINDOWS", "Windows", "load_windows", "recount"]
 
 DEFAULT_WINDOWS = 32
 
@@ -42,13 +42,13 @@ class Windows:
             self,
             ids=self.ids[list(rows)],
             source=source,
-            record=_recount(self.record, self.ids[list(rows)], source),
+            record=recount(self.record, self.ids[list(rows)], source),
         )
 
     def __add__(self, other: Windows) -> Windows:
         """These and then the windows of ``other``, which are from the same sources."""
         ids, source = torch.cat((self.ids, other.ids)), self.source + other.source
-        return replace(self, ids=ids, source=source, record=_recount(self.record, ids, source))
+        return replace(self, ids=ids, source=source, record=recount(self.record, ids, source))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,7 +227,7 @@ def _cut(
     )
 
 
-def _recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibration:
+def recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibration:
     """The record of other windows from the same sources."""
     counted = tuple(
         known.model_copy(update={"windows": source.count(i)})

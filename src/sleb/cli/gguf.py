@@ -1,0 +1,144 @@
+"""`sleb apply` from GGUF to GGUF: its checks, and what it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sleb.cli import render
+from sleb.cli.progress import terminal_progress
+from sleb.errors import InputError
+
+if TYPE_CHECKING:
+    from sleb.plan import Plan
+    from sleb.repair import Repair
+
+__all__ = ["OtherWeights", "Repaired", "apply", "wanted"]
+
+OtherWeights = Annotated[
+    bool,
+    typer.Option(
+        "--other-weights",
+        help="From GGUF to GGUF: the plan is of the same model in another form, such as the "
+        "checkpoint that the file was made from.",
+    ),
+]
+Repaired = Annotated[
+    str | None,
+    typer.Option(
+        "--repaired",
+        metavar="FOLDER",
+        help="From GGUF to GGUF: take the plan's repair from this checkpoint.",
+    ),
+]
+
+
+def wanted(
+    plan: Plan,
+    written: str,
+    model: str,
+    out: str,
+    *,
+    depth: int | None,
+    repair: bool,
+    repaired: str | None,
+    other_weights: bool,
+    force: bool,
+) -> bool:
+    """Whether GGUF is asked for; if so, all is checked that needs no model in memory. ``written``
+    is the file that ``plan`` was read from.
+
+    Raises:
+        InputError, UnsupportedModel, DataError: see `sleb.deploy.gguf_cut.cut_gguf`.
+    """
+    if Path(out).suffix != ".gguf":
+        for option, given in (("--other-weights", other_weights), ("--repaired", repaired)):
+            if given:
+                raise InputError(f"{option} is for GGUF files: give -o a name that ends in .gguf")
+        return False
+    if Path(model).suffix != ".gguf":
+        raise InputError(
+            f"-o {out} is a GGUF file, and {model} is not: convert the uncut model with "
+            "llama.cpp's convert_hf_to_gguf.py, then cut that file with this plan and "
+            "--other-weights"
+        )
+    if repair and repaired:
+        raise InputError("--repair fits a repair, --repaired brings one: give one of them")
+    from sleb.deploy.gguf_cut import check_gguf, plan_beside
+
+    beside = plan_beside(Path(out))
+    if beside.exists() and beside.samefile(written):
+        raise InputError(
+            f"the plan that goes beside {out} would replace {written}; choose another -o"
+        )
+    check_gguf(plan, model, out, depth=depth, force=force)
+    return True
+
+
+def apply(
+    plan: Plan,
+    model: str,
+    out: str,
+    *,
+    depth: int | None,
+    repair: Repair | None,
+    repaired: str | None,
+    other_weights: bool,
+    force: bool,
+    json: bool,
+) -> int:
+    """Cut the file, and say what was written."""
+    from sleb.deploy.gguf_cut import cut_gguf
+
+    cut = cut_gguf(
+        plan,
+        model,
+        out,
+        depth=depth,
+        repair=repair,
+        repaired=repaired,
+        other_weights=other_weights,
+        force=force,
+        progress=terminal_progress(),
+    )
+    done: dict[str, Any] = {
+        "out": out,
+        "plan": str(cut.plan),
+        "removed": cut.removed,
+        "blocks": cut.blocks,
+        "nbytes": cut.nbytes,
+        "other_weights": cut.other_weights,
+        "requantized": [
+            {key: value for key, value in asdict(tensor).items() if key not in ("kind", "content")}
+            for tensor in cut.requantized
+        ],
+    }
+    if repair:
+        done["repair"] = repair.record.model_dump(mode="json")
+    render.result(done, json, _draw)
+    if cut.other_weights:
+        render.note(
+            "the plan's blocks were chosen, and their cost measured, on other weights of this "
+            "model: measure this file before you ship it",
+            json,
+        )
+    render.note(f"plan as used: {cut.plan}; next: llama-cli -m {out}", json)
+    return 0
+
+
+def _draw(console: Console, done: Any) -> None:
+    render.applied(console, done)
+    console.print(f"{done['nbytes'] / 1e6:,.1f} MB; every other tensor is the original's bytes")
+    kinds = Counter((tensor["was"], tensor["type"]) for tensor in done["requantized"])
+    for (was, now), count in kinds.items():
+        errors = [t["error"] for t in done["requantized"] if (t["was"], t["type"]) == (was, now)]
+        stored = f"as {now}, as before" if was == now else f"as {now} instead of {was}"
+        console.print(
+            f"{count} repaired tensors are stored {stored}: "
+            f"rounding error {min(errors):.2%} to {max(errors):.2%} of their norm"
+        )

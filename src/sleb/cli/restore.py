@@ -1,0 +1,61 @@
+"""`sleb restore`, and its result in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from sleb.cli import render
+from sleb.cli.options import Force, Json, Trust
+from sleb.cli.progress import terminal_progress
+from sleb.files import writable_target
+
+if TYPE_CHECKING:
+    from sleb.rollback.restore import Restored
+
+__all__ = ["restore"]
+
+
+def restore(
+    cut: Annotated[
+        str, typer.Argument(metavar="OUT", help="The pruned checkpoint, from prune or apply.")
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the restored model.")],
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Cut again, by the plan's first DEPTH removals. Default: the original."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Take a cut back, bit for bit: the original, or a smaller cut, from OUT and OUT/rollback."""
+    writable_target(Path(out), force=force)
+    from sleb.rollback.restore import restore as run
+
+    done = run(
+        cut,
+        out,
+        depth=depth,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        progress=terminal_progress(),
+    )
+    render.result(done, json, _draw)
+    return 0
+
+
+def _draw(console: Console, r: Restored) -> None:
+    """What was restored, and what is no longer in it."""
+    what = "the original, byte for byte"
+    if r.removed:
+        what = f"removed {', '.join(map(str, r.removed))}"
+    console.print(f"{r.path}: {r.blocks} blocks, {r.nbytes / 1e6:,.1f} MB; {what}")
+    if r.repair_undone and r.removed:
+        console.print(
+            "without the repair, which belongs to the full cut; fit one for this depth "
+            "with: sleb apply --repair"
+        )

@@ -1,0 +1,134 @@
+"""Tiny GGUF files, written by the gguf package; and plans for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import transformers
+
+from conftest import byte_tokenizer
+from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.models import source
+from sleb.models.load import LoadedModel
+from sleb.plan import Fingerprint, Plan
+
+WIDTH, VOCABULARY = 64, 259
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
+
+
+def plan_of(model_type: str, blocks: int, *order: int) -> Plan:
+    """A plan of another form of the model: its hashes are of nothing."""
+    return Plan(
+        model=Fingerprint(
+            model_type=model_type,
+            architecture="",
+            blocks=blocks,
+            config_sha256="0" * 64,
+            weights_sha256="0" * 64,
+        ),
+        removed=tuple(sorted(order)),
+        order=order,
+        metric="loss",
+        unit="nats/token",
+        strategy="greedy",
+        dtype="float32",
+    )
+
+
+def plan_for(dense: LoadedModel, *order: int) -> Plan:
+    """A plan of this very model."""
+    found = fingerprint(Checkpoint.open(dense.source.path), len(dense.stack))
+    return plan_of("", len(dense.stack), *order).model_copy(update={"model": found})
+
+
+@pytest.fixture
+def readable(monkeypatch, tmp_path):
+    """Let transformers read tiny files, whose vocabulary it could not convert."""
+    own = byte_tokenizer()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: own)
+    monkeypatch.setattr(source, "_check_tokenizer", lambda *a: None)
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+
+
+def write_tiny(
+    path: Path,
+    architecture: str = "llama",
+    blocks: int = 8,
+    *,
+    fields: dict | None = None,
+    last: dict | None = None,
+    norms: tuple[str, ...] = (),
+    kind: gguf.GGMLQuantizationType = Q4_1,
+    alignment: int | None = None,
+) -> Path:
+    """A file of ``blocks`` blocks with random matrices of type ``kind``. ``fields`` are of the
+    architecture, ``last`` have full names; a value is a number, a list, or a text. ``norms`` are
+    norms that each block has besides Llama's two."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_string("general.name", "tiny")
+    writer.add_block_count(blocks)
+    writer.add_embedding_length(WIDTH)
+    writer.add_context_length(128)
+    own = {
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "feed_forward_length": 96,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": 16,
+        **(fields or {}),
+    }
+    for key, value in [(f"{architecture}.{k}", v) for k, v in own.items()] + list(
+        (last or {}).items()
+    ):
+        add_field(writer, key, value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(VOCABULARY)])
+    writer.add_token_types([1] * VOCABULARY)
+
+    def matrix(name, rows, columns):
+        values = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    def norm(name, length=WIDTH):
+        writer.add_tensor(name, 1 + rng.normal(0, 0.1, length).astype(np.float32))
+
+    matrix("token_embd.weight", VOCABULARY, WIDTH)
+    for i in range(blocks):
+        for name in ("attn_norm", "ffn_norm", *norms):
+            norm(f"blk.{i}.{name}.weight", 16 if name in ("attn_q_norm", "attn_k_norm") else WIDTH)
+        for name, rows, columns in [
+            ("attn_q", WIDTH, WIDTH),
+            ("attn_k", WIDTH // 2, WIDTH),
+            ("attn_v", WIDTH // 2, WIDTH),
+            ("attn_output", WIDTH, WIDTH),
+            ("ffn_gate", 96, WIDTH),
+            ("ffn_up", 96, WIDTH),
+            ("ffn_down", WIDTH, 96),
+        ]:
+            matrix(f"blk.{i}.{name}.weight", rows, columns)
+    norm("output_norm.weight")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_field(writer: gguf.GGUFWriter, key: str, value) -> None:
+    """Add a number, text or list, in the type that converters use."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)

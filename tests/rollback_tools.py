@@ -1,0 +1,80 @@
+"""Cuts with a side-car, for the tests of rollback."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+import sleb
+from conftest import save_tiny
+from sleb.checkpoint import Checkpoint, fingerprint, tensor_bytes
+from sleb.models.load import load_config
+from sleb.models.stack import decoder_config
+from sleb.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.repair import Repair
+
+CARD = "---\nlicense: mit\nlanguage: en\n---\nThe card of the original.\n"
+CARRIED = {
+    "LICENSE": b"do as you like\n",
+    "tokenizer.json": b"{}",
+    "additional_chat_templates/rag.jinja": b"{{ x }}",
+}
+
+
+def plan_of(folder: Path, *order: int) -> Plan:
+    """A plan that removes these blocks of a checkpoint, in this order."""
+    blocks = decoder_config(load_config(folder)).num_hidden_layers
+    return Plan(
+        model=fingerprint(Checkpoint.open(folder), blocks),
+        removed=tuple(sorted(order)),
+        order=order,
+        metric="loss",
+        unit="nats/token",
+        strategy="greedy",
+        dtype="float32",
+    )
+
+
+def small(path: Path, **options) -> Path:
+    """A tiny Llama of 6 blocks with a card and other files beside it."""
+    save_tiny(path, **options)
+    for name, content in CARRIED.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        if not (path / name).exists():
+            (path / name).write_bytes(content)
+    (path / "README.md").write_text(CARD)
+    (path / "params.json").write_text('{"n_layers": 6}')
+    return path
+
+
+def any_repair(folder: Path, removed: tuple[int, ...], *names: str) -> Repair:
+    """A repair that turns the tensors ``names`` round; not a good one."""
+    checkpoint = Checkpoint.open(folder)
+    tensors = {name: -checkpoint.tensor(name) for name in names}
+    changed = tuple(
+        RepairedTensor(name=name, sha256=hashlib.sha256(tensor_bytes(tensor)).hexdigest())
+        for name, tensor in tensors.items()
+    )
+    text = Calibration(sources=(), windows=1, length=2, seed=0, sha256="0" * 64)
+    gap = RepairedGap(removed=removed, ridge=1.0, tensors=changed, before={}, after={})
+    record = RepairRecord(gaps=(gap,), reach=1, calibration=text, heldout=text)
+    return Repair(record=record, tensors=tensors, prefix="model.layers.")
+
+
+def repaired_cut(folder: Path, out: Path, *order: int) -> tuple[Plan, Repair]:
+    """A repaired cut of :func:`small` in ``out``, and its plan."""
+    names = ("model.layers.5.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight")
+    repair = any_repair(folder, tuple(sorted(order)), *names)
+    plan = plan_of(folder, *order)
+    sleb.apply(plan, folder, out, repair=repair)
+    assert not torch.equal(
+        Checkpoint.open(out).tensor(f"model.layers.{5 - len(order)}.mlp.down_proj.weight"),
+        Checkpoint.open(folder).tensor(names[0]),
+    )
+    return Plan.load(out / "plan.json"), repair
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

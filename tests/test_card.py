@@ -1,0 +1,128 @@
+"""The model card of a cut: valid metadata whatever the original's card holds, and provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sleb
+from sleb.cardparts import fenced, front_matter, inherited
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
+    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+
+
+HOSTILE = [
+    "---\nlicense: !!python/object/apply:os.system ['touch /tmp/owned']\n---\n",
+    "---\nlicense: {a: [b]}\nlanguage: {x: y}\n---\n",
+    '---\nlicense: "mit\\n---\\n# owned"\nlicense_name: "a\\n---\\nb"\n---\n',
+    "---\nlicense: mit\nlicense_link: 'javascript:alert(1)'\n---\n",
+    "---\nlicense: mit\nlicense_link: ../../secret\n---\n",
+    "---\nlicense: mit\nlicense_name: 'x: [unclosed'\n---\n",
+    "---\nlicense: mit\nlicense_name: '<script>alert(1)</script>'\n---\n",
+    f"---\nlicense: {'m' * 5000}\nlanguage: [{'e' * 5000}, 5, null, true]\n---\n",
+    "---\nlicense: &a [*a]\n---\n",
+    "---\n" + "[" * 5000 + "\n---\n",
+    "---\nlicense: 2026-01-01\nlanguage: 1.5\n---\n",
+    "---\n- a\n- b\n---\n",
+    "no card at all",
+]
+
+
+@pytest.mark.parametrize("card", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_card_gives_valid_metadata(tmp_path, card):
+    (tmp_path / "README.md").write_text(card)
+    text = front_matter(tmp_path, "someone/small")
+    lines = text.splitlines()
+    assert (lines[0], lines[-1], lines.count("---")) == ("---", "---", 2)
+    found = yaml.safe_load("\n".join(lines[1:-1]))
+    assert found["base_model"] == "someone/small"
+    assert found["tags"] == ["sleb", "pruned", "block-pruning"]
+    assert set(found) <= {
+        "base_model", "base_model_relation", "tags", "library_name", "pipeline_tag", "license",
+        "license_name", "license_link", "language",
+    }  # fmt: skip
+    assert found.get("license", "mit") == "mit"
+    assert "script" not in found.get("license_link", "")
+    assert ".." not in found.get("license_link", "")
+    assert ModelCard(text + "\n# x\n").data.base_model == "someone/small"
+    assert not Path("/tmp/owned").exists()
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(
+    st.sampled_from(["license", "license_name", "license_link", "language"]),
+    st.recursive(st.text(max_size=30) | st.none() | st.booleans() | st.integers(),
+                 lambda inner: st.lists(inner, max_size=3)),
+))  # fmt: skip
+def test_any_metadata_gives_a_card_that_reads_back(tmp_path, data):
+    (tmp_path / "README.md").write_text(
+        f"---\n{yaml.safe_dump(data, allow_unicode=True)}---\n# x\n", encoding="utf-8", newline=""
+    )
+    kept = inherited(tmp_path)
+    (tmp_path / "new.md").write_text(front_matter(tmp_path) + "\n# y\n", encoding="utf-8")
+    found = metadata_load(tmp_path / "new.md")
+    assert {key: found.get(key) for key in kept} == kept
+    assert set(found) - set(kept) == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_licence_and_language_go_on(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE.txt\n"
+        "language: [en, no, zh-Hant]\n---\n"
+    )
+    assert inherited(tmp_path) == {
+        "license": "other", "license_name": "llama3.2", "license_link": "LICENSE.txt",
+        "language": ["en", "no", "zh-Hant"],
+    }  # fmt: skip
+    (tmp_path / "README.md").write_text("---\nlicense: [Apache-2.0]\nlanguage: ja\n---\n")
+    assert inherited(tmp_path) == {"license": "apache-2.0", "language": ["ja"]}
+
+
+def test_a_licence_file_speaks_where_the_card_does_not(tmp_path):
+    (tmp_path / "LICENCE.md").write_text("terms")
+    assert inherited(tmp_path) == {
+        "license": "other", "license_name": "see-license-file", "license_link": "LICENCE.md"
+    }  # fmt: skip
+
+
+def test_the_base_model_is_a_name_on_the_hub_or_none(tmp_path, monkeypatch):
+    def base(source: Path, model: str | None) -> object:
+        return yaml.safe_load(front_matter(source, model).strip("-\n")).get("base_model")
+
+    assert base(tmp_path, "someone/small") == "someone/small"
+    assert base(tmp_path, str(tmp_path)) is None
+    assert base(tmp_path, "/gone/model") is None
+    assert base(tmp_path, "a/b: c") is None
+    snapshot = tmp_path / "models--someone--big--one" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    assert base(snapshot, str(snapshot)) == "someone/big--one"
+    assert base(snapshot, None) == "someone/big--one"
+
+
+def test_every_cut_has_a_card_that_says_what_it_is(cut, tiny_dir, tiny_plan):
+    card = ModelCard.load(cut / "README.md")
+    assert card.data.tags == ["sleb", "pruned", "block-pruning"]
+    for said in (
+        f"# {tiny_dir.name} without 3 of its 6 transformer blocks",
+        ", ".join(map(str, tiny_plan.removed)),
+        tiny_plan.model.weights_sha256,
+        f"sleb {tiny_plan.versions['sleb']}",
+        "sha256sum -c SHA256SUMS",
+        "sleb verify PATH --model ORIGINAL",
+        "sleb restore PATH -o ORIGINAL",
+        "No weight was changed",
+    ):
+        assert said in card.text, said
+
+
+def test_a_code_block_cannot_be_ended_from_inside():
+    lines = fenced("sleb prune 'a```b'\n```\n# owned")
+    assert lines[0] == lines[-1] == "````"

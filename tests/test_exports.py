@@ -1,0 +1,293 @@
+"""`sleb export`: a plan in the words of other tools, held against those tools where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sleb
+from cli_tools import refused, run
+from conftest import save_tiny
+from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.deploy.exports import FORMATS, export_plan
+from sleb.errors import InputError, UnsupportedModel
+from sleb.models.source import resolve
+from sleb.plan import Plan
+from zoo import tiny
+
+
+def plan_of(folder: Path, order: tuple[int, ...], n: int) -> Plan:
+    return Plan(
+        model=fingerprint(Checkpoint.open(folder), n),
+        removed=tuple(sorted(order)),
+        order=order,
+        metric="loss",
+        unit="nats/token",
+        strategy="greedy",
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def six(tiny_dir, tmp_path_factory) -> Path:
+    """A plan that removes blocks 3, 1 and 2, in this order, of the tiny model's six."""
+    path = tmp_path_factory.mktemp("exports") / "plan.json"
+    plan_of(tiny_dir, (3, 1, 2), 6).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> Path:
+    """A model with a pattern over its blocks, and a plan for it."""
+    folder = tmp_path_factory.mktemp("gemma")
+    tiny("gemma3_text")[0].save_pretrained(folder / "model")
+    plan_of(folder / "model", (3,), 8).save(folder / "plan.json")
+    return folder
+
+
+def test_mergekit_takes_the_runs_of_kept_blocks(six, tiny_dir):
+    found = export_plan(six, "mergekit", model=str(tiny_dir))
+    assert yaml.safe_load(found.text) == {
+        "merge_method": "passthrough",
+        "dtype": "float32",
+        "slices": [
+            {"sources": [{"model": str(tiny_dir), "layer_range": [0, 1]}]},
+            {"sources": [{"model": str(tiny_dir), "layer_range": [4, 6]}]},
+        ],
+    }
+    assert found.notes == ()
+    shallow = yaml.safe_load(export_plan(six, "mergekit", model=str(tiny_dir), depth=1).text)
+    ranges = [s["sources"][0]["layer_range"] for s in shallow["slices"]]
+    assert ranges == [[0, 3], [4, 6]]
+
+
+@pytest.mark.parametrize("name", ["a: b", "x+y", "at@1", 'it\'s "q"', "# no", "日本", "- [x]"])
+def test_mergekit_gets_the_name_of_the_model_whatever_is_in_it(
+    six, tiny_dir, tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).symlink_to(tiny_dir)
+    written = yaml.safe_load(export_plan(six, "mergekit", model=name).text)
+    for part in written["slices"]:
+        model = part["sources"][0]["model"]
+        # mergekit splits a plain string at + (adapter) and @ (revision)
+        assert model == ({"model": {"path": name}} if set("+@") & set(name) else name)
+
+
+def test_mergekit_keeps_several_dtypes_by_naming_none(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, path, {"format": "pt"})
+    plan_of(tmp_path / "model", (2,), 6).save(tmp_path / "plan.json")
+    found = export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
+    assert "dtype" not in yaml.safe_load(found.text)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].char()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="tensors of type I8"):
+        export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
+
+
+def test_mergekit_is_refused_where_it_would_leave_a_wrong_config(gemma):
+    with pytest.raises(UnsupportedModel, match="needs `layer_types` re-indexed too"):
+        export_plan(gemma / "plan.json", "mergekit", model=str(gemma / "model"))
+
+
+def test_llama_cpp_gets_its_argument_and_a_warning_where_it_fails(six, tiny_dir, gemma, capsys):
+    ran = run(capsys, "export", six, "--as", "llama-cpp", "--model", tiny_dir)
+    assert (ran.code, ran.out, ran.err) == (0, "--prune-layers 1,2,3\n", "")
+    ran = run(capsys, "export", six, "--as", "llama-cpp")
+    assert ran.out == "--prune-layers 1,2,3\n"
+    assert ran.err.startswith("note: give --model")
+    place = gemma / "plan.json"
+    ran = run(capsys, "export", place, "--as", "llama-cpp", "--model", gemma / "model")
+    assert ran.out == "--prune-layers 3\n"
+    assert "would write a wrong gemma3_text model" in ran.err
+    assert "`layer_types`" in ran.err
+    assert "sleb apply" in ran.err
+
+
+def test_lists_in_which_all_blocks_are_alike_are_no_reason_to_warn(tmp_path):
+    model, _ = tiny("qwen2", layer_types=["full_attention"] * 8, use_sliding_window=False)
+    model.save_pretrained(tmp_path / "model")
+    plan_of(tmp_path / "model", (3,), 8).save(tmp_path / "plan.json")
+    found = export_plan(tmp_path / "plan.json", "llama-cpp", model=str(tmp_path / "model"))
+    assert found.notes == ()
+
+
+def test_modelopt_counts_from_one(six, capsys):
+    ran = run(capsys, "export", six, "--as", "modelopt-list")
+    assert ran.out == "--layers-to-drop 2 3 4\n"
+    assert "counts layers from 1" in ran.err
+    assert run(capsys, "export", six, "--as", "modelopt-list", "--depth", "1").out == (
+        "--layers-to-drop 4\n"
+    )
+
+
+def test_a_layer_map_leads_from_student_to_teacher(six):
+    found = json.loads(export_plan(six, "layer-map", model="some/model").text)
+    assert found["student_to_teacher"] == [0, 4, 5]
+    assert found["teacher_output"] == [3, 4, 5]  # behind block 0 the student is behind the gap
+    assert found["gaps"] == [
+        {"removed": [1, 2, 3], "student_block_before": 0, "student_block_behind": 1}
+    ]
+    assert found["teacher"]["blocks"] == 6
+    assert found["student"] == {"blocks": 3}
+
+
+def test_a_layer_map_of_the_ends_and_of_the_tensors(tiny_dir, tmp_path):
+    plan = plan_of(tiny_dir, (0, 5, 2), 6)
+    plan.save(tmp_path / "plan.json")
+    found = json.loads(export_plan(tmp_path / "plan.json", "layer-map").text)
+    assert found["gaps"] == [
+        {"removed": [0], "student_block_before": None, "student_block_behind": 0},
+        {"removed": [2], "student_block_before": 0, "student_block_behind": 1},
+        {"removed": [5], "student_block_before": 2, "student_block_behind": None},
+    ]
+    assert found["teacher_output"] == [2, 3, 5]
+    out = sleb.apply(plan, tiny_dir, tmp_path / "out")
+    cut, dense = Checkpoint.open(out), Checkpoint.open(tiny_dir)
+    for new, old in enumerate(found["student_to_teacher"]):
+        for part in ("mlp.up_proj.weight", "self_attn.q_proj.weight"):
+            ours, theirs = (f"model.layers.{i}.{part}" for i in (new, old))
+            assert cut.digest(ours) == dense.digest(theirs)
+
+
+def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, tmp_path, capsys):
+    out = sleb.apply(tiny_plan, tiny_dir, tmp_path / "out it's")
+    plan = out / "plan.json"
+    lines = export_plan(plan, "vllm-args", model="some/dense").text.splitlines()
+    pruned, draft = (shlex.split(line) for line in lines if not line.startswith("#"))
+    args = ["--dtype", "float32", "--max-model-len", "256"]
+    assert pruned == ["vllm", "serve", str(out), *args]
+    assert draft[:3] == ["vllm", "serve", "some/dense"]
+    assert draft[3:7] == args
+    assert draft[7] == "--speculative-config"
+    assert json.loads(draft[8])["model"] == str(out)
+    assert json.loads(draft[8])["method"] == "draft_model"
+    alone = export_plan(plan, "vllm-args")
+    assert alone.text.count("vllm serve") == 1
+    assert "--model" in alone.notes[0]
+    with pytest.raises(InputError, match="--depth makes another checkpoint"):
+        export_plan(plan, "vllm-args", depth=1)
+
+
+def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):
+    from sleb.plan import Calibration, RepairedGap, RepairedTensor, RepairRecord
+
+    text = Calibration(sources=(), windows=1, length=2, seed=0, sha256="0" * 64)
+    tensor = RepairedTensor(name="model.layers.4.mlp.down_proj.weight", sha256="0" * 64)
+    gap = RepairedGap(removed=(3,), ridge=0.1, tensors=(tensor,), before={}, after={})
+    record = RepairRecord(gaps=(gap,), reach=0, calibration=text, heldout=text)
+    plan = plan_of(tiny_dir, (3,), 6).model_copy(update={"repair": record})
+    plan.save(tmp_path / "plan.json")
+    for form in ("mergekit", "llama-cpp", "modelopt-list"):
+        notes = export_plan(tmp_path / "plan.json", form, model=str(tiny_dir)).notes
+        assert any("repair (1 matrices) is not part of this" in note for note in notes)
+
+
+def test_a_file_is_written_whole_and_not_over_another(six, tiny_dir, tmp_path, capsys):
+    out = tmp_path / "sub" / "merge.yml"
+    words = ["export", six, "--as", "mergekit", "--model", tiny_dir, "-o", out]
+    assert (run(capsys, *words).code, run(capsys, *words, "--force").code) == (0, 0)
+    assert out.read_text() == export_plan(six, "mergekit", model=str(tiny_dir)).text
+    assert "exists" in refused(capsys, 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--as", "mergkit"], 2, "unknown format 'mergkit' (did you mean 'mergekit'?)"),
+        (["--as", "mergekit"], 2, "--as mergekit needs the original: give --model"),
+        (["--as", "mergekit", "--model", "nowhere/"], 2, "no model at nowhere/"),
+        (["--as", "vllm-args"], 2, "vllm-args are of a checkpoint"),
+        (["--as", "layer-map", "--depth", "9"], 2, "--depth 9 is outside this plan's 1..3"),
+    ],
+)
+def test_mistakes(six, capsys, words, code, said):
+    assert refused(capsys, code, "export", six, *words).startswith(said)
+
+
+def test_another_models_plan_is_refused(gemma, tiny_dir):
+    with pytest.raises(InputError, match=r"a gemma3_text of 8 blocks, and .* is a llama of 6"):
+        export_plan(gemma / "plan.json", "mergekit", model=str(tiny_dir))
+
+
+def test_a_plan_that_removes_nothing_is_refused(tiny_dir, tmp_path):
+    plan_of(tiny_dir, (), 6).save(tmp_path / "plan.json")
+    for form in FORMATS:
+        with pytest.raises(InputError, match="removes no block"):
+            export_plan(tmp_path / "plan.json", form, model=str(tiny_dir))
+
+
+# -- the real tool, if it is installed: make test-mergekit -----------------------------------------
+
+
+def mergekit(config: str, folder: Path) -> Path:
+    python = os.environ.get("SLEB_TEST_MERGEKIT")
+    if not python:
+        pytest.skip("SLEB_TEST_MERGEKIT is not set; `make test-mergekit` sets it")
+    (folder / "merge.yml").write_text(config, encoding="utf-8")
+    command = [python, "-m", "mergekit.scripts.run_yaml", folder / "merge.yml", folder / "theirs"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return folder / "theirs"
+
+
+def equal_to_ours(source: Path, order: tuple[int, ...], n: int, folder: Path) -> int:
+    """mergekit's result of a plan holds the tensors of `sleb apply`, and its depth; how many."""
+    plan = plan_of(source, order, n)
+    plan.save(folder / "plan.json")
+    written = export_plan(folder / "plan.json", "mergekit", model=str(source))
+    ours, theirs = (
+        Checkpoint.open(path)
+        for path in (
+            sleb.apply(plan, source, folder / "ours"),
+            mergekit(written.text, folder),
+        )
+    )
+    a, b = (
+        {name: (i.dtype, i.shape, c.digest(name)) for name, i in c.tensors.items()}
+        for c in (ours, theirs)
+    )
+    assert a == b
+    # the rest of the config is as the version of transformers beside mergekit writes it
+    depths = {c.config.get("num_hidden_layers", c.config.get("n_layer")) for c in (ours, theirs)}
+    assert depths == {n - len(order)}
+    return len(a)
+
+
+FAMILIES = ["llama", "llama:tied", "mistral", "phi3", "gpt2", "stablelm", "starcoder2"]
+
+
+@pytest.mark.mergekit
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mergekit_makes_what_apply_makes(family, tmp_path):
+    model, _ = tiny(family)
+    if family in ("llama:tied", "mistral"):
+        model = model.bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    assert equal_to_ours(tmp_path / "source", (2, 5, 3, 0), 8, tmp_path) > 20
+
+
+@pytest.mark.mergekit
+@pytest.mark.real
+def test_mergekit_makes_what_apply_makes_of_a_real_model(real_model, tmp_path):
+    source = resolve(real_model).path
+    assert equal_to_ours(source, (20, 21, 25), 30, tmp_path) == 27 * 9 + 2
+
+
+def test_the_formats_are_those_of_the_help(capsys):
+    said = "".join(run(capsys, "export", "--help").out.split())
+    assert set(FORMATS) == set(re.search(r"--asFORM(.*?)\.", said)[1].split(","))

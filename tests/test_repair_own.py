@@ -1,0 +1,100 @@
+"""The text that a model writes itself for its repair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sleb
+from sleb.metrics import NLL
+from sleb.progress import silent
+from sleb.repair import repair
+from sleb.repair.material import repair_windows
+from sleb.repair.own import OWN, with_own
+from sleb.selection.objective import DENSE
+from sleb.selection.sweep import Sweep
+from sleb.text.tokens import opening_tokens
+
+CPU = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def loaded(learned):
+    return sleb.load(learned / "model", **CPU)
+
+
+@pytest.fixture(scope="module")
+def windows(learned, loaded):
+    found, _ = sleb.load_windows(
+        loaded.tokenizer, [str(learned / "text.txt")], windows=12, length=32, seed=0
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(loaded, windows):
+    return with_own(loaded, windows, silent)
+
+
+def test_the_tokens_of_a_fit_count_it(learned, loaded):
+    text = [str(learned / "text.txt")]
+    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=8, length=32, seed=3)
+    options = {"scored": scored, "tokens": 3200, "length": 32, "seed": 3}
+    less, _ = repair_windows(loaded.tokenizer, text, **options)
+    more, _ = repair_windows(loaded.tokenizer, text, **options, own=False)
+    assert len(less.ids) == pytest.approx(67, abs=3)
+    assert len(more.ids) == pytest.approx(100, abs=3)
+
+
+def test_half_as_many_windows_are_added_and_recorded(windows, both):
+    assert torch.equal(both.ids[:12], windows.ids)
+    assert both.ids.shape == (18, 32)
+    assert both.source[12:] == (1,) * 6
+    assert both.names == (*windows.names, OWN)
+    record = both.record
+    assert [(s.spec, s.windows) for s in record.sources][1:] == [(OWN, 6)]
+    assert record.windows == 18
+    assert record.sha256 != windows.record.sha256
+    assert both.take(range(12)).record.sha256 == windows.record.sha256
+
+
+def test_it_is_what_the_model_finds_likely(loaded, both):
+    """Its loss is about the model's entropy, as on the text it has learned; far below chance's."""
+    values = Sweep(loaded.stack, both.ids, NLL).values([DENSE], 0, 18)[0]
+    text, own = values[:12].mean(), values[12:].mean()
+    other = torch.randint(3, 250, both.ids.shape, generator=torch.Generator().manual_seed(0))
+    chance = Sweep(loaded.stack, other, NLL).values([DENSE], 0, 18)[0].mean()
+    assert own < (text + chance) / 2
+
+
+def test_every_other_one_begins_with_a_word_of_its_own(loaded, both):
+    tokenizer = loaded.tokenizer
+    plain = opening_tokens(tokenizer) or [tokenizer.bos_token_id]
+    begins = [row[: len(plain)].tolist() == plain for row in both.ids[12:]]
+    assert sum(begins) >= 3
+    assert len({tuple(row.tolist()) for row in both.ids[12:]}) == 6
+    assert both.ids.max() < len(tokenizer)
+
+
+def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, windows, both):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = with_own(loaded, windows, silent)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(again.ids, both.ids)
+
+
+def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
+    material = repair_windows(
+        loaded.tokenizer, [str(learned / "text.txt")], tokens=3200, length=32, seed=0
+    )
+    texts = len(material[0].ids)
+    with_it, without = (repair(loaded, (2,), *material, own=own) for own in (True, False))
+    named = [s.spec for s in with_it.record.calibration.sources]
+    assert OWN in named
+    assert with_it.record.calibration.windows == texts + texts // 2
+    assert without.record.calibration.windows == texts
+    assert OWN not in [s.spec for s in without.record.calibration.sources]
+    assert with_it.record.tensors != without.record.tensors
+    assert OWN not in [s.spec for s in with_it.record.heldout.sources]

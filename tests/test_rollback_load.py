@@ -1,0 +1,151 @@
+"""A model cut while it is loaded is the model that apply would have written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sleb
+import zoo
+from cli_tools import tree
+from conftest import byte_tokenizer
+from rollback_tools import plan_of, repaired_cut, small
+from sleb.errors import DataError, InputError, UnsupportedModel
+
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+def logits(loaded) -> torch.Tensor:
+    """Logits on the probe. Weights lie at any address in a file, and some CPU kernels round
+    differently off a 64-byte boundary: they are moved to one first."""
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        return loaded.model(input_ids=zoo.probe(), use_cache=False).logits
+
+
+def tokenized(model, path):
+    model.save_pretrained(path, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+QUICK = {"llama:tied", "gpt2", "mixtral", "gemma3_text", "deepseek_v3", "mamba", "nemotron_h"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in zoo.FAMILIES],
+)
+def test_loading_with_a_plan_is_loading_the_cut(family, tmp_path):
+    model, _ = zoo.tiny(family)
+    source = tokenized(model, tmp_path / "source")
+    plan = plan_of(source, *sorted(zoo.cuts(family)[0 if family == "jamba" else 2]))
+    out = sleb.apply(plan, source, tmp_path / "out", keep=False)
+    before = tree(source)
+    cut, live = sleb.load(out, **CPU), sleb.load(source, plan=plan, **CPU)
+    assert torch.equal(logits(cut), logits(live))
+    assert type(cut.model) is type(live.model)
+    assert (len(live.stack), live.removed) == (len(cut.stack), plan.removed)
+    names = [dict(m.model.state_dict()) for m in (cut, live)]
+    assert names[0].keys() == names[1].keys()
+    a, b = (m.model.config.to_dict() for m in (cut, live))
+    a.pop("_name_or_path"), b.pop("_name_or_path")
+    assert a == b
+    with torch.no_grad():
+        for parameter in live.model.parameters():
+            parameter.zero_()
+    assert tree(source) == before
+
+
+@pytest.fixture
+def source(tmp_path):
+    return small(tmp_path / "source", shard="60KB")
+
+
+def test_depth_is_a_matter_of_configuration(source, tmp_path):
+    plan = plan_of(source, 4, 1, 3)
+    plan.save(tmp_path / "plan.json")
+    dense = sleb.load(source, **CPU)
+    for depth in (1, 2, 3, None):
+        live = sleb.load(source, plan=tmp_path / "plan.json", depth=depth, **CPU)
+        with sleb.bypassed(dense, plan.at_depth(depth)):
+            assert torch.equal(logits(live), logits(dense))
+        assert len(live.stack) == 6 - (depth or 3)
+
+
+def test_it_generates_as_the_cut_does(source, tmp_path):
+    plan = plan_of(source, 4, 1)
+    out = sleb.apply(plan, source, tmp_path / "out")
+    made = []
+    for loaded in (sleb.load(out, **CPU), sleb.load(source, plan=plan, **CPU)):
+        logits(loaded)
+        ids = zoo.probe()
+        mask = torch.ones_like(ids)
+        made.append(loaded.model.generate(ids, attention_mask=mask, max_new_tokens=8))
+        made.append(loaded.model.generation_config.to_dict())
+    assert torch.equal(made[0], made[2])
+    assert made[1] == made[3]
+
+
+def test_a_repair_comes_from_a_checkpoint_that_has_it(source, tmp_path):
+    plan, _ = repaired_cut(source, tmp_path / "out", 3, 4)
+    cut = sleb.load(tmp_path / "out", **CPU)
+    live = sleb.load(source, plan=plan, repaired=tmp_path / "out", **CPU)
+    assert torch.equal(logits(live), logits(cut))
+    with pytest.raises(InputError, match=r"only the hashes of .*give repaired=FOLDER"):
+        sleb.load(source, plan=plan, **CPU)
+    plain = sleb.apply(plan_of(source, 3, 4), source, tmp_path / "plain")
+    with pytest.raises(InputError, match=r"model\.layers\.\d.* in .*plain is not the repaired te"):
+        sleb.load(source, plan=plan, repaired=plain, **CPU)
+    for repaired in (None, tmp_path / "out"):  # a repair belongs to the full cut
+        less = sleb.load(source, plan=plan, depth=1, repaired=repaired, **CPU)
+        own = sleb.apply(plan, source, tmp_path / f"own{repaired is None}", depth=1)
+        assert torch.equal(logits(less), logits(sleb.load(own, **CPU)))
+
+
+def test_a_plan_of_another_model_is_refused(source, tmp_path):
+    other = small(tmp_path / "other", seed=1, shard="60KB")
+    plan = plan_of(source, 4, 1)
+    with pytest.raises(InputError, match=r"another model: weights_sha256 is .* in the plan"):
+        sleb.load(other, plan=plan, **CPU)
+    unchecked = sleb.load(other, plan=plan, check=False, **CPU)  # its form is still compared
+    assert len(unchecked.stack) == 4
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    with pytest.raises(InputError, match="another model: config_sha256 is"):
+        sleb.load(other, plan=plan, check=False, **CPU)
+
+
+def test_what_cannot_be_is_refused(source):
+    plan = plan_of(source, 4, 1)
+    with pytest.raises(InputError, match=r"--depth 3 is outside this plan's 1\.\.2"):
+        sleb.load(source, plan=plan, depth=3, **CPU)
+    with pytest.raises(InputError, match="give plan too"):
+        sleb.load(source, depth=1, **CPU)
+    with pytest.raises(InputError, match=r"blocks are not streamed.* and cut at once"):
+        sleb.load(source, plan=plan, stream=True, **CPU)
+    with pytest.raises(InputError, match="no plan at"):
+        sleb.load(source, plan=source / "nothing.json", **CPU)
+
+
+def test_tensors_that_do_not_fit_are_refused(source):
+    from safetensors.torch import load_file, save_file
+
+    shard = sorted(source.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = next(n for n in tensors if ".mlp." in n)
+    tensors[name] = tensors[name][:, :3].contiguous()
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(DataError, match=r"1 mismatched keys on loading"):
+        sleb.load(source, plan=plan_of(source, 4), **CPU)
+
+
+def test_a_quantized_model_is_refused(source):
+    import json
+
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="is quantized, and is not cut while it loads"):
+        sleb.load(source, plan=plan_of(source, 4), **CPU)
