@@ -80,6 +80,7 @@ class Bench:
             self.mix,
             scored=self.scored if length == options.length else None,
             tokens=options.repair_tokens,
+            own=options.own,
             length=length,
             seed=seed,
         )
@@ -165,7 +166,9 @@ class Bench:
 
     def _repair(self, removed: tuple[int, ...]) -> tuple[Repair | None, dict[str, Any]]:
         """A repair, if it changes anything, and what is to be said of it."""
-        work = functools.partial(repair, self.model, removed, self.fitted, self.judges)
+        work = functools.partial(
+            repair, self.model, removed, self.fitted, self.judges, own=self.options.own
+        )
         try:
             found, seconds, peak = measure(self.device, work)
         except UnsupportedModel as error:
@@ -250,6 +253,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--published-length", type=int, default=2048)
     parser.add_argument("--repair-tokens", type=int, default=TOKENS)
     parser.add_argument("--repair-length", type=int, help="default: --length")
+    parser.add_argument(
+        "--own",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fit on text that the model writes itself, too",
+    )
     parser.add_argument("--test-windows", type=int, default=16, help="of each text")
     parser.add_argument("--test-length", type=int, default=2048)
     parser.add_argument("--tasks", help="examples/tasks without _local, or of --tasks-folder")
