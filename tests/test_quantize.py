@@ -234,7 +234,7 @@ def test_a_missing_library_is_said_in_one_line(dense, tmp_path, capsys, without)
 def test_mistakes(dense, int8, tmp_path, capsys, text_file):
     out = tmp_path / "x"
     said = refused(capsys, 2, "quantize", dense, "-o", out, "--scheme", "int4")
-    assert said == "unknown scheme 'int4' (did you mean 'int8'?); known: w4a16, w8a16, int8"
+    assert said == "unknown scheme 'int4' (did you mean 'int8'?); known: w4a16, w8a16, awq, int8"
     said = refused(capsys, 2, "quantize", dense, "-o", out, "--scheme", "int8", "--text", text_file)
     assert said == "--scheme int8 is not calibrated: leave out --text"
     said = refused(capsys, 2, "quantize", int8, "-o", out, "--scheme", "int8")

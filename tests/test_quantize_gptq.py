@@ -60,3 +60,27 @@ def test_gptq_makes_compressed_tensors_that_can_be_cut(dense, tmp_path, capsys, 
     cut = sleb.apply(plan, out, tmp_path / "cut")
     found = verify(cut, model=out, plan=plan)
     assert found.passed, found
+
+
+def test_awq_makes_the_same_form_and_needs_a_gpu(dense, tmp_path, capsys, monkeypatch):
+    """On a CPU llm-compressor's fails only where it pins memory."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    options = ("--scheme", "awq", "--windows", 4, "--length", 32)
+    if not torch.cuda.is_available():
+        ran = run(capsys, "quantize", dense, "-o", tmp_path / "no", *options)
+        assert ran.code == 2
+        assert "needs a CUDA GPU, and there is none; use w4a16" in ran.err
+        monkeypatch.setattr("sleb.deploy.quantize._has_gpu", lambda: True)
+        monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *a, **k: None)
+    ran = run(capsys, "quantize", dense, "-o", tmp_path / "awq", *options)
+    assert ran.code == 0, ran
+    quantization = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
+    weights = quantization["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"], weights["group_size"]) == (4, True, 32)
+    found = Checkpoint.open(tmp_path / "awq")
+    assert not any("zero_point" in name for name in found.tensors)
+    norm = "model.layers.0.input_layernorm.weight"
+    assert found.digest(norm) != Checkpoint.open(dense).digest(norm)  # it has taken the scales
+    gap = (logits(tmp_path / "awq") - logits(dense)).abs().max() / logits(dense).abs().max()
+    assert 0 < gap < 0.8

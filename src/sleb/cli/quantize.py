@@ -23,7 +23,7 @@ Scheme = Annotated[
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Also write OUT-SCHEME, quantized: w4a16, w8a16 or int8. See sleb quantize.",
+        help="Also write OUT-SCHEME, quantized: w4a16, w8a16, awq or int8. See sleb quantize.",
     ),
 ]
 
@@ -32,7 +32,8 @@ def quantize(
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
     scheme: Annotated[
-        str, typer.Option(help="w4a16 or w8a16 (GPTQ, calibrated on --text), or int8.")
+        str,
+        typer.Option(help="w4a16 or w8a16 (GPTQ, calibrated on --text), awq (on a GPU), or int8."),
     ] = "w4a16",
     text: Text = None,
     windows: Annotated[

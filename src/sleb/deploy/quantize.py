@@ -4,8 +4,9 @@
 
 Four or eight bits in groups are rounded by GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323), as
 llm-compressor has it, on windows of the user's texts; the result is compressed-tensors, which
-transformers and vLLM load. ``int8`` rounds each row by itself, through torchao, without any text.
-Only matrices inside the blocks are rounded; embedding and head stay as they are.
+transformers and vLLM load. ``awq`` first scales the columns that matter most (Lin et al., MLSys
+2024, arXiv:2306.00978), and needs a GPU. ``int8`` rounds each row by itself, through torchao,
+without any text. Only matrices inside the blocks are rounded; embedding and head stay as they are.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ DEFAULT_LENGTH = 512
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """What a scheme does: ``bits`` per weight, by ``library`` (its package; ``module`` to import),
-    and whether it is ``calibrated`` on text."""
+    whether it is ``calibrated`` on text, and whether it needs a ``gpu``."""
 
     name: str
     bits: int
     library: str
     module: str
     calibrated: bool
+    gpu: bool = False
 
 
 SCHEMES = {
@@ -56,6 +58,14 @@ SCHEMES = {
         ),
         Scheme(
             name="w8a16", bits=8, library="llmcompressor", module="llmcompressor", calibrated=True
+        ),
+        Scheme(
+            name="awq",
+            bits=4,
+            library="llmcompressor",
+            module="llmcompressor",
+            calibrated=True,
+            gpu=True,
         ),
         Scheme(name="int8", bits=8, library="torchao", module="torchao", calibrated=False),
     )
@@ -91,10 +101,10 @@ class Quantized:
 
 
 def check_scheme(name: str) -> Scheme:
-    """The scheme of that name, if it is known and its library is there; to be asked early.
+    """The scheme of that name, if it is known and what it needs is there; to be asked early.
 
     Raises:
-        InputError: it is unknown, or the library is not installed.
+        InputError: it is unknown, the library is not installed, or there is no GPU for it.
     """
     if name not in SCHEMES:
         raise InputError(
@@ -106,7 +116,15 @@ def check_scheme(name: str) -> Scheme:
             f"--scheme {name} needs {scheme.library}, which is not installed: "
             "pip install 'sleb[quantize]'"
         )
+    if scheme.gpu and not _has_gpu():
+        raise InputError(f"--scheme {name} needs a CUDA GPU, and there is none; use w4a16")
     return scheme
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def quantize(
@@ -178,6 +196,7 @@ def quantize(
     rounding = rounded(
         source.path,
         bits=wanted.bits,
+        scaled=wanted.name == "awq",
         calibration=calibration,
         trust_remote_code=trust_remote_code,
         progress=progress,

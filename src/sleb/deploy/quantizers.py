@@ -79,12 +79,13 @@ def rounded(
     path: Path,
     *,
     bits: int,
+    scaled: bool,
     calibration: Windows | None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> Rounding:
-    """The model in ``path``, its matrices rounded to ``bits``: by GPTQ, or without ``calibration``
-    each row by itself.
+    """The model in ``path``, its matrices rounded to ``bits``: by GPTQ, or to the nearest once
+    columns are ``scaled`` (AWQ), or without ``calibration`` each row by itself.
 
     Raises:
         UnsupportedModel: the library cannot do it, or no group size fits.
@@ -107,7 +108,7 @@ def rounded(
     else:
         names, group = tuple(inside), group_size(inside)
         with progress.stage("quantizing", None):
-            _by_gptq(model, bits, group, outside, calibration)
+            _by_compressor(model, bits, scaled, group, outside, calibration)
         used = ("llmcompressor", "compressed-tensors")
     versions = {name: version(name) for name in (*used, "transformers", "torch")}
     logits = _logits(model, probe_ids(config))
@@ -131,32 +132,39 @@ def group_size(layers: dict[str, nn.Linear]) -> int:
     )
 
 
-def _by_gptq(
-    model: nn.Module, bits: int, group: int, ignore: Sequence[str], calibration: Windows
+def _by_compressor(
+    model: nn.Module,
+    bits: int,
+    scaled: bool,
+    group: int,
+    ignore: Sequence[str],
+    calibration: Windows,
 ) -> None:
-    """GPTQ in place. Symmetric: what is asymmetric is stored in two ways, and each reader knows
-    one."""
+    """GPTQ or AWQ in place. Symmetric: what is asymmetric is stored in two ways, and each reader
+    knows one."""
     # it prints to stdout, and reads this when it is imported
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     weights = QuantizationArgs(
         num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group
     )
-    recipe = GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=list(ignore),
-    )
+    form = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": list(ignore),
+    }
+    recipe = [AWQModifier(), QuantizationModifier(**form)] if scaled else [GPTQModifier(**form)]
     rows = calibration.ids.tolist()
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
     with quiet_transformers(), _failing("llm-compressor"):
         oneshot(
             model=model,
             dataset=data,
-            recipe=[recipe],
+            recipe=recipe,
             max_seq_length=len(rows[0]),
             num_calibration_samples=len(rows),
             shuffle_calibration_samples=False,
