@@ -64,8 +64,9 @@ def prune(
     run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
     number of windows set aside from the same texts for targets and for the quality figures.
     ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
-    record says why it was not. It is fitted on ``repair_tokens`` tokens of the same texts.
-    ``keep``: see :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
+    record says why it was not. It is fitted on about ``repair_tokens`` tokens, two thirds of them
+    from the same texts. ``keep``: see :func:`sleb.apply`. ``command`` and ``stages`` go into the
+    record as they are.
 
     Raises:
         VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
@@ -249,9 +250,11 @@ def _repaired(
     if not found.tensors:
         return None, "no fit was better on every text"
     done = sum(gap.ridge is not None for gap in found.record.gaps)
+    seen = found.record.calibration
     return found, (
         f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
-        f"{fitted.ids.numel():,} tokens and judged on {len(judges.ids)} other windows"
+        f"{seen.windows * seen.length:,} tokens, a third of them the model's own text, and judged on "
+        f"{len(judges.ids)} other windows"
     )
 
 

@@ -134,7 +134,10 @@ MinSimilarity = Annotated[
     typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
 ]
 RepairTokens = Annotated[
-    int, typer.Option(help="Tokens of the texts that a repair is fitted on, at most.", min=1)
+    int,
+    typer.Option(
+        help="Tokens that a repair is fitted on, at most; one in three is the model's own.", min=1
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
