@@ -253,8 +253,8 @@ def _repaired(
     seen = found.record.calibration
     return found, (
         f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
-        f"{seen.windows * seen.length:,} tokens, a third of them the model's own text, and judged on "
-        f"{len(judges.ids)} other windows"
+        f"{seen.windows * seen.length:,} tokens, a third of them the model's own text, and judged "
+        f"on {len(judges.ids)} other windows"
     )
 
 
