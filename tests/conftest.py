@@ -75,6 +75,20 @@ def tiny_dir(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
+def teach(model, ids, *, steps: int, generator) -> None:
+    """Train on windows of 32 of the token ids [L]."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    for _ in range(steps):
+        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory) -> Path:
     """A tiny model that has learned its text, so that losses mean something; and that text."""
@@ -96,14 +110,7 @@ def learned(tmp_path_factory) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(0.3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
-    for _ in range(120):
-        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, ids, steps=120, generator=generator)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder

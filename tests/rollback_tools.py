@@ -9,9 +9,8 @@ import torch
 
 import sleb
 from conftest import save_tiny
-from sleb.checkpoint import Checkpoint, fingerprint, tensor_bytes
-from sleb.models.load import load_config
-from sleb.models.stack import decoder_config
+from plan_tools import plan_of
+from sleb.checkpoint import Checkpoint, tensor_bytes
 from sleb.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.repair import Repair
 
@@ -21,20 +20,6 @@ CARRIED = {
     "tokenizer.json": b"{}",
     "additional_chat_templates/rag.jinja": b"{{ x }}",
 }
-
-
-def plan_of(folder: Path, *order: int) -> Plan:
-    """A plan that removes these blocks of a checkpoint, in this order."""
-    blocks = decoder_config(load_config(folder)).num_hidden_layers
-    return Plan(
-        model=fingerprint(Checkpoint.open(folder), blocks),
-        removed=tuple(sorted(order)),
-        order=order,
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
 
 
 def small(path: Path, **options) -> Path:

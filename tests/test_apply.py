@@ -19,25 +19,12 @@ from safetensors.torch import load_file, save_file
 import sleb
 from cli_tools import tree
 from conftest import save_tiny
-from sleb.checkpoint import Checkpoint, fingerprint
+from plan_tools import plan_of
+from sleb.checkpoint import Checkpoint
 from sleb.errors import InputError
 from sleb.plan import Plan
 
 INDEX = "model.safetensors.index.json"
-
-
-def plan_for(folder: Path, *order: int) -> Plan:
-    """A plan that removes these blocks of the checkpoint, in this order."""
-    blocks = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    return Plan(
-        model=fingerprint(Checkpoint.open(folder), blocks),
-        removed=tuple(sorted(order)),
-        order=order,
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +65,7 @@ def assert_cut(source: Path, out: Path, removed: set[int]) -> None:
 def test_every_depth_is_the_first_removals_of_the_order(tmp_path, shard):
     source = save_tiny(tmp_path / "source", shard=shard)
     before = tree(source)
-    plan = plan_for(source, 4, 1, 3)
+    plan = plan_of(source, 4, 1, 3)
     for depth in (1, 2, 3, None):
         out = sleb.apply(plan, source, tmp_path / f"out{depth}", depth=depth)
         assert_cut(source, out, set((4, 1, 3)[:depth]))
@@ -95,7 +82,7 @@ def test_every_depth_is_the_first_removals_of_the_order(tmp_path, shard):
 
 def test_ten_is_not_taken_for_one(tmp_path):
     source = save_tiny(tmp_path / "source", blocks=13)
-    out = sleb.apply(plan_for(source, 1, 11), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 1, 11), source, tmp_path / "out")
     assert_cut(source, out, {1, 11})
     assert "model.layers.10.mlp.up_proj.weight" in tensors(out)
     assert not any(name.startswith("model.layers.11.") for name in tensors(out))
@@ -104,7 +91,7 @@ def test_ten_is_not_taken_for_one(tmp_path):
 def test_the_index_describes_the_shards(tmp_path):
     source = save_tiny(tmp_path / "source", shard="20KB")
     assert len(list(source.glob("*.safetensors"))) > 10
-    out = sleb.apply(plan_for(source, 2, 3), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 2, 3), source, tmp_path / "out")
     index = json.loads((out / INDEX).read_text())
     shards = sorted(p.name for p in out.glob("*.safetensors"))
     total = len(shards)
@@ -131,7 +118,7 @@ def test_shards_that_become_one_need_no_index(tmp_path):
     weight_map = {name: shard for shard, content in parts.items() for name in content}
     (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (source / "model.safetensors").unlink()
-    out = sleb.apply(plan_for(source, 1), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 1), source, tmp_path / "out")
     assert sorted(p.name for p in out.glob("model*")) == ["model.safetensors"]
     assert_cut(source, out, {1})
 
@@ -147,7 +134,7 @@ def test_every_dtype_keeps_its_bytes_and_its_alignment(tmp_path):
         kind = (torch.float8_e4m3fn, torch.int8, torch.float16, torch.float64, torch.bool)[i % 5]
         content[name] = content[name].to(kind)
     save_file(content, path, {"format": "pt", "note": "kept"})
-    out = sleb.apply(plan_for(source, 0, 1), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 0, 1), source, tmp_path / "out")
     assert_cut(source, out, {0, 1})
     with safe_open(out / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "note": "kept"}
@@ -166,7 +153,7 @@ def test_tensors_stay_aligned_though_odd_ones_before_them_go(tmp_path):
     raw += b" " * (-len(raw) % 8)
     data = bytes(range(offset))
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + data)
-    out = sleb.apply(plan_for(source, 0), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 0), source, tmp_path / "out")
     assert_cut(source, out, {0})
     for info in Checkpoint.open(out).tensors.values():
         assert info.start % info.width == 0
@@ -189,7 +176,7 @@ def test_what_belongs_to_the_model_is_carried_and_other_weights_are_not(tmp_path
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
     before = tree(source)
-    out = sleb.apply(plan_for(source, 2), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 2), source, tmp_path / "out")
     after = tree(out)
     for name in [*carried, "tokenizer.json", "tokenizer_config.json", "generation_config.json"]:
         assert after[name] == before[name]
@@ -208,7 +195,7 @@ def test_old_settings_in_the_config_do_not_stop_a_cut(tmp_path):
     config = json.loads((source / "config.json").read_text())
     config.update(temperature=0.7, do_sample=True, max_length=50)
     (source / "config.json").write_text(json.dumps(config))
-    out = sleb.apply(plan_for(source, 2), source, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 2), source, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
 
 
@@ -219,7 +206,7 @@ def test_links_into_a_cache_are_read_and_their_content_is_copied(tmp_path):
     linked.mkdir()
     for path in source.iterdir():
         (linked / path.name).symlink_to(path)
-    out = sleb.apply(plan_for(source, 2), linked, tmp_path / "out")
+    out = sleb.apply(plan_of(source, 2), linked, tmp_path / "out")
     assert_cut(source, out, {2})
     assert not any(p.is_symlink() for p in out.iterdir())
 
@@ -263,7 +250,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     size = (source / "model.safetensors").stat().st_size
     assert size > 300e6
     del content
-    plan_for(source, 1).save(tmp_path / "plan.json")
+    plan_of(source, 1).save(tmp_path / "plan.json")
     places = [str(tmp_path / name) for name in ("plan.json", "source", "out")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *places], capture_output=True, text=True, check=False
@@ -294,7 +281,7 @@ print(len(model.model.layers), made.shape[1])
 
 
 def test_plain_transformers_loads_and_runs_the_result(tiny_dir, tmp_path):
-    out = sleb.apply(plan_for(tiny_dir, 4, 1), tiny_dir, tmp_path / "out")
+    out = sleb.apply(plan_of(tiny_dir, 4, 1), tiny_dir, tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, str(out)], capture_output=True, text=True, check=False
     )

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import sleb
 from cli_tools import tree
 from conftest import save_tiny
+from plan_tools import plan_of
 from sleb import surgery
 from sleb.checkpoint import Checkpoint
 from sleb.errors import DataError, InputError, ResourceError
 from sleb.plan import Plan
-from test_apply import INDEX, plan_for
+from test_apply import INDEX
 
 
 @pytest.mark.parametrize("name", ["../{}", "/{}", "sub/{}", "{}.bin", "..", ""])
@@ -53,7 +54,7 @@ def test_a_damaged_index_is_corrupt(tmp_path):
 @pytest.mark.parametrize("keep", [0, 4, 8, 500, 20_000, -1])
 def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path, keep):
     source = save_tiny(tmp_path / "source", shard="60KB")
-    plan = plan_for(source, 2)
+    plan = plan_of(source, 2)
     shard = sorted(source.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:keep])
     before = tree(tmp_path)
@@ -65,7 +66,7 @@ def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path, keep)
 
 @pytest.mark.parametrize("change", ["weights", "config", "type", "blocks"])
 def test_a_plan_for_another_model_is_refused_and_says_what_differs(tmp_path, tiny_dir, change):
-    plan = plan_for(tiny_dir, 2)
+    plan = plan_of(tiny_dir, 2)
     other = tmp_path / "other"
     if change == "weights":
         save_tiny(other, seed=1)
@@ -92,7 +93,7 @@ def test_a_plan_for_another_model_is_refused_and_says_what_differs(tmp_path, tin
 
 def test_the_model_itself_is_never_replaced(tmp_path):
     source = save_tiny(tmp_path / "outer/source")
-    plan = plan_for(source, 2)
+    plan = plan_of(source, 2)
     before = tree(source)
     link = tmp_path / "link"
     link.symlink_to(source)
@@ -109,7 +110,7 @@ def test_the_model_itself_is_never_replaced(tmp_path):
 def test_a_disk_that_fills_up_leaves_no_trace(tmp_path, monkeypatch, where):
     source = save_tiny(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    plan = plan_for(source, 2)
+    plan = plan_of(source, 2)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
@@ -142,5 +143,5 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("U", (), {"free": 100_000}))
     before = tree(tmp_path)
     with pytest.raises(ResourceError, match=r"needs 0 MB, but the disk of .* has 0 MB free"):
-        sleb.apply(plan_for(source, 2), source, tmp_path / "out")
+        sleb.apply(plan_of(source, 2), source, tmp_path / "out")
     assert tree(tmp_path) == before

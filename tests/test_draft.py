@@ -16,12 +16,12 @@ from scipy import stats
 import sleb
 from cli_tools import refused, run
 from conftest import byte_tokenizer, save_tiny
+from plan_tools import plan_of
 from sleb.errors import InputError, UnsupportedModel
 from sleb.evidence import draft as module
 from sleb.evidence.draft import Drafting, Tally, acceptance, draft
 from sleb.evidence.prompts import Prompt
 from sleb.statistics import Interval
-from test_apply import plan_for
 from zoo import tiny
 
 CPU = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -36,7 +36,7 @@ def pair(learned, tmp_path_factory) -> tuple[Path, Path]:
     home = tmp_path_factory.mktemp("drafts")
     dense = shutil.copytree(learned / "model", home / "dense")
     (dense / "generation_config.json").write_text(json.dumps({"pad_token_id": 0}))
-    return dense, sleb.apply(plan_for(dense, 2), dense, home / "out")
+    return dense, sleb.apply(plan_of(dense, 2), dense, home / "out")
 
 
 @torch.inference_mode()
@@ -212,6 +212,6 @@ def test_a_model_that_cannot_take_tokens_back(tmp_path):
     model, _ = tiny("mamba", vocab_size=259)
     model.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
-    out = sleb.apply(plan_for(tmp_path / "dense", 2), tmp_path / "dense", tmp_path / "out")
+    out = sleb.apply(plan_of(tmp_path / "dense", 2), tmp_path / "dense", tmp_path / "out")
     with pytest.raises(UnsupportedModel, match="transformers cannot draft for Mamba"):
         draft(tmp_path / "dense", [out], PROMPTS, new_tokens=4, runs=1, **CPU)

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 import sleb
 from cli_tools import tree
 from conftest import byte_tokenizer, save_tiny
+from plan_tools import plan_of
 from sleb import exactness
 from sleb.errors import InputError, VerificationFailed
-from test_apply import plan_for
 
 CONFIG = "depth-dependent config fields"
 RELOAD = "clean reload"
@@ -45,7 +45,7 @@ def measured(found: exactness.Verification, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def plan(tiny_dir):
-    return plan_for(tiny_dir, 3, 1)
+    return plan_of(tiny_dir, 3, 1)
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def test_a_right_checkpoint_passes_every_gate(tiny_dir, plan, out, tmp_path):
 
 
 def test_another_block_is_missing_than_the_plan_says(tiny_dir, plan, tmp_path):
-    wrong = sleb.apply(plan_for(tiny_dir, 3, 2), tiny_dir, tmp_path / "wrong")
+    wrong = sleb.apply(plan_of(tiny_dir, 3, 2), tiny_dir, tmp_path / "wrong")
     assert failed(sleb.verify(wrong, model=tiny_dir, plan=plan)) == [WEIGHTS, LOGITS]
 
 
 def test_more_or_fewer_blocks_are_missing(tiny_dir, plan, out):
-    deeper = plan_for(tiny_dir, 3, 1, 2)
+    deeper = plan_of(tiny_dir, 3, 1, 2)
     found = sleb.verify(out, model=tiny_dir, plan=deeper)
     assert failed(found) == [BLOCKS, WEIGHTS]
     assert measured(found, BLOCKS) == "4"
@@ -224,7 +224,7 @@ def test_a_stale_list_of_layer_types(tmp_path, kind):
     """The mistake of tools that only change num_hidden_layers: it loads, and computes otherwise."""
     source = windowed(kind, tmp_path / "source")
     types = json.loads((source / "config.json").read_text())["layer_types"]
-    plan = plan_for(source, 0)
+    plan = plan_of(source, 0)
     out = without_sums(sleb.apply(plan, source, tmp_path / "out"))
     assert json.loads((out / "config.json").read_text())["layer_types"] == types[1:]
     assert failed(sleb.verify(out, model=source, plan=plan)) == []
@@ -257,7 +257,7 @@ def test_a_checkpoint_that_was_pruned_elsewhere_passes(tmp_path, kind):
         model.config.max_window_layers = 1
     model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    found = sleb.verify(tmp_path / "theirs", model=source, plan=plan_for(source, 3, 1))
+    found = sleb.verify(tmp_path / "theirs", model=source, plan=plan_of(source, 3, 1))
     assert failed(found) == []
 
 

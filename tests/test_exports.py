@@ -15,31 +15,19 @@ import yaml
 import sleb
 from cli_tools import refused, run
 from conftest import save_tiny
-from sleb.checkpoint import Checkpoint, fingerprint
+from plan_tools import plan_of
+from sleb.checkpoint import Checkpoint
 from sleb.deploy.exports import FORMATS, export_plan
 from sleb.errors import InputError, UnsupportedModel
 from sleb.models.source import resolve
-from sleb.plan import Plan
 from zoo import tiny
-
-
-def plan_of(folder: Path, order: tuple[int, ...], n: int) -> Plan:
-    return Plan(
-        model=fingerprint(Checkpoint.open(folder), n),
-        removed=tuple(sorted(order)),
-        order=order,
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
 
 
 @pytest.fixture(scope="module")
 def six(tiny_dir, tmp_path_factory) -> Path:
     """A plan that removes blocks 3, 1 and 2, in this order, of the tiny model's six."""
     path = tmp_path_factory.mktemp("exports") / "plan.json"
-    plan_of(tiny_dir, (3, 1, 2), 6).save(path)
+    plan_of(tiny_dir, 3, 1, 2).save(path)
     return path
 
 
@@ -48,7 +36,7 @@ def gemma(tmp_path_factory) -> Path:
     """A model with a pattern over its blocks, and a plan for it."""
     folder = tmp_path_factory.mktemp("gemma")
     tiny("gemma3_text")[0].save_pretrained(folder / "model")
-    plan_of(folder / "model", (3,), 8).save(folder / "plan.json")
+    plan_of(folder / "model", 3).save(folder / "plan.json")
     return folder
 
 
@@ -89,7 +77,7 @@ def test_mergekit_keeps_several_dtypes_by_naming_none(tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
     save_file(tensors, path, {"format": "pt"})
-    plan_of(tmp_path / "model", (2,), 6).save(tmp_path / "plan.json")
+    plan_of(tmp_path / "model", 2).save(tmp_path / "plan.json")
     found = export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
     assert "dtype" not in yaml.safe_load(found.text)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].char()
@@ -120,7 +108,7 @@ def test_llama_cpp_gets_its_argument_and_a_warning_where_it_fails(six, tiny_dir,
 def test_lists_in_which_all_blocks_are_alike_are_no_reason_to_warn(tmp_path):
     model, _ = tiny("qwen2", layer_types=["full_attention"] * 8, use_sliding_window=False)
     model.save_pretrained(tmp_path / "model")
-    plan_of(tmp_path / "model", (3,), 8).save(tmp_path / "plan.json")
+    plan_of(tmp_path / "model", 3).save(tmp_path / "plan.json")
     found = export_plan(tmp_path / "plan.json", "llama-cpp", model=str(tmp_path / "model"))
     assert found.notes == ()
 
@@ -146,7 +134,7 @@ def test_a_layer_map_leads_from_student_to_teacher(six):
 
 
 def test_a_layer_map_of_the_ends_and_of_the_tensors(tiny_dir, tmp_path):
-    plan = plan_of(tiny_dir, (0, 5, 2), 6)
+    plan = plan_of(tiny_dir, 0, 5, 2)
     plan.save(tmp_path / "plan.json")
     found = json.loads(export_plan(tmp_path / "plan.json", "layer-map").text)
     assert found["gaps"] == [
@@ -189,7 +177,7 @@ def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):
     tensor = RepairedTensor(name="model.layers.4.mlp.down_proj.weight", sha256="0" * 64)
     gap = RepairedGap(removed=(3,), ridge=0.1, tensors=(tensor,), before={}, after={})
     record = RepairRecord(gaps=(gap,), reach=0, calibration=text, heldout=text)
-    plan = plan_of(tiny_dir, (3,), 6).model_copy(update={"repair": record})
+    plan = plan_of(tiny_dir, 3).model_copy(update={"repair": record})
     plan.save(tmp_path / "plan.json")
     for form in ("mergekit", "llama-cpp", "modelopt-list"):
         notes = export_plan(tmp_path / "plan.json", form, model=str(tiny_dir)).notes
@@ -224,7 +212,7 @@ def test_another_models_plan_is_refused(gemma, tiny_dir):
 
 
 def test_a_plan_that_removes_nothing_is_refused(tiny_dir, tmp_path):
-    plan_of(tiny_dir, (), 6).save(tmp_path / "plan.json")
+    plan_of(tiny_dir).save(tmp_path / "plan.json")
     for form in FORMATS:
         with pytest.raises(InputError, match="removes no block"):
             export_plan(tmp_path / "plan.json", form, model=str(tiny_dir))
@@ -247,7 +235,7 @@ def mergekit(config: str, folder: Path) -> Path:
 
 def equal_to_ours(source: Path, order: tuple[int, ...], n: int, folder: Path) -> int:
     """mergekit's result of a plan holds the tensors of `sleb apply`, and its depth; how many."""
-    plan = plan_of(source, order, n)
+    plan = plan_of(source, *order)
     plan.save(folder / "plan.json")
     written = export_plan(folder / "plan.json", "mergekit", model=str(source))
     ours, theirs = (

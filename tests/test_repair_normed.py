@@ -7,7 +7,7 @@ import torch
 
 import sleb
 import zoo
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, teach
 from sleb.exactness import verify
 from sleb.models.stack import BlockStack
 from sleb.repair import repair
@@ -119,15 +119,7 @@ def taught(tmp_path_factory):
         )
     )
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        batch = rows[torch.randint(0, len(rows), (16,), generator=generator)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, ids, steps=200, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder

@@ -17,11 +17,11 @@ from pydantic import TypeAdapter
 
 import sleb
 from cli_tools import refused, run
+from plan_tools import plan_of
 from sleb.deploy import probe
 from sleb.deploy import runtimes as module
 from sleb.deploy.runtimes import RuntimeReport, check_runtimes, parse_runtimes
 from sleb.errors import InputError, VerificationFailed
-from test_apply import plan_for
 
 REMOVED = (1, 3)
 VLLM = """
@@ -79,7 +79,7 @@ def oracle(path: Path) -> dict:
 @pytest.fixture(scope="module")
 def answers(tiny_dir, tmp_path_factory) -> dict[str, dict]:
     home = tmp_path_factory.mktemp("cuts")
-    plans = {"pruned": plan_for(tiny_dir, *REMOVED), "wrong": plan_for(tiny_dir, 2, 3)}
+    plans = {"pruned": plan_of(tiny_dir, *REMOVED), "wrong": plan_of(tiny_dir, 2, 3)}
     cuts = {name: sleb.apply(plan, tiny_dir, home / name) for name, plan in plans.items()}
     found = {"dense": oracle(tiny_dir)} | {name: oracle(path) for name, path in cuts.items()}
     loaded = sleb.load(tiny_dir, dtype="float32", device="cpu")
@@ -91,7 +91,7 @@ class Place:
     """A dense and a pruned model, and what the stand-ins answer for each."""
 
     def __init__(self, home: Path, tiny_dir: Path, answers: dict[str, dict]) -> None:
-        self.answers, self.plan = answers, plan_for(tiny_dir, *REMOVED)
+        self.answers, self.plan = answers, plan_of(tiny_dir, *REMOVED)
         self.dense, self.out = home / "dense", home / "out"
         self.dense.mkdir()
         for file in tiny_dir.iterdir():
@@ -353,7 +353,7 @@ def test_vllm_itself(tiny_dir, tmp_path):
                     max_position_embeddings=256)  # fmt: skip
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    plan = plan_for(tmp_path / "model", 2, 3)
+    plan = plan_of(tmp_path / "model", 2, 3)
     out = sleb.apply(plan, tmp_path / "model", tmp_path / "out")
     options = {"model": tmp_path / "model", "plan": plan, "runtimes": ["vllm"]}
     right = check_runtimes(out, pythons={"vllm": python}, **options)

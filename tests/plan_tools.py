@@ -1,0 +1,24 @@
+"""Plans made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.models.load import load_config
+from sleb.models.stack import decoder_config
+from sleb.plan import Plan
+
+
+def plan_of(folder: Path, *order: int) -> Plan:
+    """A plan that removes these blocks of a checkpoint, in this order."""
+    blocks = decoder_config(load_config(folder)).num_hidden_layers
+    return Plan(
+        model=fingerprint(Checkpoint.open(folder), blocks),
+        removed=tuple(sorted(order)),
+        order=order,
+        metric="loss",
+        unit="nats/token",
+        strategy="greedy",
+        dtype="float32",
+    )
