@@ -331,6 +331,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-windows", type=int, default=16, help="of each text")
     parser.add_argument("--test-length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5, help="of the timing")
+    parser.add_argument(
+        "--retime", action="store_true", help="only time again what -o and --work have"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)
     return parser.parse_args()
@@ -341,7 +344,9 @@ def main() -> None:
     options = parse()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    paths = ("out", "model", "data", "work", "name")
+    if options.retime:
+        return retime(options)
+    paths = ("out", "model", "data", "work", "name", "retime")
     report: dict[str, Any] = {
         "what": {k: v for k, v in vars(options).items() if k not in paths},
         "model": options.name or Path(options.model).name,
@@ -357,6 +362,21 @@ def main() -> None:
         Bench(options, Path(place)).run(save, report)
     save()
     print("\n" + summary(json.loads(options.out.read_text(encoding="utf-8"))))
+
+
+def retime(options: argparse.Namespace) -> None:
+    """New timings in a result that is there, of the checkpoints that it was made from."""
+    report = json.loads(options.out.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(options, Path(place))
+        for row in report["rows"]:
+            folder = options.work / row["name"].replace(" ", "-")
+            row["speed"] = bench.speed(
+                bench.dense, bench.dense if row["name"] == "dense" else folder
+            )
+    report["timing"] = {"rounds": options.rounds, **setting(torch.device("cpu"), torch.bfloat16)}
+    write_text(options.out, json.dumps(_rounded(report), indent=1) + "\n")
+    print(summary(report))
 
 
 if __name__ == "__main__":
