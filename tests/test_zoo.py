@@ -18,9 +18,10 @@ from sleb.depthfields import RULES
 from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import NLL
 from sleb.models.load import strict_model
+from sleb.models.pruned import pruned_config
 from sleb.models.stack import BlockStack
 from sleb.selection.sweep import Sweep
-from sleb.surgery import cut_checkpoint, pruned_config
+from sleb.surgery import cut_checkpoint
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 

@@ -35,6 +35,7 @@ __all__ = [
     "read_json",
     "read_shard",
     "renamer",
+    "shard_head",
     "tensor_bytes",
     "tensor_lines",
 ]
@@ -142,6 +143,10 @@ class Checkpoint:
             found: Tensor = shard.get_tensor(self.tensors[name].key or name)
         return found
 
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether there is a tensor of that name, and its bytes have that SHA-256."""
+        return name in self.tensors and self.digest(name) == sha256
+
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, hexadecimal."""
         sha = hashlib.sha256()
@@ -213,6 +218,23 @@ def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None
         return f"{prefix}{block - sum(b < block for b in gone)}{match[2]}"
 
     return rename
+
+
+def shard_head(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of a safetensors file that holds ``tensors`` one behind the
+    other, by their names in it."""
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
+    for name, info in tensors.items():
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns tensor data to 8 bytes
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

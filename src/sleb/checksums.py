@@ -7,7 +7,6 @@ of its own. Needs no torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sleb.errors import DataError
+from sleb.files import file_sha256
 from sleb.progress import Progress, silent
 
 __all__ = ["ROLLBACK", "SUMS", "check_sums", "covered", "read_sums", "write_sums"]
@@ -22,7 +22,6 @@ __all__ = ["ROLLBACK", "SUMS", "check_sums", "covered", "read_sums", "write_sums
 SUMS = "SHA256SUMS"
 ROLLBACK = "rollback"
 """The side-car's folder in a checkpoint folder."""
-CHUNK = 2 * 2**20
 MAX_BYTES = 4 * 2**20
 _NOT_COVERED = frozenset({SUMS, "run.json", "README.md"})
 # sha256sum's form: "\" in front if the name is escaped, then text (" ") or binary ("*") mode
@@ -98,19 +97,10 @@ def read_sums(path: Path) -> dict[str, str]:
 
 def _digests(folder: Path, names: list[str], title: str, progress: Progress) -> list[str]:
     """SHA-256 of each file; hashing lets go of the interpreter, so files go side by side."""
-
-    def digest(name: str) -> str:
-        sha = hashlib.sha256()
-        with open(folder / name, "rb") as stream:
-            while piece := stream.read(CHUNK):
-                sha.update(piece)
-                tick(len(piece))
-        return sha.hexdigest()
-
     total = sum((folder / name).stat().st_size for name in names)
     with progress.stage(title, total) as tick:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(digest, names))
+            return list(pool.map(lambda name: file_sha256(folder / name, tick), names))
 
 
 def _line(name: str, digest: str) -> str:

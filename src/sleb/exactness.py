@@ -19,18 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sleb.checkpoint import Checkpoint, fingerprint, read_json, tensor_bytes
+from sleb.checkpoint import (
+    Checkpoint,
+    check_fingerprint,
+    fingerprint,
+    read_json,
+    renamer,
+    tensor_bytes,
+)
 from sleb.checksums import SUMS, check_sums
 from sleb.depthfields import depth_fields
 from sleb.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
+from sleb.models.pruned import pruned_config
 from sleb.models.quantnames import quant_method
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.plan import Plan, RepairRecord
 from sleb.progress import Progress, silent
 from sleb.repair import repaired
-from sleb.surgery import check_fingerprint, pruned_config, renamer
 
 __all__ = ["Check", "Verification", "verify"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sleb.errors import InputError, ResourceError
@@ -15,12 +16,14 @@ from sleb.errors import InputError, ResourceError
 __all__ = [
     "disk_errors",
     "enough_space",
+    "file_sha256",
     "staged_dir",
     "staged_files",
     "writable_target",
     "write_text",
 ]
 
+CHUNK = 2 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (
     errno.EACCES,
@@ -116,6 +119,17 @@ def enough_space(folder: Path, nbytes: int) -> None:
             f"the checkpoint needs {nbytes / 1e6:,.0f} MB, but the disk of {folder} has "
             f"{free / 1e6:,.0f} MB free; free some space or choose another -o"
         )
+
+
+def file_sha256(path: Path, tick: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; ``tick`` gets bytes as they are hashed."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(CHUNK):
+            sha.update(piece)
+            if tick:
+                tick(len(piece))
+    return sha.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from sleb.record import RunRecord, Stopwatch, environment
 from sleb.repair import Repair
 from sleb.repair import repair as fit_repair
 from sleb.repair.material import TOKENS, repair_windows
+from sleb.repair.own import OWN
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply, refuse_source
@@ -251,10 +252,12 @@ def _repaired(
         return None, "no fit was better on every text"
     done = sum(gap.ridge is not None for gap in found.record.gaps)
     seen = found.record.calibration
+    found_in = [source.spec for source in seen.sources]
+    written = "a third of them the model's own text, " if OWN in found_in else ""
     return found, (
         f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
-        f"{seen.windows * seen.length:,} tokens, a third of them the model's own text, and judged "
-        f"on {len(judges.ids)} other windows"
+        f"{seen.windows * seen.length:,} tokens, {written}and judged on {len(judges.ids)} other "
+        "windows"
     )
 
 

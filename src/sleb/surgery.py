@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import shutil
-import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from sleb.checkpoint import (
     check_fingerprint,
     identity,
     renamer,
+    shard_head,
     tensor_bytes,
     tensor_lines,
 )
@@ -48,11 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "apply",
     "carry",
-    "check_fingerprint",
     "cut_checkpoint",
-    "pruned_config",
     "refuse_source",
-    "renamer",
     "write_cut",
 ]
 
@@ -261,20 +258,9 @@ def _write_shard(
     shard: str,
     tick: Tick,
 ) -> None:
-    header: dict[str, Any] = {"__metadata__": checkpoint.metadata[shard] or {"format": "pt"}}
-    offset = 0
-    for old, new in names.items():
-        info = checkpoint.tensors[old]
-        header[new] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # the format aligns tensor data to 8 bytes
+    tensors = {new: checkpoint.tensors[old] for old, new in names.items()}
     with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(raw)) + raw)
+        stream.write(shard_head(tensors, checkpoint.metadata[shard]))
         for old in names:
             own = replaced.get(old)
             for piece in checkpoint.chunks(old) if own is None else [tensor_bytes(own)]:

@@ -82,11 +82,10 @@ def evaluate(
         raise InputError("--tasks-folder and --limit are for tasks; name them with --task")
     removed = chosen.at_depth(depth) if chosen else ()
     check_record(record, removed)
-    from sleb.checkpoint import Checkpoint, fingerprint
+    from sleb.checkpoint import Checkpoint, check_fingerprint, fingerprint
     from sleb.models.load import load
     from sleb.quality import evaluate as score
     from sleb.repair import stored_repair
-    from sleb.surgery import check_fingerprint
     from sleb.text import check_sources, load_windows
 
     check_sources(text or ())

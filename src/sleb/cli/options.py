@@ -11,6 +11,7 @@ import typer
 
 __all__ = [
     "Batch",
+    "Compile",
     "Curve",
     "Depth",
     "Device",

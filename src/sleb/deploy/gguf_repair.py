@@ -56,7 +56,7 @@ def stored_tensors(record: RepairRecord, folder: Path, model: GGUFModel) -> dict
     tensors = {}
     for name, digest in record.tensors.items():
         new = rename(name) or ""
-        if new not in checkpoint.tensors or checkpoint.digest(new) != digest:
+        if not checkpoint.holds(new, digest):
             raise InputError(
                 f"{name} in {folder} is not the one that the plan records; give the folder that "
                 "the plan lies in"

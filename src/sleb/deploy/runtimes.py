@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sleb.checkpoint import Checkpoint
+from sleb.checkpoint import Checkpoint, renamer
 from sleb.deploy import rules
 from sleb.deploy.probe import MODULES, release
 from sleb.errors import InputError, SlebError, VerificationFailed, did_you_mean
@@ -32,7 +32,6 @@ from sleb.models.stack import decoder_config
 from sleb.plan import Plan
 from sleb.progress import Progress, silent
 from sleb.repair import repaired
-from sleb.surgery import renamer
 
 __all__ = ["NAMES", "RuntimeReport", "Verdict", "check_runtimes", "parse_pythons", "parse_runtimes"]
 

@@ -8,8 +8,7 @@ assisted generation in transformers). Greedy answers are the dense model's, what
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from sleb.evidence.subjects import subjects
 from sleb.models.load import LoadedModel, load
 from sleb.models.source import quiet_transformers
 from sleb.progress import Progress, silent
+from sleb.selection.tuning import on_threads
 from sleb.statistics import Interval, Values
 
 __all__ = ["Draft", "Drafting", "Tally", "acceptance", "draft"]
@@ -135,7 +135,7 @@ def draft(
         options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         return load(ref, **options, progress=progress)  # type: ignore[arg-type]
 
-    with _threads(threads):
+    with on_threads(threads or torch.get_num_threads()):
         dense, drafts = loaded(model), [loaded(out) for out in outs]
         if not asked:
             asked = _beginnings(dense)
@@ -230,17 +230,6 @@ def _beginnings(dense: LoadedModel) -> list[Ids]:
     windows, _ = load_windows(dense.tokenizer, (), windows=PROMPTS, length=PROMPT_TOKENS, seed=0)
     found: list[Ids] = windows.ids.tolist()
     return found
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Work:

@@ -25,7 +25,7 @@ from sleb.evidence.gate import Gate
 from sleb.evidence.speed import Speed, bench
 from sleb.evidence.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evidence.transfer import Transfer, transfer
-from sleb.files import write_text
+from sleb.files import file_sha256, write_text
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.pipeline import prune
 from sleb.plan import Plan
@@ -357,13 +357,7 @@ class _Session:
 
 def _digest(path: str) -> str:
     """SHA-256 of a file; empty for what is none, as a task's name."""
-    if not Path(path).is_file():
-        return ""
-    sha = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for piece in iter(lambda: stream.read(2**20), b""):
-            sha.update(piece)
-    return sha.hexdigest()
+    return file_sha256(Path(path)) if Path(path).is_file() else ""
 
 
 def _hint(error: ErrorDetails) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checksums import write_sums
 from sleb.errors import InputError, ResourceError, VerificationFailed
 from sleb.exactness import HEALED
@@ -34,7 +34,7 @@ from sleb.models.stack import decoder_config
 from sleb.plan import Plan
 from sleb.progress import Progress, silent
 from sleb.statistics import Values
-from sleb.surgery import check_fingerprint, cut_checkpoint, refuse_source
+from sleb.surgery import cut_checkpoint, refuse_source
 from sleb.text import Windows, check_sources
 
 __all__ = ["BATCH", "LENGTH", "LR", "TOKENS", "Healed", "heal"]

@@ -97,7 +97,7 @@ def _repaired(wanted: Mapping[str, str], folder: str | Path | None) -> dict[str,
         )
     checkpoint = Checkpoint.open(folder)
     for name, digest in wanted.items():
-        if name not in checkpoint.tensors or checkpoint.digest(name) != digest:
+        if not checkpoint.holds(name, digest):
             raise InputError(
                 f"{name} in {folder} is not the repaired tensor that the plan records: give the "
                 "checkpoint that was written with this plan"

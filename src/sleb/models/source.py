@@ -7,7 +7,6 @@ cache keyed by the file's hash, because parsing its vocabulary takes transformer
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
-from sleb.files import staged_dir
+from sleb.files import file_sha256, staged_dir
 from sleb.progress import Progress, silent
 
 __all__ = ["ModelSource", "cache_dir", "resolve"]
@@ -121,14 +120,10 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def _dequantized(path: Path, progress: Progress) -> Path:
-    sha = hashlib.sha256()
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise DataError(f"{path} does not start as a GGUF file: fetch it again")
-        stream.seek(0)
-        while piece := stream.read(2**24):
-            sha.update(piece)
-    out = cache_dir() / "gguf" / sha.hexdigest()[:32]
+    out = cache_dir() / "gguf" / file_sha256(path)[:32]
     if not (out / "config.json").is_file():
         logger.info("dequantizing %s into %s", path, out)
         with (

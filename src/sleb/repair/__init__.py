@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sleb.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
+from sleb.checkpoint import TORCH_DTYPES, Checkpoint, renamer, tensor_bytes
 from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
@@ -34,7 +34,6 @@ from sleb.repair.own import with_own
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 from sleb.statistics import Values
-from sleb.surgery import renamer
 from sleb.text import Windows
 
 __all__ = ["RIDGES", "Repair", "repair", "repaired", "stored_repair"]
@@ -159,7 +158,7 @@ def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair 
     checkpoint, tensors = Checkpoint.open(folder), {}
     for name, digest in plan.repair.tensors.items():
         new = rename(name) or ""
-        if new not in checkpoint.tensors or checkpoint.digest(new) != digest:
+        if not checkpoint.holds(new, digest):
             raise InputError(f"{name} in {folder} is not the one that the plan records: {hint}")
         tensors[name] = checkpoint.tensor(new)
     return Repair(record=plan.repair, tensors=tensors, prefix=stored.prefix)

@@ -211,8 +211,9 @@ class Fitter:
     ) -> None:
         """Ridge regression of the residual on the inputs of all ``maps`` together."""
         inner = maps is branches.inner
-        for name in branches.norms.keys() & maps.keys():
-            fit_normed(self, block, branches, name, targets, ridge, rounded, tick)
+        for name in maps:
+            if name in branches.norms:
+                fit_normed(self, block, branches, name, targets, ridge, rounded, tick)
         maps = {name: factor for name, factor in maps.items() if name not in branches.norms}
         if not maps:
             return

@@ -179,12 +179,12 @@ def _normed(block: nn.Module, matrix: str, seen: Outputs) -> Norm | None:
         return None
     x = seen.outputs[matrix]
     for name, y in seen.outputs.items():
-        given, weight = seen.inputs.get(name), getattr(block.get_submodule(name), "weight", None)
+        given, module = seen.inputs.get(name), block.get_submodule(name)
+        weight = getattr(module, "weight", None)
         if name == matrix or not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
             continue
         if given is None or given.shape != x.shape or not torch.equal(given, x):
             continue
-        module = block.get_submodule(name)
         eps: float = getattr(module, "eps", getattr(module, "variance_epsilon", None)) or 0.0
         unit = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(0, -2)
         flat = y.flatten(0, -2)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from sleb.checkpoint import INDEX, Checkpoint
+from sleb.checkpoint import INDEX, Checkpoint, shard_head
 from sleb.errors import InputError
+from sleb.files import file_sha256
 from sleb.plan import Plan
 from sleb.progress import Progress, Tick, silent
 from sleb.rollback.manifest import (
@@ -26,7 +24,6 @@ from sleb.rollback.manifest import (
     TENSORS,
     Cut,
     Manifest,
-    file_sha256,
 )
 
 __all__ = ["keep_original"]
@@ -93,22 +90,10 @@ def _write_tensors(checkpoint: Checkpoint, names: list[str], path: Path, tick: T
     tensors = checkpoint.tensors
     # wide elements first, as safetensors' own writer does: every tensor stays aligned
     names = sorted(names, key=lambda name: (-tensors[name].width, tensors[name].shard, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        info = tensors[name]
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    raw = struct.pack("<Q", len(raw)) + raw
-    sha = hashlib.sha256(raw)
+    head = shard_head({name: tensors[name] for name in names}, {})
+    sha = hashlib.sha256(head)
     with open(path, "wb") as stream:
-        stream.write(raw)
+        stream.write(head)
         for name in names:
             for piece in checkpoint.chunks(name):
                 stream.write(piece)

@@ -13,7 +13,6 @@ an untrusted place, so it is size-checked, schema-checked, and names in it canno
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from sleb.checkpoint import CHUNK, INDEX
+from sleb.checkpoint import INDEX
+from sleb.checksums import ROLLBACK
 from sleb.errors import DataError, InputError
 from sleb.plan import BlockId, Digest, Fingerprint, Plan, Text
 
@@ -37,11 +37,10 @@ __all__ = [
     "TENSORS",
     "Cut",
     "Manifest",
-    "file_sha256",
     "shown",
 ]
 
-FOLDER = "rollback"
+FOLDER = ROLLBACK
 MANIFEST = "rollback.json"
 REMOVED = "removed.safetensors"
 TENSORS = "tensors.tsv"
@@ -194,12 +193,3 @@ class Manifest(BaseModel):
 def shown(name: str) -> str:
     """A name from an untrusted file, for a message: short, and in one line."""
     return name[:200] if name.isprintable() else ascii(name[:200])
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(CHUNK):
-            sha.update(piece)
-    return sha.hexdigest()

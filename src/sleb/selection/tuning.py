@@ -28,7 +28,7 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.parallel import group
 from sleb.selection.sweep import default_batch
 
-__all__ = ["Setting", "running", "tune"]
+__all__ = ["Setting", "on_threads", "running", "tune"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,15 @@ def _read(path: Path) -> dict[str, dict[str, int]]:
 @contextmanager
 def running(setting: Setting) -> Iterator[None]:
     """Compute with the setting's threads; afterwards with as many as before."""
+    with on_threads(setting.threads):
+        yield
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Compute with so many threads; afterwards with as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(setting.threads)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
