@@ -232,7 +232,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
 
     whole, total = run(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
-    assert total == 12 if exact else total >= 12  # 4 rounds, 3 sweeps each, or a race's looks
+    assert total == 12 if exact else total >= 8  # 4 rounds, 3 sweeps each, or a race's looks
     for stop in range(total):
         path = tmp_path / f"journal{stop}"
         with pytest.raises(KeyboardInterrupt):
@@ -325,9 +325,10 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
     raced = sleb.search(tiny_dir, exact=False, **options)
     assert raced.order == exact.order
     assert raced.strategy == "greedy, racing"
-    winner = raced.rounds[0].scores[0]
-    assert winner.windows == 24
-    assert winner.mean == pytest.approx(exact.rounds[0].scores[0].mean, abs=1e-5)
+    winner, last = raced.rounds[0].scores[0], raced.rounds[-1].scores[0]
+    assert winner.windows < 24 == last.windows
+    assert winner.mean == pytest.approx(exact.rounds[0].scores[0].mean, abs=3 * winner.se)
+    assert last.mean == pytest.approx(exact.rounds[-1].scores[0].mean, abs=1e-5)
     again = sleb.search(tiny_dir, exact=False, **options)
     assert again.to_json() == raced.to_json()
 

@@ -78,8 +78,9 @@ class Objective:
         """Like :meth:`scores`, for a caller who needs only the ``k`` lowest means.
 
         Unless ``exact``, sets race: those that are clearly worse are given up early, and have NaN
-        for the windows that they did not see. At least k sets have no NaN. ``guides`` names, per
-        set, a similar one that may have been scored before. See ``racing``.
+        for the windows that they did not see. At least k sets stay to the end and have no NaN,
+        but for a winner who is alone before that. ``guides`` names, per set, a similar one that may
+        have been scored before. See ``racing``.
 
         The dense model is scored along, since every strategy asks for it in the end, and beside
         sets of few blocks it costs next to nothing.

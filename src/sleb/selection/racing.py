@@ -4,7 +4,8 @@ Windows are in random order, so a prefix is a sample of them. At each look a can
 if its mean paired excess over the k-th best is beyond the one-sided confidence limit. The limit
 holds for all live candidates (Bonferroni) and all looks of a race together, so that with k = 1 the
 candidate that is best on all windows is lost with probability of at most ``ERROR`` per race, as far
-as means of windows are normal. What survives is scored on every window, and decides.
+as means of windows are normal. If several survive, they are scored on every window, which decides;
+one alone needs no further windows.
 
 Four things make few windows go far:
 
@@ -29,7 +30,7 @@ from scipy import stats
 from sleb.plan import Baseline, Round, Score
 from sleb.statistics import Values, standard_error
 
-__all__ = ["ERROR", "Race", "Values", "baseline", "rank"]
+__all__ = ["ERROR", "Race", "Values", "baseline", "leaders", "rank"]
 
 ERROR = 0.05
 PRIOR = 16
@@ -51,9 +52,10 @@ class Race:
         self._looks = _independent_looks(self._prefixes, ERROR / max(1, candidates))
 
     def looks(self, fill: Callable[[int], int] | None = None) -> Iterator[int]:
-        """Numbers of windows to score the live candidates on, up to all; fewer looks once only
-        ``k`` candidates are left, and none for fewer new windows than ``fill(len(live))``, which
-        would leave the device idle. (To skip a look only makes an error less likely.)"""
+        """Numbers of windows to score the live candidates on, up to all; once only ``k`` are left,
+        all at once, or none if that is one. There is no look for fewer new windows than
+        ``fill(len(live))``, which would leave the device idle. (To skip a look only makes an error
+        less likely.)"""
         seen = 0
         for windows in self._prefixes[:-1]:
             if len(self.live) <= self.k:
@@ -61,7 +63,8 @@ class Race:
             if fill is None or windows >= seen + fill(len(self.live)):
                 seen = windows
                 yield windows
-        yield self.windows
+        if len(self.live) > 1 or not seen:
+            yield self.windows
 
     def update(self, values: Values) -> None:
         """Drop what is clearly worse. values [live, m]: scores on the first m windows."""
@@ -137,17 +140,30 @@ def _independent_looks(prefixes: Sequence[int], level: float) -> float:
     return float((1 - density.sum() * step) / stats.norm.sf(limit))
 
 
-def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
+def leaders(values: Values) -> list[int]:
+    """Of candidates that raced, values [candidates, windows] with NaN from the window on at which
+    each left: those that saw the most windows, lowest mean first. Ties keep their order."""
+    seen = np.isfinite(values).sum(1)
+    stayed = np.flatnonzero(seen == seen.max())
+    means = values[stayed, : seen.max()].mean(1)
+    return [int(i) for i in stayed[np.argsort(means, kind="stable")]]
+
+
+def rank(
+    blocks: Sequence[int], values: Values, n_removed: int, dense: Values | None = None
+) -> Round:
     """A round's record: candidates best first, and the ``n_removed`` best of them.
 
-    values [len(blocks), windows]; NaN from the window on at which a candidate left a race. Such a
-    candidate's mean is the winner's plus their mean difference on the windows that both saw, since
-    windows differ in difficulty. Ties go to the lower block id. A candidate scored on no window is
-    left out.
+    values [len(blocks), windows]; NaN from the window on at which a candidate left a race. Since
+    windows differ in difficulty, means of fewer windows are of differences: a candidate's is the
+    winner's plus how much it was above it, and a winner's that of the ``dense`` model [windows],
+    if given, plus how much it was above that, each on the windows that both saw. Ties go to the
+    lower block id. A candidate scored on no window is left out.
     """
-    whole = np.flatnonzero(np.isfinite(values).all(1)).tolist()
-    full: dict[int, float] = {i: float(values[i].mean()) for i in whole}
-    best = min(full, key=lambda i: (full[i], blocks[i]))
+    order = np.argsort(blocks, kind="stable")
+    ahead = [int(order[i]) for i in leaders(values[order])]
+    best = ahead[0]
+    base, base_se = _estimate(values[best], dense)
     scores = []
     for i, row in enumerate(values):
         seen = np.isfinite(row)
@@ -155,11 +171,10 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
             continue
         excess = (row - values[best])[seen]
         excess_se = standard_error(excess)
-        if i in full:
-            mean, se = full[i], standard_error(row)
+        if i in ahead:
+            mean, se = _estimate(row, dense)
         else:
-            mean, base = full[best] + float(excess.mean()), standard_error(values[best])
-            se = None if base is None or excess_se is None else float(np.hypot(base, excess_se))
+            mean, se = base + float(excess.mean()), _both(base_se, excess_se)
         scores.append(
             Score(
                 block=blocks[i],
@@ -169,12 +184,26 @@ def rank(blocks: Sequence[int], values: Values, n_removed: int) -> Round:
                 windows=int(seen.sum()),
             )
         )
-    # the removed are chosen among those scored on every window, by exact means
-    chosen = sorted(full, key=lambda i: (full[i], blocks[i]))[:n_removed]
-    removed = tuple(blocks[i] for i in chosen)
+    # the removed are chosen by exact means
+    removed = tuple(blocks[i] for i in ahead[:n_removed])
     place = {block: turn for turn, block in enumerate(removed)}
     scores.sort(key=lambda s: (place.get(s.block, len(place)), s.mean, s.block))
     return Round(removed=(), scores=tuple(scores)).choosing(*removed)
+
+
+def _estimate(row: Values, dense: Values | None) -> tuple[float, float | None]:
+    """Mean of a row over all windows, and its standard error."""
+    seen = np.isfinite(row)
+    if dense is None or seen.all():
+        return float(row[seen].mean()), standard_error(row[seen])
+    above = (row - dense)[seen]
+    error = _both(standard_error(dense), standard_error(above))
+    return float(dense.mean() + above.mean()), error
+
+
+def _both(a: float | None, b: float | None) -> float | None:
+    """Standard error of a sum."""
+    return None if a is None or b is None else float(np.hypot(a, b))
 
 
 def baseline(dense: Values) -> Baseline:

@@ -12,7 +12,7 @@ from sleb.errors import InputError
 from sleb.plan import Round
 from sleb.registry import Registry
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
-from sleb.selection.racing import rank
+from sleb.selection.racing import leaders, rank
 
 __all__ = ["BEAM", "STRATEGIES", "Found", "Strategy"]
 
@@ -43,7 +43,7 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     Source: SLEB (2402.09025), algorithm 1.
     """
     order: list[int] = []
-    rounds = []
+    tried = []
     for turn in range(1, n + 1):
         live = [b for b in candidates if b not in order]
         last = f", last removed {order[-1]}" if order else ""
@@ -52,11 +52,11 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
             note=f"round {turn} of {n}, {len(live)} candidates{last}",
             guides=[BlockSet([*order[:-1], b]) for b in live] if order else (),
         )
-        rounds.append(rank(live, values, 1))
-        order += rounds[-1].removed
+        tried.append((live, values))
+        order += rank(live, values, 1).removed
         if objective.enough(order):
             break
-    return Found(order=tuple(order), rounds=tuple(rounds), dense=_dense(objective))
+    return _settled(objective, order, tried, order[-1])
 
 
 @STRATEGIES.register("one-shot")
@@ -64,8 +64,9 @@ def one_shot(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     """Score every block once, alone, and remove the n best. Source: SLEB, section 3, metric 2."""
     sets = [BlockSet([b]) for b in candidates]
     values = objective.best(sets, k=n, note=f"{len(candidates)} candidates, once")
-    only = rank(candidates, values, n)
-    return Found(order=only.removed, rounds=(only,), dense=_dense(objective))
+    dense = _dense(objective)
+    only = rank(candidates, values, n, dense)
+    return Found(order=only.removed, rounds=(only,), dense=dense)
 
 
 @STRATEGIES.register("window")
@@ -76,9 +77,9 @@ def window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     if not runs:
         raise InputError(f"no {n} neighbouring blocks are all candidates; protect fewer")
     values = objective.best([BlockSet(run) for run in runs], note=f"{len(runs)} runs of {n}")
-    first = rank([run[0] for run in runs], values, 1)
-    start = first.removed[0]
-    return Found(order=tuple(range(start, start + n)), rounds=(first,), dense=_dense(objective))
+    starts = [run[0] for run in runs]
+    (start,) = rank(starts, values, 1).removed
+    return _settled(objective, range(start, start + n), [(starts, values)], start)
 
 
 @STRATEGIES.register("beam")
@@ -100,9 +101,7 @@ def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
             guides=[BlockSet([*grown[s][:-2], grown[s][-1]]) for s in sets] if turn > 1 else (),
         )
         rounds.append({BlockSet(p): _children(p, sets, values) for p in paths})
-        means = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
-        best = np.argsort(means, kind="stable")[:BEAM]
-        paths = [grown[sets[i]] for i in best if np.isfinite(means[i])]
+        paths = [grown[sets[i]] for i in leaders(values)[:BEAM]]
         if objective.enough(paths[0]):
             break
     order = paths[0]
@@ -126,14 +125,28 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> Found:
         ]
         sets = [chosen, *swaps]
         values = objective.best(sets, note=f"refining, {len(swaps)} swaps")
-        means = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
-        best = sets[int(np.argmin(means))]
+        best = sets[leaders(values)[0]]
         if best == chosen:
             break
         chosen = best
     if chosen == BlockSet(start.order):
         return start
     return greedy(objective, sorted(chosen), n)
+
+
+def _settled(
+    objective: Objective,
+    order: Sequence[int],
+    tried: Sequence[tuple[Sequence[int], Values]],
+    last: int,
+) -> Found:
+    """What was found, with the final set scored on every window; ``last`` stands for it in the last
+    round. ``tried``: each round's candidates and their values."""
+    dense, final = objective.scores([DENSE, BlockSet(order)])
+    blocks, values = tried[-1]
+    values[list(blocks).index(last)] = final
+    rounds = tuple(rank(blocks, values, 1, dense) for blocks, values in tried)
+    return Found(order=tuple(order), rounds=rounds, dense=dense)
 
 
 def _adjacent(run: Sequence[int]) -> bool:
