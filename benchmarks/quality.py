@@ -28,12 +28,14 @@ from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
 from zeroshot import Tasks, local_tasks
 
 import sleb
-from sleb.errors import SlebError, UnsupportedModel
+from sleb.errors import InputError, SlebError, UnsupportedModel
 from sleb.evidence.tasks import check_tasks
 from sleb.files import write_text
 from sleb.plan import Calibration, blocks_to_remove
+from sleb.progress import silent
 from sleb.repair import Repair, repair
 from sleb.repair.material import TOKENS, repair_windows
+from sleb.repair.own import with_own
 from sleb.selection.sweep import Patch
 from sleb.statistics import Interval, exponential
 
@@ -84,6 +86,10 @@ class Bench:
             length=length,
             seed=seed,
         )
+        self.writing = 0.0  # seconds
+        if options.own:  # once for all cuts
+            work = functools.partial(with_own, self.model, self.fitted, silent)
+            self.fitted, self.writing, _ = measure(self.device, work)
         self.test, _ = cut(
             [*texts.test.values()],
             windows=options.test_windows * len(texts.test),
@@ -110,7 +116,7 @@ class Bench:
                 "note": "as much as the released code, which takes 128 rows of the training set",
                 **_used(self.narrow.record),
             },
-            "repair": _used(self.fitted.record),
+            "repair": {**_used(self.fitted.record), "writing_seconds": self.writing},
             "repair_judges": _used(self.judges.record),
             "test": _used(self.test.record),
         }
@@ -166,9 +172,7 @@ class Bench:
 
     def _repair(self, removed: tuple[int, ...]) -> tuple[Repair | None, dict[str, Any]]:
         """A repair, if it changes anything, and what is to be said of it."""
-        work = functools.partial(
-            repair, self.model, removed, self.fitted, self.judges, own=self.options.own
-        )
+        work = functools.partial(repair, self.model, removed, self.fitted, self.judges, own=False)
         try:
             found, seconds, peak = measure(self.device, work)
         except UnsupportedModel as error:
@@ -241,10 +245,34 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """One report of several, which measured different systems alike."""
+    first, *rest = [json.loads(path.read_text()) for path in paths]
+
+    def alike(report: dict[str, Any]) -> dict[str, Any]:
+        """All that must be the same."""
+        kept = {k: v for k, v in report.items() if k not in ("systems", "not_begun", "seconds")}
+        texts = {k: v for k, v in kept["texts"].items() if k != "repair"}  # it is sampled
+        what = {k: v for k, v in kept["what"].items() if k != "systems"}
+        return {**kept, "texts": texts, "what": what, "dense": kept["dense"]["perplexity"]}
+
+    wanted = alike(first)
+    for path, report in zip(paths[1:], rest, strict=True):
+        found = alike(report)
+        if differ := [key for key in wanted if found.get(key) != wanted[key]]:
+            raise InputError(f"{path} differs from {paths[0]} in '{differ[0]}'")
+        for key in ("systems", "not_begun"):
+            first[key] += report[key]
+        first["what"]["systems"] += report["what"]["systems"]
+    first["processes"] = len(paths)  # beside each other on one device, so times are longer
+    return first  # type: ignore[no-any-return]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts and items")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--merge", type=Path, nargs="+", help="make one of several results")
+    parser.add_argument("--data", type=Path, help="folder of texts and items")
     parser.add_argument("--removed", default="10%,20%,30%", help="depths: blocks, or percentages")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--windows", type=int, default=64, help="to search on, over all domains")
@@ -270,6 +298,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="then no further system is begun")
     parser.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
+    if not options.merge and (options.model is None or options.data is None):
+        parser.error("give MODEL and --data FOLDER, or --merge")
     for name in ("removed", "systems", "tasks"):
         setattr(options, name, [p for p in (getattr(options, name) or "").split(",") if p])
     if unknown := [name for name in options.systems if name not in SYSTEMS]:
@@ -281,6 +311,9 @@ def main() -> None:
     start = time.monotonic()
     options = parse()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        write_text(options.out, json.dumps(merged(options.merge), indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as place:
         texts = prepare(options.data, Path(place), options.seed)
         names, folder = options.tasks, options.tasks_folder
@@ -292,7 +325,7 @@ def main() -> None:
         bench = Bench(options, texts)
         if names:
             bench.tasks = Tasks(bench.model, names, folder, options.limit, options.seed)
-        paths = ("out", "model", "data", "tasks_folder")
+        paths = ("out", "model", "data", "tasks_folder", "merge")
         report: dict[str, Any] = {
             "what": {k: v for k, v in vars(options).items() if k not in paths},
             "model": Path(options.model).name,

@@ -129,6 +129,21 @@ def test_every_system_is_scored_plain_and_repaired_at_every_depth(result, data):
     )
 
 
+def test_results_of_several_runs_become_one_if_they_measured_alike(result, tmp_path):
+    report, _ = result
+    for name, systems in (("a", report["systems"][:2]), ("b", report["systems"][2:])):
+        what = {**report["what"], "systems": [s["system"] for s in systems]}
+        part = {**report, "systems": systems, "what": what}
+        (tmp_path / name).write_text(json.dumps(part))
+    merge = [sys.executable, BENCHMARKS / "quality.py", "-o", tmp_path / "c", "--merge"]
+    subprocess.run([*merge, tmp_path / "a", tmp_path / "b"], check=True)
+    assert json.loads((tmp_path / "c").read_text()) == {**report, "processes": 2}
+    (tmp_path / "b").write_text(json.dumps({**report, "dtype": "float16"}))
+    done = subprocess.run([*merge, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True)
+    assert done.returncode
+    assert f"b differs from {tmp_path / 'a'} in 'dtype'" in done.stderr
+
+
 def check(scored: dict) -> None:
     """Means and the worst, computed again from the domains."""
     ratios = {name: row["ratio"]["value"] for name, row in scored["domains"].items()}
