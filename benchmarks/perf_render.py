@@ -30,7 +30,8 @@ def _measured(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     sections: dict[str, Any] = {}
     for report in reports:
         sections |= report["sections"]
-    abouts = {json.dumps({k: v for k, v in r["about"].items() if k != "size"}) for r in reports}
+    said = ("machine", "torch", "transformers", "dtype", "shape", "note")
+    abouts = {json.dumps({k: r["about"][k] for k in said if k in r["about"]}) for r in reports}
     for text in sorted(abouts):
         about = json.loads(text)
         tiny = (
@@ -40,7 +41,7 @@ def _measured(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         yield (
             f"{about['machine']}, torch {about['torch']}, transformers {about['transformers']}, "
-            f"{about['dtype']}{tiny}."
+            f"{about['dtype']}{tiny}.{' ' * ('note' in about)}{about.get('note', '')}"
         )
     for machine in [r["sections"]["machine"] for r in reports if "machine" in r["sections"]]:
         if "matmul_tflops" in machine:
@@ -92,7 +93,7 @@ def _searches(sections: Sections) -> Iterator[str]:
     for name, row in sections.items():
         if name.partition(".")[2] in ("search", "compiled", "exact"):
             found.append((_shape(name), row))
-        if name == "ranks":
+        if name.startswith("ranks."):
             found.append((f"7B shape, {row.get('ranks')} GPUs", row))
         if name == "real":
             found += [(row["model"], search) for search in row.get("searches", {}).values()]
@@ -109,6 +110,12 @@ def _searches(sections: Sections) -> Iterator[str]:
             notes.append(f"{name}, {how}: {row['seconds']} s were run; {row['extrapolated_by']}.")
         if "stopped" in row:
             seconds += ", not finished"
+        if "efficiency" in row:
+            same = "the same order" if row["same_order_as_one"] else "**another order**"
+            notes.append(
+                f"{name}: {row['speedup']}x as fast as one, {100 * row['efficiency']:.0f} % of the "
+                f"ideal, {same}."
+            )
         if "compile_seconds" in row:
             notes.append(f"{name}: compiling took {row['compile_seconds']} s more.")
         share = row.get("share_of_matmul")

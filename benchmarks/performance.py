@@ -16,7 +16,7 @@ Sections, most important first; ``--sections 7b,real`` runs those whose names be
     real         MODEL, a small model with real weights: all of the above
     13b.*        the same at the 13B shape, 8 of 40 blocks
     70b.stream   blocks of the 70B shape streamed from disk: one walk
-    ranks        with --ranks 2: the 7b search under torchrun
+    ranks.2      with --ranks 2: the 7b search under torchrun; likewise for other numbers
 
 Weights of the shapes are random, so their figures are of time and memory only. Random blocks are
 all alike and a race among them would drop none: the model is scored for its time, and the race is
@@ -176,7 +176,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a small real model")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ranks", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[])
+    parser.add_argument("--note", default="", help="what else to say of the conditions")
     parser.add_argument("--disk", type=Path, help="folder for the streamed model's files")
     options = parser.parse_args()
     if options.render is not None:
@@ -195,7 +196,10 @@ def measure(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     tiny = options.shape == "tiny"
     size = TINY if tiny else FULL
-    run = Run(options.out, options.budget, device, about(device, options.shape, size))
+    setting = about(device, options.shape, size)
+    if options.note:
+        setting["note"] = options.note
+    run = Run(options.out, options.budget, device, setting)
     models = Models(run)
     shapes = {name: SHAPES["tiny" if tiny else name] for name in ("7b", "13b", "70b")}
 
@@ -203,8 +207,11 @@ def measure(options: argparse.Namespace) -> None:
         "machine": (lambda row: perf_search.machine(run, row), 10),
     }
     planned |= shape_sections(run, models, "7b", shapes["7b"], 2 if tiny else 6, size)
-    if options.ranks:
-        planned["ranks"] = (lambda row: ranks_section(run, row, models, options), 100)
+    for n in options.ranks:
+        planned[f"ranks.{n}"] = (
+            lambda row, n=n: ranks_section(run, row, models, n, options),
+            100,
+        )
     if options.model:
         planned["real"] = (lambda row: real_section(run, row, models, options.model, size), 45)
     planned |= shape_sections(run, models, "13b", shapes["13b"], 3 if tiny else 8, size)
@@ -283,17 +290,17 @@ def stream_section(
 
 
 def ranks_section(
-    run: Run, row: dict[str, Any], models: Models, options: argparse.Namespace
+    run: Run, row: dict[str, Any], models: Models, ranks: int, options: argparse.Namespace
 ) -> None:
     """The 7b search in several processes, against that of one in this call."""
     models.close()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ranks.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(options.ranks), str(Path(__file__).resolve())]
+        command += ["--nproc-per-node", str(ranks), str(Path(__file__).resolve())]
         command += ["--sections", "7b.search", "--shape", options.shape, "-o", str(out)]
         command += ["--device", run.device.type, "--budget", str(run.left)]
-        row["command"] = f"torchrun --nproc-per-node {options.ranks} benchmarks/performance.py ..."
+        row["command"] = f"torchrun --nproc-per-node {ranks} benchmarks/performance.py ..."
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=max(1.0, run.left), check=False
         )
@@ -301,11 +308,11 @@ def ranks_section(
             raise RuntimeError(f"exit {done.returncode}: {done.stderr[-1500:]}")
         found = json.loads(out.read_text())["sections"]["7b.search"]
     alone = run.results["sections"].get("7b.search", {})
-    row |= {"ranks": options.ranks, **found}
+    row |= {"ranks": ranks, **found}
     if "order" in alone and "order" in found:
         row["same_order_as_one"] = alone["order"] == found["order"]
         row["speedup"] = round(alone["seconds"] / found["seconds"], 3)
-        row["efficiency"] = round(alone["seconds"] / found["seconds"] / options.ranks, 3)
+        row["efficiency"] = round(alone["seconds"] / found["seconds"] / ranks, 3)
 
 
 if __name__ == "__main__":
