@@ -12,6 +12,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sleb.repair import Repair
 
 HERE = Path(__file__).parent
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -58,13 +62,20 @@ def found(folder: Path) -> dict[str, object]:
     out["quality"] = dataclasses.asdict(quality)
     alike = sleb.measure_similarity(model, windows, batch=2)
     out["similarity"] = alike.per_window.tolist()
-    fixed = repair(model, [2, 3], windows, aside, batch=2)
-    out["repair"] = {
+    out["repair"] = told(repair(model, [2, 3], windows, aside, batch=2))
+    out["given text"] = told(repair(model, [2, 3], windows, aside, own=False, batch=2))
+    streamed = sleb.load(folder / "model", stream=True, **CPU)
+    out["streamed repair"] = told(repair(streamed, [2, 3], windows, aside, batch=2))
+    return out
+
+
+def told(fixed: Repair) -> dict[str, object]:
+    """What of a repair is compared."""
+    return {
         "ridges": [gap.ridge for gap in fixed.record.gaps],
         "after": [sum(gap.after.values()) for gap in fixed.record.gaps],
         "tensors": {name: tensor.tolist() for name, tensor in fixed.tensors.items()},
     }
-    return out
 
 
 def trouble(folder: Path) -> dict[str, str]:
@@ -128,6 +139,51 @@ def split(folder: Path) -> object:
     return held, dataclasses.asdict(sleb.evaluate(model, windows, removed=plan.removed, batch=2))
 
 
+def split_repair(path: Path, folder: Path, tp: int) -> dict[str, object]:
+    """A repair of a model that ``tp`` processes hold together; all fits, accepted or not; whether
+    the model was as before after each; its loss under a patch; and text that it writes."""
+    import sleb
+    from sleb.progress import silent
+    from sleb.repair import repair, repaired
+    from sleb.repair.fit import Fitter, gaps
+    from sleb.repair.own import with_own
+
+    model = sleb.load(path, tp=tp, **CPU)
+    windows, aside = sleb.load_windows(
+        model.tokenizer, [str(folder / "text.txt")], windows=24, length=32, seed=0, heldout=5
+    )
+    options = {"removed": [1, 3], "batch": 4}
+    before = sleb.evaluate(model, aside, **options)
+    fixed = repair(model, [1, 3], windows, aside, own=False, batch=4)
+    kept = [sleb.evaluate(model, aside, **options) == before]
+    fitter = Fitter(model.stack, {1, 3}, windows.ids, 4)
+    for gap in gaps({1, 3}, len(model.stack)):
+        fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new.float(), lambda n: None)
+    values = {f"{i}.{name}": value for (i, name), value in fitter.changes.values.items()}
+    fitter.restore()
+    kept.append(sleb.evaluate(model, aside, **options) == before)
+    halves = {name: value / 2 for name, value in values.items()}
+    under = sleb.evaluate(model, aside, **options, patch=lambda: repaired(model.stack, halves, ""))
+    return {
+        **told(fixed),
+        "values": {name: value.tolist() for name, value in values.items()},
+        "as before": kept,
+        "patched": under.pruned_loss.value,
+        "own": with_own(model, windows.take(range(6)), silent).ids.tolist(),
+    }
+
+
+def summed() -> float:
+    """The sum of a one from every rank."""
+    import torch
+
+    from sleb.parallel import group
+
+    one = torch.ones(1)
+    group().sum_(one)
+    return float(one)
+
+
 def main(folder: Path) -> None:
     """One process of the job."""
     from sleb.parallel import group, joined
@@ -138,6 +194,9 @@ def main(folder: Path) -> None:
         out["trouble by rank"] = [json.loads(text) for text in told]
         out["size"] = group().size
         out["split"] = split(folder)
+        out["one rank's sum"] = summed()
+        names = ("even", "norms")
+        out["split repair"] = {name: split_repair(folder / name, folder, 2) for name in names}
         if group().first:
             (folder / "found.json").write_text(json.dumps(out))
 

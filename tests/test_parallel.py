@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sleb
+import zoo
 from conftest import byte_tokenizer, save_tiny, tiny_llama
-from parallel_tools import CPU, HERE, SEARCHES, found, launch
+from parallel_tools import CPU, HERE, SEARCHES, found, launch, split_repair
 from sleb import parallel
 from sleb.errors import InputError, UnsupportedModel
 from sleb.metrics import KL, NLL, QUALITY
@@ -41,6 +42,22 @@ def wide(path):
     byte_tokenizer().save_pretrained(path)
 
 
+def even(learned, path):
+    """A model that has learned a text, and whose vocabulary two processes can share."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(learned / "model")
+    model.resize_token_embeddings(260, mean_resizing=False)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+
+def norms(path):
+    """A random model with a norm behind each matrix that writes into the stream."""
+    zoo.tiny("gemma3_text", vocab_size=260)[0].save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def job(learned, tmp_path_factory):
     """What a job of two processes has found, and where."""
@@ -48,6 +65,8 @@ def job(learned, tmp_path_factory):
     shutil.copytree(learned / "model", folder / "model")
     shutil.copy(learned / "text.txt", folder / "text.txt")
     wide(folder / "wide")
+    even(learned, folder / "even")
+    norms(folder / "norms")
     process = launch(2, str(HERE / "parallel_tools.py"), str(folder))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
@@ -69,7 +88,10 @@ def test_two_processes_find_the_same_to_the_bit(job, alone):
 
 
 def test_a_repair_is_the_same_to_rounding(job, alone):
-    both, one = job[1]["found"]["repair"], alone["repair"]
+    same_repair(job[1]["found"]["repair"], alone["repair"])
+
+
+def same_repair(both, one):
     assert both["ridges"] == one["ridges"]
     assert any(both["ridges"])
     assert both["after"] == pytest.approx(one["after"], abs=2e-6)
@@ -78,6 +100,12 @@ def test_a_repair_is_the_same_to_rounding(job, alone):
         torch.testing.assert_close(
             torch.tensor(both["tensors"][name]), torch.tensor(values), rtol=1e-4, atol=1e-6
         )
+
+
+def test_a_repair_of_streamed_blocks_is_the_same_to_rounding(job, alone):
+    both, one = job[1]["found"]["streamed repair"], alone["streamed repair"]
+    same_repair(both, one)
+    assert one["tensors"] == alone["given text"]["tensors"]
 
 
 def test_trouble_of_one_process_is_that_of_all(job):
@@ -94,6 +122,7 @@ def test_a_model_held_by_two_processes_scores_the_same(job):
     folder, out = job
     held, split = out["split"]
     assert held == "DTensor"
+    assert out["one rank's sum"] == 1  # not one from each process
     model = sleb.load(folder / "wide", **CPU)
     windows, _ = sleb.load_windows(
         model.tokenizer, [str(folder / "text.txt")], windows=4, length=32, seed=0
@@ -103,6 +132,22 @@ def test_a_model_held_by_two_processes_scores_the_same(job):
     assert tuple(split["removed"]) == own.removed
     assert split["loss"]["value"] == pytest.approx(own.loss.value, abs=1e-5)
     assert split["pruned_loss"]["value"] == pytest.approx(own.pruned_loss.value, abs=1e-5)
+
+
+def test_a_model_held_by_two_processes_is_repaired_the_same(job):
+    """And its tensors are whole, and it is as before afterwards; also where norms follow."""
+    folder, out = job
+    for name in ("even", "norms"):
+        split, one = out["split repair"][name], split_repair(folder / name, folder, 1)
+        same_repair(split, one)
+        assert split["values"].keys() == one["values"].keys()
+        for key, values in one["values"].items():
+            torch.testing.assert_close(
+                torch.tensor(split["values"][key]), torch.tensor(values), rtol=1e-4, atol=1e-5
+            )
+        assert split["as before"] == one["as before"] == [True, True]
+        assert split["patched"] == pytest.approx(one["patched"], abs=1e-5)
+        assert split["own"] == one["own"]  # of the model's own text, the tokens
 
 
 # -- the law that dealing rests on -------------------------------------------------------------
@@ -250,9 +295,3 @@ def test_splits_that_are_refused_before_loading(tiny_dir, tmp_path, monkeypatch)
 def test_what_does_not_go_together(tiny_dir, options, say):
     with pytest.raises(InputError, match=say):
         sleb.load(tiny_dir, **options)
-
-
-def test_a_repair_of_a_split_model_is_refused_before_the_search(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("sleb.pipeline.load", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match="leave out --tp or --repair"):
-        sleb.prune(tiny_dir, tmp_path / "out", remove=1, tp=2, repair=True)

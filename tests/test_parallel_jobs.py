@@ -129,6 +129,31 @@ def test_a_verb_that_is_not_shared_is_done_once_and_prune_leaves_one_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", [("--tp", "2"), ("--stream",)], ids=["tp", "stream"])
+def test_prune_repairs_a_model_that_is_split_or_streamed(place, way):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("MODEL")
+    model.resize_token_embeddings(260, mean_resizing=False)  # a vocabulary that 2 divides
+    model.save_pretrained("even")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "MODEL" / name, "even")
+    options = ["--remove", "2", "--windows", "12", "--length", "32", "--text", "text.txt"]
+    options += ["--batch", "2", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
+    options += ["--heldout", "4", "--repair-tokens", "4000", "--repair"]
+    job = launch(2, "-m", "sleb", "prune", "even", *options, *way, "-o", "two", "--json")
+    out, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, errors[-2000:]
+    record = json.loads(out)
+    assert "the model's own text" in record["repair_note"] or "--stream" in way
+    assert main(["prune", "even", *options, "-o", "one"]) == 0
+    plans = [json.loads((place / name / "plan.json").read_text()) for name in ("one", "two")]
+    assert plans[0]["order"] == plans[1]["order"]
+    assert all(gap["ridge"] for plan in plans for gap in plan["repair"]["gaps"])
+    assert main(["verify", "two", "--model", "even"]) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_real_model_in_two_processes(real_model, tmp_path):
     options = ["--remove", "2", "--windows", "12", "--length", "64", "--batch", "4"]

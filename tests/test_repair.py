@@ -334,18 +334,6 @@ def test_what_cannot_be_repaired_is_refused(loaded, material, tmp_path, learned)
     assert not (tmp_path / "out").exists()
 
 
-def test_streamed_blocks_are_refused(learned, material):
-    streamed = sleb.load(learned / "model", stream=True, **CPU)
-    with pytest.raises(InputError, match="leave out --stream or --repair"):
-        repair(streamed, (2,), *material)
-
-
-def test_a_repair_of_streamed_blocks_is_refused_before_the_search(learned, tmp_path, monkeypatch):
-    monkeypatch.setattr("sleb.pipeline.load", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match="leave out --stream or --repair"):
-        sleb.prune(learned / "model", tmp_path / "out", remove=1, stream=True, repair=True)
-
-
 def test_a_repaired_tensor_is_a_linear_modules(loaded, material):
     found = repair(loaded, (2,), *material)
     for name in found.tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import sleb
 from sleb.errors import InputError
@@ -71,9 +72,22 @@ def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
     assert plan.metric == "repaired-loss"
 
 
-def test_the_model_is_left_as_it_was(loaded, learned):
-    import torch
+def test_it_is_the_same_where_blocks_are_streamed(loaded, learned):
+    ids = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(0))
+    streamed = sleb.load(learned / "model", stream=True, **CPU)
+    sets = [BlockSet(), BlockSet({2}), BlockSet({1, 4})]
+    both = [
+        RepairedScores(Sweep(model.stack, ids[:4], NLL, batch=4), ids[4:]).values(sets, 0, 4)
+        for model in (loaded, streamed)
+    ]
+    np.testing.assert_array_equal(*both)
+    plain = Sweep(streamed.stack, ids[:4], NLL, batch=4).values(sets, 0, 4)
+    assert (plain[0] == both[0][0]).all()
+    assert (plain[1:] != both[0][1:]).all()
+    assert find(streamed, learned).order == find(loaded, learned).order
 
+
+def test_the_model_is_left_as_it_was(loaded, learned):
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
     find(loaded, learned)
     assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
@@ -122,9 +136,6 @@ def test_too_little_text_is_refused(loaded, learned, tmp_path):
     (tmp_path / "short.txt").write_text("the block of a model " * 10)
     with pytest.raises(InputError, match="give more --text, or fewer --windows"):
         find(loaded, learned, text=[str(tmp_path / "short.txt")], windows=6)
-    streamed = sleb.load(learned / "model", stream=True, **CPU)
-    with pytest.raises(InputError, match="leave out --stream"):
-        find(streamed, learned)
 
 
 def test_what_is_not_fitted_is_not_in_the_record():

@@ -8,7 +8,7 @@ import torch
 import sleb
 from sleb.metrics import NLL
 from sleb.progress import silent
-from sleb.repair import repair
+from sleb.repair import own, repair
 from sleb.repair.material import repair_windows
 from sleb.repair.own import OWN, with_own
 from sleb.selection.objective import DENSE
@@ -67,13 +67,22 @@ def test_it_is_what_the_model_finds_likely(loaded, both):
     assert own < (text + chance) / 2
 
 
-def test_every_other_one_begins_with_a_word_of_its_own(loaded, both):
-    tokenizer = loaded.tokenizer
-    plain = opening_tokens(tokenizer) or [tokenizer.bos_token_id]
-    begins = [row[: len(plain)].tolist() == plain for row in both.ids[12:]]
-    assert sum(begins) >= 3
+def test_every_other_one_begins_as_texts_do_the_others_with_any_word(loaded, both):
     assert len({tuple(row.tolist()) for row in both.ids[12:]}) == 6
-    assert both.ids.max() < len(tokenizer)
+    assert both.ids.max() < len(loaded.tokenizer)
+    opening = opening_tokens(loaded.tokenizer)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        starts = own._starts(loaded, opening, 400, 0)
+    begin = opening or [loaded.tokenizer.bos_token_id]
+    assert (starts[:, :-1] == torch.tensor(begin)).all()
+    logits = loaded.model(input_ids=torch.tensor([begin])).logits[0, -1]
+    likely = set(logits.topk(20).indices.tolist())
+    as_texts, any_word = (
+        [t in likely for t in half]
+        for half in (starts[::2, -1].tolist(), starts[1::2, -1].tolist())
+    )
+    assert sum(as_texts) > 100 > 3 * sum(any_word)
 
 
 def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, windows, both):
@@ -98,3 +107,34 @@ def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
     assert OWN not in [s.spec for s in without.record.calibration.sources]
     assert with_it.record.tensors != without.record.tensors
     assert OWN not in [s.spec for s in with_it.record.heldout.sources]
+
+
+def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch):
+    """6 blocks of 2 key-value heads of 8, keys and values in float32: 768 bytes a token."""
+    monkeypatch.setattr(own, "CACHE", {"cpu": 768 * 32 * 20})
+    assert own._at_once(loaded.stack, 32) == 20
+    assert own._at_once(loaded.stack, 64) == 10
+    assert own._at_once(loaded.stack, 32_000) == 1
+    sizes = []
+    real = own._continued
+
+    def continued(model, prompts, piece):
+        sizes.append((len(prompts), piece))
+        return real(model, prompts, piece)
+
+    monkeypatch.setattr(own, "_continued", continued)
+    first = len(opening_tokens(loaded.tokenizer))
+    assert own._written(loaded, 40, 32 + first, 0, silent).shape == (40, 32 + first)
+    assert sizes == [(20, 32), (20, 32)]
+
+
+def test_long_windows_are_of_several_pieces(loaded, monkeypatch):
+    monkeypatch.setattr(own, "PIECE", 12)
+    opening = opening_tokens(loaded.tokenizer)
+    wide = 32 + len(opening)
+    ids = own._written(loaded, 3, wide, 0, silent)
+    assert ids.shape == (3, wide)
+    assert all(row[: len(opening)].tolist() == opening for row in ids)
+    # 8 pieces, of which the last row needs all: nothing is left of the room
+    special = set(loaded.tokenizer.all_special_ids)
+    assert not special & set(ids[:, len(opening) :].flatten().tolist())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import ChainMap, Counter
 
 import pytest
 import torch
 
 import sleb
 from conftest import tiny_llama
-from sleb.errors import InputError, ResourceError
+from sleb.errors import DataError, InputError, ResourceError
 from sleb.metrics import KL, NLL
 from sleb.models.stack import BlockStack
 from sleb.selection.objective import BlockSet
@@ -185,3 +186,36 @@ def test_the_real_model_is_searched_in_less_memory_than_it_has(real_model, tmp_p
     assert "allocate" in resident.stderr
     plan = sleb.search(real_model, remove=2, windows=4, length=32, dtype="float32", device="cpu")
     assert streamed.stdout.strip() == str(plan.order)
+
+
+@pytest.mark.parametrize("piece", [2**25, 100])
+def test_tensors_are_read_from_files_where_the_hooks_would_have_them_from(
+    tiny_dir, tmp_path, monkeypatch, piece
+):
+    """What goes to a GPU is read past accelerate's maps, which say where it lies."""
+    from sleb.models import reading
+    from sleb.models.streaming import offloading
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    stack = sleb.load(folder, stream=True, device="cpu", dtype="bfloat16").stack
+    monkeypatch.setattr(reading, "PIECE", piece)
+    files, seen = reading.Files(), 0
+    for module, hook in offloading(stack.blocks[3]):
+        names = [name for name, _ in module.named_parameters()]
+        places = [files.stored(hook.weights_map, name) for name in names]
+        for name, place, tensor in zip(
+            names, places, files.read(places, pinned=False), strict=True
+        ):
+            assert tensor.dtype == torch.float32  # as it is stored
+            assert place.dtype == torch.bfloat16
+            assert torch.equal(tensor.to(place.dtype), hook.weights_map[name])
+            seen += 1
+        over = ChainMap({names[0]: torch.zeros(1)}, hook.weights_map)
+        assert files.stored(over, names[0]) is None  # changed since
+        assert files.stored({names[0]: torch.zeros(1)}, names[0]) is None
+    assert seen == 9
+    with open(folder / "model.safetensors", "r+b") as stream:
+        stream.truncate(places[0].info.start + 1)
+    with pytest.raises(DataError, match="shorter than its head says"):
+        files.read(places, pinned=False)

@@ -26,6 +26,7 @@ from sleb.errors import InputError, ResourceError, SlebError
 if TYPE_CHECKING:
     from torch import Tensor
     from torch._C._distributed_c10d import Store
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Group", "Lost", "group", "joined", "launched", "on_first_alone", "speaks"]
@@ -65,6 +66,7 @@ class Group:
     def __init__(self, store: Store | None = None) -> None:
         self._store = store
         self._turn = 0
+        self._ranks: ProcessGroup | None = None  # one process of each rank; None: all
         if store is None:
             return
         from torch import distributed
@@ -107,7 +109,7 @@ class Group:
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(device, (world // tp, tp), mesh_dim_names=("data", "tensor"))
-        self.mesh = mesh["tensor"]
+        self.mesh, self._ranks = mesh["tensor"], mesh["data"].get_group()
         self.tp, self.size, self.rank = tp, world // tp, self._process // tp
 
     # -- exchanging ----------------------------------------------------------------------------
@@ -136,18 +138,18 @@ class Group:
 
     def sum_(self, *tensors: Tensor) -> None:
         """Replace tensors by their sums over all ranks, to rounding those of one process. What
-        decides should be :meth:`from_first_`. Not for tensor parallelism.
+        decides should be :meth:`from_first_`.
 
         Raises:
             Lost: a rank cannot be reached.
         """
-        if self._store is None:
+        if self._store is None or self.size == 1:
             return
         from torch import distributed
 
         with _losing():
             for tensor in tensors:
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self._ranks)
 
     def from_first_(self, tensor: Tensor) -> None:
         """Replace a tensor by the first rank's.

@@ -26,7 +26,7 @@ from sleb.record import RunRecord, Stopwatch, environment
 from sleb.repair import Repair
 from sleb.repair import repair as fit_repair
 from sleb.repair.material import TOKENS, repair_windows
-from sleb.repair.own import OWN
+from sleb.repair.own import GIVEN_ALONE, OWN, can_write
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.surgery import apply, refuse_source
@@ -66,8 +66,8 @@ def prune(
     number of windows set aside from the same texts for targets and for the quality figures.
     ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
     record says why it was not. It is fitted on about ``repair_tokens`` tokens, two thirds of them
-    from the same texts. ``keep``: see :func:`sleb.apply`. ``command`` and ``stages`` go into the
-    record as they are.
+    from the same texts, or all where blocks are fetched when they run. ``keep``: see
+    :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
 
     Raises:
         VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
@@ -84,7 +84,7 @@ def prune(
         "device_map": options.get("device_map"),
         "tp": options.get("tp", 1),
     }
-    check_placing(**places, repair=bool(repair))
+    check_placing(**places)
     text, trust = options.get("text", ()), options.get("trust_remote_code", False)
     check_request(
         model,
@@ -102,11 +102,6 @@ def prune(
         progress=watch,
     )
     refuse_source(out, loaded.source.path)
-    if repair and loaded.stack.streamed:  # a device map may turn out so
-        raise InputError(
-            "a repair changes blocks in memory, and --device-map leaves some outside: leave out "
-            "--repair, or use larger or more GPUs"
-        )
     if goal.remove is not None:
         n = len(loaded.stack)
         left = n - blocks_to_remove(goal.remove, n)
@@ -226,6 +221,7 @@ def _repaired(
     """The repair of the plan's cut, and what is to be said of it."""
     if wanted is False:
         return None, "not asked for"
+    own = can_write(model.stack)
     try:
         fitted, judges = repair_windows(
             model.tokenizer,
@@ -233,6 +229,7 @@ def _repaired(
             scored=scored,
             aside=aside,
             tokens=tokens,
+            own=own,
             length=scored.record.length,
             seed=scored.record.seed,
         )
@@ -241,6 +238,7 @@ def _repaired(
             plan.removed,
             fitted,
             judges,
+            own=own,
             batch=options.get("batch"),
             progress=progress,
         )
@@ -252,11 +250,12 @@ def _repaired(
         return None, "no fit was better on every text"
     done = sum(gap.ridge is not None for gap in found.record.gaps)
     seen = found.record.calibration
-    found_in = [source.spec for source in seen.sources]
-    written = "a third of them the model's own text, " if OWN in found_in else ""
+    texts = "" if own else f"{GIVEN_ALONE}, "
+    if OWN in [source.spec for source in seen.sources]:
+        texts = "a third of them the model's own text, "
     return found, (
         f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
-        f"{seen.windows * seen.length:,} tokens, {written}and judged on {len(judges.ids)} other "
+        f"{seen.windows * seen.length:,} tokens, {texts}and judged on {len(judges.ids)} other "
         "windows"
     )
 

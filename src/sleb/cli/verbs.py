@@ -140,6 +140,8 @@ def apply(
     length: Length = 256,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream: Stream = False,
+    device_map: DeviceMap = None,
     force: Force = False,
     json: Json = False,
     trust_remote_code: Trust = False,
@@ -152,6 +154,11 @@ def apply(
     removed = loaded.at_depth(depth)
     if text and not repair:
         raise InputError("--text is what --repair is fitted on; give --repair too, or leave it out")
+    if (stream or device_map) and not repair:
+        raise InputError(
+            "only --repair loads blocks, which --stream or --device-map place; give --repair too, "
+            "or leave them out"
+        )
     of_gguf: dict[str, Any] = {
         "depth": depth,
         "repaired": repaired,
@@ -168,6 +175,7 @@ def apply(
         from sleb.models.load import load
         from sleb.repair import repair as fit
         from sleb.repair.material import repair_windows
+        from sleb.repair.own import GIVEN_ALONE, can_write
         from sleb.text import check_sources
 
         check_sources(text or ())
@@ -176,13 +184,18 @@ def apply(
             model,
             dtype=dtype,
             device=device,
+            stream=stream,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+        own = can_write(dense.stack)
         fitted, judges = repair_windows(
-            dense.tokenizer, text or (), tokens=repair_tokens, length=length, seed=0
+            dense.tokenizer, text or (), tokens=repair_tokens, own=own, length=length, seed=0
         )
-        fixed = fit(dense, removed, fitted, judges, progress=progress)
+        fixed = fit(dense, removed, fitted, judges, own=own, progress=progress)
+        if not own:
+            render.note(f"the repair was fitted on {GIVEN_ALONE}", json)
         del dense
 
     if as_gguf:

@@ -19,10 +19,8 @@ __all__ = ["check_placing", "device_map_options", "tensor_parallel_options"]
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def check_placing(
-    *, device: str, stream: bool, device_map: str | None, tp: int, repair: bool = False
-) -> None:
-    """Refuse what cannot be combined. ``repair``: blocks will be changed in memory.
+def check_placing(*, device: str, stream: bool, device_map: str | None, tp: int) -> None:
+    """Refuse what cannot be combined.
 
     Raises:
         InputError: says what, and what to leave out.
@@ -41,11 +39,6 @@ def check_placing(
         raise InputError(
             "--device-map spreads one model over all devices, and every process of this job would: "
             "start sleb by itself, or split the model over the processes with --tp"
-        )
-    if repair and (stream or tp > 1):
-        raise InputError(
-            "a repair changes whole blocks in memory: leave out "
-            f"{'--stream' if stream else '--tp'} or --repair"
         )
 
 

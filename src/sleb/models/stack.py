@@ -16,7 +16,6 @@ model is measured: masks are chosen by position in it.
 from __future__ import annotations
 
 import contextlib
-from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb.errors import InputError, UnsupportedModel
-from sleb.models.streaming import Reader, offloading
+from sleb.models.streaming import Reader, fetch, offloading
 
 __all__ = ["BlockStack", "bypassed", "find_blocks"]
 
@@ -168,7 +167,7 @@ class BlockStack:
     def holding(self, i: int, then: int | None = None) -> Iterator[None]:
         """Keep block ``i`` in place for several :meth:`run` of it. This matters to a model that
         accelerate offloads: its hooks would fetch the weights anew for every call. Meanwhile block
-        ``then`` is fetched, to be held next."""
+        ``then`` is fetched, to be held next. To hold a block that is held already is nothing."""
         hooks = offloading(self.blocks[i])
         if not hooks:
             yield
@@ -176,17 +175,13 @@ class BlockStack:
         weights = self.reader.take(i, hooks)
         if then is not None and (ahead := offloading(self.blocks[then])):
             self.reader.start(then, ahead)
-        maps = [hook.weights_map for _, hook in hooks]
         try:
-            for (module, hook), fetched, before in zip(hooks, weights, maps, strict=True):
-                hook.weights_map = ChainMap(fetched, before)
-                hook.pre_forward(module)
-                hook.offload = False
-            weights.clear()  # the block has them
+            for module, hook in hooks:
+                fetch(module, hook, weights.pop(0))
             yield
         finally:
-            for (module, hook), before in zip(hooks, maps, strict=True):
-                hook.offload, hook.weights_map = True, before
+            for module, hook in hooks:
+                hook.offload = True
                 hook.post_forward(module, None)
 
     @contextlib.contextmanager

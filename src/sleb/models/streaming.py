@@ -8,6 +8,7 @@ to the GPU on a stream of its own. So two blocks are held at a time.
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reader", "offloading"]
+from sleb.models.reading import Files
+
+__all__ = ["Reader", "fetch", "fetcher", "offloading"]
 
 Weights = list[dict[str, Tensor]]
 """For each hook of a block, its module's tensors by name."""
@@ -25,10 +28,36 @@ def offloading(block: nn.Module) -> list[tuple[nn.Module, Any]]:
     """A block's modules whose weights accelerate fetches when they run, each with its hook."""
     found = []
     for module in block.modules():
-        hook = getattr(module, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        found += [(module, h) for h in hooks if getattr(h, "offload", False)]
+        found += [(module, h) for h in _hooks(module) if getattr(h, "offload", False)]
     return found
+
+
+def fetcher(block: nn.Module, path: str) -> tuple[nn.Module, Any, str] | None:
+    """The module and the hook that fetch a parameter of a block when it runs, whether or not it is
+    in place now, and its name there; None for one that is never fetched."""
+    parts = path.split(".")
+    for n in range(len(parts) - 1, -1, -1):
+        module = block.get_submodule(".".join(parts[:n]))
+        for hook in _hooks(module):
+            if getattr(hook, "weights_map", None) is not None:
+                return module, hook, ".".join(parts[n:])
+    return None
+
+
+def fetch(module: nn.Module, hook: Any, weights: dict[str, Tensor]) -> None:
+    """Put ``weights`` in place as the hook would, and have it leave them there."""
+    own = hook.weights_map
+    hook.weights_map = ChainMap(weights, own)
+    try:
+        hook.pre_forward(module)
+    finally:
+        hook.weights_map = own
+    hook.offload = False
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 class Reader:
@@ -43,6 +72,7 @@ class Reader:
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[tuple[Weights, Any]]] | None = None
         self._streams: dict[torch.device, Any] = {}
+        self._files = Files()
 
     def noted(self, text: str) -> str:
         """``text``, and how fast blocks are read, if any are."""
@@ -75,6 +105,11 @@ class Reader:
                     tensor.record_stream(here)  # else its memory could be used again too early
         return weights
 
+    def forget(self, i: int) -> None:
+        """Block ``i``'s weights are no longer what may have been read ahead."""
+        if self._ahead is not None and self._ahead[0] == i:
+            self._ahead = None
+
     def _read(self, hooks: Sequence[tuple[nn.Module, Any]]) -> tuple[Weights, list[Any]]:
         from accelerate.utils import named_module_tensors  # type: ignore[import-untyped]
 
@@ -92,9 +127,8 @@ class Reader:
                 devices.append(where)
                 if where not in self._streams:
                     self._streams[where] = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
-                stream = self._streams[where]
-                with torch.cuda.stream(stream):
-                    part = {name: _moved(hook.weights_map[name], where) for name, _ in names}
+                with torch.cuda.stream(self._streams[where]):
+                    part = self._moved(hook.weights_map, [name for name, _ in names], where)
             else:
                 part = {name: hook.weights_map[name] for name, _ in names}
             self.nbytes += sum(tensor.nbytes for tensor in part.values())
@@ -108,9 +142,16 @@ class Reader:
         self.seconds += time.perf_counter() - began
         return weights, copied
 
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the GPU, to which some maps of weights read at once."""
-    if tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    def _moved(self, weights: Any, names: list[str], device: torch.device) -> dict[str, Tensor]:
+        """On a GPU, through pinned memory: what is in files is read into it."""
+        places = {n: p for n in names if (p := self._files.stored(weights, n)) is not None}
+        read = dict(zip(places, self._files.read(places.values(), pinned=True), strict=True))
+        part = {}
+        for name in names:
+            tensor = read[name] if name in read else weights[name]
+            if tensor.device.type == "cpu" and not tensor.is_pinned():
+                tensor = tensor.pin_memory()
+            part[name] = tensor.to(device, non_blocking=True)
+            if name in places:
+                part[name] = part[name].to(places[name].dtype)
+        return part

@@ -25,12 +25,12 @@ from sleb.metrics import NLL
 from sleb.models.load import LoadedModel
 from sleb.models.quantnames import quant_method
 from sleb.models.stack import BlockStack
-from sleb.parallel import group
+from sleb.models.weights import Changes
 from sleb.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.progress import Progress, silent
 from sleb.repair.fit import REACH, Fitter, Gap, gaps
-from sleb.repair.maps import find_branches
-from sleb.repair.own import with_own
+from sleb.repair.maps import Branches, find_branches
+from sleb.repair.own import can_write, with_own
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 from sleb.statistics import Values
@@ -64,29 +64,29 @@ def repair(
     heldout: Windows,
     *,
     reach: int = REACH,
-    own: bool = True,
+    own: bool | None = None,
     batch: int | None = None,
     progress: Progress = silent,
 ) -> Repair:
     """Re-fit matrices around each gap of ``removed``, from the front to the back; the model itself
     is left as it was.
 
-    The fit sees ``windows`` and, with ``own``, half as many that the model itself writes. A gap's
-    fit stays only if on ``heldout`` windows the mean loss falls, and rises on none of their texts;
-    else it is made with a larger ridge, or left out.
+    The fit sees ``windows`` and, with ``own``, half as many that the model itself writes; by
+    default it does where :func:`sleb.repair.own.can_write`. A gap's fit stays only if on
+    ``heldout`` windows the mean loss falls, and rises on none of their texts; else it is made with
+    a larger ridge, or left out.
+
+    Blocks may be fetched when they run, or split over processes. For each ridge tried, a fetched
+    block is read once to fit, from where the gap before ended to where this one ends; to judge,
+    each kept block is read once, or as often as the held-out windows' hidden states are more than
+    half of the free memory.
 
     Raises:
         UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
             are quantized.
-        InputError: blocks are streamed from disk, moved in when they run, or split.
+        InputError: ``own`` text is asked for and cannot be written.
     """
     stack = model.stack
-    if stack.streamed or group().tp > 1:
-        raise InputError(
-            "a repair changes whole blocks in memory, and these are read or moved in when they "
-            "run, or split over processes: leave out --stream or --repair (likewise --device-map, "
-            "--tp)"
-        )
     n = len(stack)
     cut = gaps(removed, n, reach)
     stored = _Stored(Checkpoint.open(model.source.path), stack)
@@ -95,14 +95,21 @@ def repair(
             f"{model.source.ref} is quantized ({method}), and a fitted matrix would not be: repair "
             "the cut first and quantize it then, or use --no-repair"
         )
-    if not any(find_branches(stack, b).fitted for gap in cut for b in gap.blocks):
+    branches: dict[int, Branches] = {}
+
+    def fitted(block: int) -> bool:
+        branches[block] = find_branches(stack, block)
+        return branches[block].fitted
+
+    if not any(fitted(block) for gap in cut for block in gap.blocks):
         raise UnsupportedModel(
             f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
             "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
         )
-    windows = with_own(model, windows, progress) if own else windows
+    if own or (own is None and can_write(stack)):
+        windows = with_own(model, windows, progress)
     sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
-    fitter = Fitter(stack, removed, windows.ids, sweep.batch)
+    fitter = Fitter(stack, removed, windows.ids, sweep.batch, branches)
 
     def losses() -> Values:
         values: Values = sweep.values([BlockSet(removed)], 0, len(heldout.ids))[0]
@@ -114,7 +121,7 @@ def repair(
         before = losses()
         with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as tick:
             for turn, gap in enumerate(cut, 1):
-                tick(0, note=f"gap {turn} of {len(cut)}")
+                tick(0, note=stack.reader.noted(f"gap {turn} of {len(cut)}"))
                 judge = _Judge(losses, before, heldout)
                 ridge = fitter.fit(gap, RIDGES, judge.accepts, stored.rounded, tick)
                 after = before if ridge is None else judge.last
@@ -168,20 +175,14 @@ def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair 
 def repaired(stack: BlockStack, tensors: Mapping[str, Tensor], prefix: str) -> Iterator[None]:
     """The model with ``tensors`` in place, named as in the checkpoint, whose block tensors begin
     with ``prefix``; afterwards it is as it was, bit for bit."""
-    places = {}
-    for name in tensors:
-        block, _, rest = name.removeprefix(prefix).partition(".")
-        places[name] = stack.blocks[int(block)].get_parameter(rest)
-    originals = {name: parameter.detach().clone() for name, parameter in places.items()}
+    changes = Changes(stack)
     try:
-        with torch.no_grad():
-            for name, parameter in places.items():
-                parameter.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            block, _, rest = name.removeprefix(prefix).partition(".")
+            changes.put(int(block), rest, tensor)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in places.items():
-                parameter.copy_(originals[name])
+        changes.undo()
 
 
 def _digest(tensor: Tensor) -> str:
@@ -213,13 +214,12 @@ class _Stored:
         return tensor.to(self.dtype(block, path))
 
     def tensors(self, fitter: Fitter, gap: Gap) -> dict[str, Tensor]:
-        """Copies of what ``fitter`` has changed for ``gap``."""
-        out = {}
-        for block, path in fitter.originals:
-            for kind, parameter in fitter.changed(block, path) if block in gap.blocks else ():
-                full = f"{path}.{kind}"
-                out[self.name(block, full)] = parameter.to(self.dtype(block, full)).cpu().clone()
-        return out
+        """What ``fitter`` has changed for ``gap``."""
+        return {
+            self.name(block, path): value.to(self.dtype(block, path))
+            for (block, path), value in fitter.changes.values.items()
+            if block in gap.blocks
+        }
 
 
 def _runs(cut: Collection[Gap], removed: Collection[int]) -> int:

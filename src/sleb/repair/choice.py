@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from sleb.repair.fit import Fitter, gaps
+from sleb.repair.maps import Branches
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.sweep import Sweep
 
@@ -25,10 +26,14 @@ RIDGE = 0.1
 
 
 class RepairedScores:
-    """Scores sets of blocks as a Sweep does, each after a repair fitted on ``ids`` [N, T]."""
+    """Scores sets of blocks as a Sweep does, each after a repair fitted on ``ids`` [N, T].
+
+    Blocks that are fetched when they run are read once to fit a set, up to where its last gap ends,
+    and once to score it."""
 
     def __init__(self, sweep: Sweep, ids: Tensor) -> None:
         self.sweep, self.ids = sweep, ids
+        self._branches: dict[int, Branches] = {}
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """See :meth:`Sweep.values`."""
@@ -39,7 +44,7 @@ class RepairedScores:
         stack = self.sweep.stack
         if blocks == DENSE:
             return self.sweep.values([blocks], start, stop)
-        fitter = Fitter(stack, blocks, self.ids, self.sweep.batch)
+        fitter = Fitter(stack, blocks, self.ids, self.sweep.batch, self._branches)
         try:
             for gap in gaps(blocks, len(stack)):
                 fitter.fit(gap, (RIDGE,), lambda: True, lambda i, name, new: new, lambda n: None)

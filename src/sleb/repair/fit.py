@@ -14,13 +14,16 @@ shapes and runtime stay those of the plain cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sleb.models.stack import BlockStack
+from sleb.models.weights import Changes, whole
 from sleb.parallel import group
 from sleb.repair.maps import Branches, Outputs, bias_of, find_branches, stream_before, weight_of
 from sleb.repair.normed import exact, fit_normed, root_weight
@@ -29,6 +32,9 @@ __all__ = ["REACH", "Fitter", "Gap", "gaps"]
 
 REACH = 2
 ROWS = 8192  # tokens that enter a product at once
+
+Rounded = Callable[[int, str, Tensor], Tensor]
+"""Gives new values of a block's parameter, by its path, the precision that it is stored with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +64,24 @@ class Fitter:
     """Walks the dense and the cut model side by side over windows of tokens. ids [N, T].
 
     Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
-    both streams and two targets of one block, [N, T, D] each, and the Gram matrix of what the
-    block's widest matrix sees.
+    both streams, here and where the gap's fit began, and two targets of one block, [N, T, D] each;
+    and the Gram matrix of what the block's widest matrix sees. Of blocks that are fetched when they
+    run there are two, the one at hand and the next, and a third while the dense stream passes a
+    gap. The fit of a gap reads each of its blocks once for each ridge, those in front of it once.
 
     In a job of several ranks each walks its share of the windows, and Gram matrices are summed.
+    Processes that hold a model together solve alike and write their own parts. ``branches``: what
+    is known already of what can be re-fitted; more is added.
     """
 
-    def __init__(self, stack: BlockStack, removed: Collection[int], ids: Tensor, batch: int):
+    def __init__(
+        self,
+        stack: BlockStack,
+        removed: Collection[int],
+        ids: Tensor,
+        batch: int,
+        branches: dict[int, Branches] | None = None,
+    ) -> None:
         self.stack, self.removed = stack, frozenset(removed)
         here = group()
         ids = ids[len(ids) * here.rank // here.size : len(ids) * (here.rank + 1) // here.size]
@@ -75,27 +92,17 @@ class Fitter:
         self.cut = list(self.dense)
         self.same = True  # whether the cut stream still is the dense one
         self.at = 0  # the next block of both
-        self.originals: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
-        self._branches: dict[int, Branches] = {}
+        self.end = 0  # the first block that the pass under way does not need
+        self.changes = Changes(stack)
+        self._branches = {} if branches is None else branches
 
     def restore(self) -> None:
         """Give every changed matrix its original values."""
-        self._undo(list(self.originals))
+        self.changes.undo()
 
     def module(self, block: int, name: str) -> nn.Module:
         """A module of a block, by its path in it."""
         return self.stack.blocks[block].get_submodule(name)
-
-    def changed(self, block: int, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of the parameters of a fitted module that are not as they were."""
-        module = self.module(block, name)
-        weight, bias = self.originals[block, name]
-        if not torch.equal(weight, weight_of(module)):
-            parameter: Tensor = module.weight  # type: ignore[assignment]
-            yield "weight", parameter.detach()
-        now = bias_of(module)
-        if now is not None and bias is not None and not torch.equal(bias, now):
-            yield "bias", now.detach()
 
     def branches(self, block: int) -> Branches:
         """What of a block can be re-fitted."""
@@ -103,11 +110,16 @@ class Fitter:
             self._branches[block] = find_branches(self.stack, block)
         return self._branches[block]
 
-    def keep(self, block: int, name: str) -> None:
-        """Remember a module's weights before they are changed for the first time."""
-        weight, bias = weight_of(self.module(block, name)), bias_of(self.module(block, name))
-        kept = weight.clone(), None if bias is None else bias.clone()
-        self.originals.setdefault((block, name), kept)
+    def write(self, block: int, path: str, new: Tensor, rounded: Rounded) -> None:
+        """Give a parameter new values, with the precision that it is stored and computed with.
+        Matrices are [out, in]."""
+        name, _, _ = path.rpartition(".")
+        if isinstance(self.module(block, name), Conv1D) and new.dim() == 2:
+            new = new.T
+        old = whole(self.stack.blocks[block].get_parameter(path))
+        new = rounded(block, path, new).to(old.dtype)
+        if (block, path) in self.changes.values or not torch.equal(new, old):
+            self.changes.put(block, path, new)
 
     @torch.inference_mode()
     def fit(
@@ -115,7 +127,7 @@ class Fitter:
         gap: Gap,
         ridges: Sequence[float],
         accept: Callable[[], bool],
-        rounded: Callable[[int, str, Tensor], Tensor],
+        rounded: Rounded,
         tick: Callable[[int], None],
     ) -> float | None:
         """Re-fit the blocks of ``gap``, the next one in order, with the first of ``ridges`` that
@@ -125,37 +137,43 @@ class Fitter:
         """
         if not gap.blocks:
             return None
+        self.end = self._behind(gap.blocks[-1])
         self._advance_to(gap.blocks[0], tick)
-        start, known = (self.dense, self.cut, self.same, self.at), set(self.originals)
+        start, known = (self.dense, self.cut, self.same, self.at), len(self.changes)
         for ridge in ridges:
             for block in gap.blocks:
                 self._advance_to(block, tick)
                 self._fit_block(block, ridge, rounded, tick)
             if accept():
                 return ridge
-            self._undo([key for key in self.originals if key not in known])
+            self.changes.undo(keep=known)
             self.dense, self.cut, self.same, self.at = start
         return None
 
-    def _undo(self, keys: Sequence[tuple[int, str]]) -> None:
-        for block, name in keys:
-            module = self.module(block, name)
-            weight, bias = self.originals.pop((block, name))
-            with torch.no_grad():
-                weight_of(module).copy_(weight)
-                if (now := bias_of(module)) is not None and bias is not None:
-                    now.copy_(bias)
+    @contextmanager
+    def _held(self, block: int) -> Iterator[None]:
+        """Hold a block for all that is done with it, while the next one of a pass is fetched."""
+        with self.stack.holding(block, block + 1 if block + 1 < self.end else None):
+            yield
+
+    def _behind(self, block: int) -> int:
+        """The next kept block."""
+        behind = block + 1
+        while behind in self.removed:
+            behind += 1
+        return behind
 
     def _advance_to(self, block: int, tick: Callable[[int], None]) -> None:
         """Take both streams to the input of ``block``."""
         for i in range(self.at, block):
             if i in self.removed:
                 self.same = False
-            self.dense = list(self.run(i, self.dense, tick))
-            if self.same:
-                self.cut = list(self.dense)
-            elif i not in self.removed:
-                self.cut = list(self.run(i, self.cut, tick))
+            with self._held(i):
+                self.dense = list(self.run(i, self.dense, tick))
+                if self.same:
+                    self.cut = list(self.dense)
+                elif i not in self.removed:
+                    self.cut = list(self.run(i, self.cut, tick))
         self.at = max(self.at, block)
 
     def run(
@@ -170,34 +188,34 @@ class Fitter:
         self,
         block: int,
         ridge: float,
-        rounded: Callable[[int, str, Tensor], Tensor],
+        rounded: Rounded,
         tick: Callable[[int], None],
     ) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
-        branches = self.branches(block)
-        seen = Outputs(self.stack.blocks[block], [*branches.last])
-        before_last: list[Tensor] = []
-        after: list[Tensor] = []
-        with seen.recorded():
-            for out in self.run(block, self.dense, tick):
-                before_last.append(stream_before(out, seen, branches.last))
-                after.append(out)
-        self.dense = after
-        gap = block + 1
-        while gap in self.removed:
-            self.dense = list(self.run(gap, self.dense, tick))
-            gap += 1
-        if branches.inner and not (self.same and branches.final):  # nothing is lost yet
-            if not branches.final:  # attention has to make up for the gap as well
-                before_last = [
-                    mid + (target.to(out.device) - out)
-                    for mid, target, out in zip(before_last, self.dense, after, strict=True)
-                ]
-            self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
-        if branches.final:
-            self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
-        self.cut = list(self.run(block, self.cut, tick))
-        self.at, self.same = gap, False
+        with self._held(block):
+            branches = self.branches(block)
+            seen = Outputs(self.stack.blocks[block], [*branches.last])
+            before_last: list[Tensor] = []
+            after: list[Tensor] = []
+            with seen.recorded():
+                for out in self.run(block, self.dense, tick):
+                    before_last.append(stream_before(out, seen, branches.last))
+                    after.append(out)
+            self.dense = after
+            for gone in range(block + 1, self._behind(block)):
+                with self._held(gone):
+                    self.dense = list(self.run(gone, self.dense, tick))
+            if branches.inner and not (self.same and branches.final):  # nothing is lost yet
+                if not branches.final:  # attention has to make up for the gap as well
+                    before_last = [
+                        mid + (target.to(out.device) - out)
+                        for mid, target, out in zip(before_last, self.dense, after, strict=True)
+                    ]
+                self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
+            if branches.final:
+                self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
+            self.cut = list(self.run(block, self.cut, tick))
+        self.at, self.same = self._behind(block), False
 
     def _solve(
         self,
@@ -206,7 +224,7 @@ class Fitter:
         maps: Mapping[str, float],
         targets: Sequence[Tensor],
         ridge: float,
-        rounded: Callable[[int, str, Tensor], Tensor],
+        rounded: Rounded,
         tick: Callable[[int], None],
     ) -> None:
         """Ridge regression of the residual on the inputs of all ``maps`` together."""
@@ -237,14 +255,13 @@ class Fitter:
         for name, factor in maps.items():
             module = self.module(block, name)
             weight, bias = weight_of(module), bias_of(module)
-            self.keep(block, name)
             width = weight.shape[1]
             new = weight.double() + (change[:, column : column + width] / factor).to(weight.device)
-            weight.copy_(rounded(block, f"{name}.weight", new))
+            self.write(block, f"{name}.weight", new, rounded)
             column += width
             if bias is not None:
                 share = change[:, -1].to(bias.device) / (factor * len(maps))
-                bias.copy_(rounded(block, f"{name}.bias", bias.double() + share))
+                self.write(block, f"{name}.bias", bias.double() + share, rounded)
 
 
 def _weighted(
@@ -252,7 +269,7 @@ def _weighted(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs with a one behind them [rows, inputs + 1] and residuals [rows, D], in float32, both
     times the root of the token's weight; at most ``ROWS`` rows at a time."""
-    columns = [seen.inputs[name].flatten(0, -2) for name in names]
+    columns = [seen.given(name).flatten(0, -2) for name in names]
     target, value = target.flatten(0, -2), value.flatten(0, -2)
     for a in range(0, len(target), ROWS):
         rows = slice(a, a + ROWS)

@@ -11,7 +11,6 @@ way, see ``normed``. Routed experts have none.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sleb.models.stack import BlockStack
+from sleb.models.weights import whole, whole_input
 
 __all__ = ["Branches", "Norm", "Outputs", "bias_of", "find_branches", "stream_before", "weight_of"]
 
@@ -86,30 +86,59 @@ class Outputs:
             for handle in handles:
                 handle.remove()
 
+    def given(self, name: str) -> Tensor:
+        """What a linear module was given [B, T, in], also where processes have only parts of it."""
+        return whole_input(self.block.get_submodule(name), self.inputs[name])
+
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The matrix [out, in] of a linear module; a view, so writing to it changes the module."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    """The matrix [out, in] of a linear module, or the vector of a norm."""
+    weight = whole(module.weight)  # type: ignore[arg-type]
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """What a linear module adds after its product [out]; None without it."""
     bias: Tensor | None = getattr(module, "bias", None)  # some norms have not even the name
-    return bias
+    return None if bias is None else whole(bias)
+
+
+@contextlib.contextmanager
+def _computing_in_float32(block: nn.Module) -> Iterator[None]:
+    """A block with its weights in float32. (A copy of it would have the hooks of accelerate, with
+    all that they fetch from, and the original's tensor parallelism.)"""
+    slots: list[dict[str, Any]] = []
+    for module in block.modules():
+        slots += [module._parameters, module._buffers]
+    before = [(slot, name, x) for slot in slots for name, x in slot.items() if x is not None]
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # in which no DTensor can be a Parameter
+            for slot, name, x in before:
+                if x.is_floating_point() and x.dtype != torch.float32:
+                    new = x.detach().float()
+                    slot[name] = nn.Parameter(new, False) if isinstance(x, nn.Parameter) else new
+        yield
+    finally:
+        for slot, name, x in before:
+            slot[name] = x
 
 
 @torch.inference_mode()
 def find_branches(stack: BlockStack, i: int) -> Branches:
-    """Probe block ``i`` of ``stack``, on a float32 copy of it."""
+    """Probe block ``i`` of ``stack``, in float32."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(stack.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     length = min(PROBE_TOKENS, stack.max_length or PROBE_TOKENS)
     ids = torch.randint(0, vocabulary, (1, length), generator=generator)
     hidden, calls = stack.enter(ids)
-    args, kwargs = _in_float32(calls[i])
-    hidden = hidden.float()
-    block = copy.deepcopy(stack.blocks[i]).float()
+    with stack.holding(i), _computing_in_float32(stack.blocks[i]):
+        return _probed(stack.blocks[i], hidden.float(), _in_float32(calls[i]), generator)
+
+
+def _probed(
+    block: nn.Module, hidden: Tensor, call: tuple[Any, Any], generator: torch.Generator
+) -> Branches:
+    args, kwargs = call
 
     def run() -> Tensor:
         out = block(hidden.clone(), *args, **kwargs)
@@ -183,6 +212,7 @@ def _normed(block: nn.Module, matrix: str, seen: Outputs) -> Norm | None:
         weight = getattr(module, "weight", None)
         if name == matrix or not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
             continue
+        weight = whole(weight)
         if given is None or given.shape != x.shape or not torch.equal(given, x):
             continue
         eps: float = getattr(module, "eps", getattr(module, "variance_epsilon", None)) or 0.0

@@ -40,10 +40,7 @@ def fit_normed(
     the block (or, for an inner one, between attention and MLP) becomes ``targets``."""
     norm = branches.norms[name]
     factor = {**branches.inner, **branches.final}[name]
-    weight = weight_of(fitter.module(block, name))
-    gains = weight_of(fitter.module(block, norm.path))
-    fitter.keep(block, name)
-    fitter.keep(block, norm.path)
+    matrix, gain_of = fitter.module(block, name), fitter.module(block, norm.path)
     seen = Outputs(fitter.stack.blocks[block], [*dict.fromkeys([name, *branches.last])])
 
     def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -56,10 +53,11 @@ def fit_normed(
                 root = root_weight(wanted)
                 y = seen.outputs[name].flatten(0, -2).float()
                 scale = root * y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-                x = seen.inputs[name].flatten(0, -2).float()
+                x = seen.given(name).flatten(0, -2).float()
                 yield x * scale, y * scale, (wanted - value.flatten(0, -2).float()) * root
 
     for _ in range(ROUNDS):
+        weight, gains = weight_of(matrix), weight_of(gain_of)
         gram = torch.zeros(2 * weight.shape[1:], dtype=torch.float64, device=exact(weight))
         cross = gram.new_zeros(weight.shape)
         for x, _, residual in rows():
@@ -72,7 +70,7 @@ def fit_normed(
         gain = gains.to(change) + norm.offset
         share = gain / (gain.square() + DAMPING * gain.square().mean()) / factor
         new = weight.double() + (share[:, None] * change).to(weight.device)
-        weight.copy_(rounded(block, f"{name}.weight", new))
+        fitter.write(block, f"{name}.weight", new, rounded)
 
         along, size = gram.new_zeros((2, len(gains)))
         for _, unit, residual in rows():
@@ -81,7 +79,8 @@ def fit_normed(
         group().sum_(along, size)
         step = along / factor / (size + ridge * size.mean())
         group().from_first_(step)
-        gains.copy_(rounded(block, f"{norm.path}.weight", gains.double() + step.to(gains.device)))
+        new = gains.double() + step.to(gains.device)
+        fitter.write(block, f"{norm.path}.weight", new, rounded)
 
 
 def root_weight(wanted: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleb.errors import InputError
 from sleb.models.load import LoadedModel
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.parallel import group
 from sleb.plan import SourceRecord
 from sleb.progress import Progress
@@ -24,16 +26,36 @@ from sleb.text import Windows
 from sleb.text.tokens import opening_tokens
 from sleb.text.windows import recount
 
-__all__ = ["OWN", "SHARE", "with_own"]
+__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "with_own"]
 
 OWN = "the model's own text"
+GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
 SHARE = 3
 """One window in so many is the model's own."""
-AT_ONCE = 32  # sequences; the cache of a 7B model takes half a megabyte a token
+PIECE = 256
+"""Tokens that are written in one go. Long windows are put together from several, as windows of the
+user's text are of documents: all begin at once, and there are few steps to wait for."""
+CACHE = {"cuda": 2**32, "cpu": 2**30}
+"""Bytes of keys and values that are held at most."""
+
+
+def can_write(stack: BlockStack) -> bool:
+    """Whether the model writes at a bearable speed. Where blocks are fetched when they run, every
+    token would read all of them."""
+    return not stack.streamed
 
 
 def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Windows:
-    """``windows`` and behind them half as many that the model has written."""
+    """``windows`` and behind them half as many that the model has written.
+
+    Raises:
+        InputError: it cannot write.
+    """
+    if not can_write(model.stack):
+        raise InputError(
+            f"{model.source.ref} cannot write text to fit on, since every token would read all "
+            "blocks that are not in the device's memory: leave out own=True"
+        )
     n = len(windows.ids) // (SHARE - 1)
     if not n:
         return windows
@@ -58,41 +80,73 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
 
 @torch.inference_mode()
 def _written(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
-    """Samples at temperature 1, [n, length] on the CPU. Every other one begins with a random word,
-    as those that begin alike are of few kinds."""
+    """Samples at temperature 1, [n, length] on the CPU, each with what the tokenizer puts before a
+    text. Every other piece begins with a random word, as those that begin alike are of few
+    kinds."""
+    device = model.stack.input_device
+    opening = opening_tokens(model.tokenizer)
+    room = length - len(opening)
+    piece = min(room, PIECE)
+    pieces = -(-n * room // piece)
+    devices = [device] if device.type == "cuda" else []
+    with progress.stage("writing text to fit on", pieces) as tick, torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        parts, starts = [], _starts(model, opening, pieces, seed)
+        for prompts in torch.split(starts.to(device), _at_once(model.stack, piece)):
+            parts.append(_continued(model, prompts, piece)[:, -piece:].cpu())
+            tick(len(prompts))
+    text = torch.cat(parts).flatten()[: n * room].view(n, room)
+    ids = torch.cat((torch.tensor(opening, dtype=text.dtype).expand(n, -1), text), 1)
+    group().from_first_(ids)
+    return ids
+
+
+def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor:
+    """What each piece begins with [n, S]: the same, but for the last token, the first of its text.
+    Half of these are sampled after the beginning of a text, if the tokenizer knows one."""
+    tokenizer, network = model.tokenizer, model.model
+    draw = random.Random(f"own {seed}")
+    special = set(tokenizer.all_special_ids)
+    words = [t for t in range(len(tokenizer)) if t not in special]
+    begin = opening or [first for first in (tokenizer.bos_token_id,) if first is not None]
+    firsts = torch.tensor([draw.choice(words) for _ in range(n)])
+    if begin:
+        ids = torch.tensor([begin], device=model.stack.input_device)
+        logits = network(input_ids=ids, use_cache=False).logits[0, -1].float()
+        share = logits[torch.tensor(words, device=logits.device)].softmax(0)
+        sampled = torch.multinomial(share, len(firsts[::2]), replacement=True).cpu()
+        firsts[::2] = torch.tensor(words)[sampled]
+    return torch.cat((torch.tensor(begin, dtype=firsts.dtype).expand(n, -1), firsts[:, None]), 1)
+
+
+def _continued(model: LoadedModel, prompts: Tensor, piece: int) -> Tensor:
+    """Prompts [B, S] and behind them ``piece`` - 1 sampled tokens."""
     from transformers import GenerationConfig
 
     network: Any = model.model
-    device = model.stack.input_device
-    draw = random.Random(f"own {seed}")
-    opening = opening_tokens(model.tokenizer)
-    special = set(model.tokenizer.all_special_ids)
-    words = [t for t in range(len(model.tokenizer)) if t not in special]
-    plain = opening or [first for first in (model.tokenizer.bos_token_id,) if first is not None]
-    starts = [plain if plain and i % 2 == 0 else [*opening, draw.choice(words)] for i in range(n)]
-    parts: list[Tensor] = [torch.empty((0, length), dtype=torch.int64)]
-    devices = [device] if device.type == "cuda" else []
-    with progress.stage("writing text to fit on", n) as tick, torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for size in sorted({len(s) for s in starts}):
-            alike = torch.tensor([s for s in starts if len(s) == size], device=device)
-            for part in torch.split(alike, AT_ONCE):
-                sampled = network.generate(
-                    part,
-                    attention_mask=torch.ones_like(part),
-                    generation_config=GenerationConfig(
-                        do_sample=True,
-                        temperature=1.0,
-                        top_k=0,
-                        top_p=1.0,
-                        max_new_tokens=length - size,
-                        min_new_tokens=length - size,
-                        eos_token_id=network.generation_config.eos_token_id,
-                        pad_token_id=0,
-                    ),
-                )
-                parts.append(sampled.cpu())
-                tick(len(part))
-    ids = torch.cat(parts)
-    group().from_first_(ids)
-    return ids
+    written: Tensor = network.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        generation_config=GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=piece - 1,
+            min_new_tokens=piece - 1,
+            eos_token_id=network.generation_config.eos_token_id,
+            pad_token_id=0,
+        ),
+    )
+    return written
+
+
+def _at_once(stack: BlockStack, length: int) -> int:
+    """Sequences to write together. It depends on the model and the kind of device alone, since
+    with it other tokens are sampled."""
+    config = decoder_config(stack.model.config)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    wide = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    each = 2 * length * shared * wide * len(stack) * stack.dtype.itemsize // group().tp
+    return max(1, CACHE.get(stack.input_device.type, CACHE["cpu"]) // max(1, each))

@@ -315,11 +315,6 @@ def _fitted(
     from sleb.repair.choice import SEARCH_TOKENS
     from sleb.repair.material import repair_windows
 
-    if model.stack.streamed or group().tp > 1:
-        raise InputError(
-            "--metric repaired-loss changes whole blocks in memory: leave out --stream, --tp, and "
-            "a --device-map that leaves blocks outside"
-        )
     length, n = scored.record.length, len(scored.ids)
     fitted, _ = repair_windows(
         model.tokenizer,
