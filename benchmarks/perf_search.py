@@ -185,8 +185,10 @@ def search(
     candidates = list(range(1, n - 1))
     batch = tune(stack, ids, threads=torch.get_num_threads()).batch
     if compiled:
+        torch.compiler.reset()  # else another section's graphs are used
         stack = CompiledStack(stack.model, batch)
-        row["compile_seconds"] = round(_compile(run, stack, ids[:batch]), 2)
+        few = ids.repeat(-(-batch // len(ids)), 1)[:batch]
+        row["compile_seconds"] = round(_compile(run, stack, few), 2)
     sweep = Sweep(stack, ids, NLL, batch=batch, keep=exact, max_bytes=max_bytes)
     drawn = Losses(spread, n, len(ids)) if spread else None
     work = Work(run, sweep, drawn)

@@ -51,6 +51,7 @@ from sleb.models.stack import BlockStack
 from sleb.parallel import joined
 
 HERE = Path(__file__).resolve().parent
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # to compile takes what it does at first
 SPREAD = HERE / "results" / "spread-smollm2.json"
 
 
