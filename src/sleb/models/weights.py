@@ -18,7 +18,10 @@ __all__ = ["Changes", "whole", "whole_input"]
 def whole(parameter: Tensor) -> Tensor:
     """A parameter in one piece. One that is split over processes is gathered: all have to ask."""
     gather = getattr(parameter, "full_tensor", None)
-    return (parameter if gather is None else gather()).detach()
+    if gather is None:
+        return parameter.detach()
+    with torch.inference_mode(False), torch.no_grad():  # such a mode it cannot do with
+        return gather().detach()
 
 
 def whole_input(module: nn.Module, x: Tensor) -> Tensor:
