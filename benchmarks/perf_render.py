@@ -7,62 +7,77 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perf_stream import fetched
 from scale_page import table
 
-__all__ = ["render"]
+__all__ = ["merged", "render"]
 
 FRAME = Path(__file__).resolve().parent / "performance.md.in"
 Sections = Mapping[str, Any]
+UNMEASURED = {"error", "skipped", "stopped"}
 COMMAND = """```bash
 python benchmarks/performance.py --model SMOLLM2 -o benchmarks/results/performance.json
 python benchmarks/performance.py --render benchmarks/results/performance*.json > docs/performance.md
 ```"""
 
 
+def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sections of several results: of one that is in several of them, the last that was
+    measured."""
+    sections: dict[str, Any] = {}
+    for report in reports:
+        for name, row in report["sections"].items():
+            if name not in sections or not row.keys() & UNMEASURED:
+                sections[name] = row
+    return sections
+
+
 def render(paths: Sequence[Path]) -> str:
-    """The whole page. Of a section in several results, the last is shown."""
+    """The whole page; see :func:`merged`."""
     reports = [json.loads(path.read_text()) for path in paths]
     body = "\n".join(_measured(reports)) if reports else "Not measured yet."
     return FRAME.read_text().replace("{measured}", f"{body}\n\n{COMMAND}")
 
 
 def _measured(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    sections: dict[str, Any] = {}
-    for report in reports:
-        sections |= report["sections"]
-    said = ("machine", "torch", "transformers", "dtype", "shape", "note")
-    abouts = {json.dumps({k: r["about"][k] for k in said if k in r["about"]}) for r in reports}
-    for text in sorted(abouts):
-        about = json.loads(text)
-        tiny = (
-            ", shapes made tiny to try the script: **no figures**"
-            if about["shape"] != "full"
-            else ""
-        )
-        yield (
-            f"{about['machine']}, torch {about['torch']}, transformers {about['transformers']}, "
-            f"{about['dtype']}{tiny}.{' ' * ('note' in about)}{about.get('note', '')}"
-        )
-    for machine in [r["sections"]["machine"] for r in reports if "machine" in r["sections"]]:
-        if "matmul_tflops" in machine:
-            yield (
-                f"A matrix product of {machine['matmul_n']}³ ran at {machine['matmul_tflops']} "
-                f"TFLOP/s, a copy within the device at {machine['copy_gb_per_s']} GB/s (read and "
-                f"written){_to_device(machine)}."
-            )
+    sections = merged(reports)
+    yield from dict.fromkeys(_about(r["about"]) for r in reports)
+    notes = [r["about"]["note"] for r in reports if "note" in r["about"]]
+    yield from dict.fromkeys(notes)
+    if machines := [r["sections"]["machine"] for r in reports if "machine" in r["sections"]]:
+        yield _machines(machines)
     for part in (_targets, _searches, _block, _repairs, _speeds, _stream, _missing):
         if lines := list(part(sections)):
             yield ""
             yield from lines
 
 
-def _to_device(machine: Mapping[str, Any]) -> str:
-    if "pinned_to_device_gb_per_s" not in machine:
-        return ""
+def _about(about: Mapping[str, Any]) -> str:
+    tiny = ", shapes made tiny to try the script: **no figures**"
     return (
-        f", a copy to it at {machine['pinned_to_device_gb_per_s']} GB/s from pinned and "
-        f"{machine['pageable_to_device_gb_per_s']} GB/s from other memory"
+        f"{about['machine']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"{about['dtype']}{tiny if about['shape'] != 'full' else ''}."
     )
+
+
+def _machines(machines: Sequence[Mapping[str, Any]]) -> str:
+    """What the machines of all results reached, from the least to the most."""
+
+    def span(key: str) -> str:
+        found = sorted(m[key] for m in machines if key in m)
+        ends = dict.fromkeys(f"{x:,.0f}" if x >= 20 else f"{x:.1f}" for x in (found[0], found[-1]))
+        return " to ".join(ends)
+
+    said = (
+        f"A matrix product of {machines[0]['matmul_n']}³ ran at {span('matmul_tflops')} TFLOP/s, a "
+        f"copy within the device at {span('copy_gb_per_s')} GB/s (read and written)"
+    )
+    if "pinned_to_device_gb_per_s" in machines[0]:
+        said += (
+            f", a copy to it at {span('pinned_to_device_gb_per_s')} GB/s from pinned and "
+            f"{span('pageable_to_device_gb_per_s')} GB/s from other memory"
+        )
+    return f"{said}."
 
 
 def _targets(sections: Sections) -> Iterator[str]:
@@ -92,11 +107,14 @@ def _searches(sections: Sections) -> Iterator[str]:
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name, row in sections.items():
         if name.partition(".")[2] in ("search", "compiled", "exact"):
-            found.append((_shape(name), row))
+            found.append((_shape(name), {**row, "shape": name.partition(".")[0]}))
         if name.startswith("ranks."):
             found.append((f"7B shape, {row.get('ranks')} GPUs", row))
         if name == "real":
-            found += [(row["model"], search) for search in row.get("searches", {}).values()]
+            found += [
+                (row["model"], {**search, "shape": name})
+                for search in row.get("searches", {}).values()
+            ]
     found = [(name, row) for name, row in found if "tflops" in row]
     if not found:
         return
@@ -110,14 +128,19 @@ def _searches(sections: Sections) -> Iterator[str]:
             notes.append(f"{name}, {how}: {row['seconds']} s were run; {row['extrapolated_by']}.")
         if "stopped" in row:
             seconds += ", not finished"
-        if "efficiency" in row:
-            same = "the same order" if row["same_order_as_one"] else "**another order**"
+        if (ranks := row.get("ranks")) and "seconds" in (one := sections.get("7b.search", {})):
+            alone = row["seconds"] * row["speedup"] if "speedup" in row else one["seconds"]
+            same = "the same order" if row["order"] == one["order"] else "**another order**"
+            faster = alone / row["seconds"]
             notes.append(
-                f"{name}: {row['speedup']}x as fast as one, {100 * row['efficiency']:.0f} % of the "
-                f"ideal, {same}."
+                f"{name}: {faster:.2f}x as fast as one ({alone:.1f} s on the same machine), "
+                f"{100 * faster / ranks:.0f} % of the ideal, {same} of removal."
             )
         if "compile_seconds" in row:
-            notes.append(f"{name}: compiling took {row['compile_seconds']} s more.")
+            # the section of one block may have compiled it before
+            before = sections.get(f"{row['shape']}.block", {}).get("compiled", {})
+            took = max(row["compile_seconds"], before.get("compile_seconds", 0))
+            notes.append(f"{name}: compiling took {took} s more.")
         share = row.get("share_of_matmul")
         rows.append(
             (
@@ -189,7 +212,10 @@ def _repairs(sections: Sections) -> Iterator[str]:
         head = ["model", "removed", "gaps", "tokens", "seconds", "memory over weights"]
         yield table(head, rows)
         yield ""
-        yield "Of random weights every gap's first fit is kept, after the loss on 16 other windows."
+        yield (
+            "Of random weights every gap's first fit is kept, after the loss on 16 other windows. "
+            "Seconds of the real model hold those in which it writes a third of the text itself."
+        )
 
 
 def _speeds(sections: Sections) -> Iterator[str]:
@@ -219,6 +245,11 @@ def _speeds(sections: Sections) -> Iterator[str]:
         cut_head = ["at best", "time over that"]
         yield table(["case", "dense ms", "10 %", *cut_head, "20 %", *cut_head], rows)
         yield ""
+    if found:
+        yield (
+            "A step of `generate` waits for the CPU, so it scatters with all that the CPU has to "
+            "do, and its rows say little; a CUDA graph is what is left without that wait."
+        )
 
 
 def _stream(sections: Sections) -> Iterator[str]:
@@ -236,29 +267,35 @@ def _stream(sections: Sections) -> Iterator[str]:
     yield ""
     rows = []
     for key, label in (("from_disk", "not cached"), ("from_page_cache", "in the page cache")):
-        walk = row[key]
-        whole = walk["block_seconds"] * row["blocks_of_the_shape"]
-        each = (walk["block_seconds"], walk["gb_per_s"], walk["fetch_gb_per_s"])
-        rows.append((label, *each, f"{whole:.0f} s"))
-    head = ["files", "seconds a block", "GB/s", "GB/s beside computing"]
-    yield table([*head, "a walk of all blocks, extrapolated"], rows)
+        rate = fetched(row, key)
+        compute = row["compute"]["walk_seconds"] / row["blocks_on_disk"]
+        each = max(row["block_gb"] / rate, compute)
+        rows.append((label, row[key]["seconds"], f"{rate:.2f}", f"{each * 80:.0f} s"))
+    checked = ""
+    if "reads" not in row["from_disk"]:
+        checked = (
+            "The seconds are of two passes: the walk, and the check that a model gets once, by its "
+            "own code. The GB/s count the reading of both. "
+        )
+    head = ["files", "seconds for these blocks", "GB/s read"]
+    yield table([*head, "a walk of all 80 blocks, extrapolated"], rows)
     yield ""
     yield (
-        "Extrapolated by the number of blocks, with the same sets and windows. A whole search: see "
+        f"{checked}A walk of all blocks is extrapolated by the slower of reading a block at this "
+        "rate and computing it, with the same sets and windows. A whole search: see "
         "[scale](scale.md)."
     )
 
 
 def _missing(sections: Sections) -> Iterator[str]:
-    kinds = {"error", "skipped", "stopped"}
     bad = {
-        n: next(row[k] for k in kinds & row.keys())
+        n: next(row[k] for k in UNMEASURED & row.keys())
         for n, row in sections.items()
-        if kinds & row.keys()
+        if UNMEASURED & row.keys()
     }
     for name, row in sections.items():
         for case, found in row.get("cases", {}).items():
-            bad |= {f"{name}, {case}": found[k] for k in kinds & found.keys()}
+            bad |= {f"{name}, {case}": found[k] for k in UNMEASURED & found.keys()}
     if bad:
         yield "Not measured:"
         yield ""

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from perf_render import merged
 from perf_shapes import SHAPES
+from perf_stream import fetched
 from race_model import Losses, Spread
 from scale_page import page
 
@@ -126,11 +128,9 @@ class Rates:
 
 def rates(performance: Sequence[Path]) -> Rates:
     """From the results of ``performance.py``, else from earlier measurements and assumptions."""
-    sections: dict[str, Any] = {}
-    for path in performance:
-        report = json.loads(path.read_text())
-        if report["about"]["shape"] == "full":
-            sections |= report["sections"]
+    reports = [json.loads(path.read_text()) for path in performance]
+    reports = [report for report in reports if report["about"]["shape"] == "full"]
+    sections = merged(reports)
     source = {
         "link": "assumed",
         "network": "assumed",
@@ -140,7 +140,7 @@ def rates(performance: Sequence[Path]) -> Rates:
     search = sections.get("7b.search", {})
     if search.get("tflops"):
         tflops = search["tflops"]
-        source["tflops"] = f"measured, 7B search, {report['about']['machine']}"
+        source["tflops"] = f"measured, 7B search, {reports[0]['about']['machine']}"
     else:
         before = json.loads((RESULTS / "search-h100-7b-shape-128x2048.json").read_text())
         row, shape = before["systems"][0], SHAPES["7b"]
@@ -149,8 +149,9 @@ def rates(performance: Sequence[Path]) -> Rates:
         flops = row["block_forwards"] * shape.block_flops(LENGTH) + heads * shape.head_flops(LENGTH)
         tflops = flops / row["seconds"] / 1e12
         source["tflops"] = f"measured, 7B search ({before['machine']})"
-    cached = sections.get("70b.stream", {}).get("from_page_cache", {})
-    fetch = cached.get("gb_per_s") or 5.0
+    streamed = sections.get("70b.stream", {})
+    cached = "from_page_cache" in streamed
+    fetch = round(fetched(streamed, "from_page_cache"), 2) if cached else 5.0
     source["fetch"] = "measured, 70B shape from the page cache" if cached else "assumed"
     return Rates(
         tflops=round(tflops, 1),
@@ -263,8 +264,10 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
             moved = 2 * 2 * (tp - 1) / tp * LENGTH * model.width * 2
             seconds["between GPUs"] = forwards * moved / (rate * 1e9)
         seconds["meeting"] = len(race.steps) * r.meet if replicas > 1 else 0.0
-        # fetching goes on beside computing only where it is overlapped; here it is not
-        found.append({**seconds, "total": sum(seconds.values())})
+        total = sum(seconds.values())
+        if streamed:  # the next block is fetched while this one computes
+            total -= min(seconds["compute"], seconds["fetch"])
+        found.append({**seconds, "total": total})
     mean = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
     work = float(np.mean([race.forwards / race.busiest(replicas)[0] for race in races]))
     return {

@@ -63,7 +63,7 @@ def test_each_block_is_read_once_per_walk(streamed, monkeypatch):
 
     state = 20 * 32 * 4
     sweep = Sweep(streamed.stack, ids(8), NLL, batch=2, max_bytes=4 * (len(SETS) + 3) * state)
-    sweep.scores(SETS, 0, 2)  # the check of the first walk reads more
+    Sweep(streamed.stack, ids(8), NLL, batch=2).scores(SETS, 0, 2)  # once it reads more, to check
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
     assert sweep.step(len(SETS)) == 4
     sweep.scores(SETS, 0, 8)

@@ -99,6 +99,7 @@ class BlockStack:
         self.path, self.blocks = find_blocks(model)
         self._width: list[int | None] | None = None
         self.reader = Reader()
+        self.checked = False  # that blocks run one by one are the model's own forward pass
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -255,7 +256,7 @@ class BlockStack:
                 if getattr(module, "config", None) is before:
                     module.config = after
         _, self.blocks = find_blocks(self.model)
-        self._width = None
+        self._width, self.checked = None, False
 
     # -- shadowing ---------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ def whole(parameter: Tensor) -> Tensor:
     if gather is None:
         return parameter.detach()
     with torch.inference_mode(False), torch.no_grad():  # such a mode it cannot do with
-        return gather().detach()
+        gathered: Tensor = gather().detach()
+    return gathered
 
 
 def whole_input(module: nn.Module, x: Tensor) -> Tensor:

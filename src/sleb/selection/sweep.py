@@ -125,7 +125,6 @@ class Sweep:
         self._patch = patch
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
-        self._checked = False
 
     def on_work(self, tick: Callable[[int], None]) -> None:
         """Call ``tick(n)`` after every n units of work: a block forward or a head, of a window.
@@ -227,7 +226,7 @@ class Sweep:
             kept.put(windows, parts[0].left)
         else:
             parts = self._walk_patched(wanted, self.ids[start:stop], users)
-        if not self._checked:
+        if not self.stack.checked:
             self._check(parts[0].streams, parts[0].ids)
         columns = []
         while parts:
@@ -330,7 +329,8 @@ class Sweep:
         return means.view(-1, batch, *means.shape[1:]).cpu()
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
-        """Once per model: the walk must agree with the model's own forward pass."""
+        """Once per model: the walk must agree with the model's own forward pass. Where blocks are
+        streamed, that reads all of them once more."""
         removed, hidden = next(iter(final.items()))
         with self.stack.bypassed(removed):
             own = self.stack.model(input_ids=ids[:1].to(self.stack.input_device), use_cache=False)
@@ -342,7 +342,7 @@ class Sweep:
                 f"{self.stack.name}: running its blocks one by one differs from its own forward "
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
-        self._checked = True
+        self.stack.checked = True
 
 
 def default_batch(stack: BlockStack, length: int) -> int:
