@@ -93,6 +93,7 @@ def by_domain(report: dict[str, Any]) -> str:
 def by_task(report: dict[str, Any]) -> str:
     """Accuracy in percent for every task."""
     names = [name for name in report["dense"]["tasks"] if name != "mean"]
+    heads = [name.removesuffix("_local") for name in names]
 
     def cells(tasks: dict[str, Any]) -> list[str]:
         values = [tasks[name]["accuracy"]["value"] for name in names] + [tasks["mean"]]
@@ -105,7 +106,7 @@ def by_task(report: dict[str, Any]) -> str:
             for form in FORMS
             if cut[form]
         ]
-    return table(["removed", "system", *names, "mean"], rows, left=2)
+    return table(["removed", "system", *heads, "mean"], rows, left=2)
 
 
 def chosen(report: dict[str, Any]) -> str:
@@ -146,6 +147,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{texts['repair']['length']}, judged on {texts['repair_judges']['windows']}; test on "
         f"{what['test_windows']} windows of {texts['test']['length']} for each text."
     )
+    if "processes" in report:
+        said += f" {report['processes']} processes shared the device, so times are longer."
     parts = [f"## {report['model']}, {report['blocks']} blocks", said, summary(report)]
     parts += ["Perplexity of the dense model, and its multiple after a cut:", by_domain(report)]
     if report["dense"]["tasks"]:
@@ -160,6 +163,7 @@ def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
     """A row of panels for each result: the five domains, unseen texts, accuracy where measured."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator
 
     plt.rcParams.update({"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9})
     tasks = any(report["dense"]["tasks"] for report in reports)
@@ -191,8 +195,11 @@ def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
             panel.spines[["top", "right"]].set_visible(False)
         for panel in panels[:2]:
             panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            steps = (1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 3)  # few enough to be read
+            panel.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
         panels[0].set_ylabel("perplexity over the dense model's")
         panels[0].set_title(f"{report['model']}: the five domains", fontsize=8)
         panels[1].set_title("texts of other kinds", fontsize=8)

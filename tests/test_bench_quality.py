@@ -201,6 +201,9 @@ def test_tables_and_plot_hold_the_figures(result, tmp_path):
     for name in (*DOMAINS, *UNSEEN):
         assert f"{report['dense']['perplexity'][name]['value']:.2f}" in text
     assert text.count("greedy, repaired") == 4
+    assert "| piqa |" in text
+    assert "3 processes shared the device" in markdown({**report, "processes": 3})
+    assert "shared the device" not in text
     refused = json.loads(json.dumps(report))
     for system in refused["systems"]:
         for cut in system["sets"]:
@@ -209,6 +212,12 @@ def test_tables_and_plot_hold_the_figures(result, tmp_path):
     assert ", repaired" not in markdown(refused)
     draw([report, refused], tmp_path / "plot.svg")
     assert "zero-shot accuracy" in (tmp_path / "plot.svg").read_text()
+    wide = json.loads(json.dumps(report))
+    wide["systems"][0]["sets"][1]["plain"]["geo"]["value"] = 700
+    draw([wide], tmp_path / "wide.svg")
+    shown = (tmp_path / "wide.svg").read_text()
+    assert ">300<" in shown
+    assert ">200<" not in shown  # labels of every step would overlap
 
 
 def test_time_is_kept_and_what_was_not_begun_is_told(learned, data, tmp_path):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -22,15 +24,24 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sleb.checkpoint import (
     Checkpoint,
     check_fingerprint,
-    fingerprint,
+    identity,
     read_json,
     renamer,
     tensor_bytes,
+    tensor_lines,
 )
 from sleb.checksums import SUMS, check_sums
 from sleb.depthfields import depth_fields
 from sleb.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
-from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype, strict_model
+from sleb.models.load import (
+    LoadedModel,
+    load,
+    load_config,
+    pick_device,
+    pick_dtype,
+    stream_places,
+    strict_model,
+)
 from sleb.models.pruned import pruned_config
 from sleb.models.quantnames import quant_method
 from sleb.models.source import resolve
@@ -88,6 +99,7 @@ def verify(
     depth: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    stream: bool | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Verification:
@@ -96,6 +108,10 @@ def verify(
 
     The two models are in memory one after the other, never together. In float32 on the CPU logits
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
+
+    With ``stream``, by default where a model does not fit, blocks stay in the files and are read
+    when they run. Then tensors are compared as they are stored, under their names in the files,
+    and fewer tokens are generated, since each reads the model.
 
     Raises:
         InputError: a path is wrong, ``out`` is no checkpoint or a healed one, or the plan is for
@@ -125,13 +141,16 @@ def verify(
             "the cut that it was made from"
         )
     checked_dtype = pick_dtype(dtype, config, target)
-    identity = fingerprint(Checkpoint.open(source.path), decoder_config(config).num_hidden_layers)
-    check_fingerprint(plan.model, identity, source.ref)
+    given = Checkpoint.open(source.path)
+    lines = tensor_lines(given)
+    found = identity(given, decoder_config(config).num_hidden_layers, lines)
+    check_fingerprint(plan.model, found, source.ref)
     expected = pruned_config(config, removed)
     probe = probe_ids(config)
+    streams = _too_large(given, checked_dtype, target) if stream is None else stream
 
     def load_again() -> LoadedModel:
-        return load(model, dtype=dtype, device=device, trust_remote_code=trust)
+        return load(model, dtype=dtype, device=device, stream=streams, trust_remote_code=trust)
 
     repair = plan.repair if plan.repair and removed == plan.removed else None
     tensors: dict[str, Tensor] = {}
@@ -139,12 +158,12 @@ def verify(
         original = load_again()
         _align(original.model)
         stack = original.stack
-        prefix = Checkpoint.open(source.path).block_prefix(len(stack), stack.path)
+        prefix = given.block_prefix(len(stack), stack.path)
         if repair:
             check, tensors = _repair_check(Path(out), repair, renamer(prefix, removed))
             checks.append(check)
         with repaired(stack, tensors, prefix):
-            weights = _digests(original.model, stack.path, removed)
+            weights = {} if streams else _digests(original.model, stack.path, removed)
             reference = _logits(original.model, probe, stack.bypassed(removed))
         del original, stack
         gc.collect()
@@ -152,8 +171,13 @@ def verify(
     with progress.stage("reloading the checkpoint", None):
         checks.append(_config_check(Path(out), expected, trust))
         try:
-            Checkpoint.open(out)
-            pruned = strict_model(Path(out), checked_dtype, trust).to(target)
+            checkpoint = Checkpoint.open(out)
+            if streams:
+                own = load_config(Path(out), trust_remote_code=trust)
+                places = {"device_map": stream_places(own, target, trust)}
+                pruned = strict_model(Path(out), checked_dtype, trust, places)
+            else:
+                pruned = strict_model(Path(out), checked_dtype, trust).to(target)
             _align(pruned)
         except (DataError, UnsupportedModel) as error:
             checks.append(_check("clean reload", False, str(error), "no tensor missing or extra"))
@@ -162,11 +186,19 @@ def verify(
     blocks = len(BlockStack(pruned))
     left = plan.model.blocks - len(removed)
     checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
-    checks.append(_weight_check(_digests(pruned), weights, len(repair.tensors) if repair else 0))
+    if streams:
+        kept = renamer(prefix, removed)
+        weights = _stored_digests(lines, kept, repair.tensors if repair else {})
+        stored = _stored_digests(tensor_lines(checkpoint))
+    else:
+        stored = _digests(pruned)
+    checks.append(_weight_check(stored, weights, len(repair.tensors) if repair else 0))
     if blocks == left:
-        checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, target))
+        exact = checked_dtype == torch.float32 and target.type == "cpu" and not streams
+        checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, exact))
     with progress.stage("generating", None):
-        checks.append(_generation_check(pruned, probe, load_again))
+        tokens = 2 if streams else NEW_TOKENS
+        checks.append(_generation_check(pruned, probe, load_again, tokens))
     return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
 
 
@@ -210,11 +242,17 @@ def probe_ids(config: Any) -> Tensor:
 @torch.inference_mode()
 def _logits(model: nn.Module, ids: Tensor, context: Any = None) -> Tensor:
     """Logits [1, T, V] on the CPU, float32."""
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(_entry(model))
     if context is None:
         return model(input_ids=ids, use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
     with context:
         return _logits(model, ids)
+
+
+def _entry(model: Any) -> torch.device:
+    """Where token ids go."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def _align(model: nn.Module) -> None:
@@ -241,6 +279,29 @@ def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) ->
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
+def _too_large(model: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model of that dtype would leave hardly any of the memory that is free now."""
+    free = int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return sum(info.numel for info in model.tensors.values()) * dtype.itemsize > 0.9 * free
+
+
+def _stored_digests(
+    lines: Mapping[str, str],
+    rename: Callable[[str], str | None] = str,
+    repaired: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Dtype, shape and SHA-256 of tensors in files, from their :func:`tensor_lines`, by the names
+    that they have in a cut; of those in ``repaired`` with that SHA-256 instead."""
+    found = {}
+    for name, line in lines.items():
+        if (new := rename(name)) is not None:
+            *kind, digest = line.rstrip("\n").split("\t")[1:]
+            found[new] = "\t".join([*kind, repaired.get(name, digest)])
+    return found
+
+
 def _stored(tensor: Any) -> list[Tensor]:
     """What a tensor consists of: torchao's quantized ones have integers and their scales inside."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -264,42 +325,42 @@ def _weight_check(found: dict[str, str], expected: dict[str, str], repaired: int
     return _check(name, True, equal, limit)
 
 
-def _logit_check(
-    found: Tensor, expected: Tensor, dtype: torch.dtype, device: torch.device
-) -> Check:
+def _logit_check(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> Check:
     name = "logits equal the original with blocks bypassed"
     if found.shape != expected.shape:
         return _check(name, False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
     gap = (found - expected).abs().max().item()
-    if dtype == torch.float32 and device.type == "cpu":
+    if exact:
         limit = 0.0
     else:
         limit = expected.abs().max().item() * (1e-4 if dtype == torch.float32 else 2e-2)
     return _check(name, gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
 
 
-def _generation_check(pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel]) -> Check:
+def _generation_check(
+    pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel], tokens: int
+) -> Check:
     """Greedy tokens with and without the key-value cache must agree; if they do not, but neither
     do the original's, the cut is not to blame."""
-    name, limit = "generation with cache equals without", f"{NEW_TOKENS} equal tokens"
+    name, limit = "generation with cache equals without", f"{tokens} equal tokens"
     try:
-        same = _cache_agrees(pruned, ids)
+        same = _cache_agrees(pruned, ids, tokens)
     except Exception as error:  # any failure of generate() is a failed gate, and is shown
         said = " ".join(str(error).split())[:400]
         return _check(name, False, f"generate() fails: {type(error).__name__}: {said}", limit)
     if same:
-        return _check(name, True, f"{NEW_TOKENS} equal tokens", limit)
-    if not _cache_agrees(reload().model, ids):
+        return _check(name, True, f"{tokens} equal tokens", limit)
+    if not _cache_agrees(reload().model, ids, tokens):
         return _check(name, True, "differs, and so does the original", limit)
     return _check(name, False, "tokens differ", limit)
 
 
-def _cache_agrees(model: Any, ids: Tensor) -> bool:
-    prompt = ids[:, :32].to(next(model.parameters()).device)
+def _cache_agrees(model: Any, ids: Tensor, tokens: int) -> bool:
+    prompt = ids[:, :32].to(_entry(model))
     options: dict[str, Any] = {
         "do_sample": False,
-        "max_new_tokens": NEW_TOKENS,
-        "min_new_tokens": NEW_TOKENS,
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
         "attention_mask": torch.ones_like(prompt),
         "pad_token_id": 0,
     }

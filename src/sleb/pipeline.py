@@ -146,7 +146,7 @@ def prune(
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
     if group().several:
         setting |= {"processes": group().size * group().tp}
-    source = loaded.source
+    source, streamed = loaded.source, loaded.stack.streamed
     del loaded  # its memory is needed for the verification
     gc.collect()
 
@@ -158,6 +158,7 @@ def prune(
                 stage,
                 model=model,
                 plan=plan,
+                stream=True if streamed else None,
                 trust_remote_code=trust,
                 progress=watch,
             ),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from sleb.cli import measure, render
-from sleb.cli.options import Depth, Device, Dtype, Json, Trust
+from sleb.cli.options import Depth, Device, Dtype, Json, Stream, Trust
 from sleb.cli.progress import terminal_progress
 from sleb.cli.render_runtimes import Python, Runtime, RuntimeDtype, asked_runtimes
 from sleb.cli.render_runtimes import runtimes as draw_runtimes
@@ -31,6 +31,7 @@ def verify(
     depth: Depth = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    stream: Stream = False,
     gate: Annotated[
         str | None,
         typer.Option("--gate", metavar="FILE", help="Limits on what OUT/run.json has recorded."),
@@ -65,6 +66,7 @@ def verify(
             depth=depth,
             dtype=dtype,
             device=device,
+            stream=stream or None,
             trust_remote_code=trust_remote_code,
             progress=terminal_progress(),
         )

@@ -120,7 +120,7 @@ def load(
     with progress.stage(f"loading {source.ref}", None):
         computed = pick_dtype(dtype, config, target)
         if stream:
-            options = {"device_map": _streaming(config, target, trust_remote_code)}
+            options = {"device_map": stream_places(config, target, trust_remote_code)}
         elif tp > 1:
             options = tensor_parallel_options(config, tp, target.type, source.ref)
         if options:
@@ -223,7 +223,7 @@ def _given(path: Path, empty: nn.Module, tensors: dict[str, Tensor]) -> dict[str
     return given
 
 
-def _streaming(config: Any, target: torch.device, trust_remote_code: bool) -> dict[str, str]:
+def stream_places(config: Any, target: torch.device, trust_remote_code: bool) -> dict[str, str]:
     """A device map that leaves the blocks on disk and puts all else on ``target``."""
     model = empty_model(config, trust_remote_code=trust_remote_code)
     path, blocks = find_blocks(model)

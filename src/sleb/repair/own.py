@@ -32,9 +32,9 @@ OWN = "the model's own text"
 GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
 SHARE = 3
 """One window in so many is the model's own."""
-PIECE = 256
-"""Tokens that are written in one go. Long windows are put together from several, as windows of the
-user's text are of documents: all begin at once, and there are few steps to wait for."""
+PIECE = 512
+"""Tokens that are written in one go. Longer windows are put together from several, as windows of
+the user's text are of documents: all begin at once, and there are few steps to wait for."""
 CACHE = {"cuda": 2**32, "cpu": 2**30}
 """Bytes of keys and values that are held at most."""
 
