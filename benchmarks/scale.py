@@ -283,25 +283,36 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
 
 
 MEASURED = (
-    # result file, system, batch of the race's looks (0: as races were before they skipped any)
-    ("search-cpu-16x256.json", 4),
-    ("search-cpu-64x256.json", 4),
-    ("search-h100-128x512.json", 0),
-    ("search-h100-128x2048.json", 0),
+    # result file, windows that go through a block at once
+    ("race-cpu-16x256.json", 4),
+    ("race-cpu-64x256.json", 4),
+    ("performance-h200-real.json", 242),
 )
+
+
+def measured(name: str) -> tuple[int, int, int, int, int]:
+    """Of a race in a result: blocks, removed, windows, their length, and block forwards."""
+    report = json.loads((RESULTS / name).read_text())
+    if "sections" in report:
+        row = report["sections"]["real"]["searches"]["racing"]
+        keys = ("blocks", "removed", "windows", "length", "block_forwards")
+        return tuple(row[key] for key in keys)  # type: ignore[return-value]
+    racing = next(s for s in report["systems"] if s["system"] == "racing")
+    what = report["what"]
+    asked = (report["blocks"], what["remove"], what["windows"], what["length"])
+    return (*asked, racing["block_forwards"])
 
 
 def check() -> list[dict[str, Any]]:
     """Block forwards of measured races, against those simulated at the same sizes."""
     rows = []
     for name, batch in MEASURED:
-        report = json.loads((RESULTS / name).read_text())
-        racing = next(s for s in report["systems"] if s["system"] == "racing")
-        windows, length = report["what"]["windows"], report["what"]["length"]
+        if not (RESULTS / name).is_file():
+            continue
+        blocks, remove, windows, length, forwards = measured(name)
         spread = Spread.read(SPREAD, length)
-        blocks, remove = report["blocks"], report["what"]["remove"]
         races = [
-            Simulated(blocks, remove, windows, batch or 1, Losses(spread, blocks, windows, seed=s))
+            Simulated(blocks, remove, windows, batch, Losses(spread, blocks, windows, seed=s))
             for s in range(SEEDS)
         ]
         found = [race.forwards for race in races]
@@ -310,7 +321,7 @@ def check() -> list[dict[str, Any]]:
                 "result": name,
                 "windows": windows,
                 "length": length,
-                "measured": racing["block_forwards"],
+                "measured": forwards,
                 "simulated": round(float(np.mean(found))),
                 "least": min(found),
                 "most": max(found),
