@@ -285,7 +285,6 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
 MEASURED = (
     # result file, windows that go through a block at once
     ("race-cpu-16x256.json", 4),
-    ("race-cpu-64x256.json", 4),
     ("performance-h200-real.json", 242),
 )
 
@@ -307,8 +306,6 @@ def check() -> list[dict[str, Any]]:
     """Block forwards of measured races, against those simulated at the same sizes."""
     rows = []
     for name, batch in MEASURED:
-        if not (RESULTS / name).is_file():
-            continue
         blocks, remove, windows, length, forwards = measured(name)
         spread = Spread.read(SPREAD, length)
         races = [
