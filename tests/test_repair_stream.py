@@ -16,7 +16,7 @@ from conftest import byte_tokenizer
 from sleb.cli.main import main
 from sleb.errors import InputError
 from sleb.metrics import NLL
-from sleb.models.load import _streaming, load_config, strict_model
+from sleb.models.load import load_config, stream_places, strict_model
 from sleb.models.stack import BlockStack
 from sleb.models.weights import Changes
 from sleb.quality import evaluate
@@ -58,7 +58,7 @@ def pair(family, folder, dtype=torch.float32, places=None):
     model, _ = zoo.tiny(family)
     model.save_pretrained(folder)
     config = load_config(folder)
-    streaming = _streaming(config, torch.device("cpu"), False)
+    streaming = stream_places(config, torch.device("cpu"), False)
     where = {k: v for k, v in streaming.items() if places is None or v == "cpu"}
     where |= {k: places(k) for k, v in streaming.items() if places is not None and v == "disk"}
     streamed = BlockStack(strict_model(folder, dtype, False, {"device_map": where}))
@@ -100,7 +100,7 @@ def test_the_tensors_are_those_of_the_model_in_memory(family, tmp_path):
 def test_weights_that_are_computed_with_more_precision_than_stored(tmp_path):
     model, _ = zoo.tiny("llama")
     model.bfloat16().save_pretrained(tmp_path / "m")
-    where = {"device_map": _streaming(load_config(tmp_path / "m"), torch.device("cpu"), False)}
+    where = {"device_map": stream_places(load_config(tmp_path / "m"), torch.device("cpu"), False)}
     stacks = [
         BlockStack(strict_model(tmp_path / "m", torch.float32, False, w)) for w in ({}, where)
     ]
