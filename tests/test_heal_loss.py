@@ -54,7 +54,8 @@ def test_in_pieces_the_loss_and_its_gradients_are_those_of_one_pass(family, posi
     assert len([*halves.pieces(ids, vocabulary)]) == math.ceil(12 / positions)
     end = student.get_output_embeddings().weight  # frozen, if it is not the embedding too
     total = backward(Halves(student), Halves(teacher), ids, 1 / 7)
-    assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5)
+    # what float32 loses where two distributions are nearly equal: one part in a thousand here
+    assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
     for name, parameter in student.named_parameters():
         # a tied head gets a gradient as the embedding and as the head
         assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6), name

@@ -135,9 +135,9 @@ def test_other_families_stream(family, tmp_path):
     """Among them experts, whose weights transformers rearranges on loading."""
     model, _ = tiny(family)
     model.save_pretrained(tmp_path / "m")
-    from sleb.models.load import _streaming, load_config, strict_model
+    from sleb.models.load import load_config, stream_places, strict_model
 
-    places = _streaming(load_config(tmp_path / "m"), torch.device("cpu"), False)
+    places = stream_places(load_config(tmp_path / "m"), torch.device("cpu"), False)
     stack = BlockStack(strict_model(tmp_path / "m", torch.float32, False, {"device_map": places}))
     assert stack.streamed
     tokens = ids(2, 8, vocab=int(model.config.get_text_config().vocab_size))
