@@ -270,7 +270,14 @@ def _stream(sections: Sections) -> Iterator[str]:
         rate = fetched(row, key)
         compute = row["compute"]["walk_seconds"] / row["blocks_on_disk"]
         each = max(row["block_gb"] / rate, compute)
-        rows.append((label, row[key]["seconds"], f"{rate:.2f}", f"{each * 80:.0f} s"))
+        rows.append(
+            (
+                label,
+                row[key]["seconds"],
+                f"{rate:.2f}",
+                f"{each * row['blocks_of_the_shape']:.0f} s",
+            )
+        )
     checked = ""
     if "reads" not in row["from_disk"]:
         checked = (
@@ -278,7 +285,8 @@ def _stream(sections: Sections) -> Iterator[str]:
             "own code. The GB/s count the reading of both. "
         )
     head = ["files", "seconds for these blocks", "GB/s read"]
-    yield table([*head, "a walk of all 80 blocks, extrapolated"], rows)
+    whole = f"a walk of all {row['blocks_of_the_shape']} blocks, extrapolated"
+    yield table([*head, whole], rows)
     yield ""
     yield (
         f"{checked}A walk of all blocks is extrapolated by the slower of reading a block at this "

@@ -148,7 +148,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{what['test_windows']} windows of {texts['test']['length']} for each text."
     )
     if "processes" in report:
-        said += f" {report['processes']} processes shared the device, so times are longer."
+        said += f" {report['processes']} processes ran beside each other, so times are longer."
     parts = [f"## {report['model']}, {report['blocks']} blocks", said, summary(report)]
     parts += ["Perplexity of the dense model, and its multiple after a cut:", by_domain(report)]
     if report["dense"]["tasks"]:

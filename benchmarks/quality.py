@@ -264,7 +264,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         for key in ("systems", "not_begun"):
             first[key] += report[key]
         first["what"]["systems"] += report["what"]["systems"]
-    first["processes"] = len(paths)  # beside each other on one device, so times are longer
+    first["processes"] = len(paths)  # beside each other, so times are longer
     return first  # type: ignore[no-any-return]
 
 

@@ -202,8 +202,8 @@ def test_tables_and_plot_hold_the_figures(result, tmp_path):
         assert f"{report['dense']['perplexity'][name]['value']:.2f}" in text
     assert text.count("greedy, repaired") == 4
     assert "| piqa |" in text
-    assert "3 processes shared the device" in markdown({**report, "processes": 3})
-    assert "shared the device" not in text
+    assert "3 processes ran beside each other" in markdown({**report, "processes": 3})
+    assert "beside each other" not in text
     refused = json.loads(json.dumps(report))
     for system in refused["systems"]:
         for cut in system["sets"]:

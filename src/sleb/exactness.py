@@ -163,7 +163,11 @@ def verify(
             check, tensors = _repair_check(Path(out), repair, renamer(prefix, removed))
             checks.append(check)
         with repaired(stack, tensors, prefix):
-            weights = {} if streams else _digests(original.model, stack.path, removed)
+            if streams:
+                changed = repair.tensors if repair else {}
+                weights = _stored_digests(lines, renamer(prefix, removed), changed)
+            else:
+                weights = _digests(original.model, stack.path, removed)
             reference = _logits(original.model, probe, stack.bypassed(removed))
         del original, stack
         gc.collect()
@@ -186,13 +190,8 @@ def verify(
     blocks = len(BlockStack(pruned))
     left = plan.model.blocks - len(removed)
     checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
-    if streams:
-        kept = renamer(prefix, removed)
-        weights = _stored_digests(lines, kept, repair.tensors if repair else {})
-        stored = _stored_digests(tensor_lines(checkpoint))
-    else:
-        stored = _digests(pruned)
-    checks.append(_weight_check(stored, weights, len(repair.tensors) if repair else 0))
+    stays = _stored_digests(tensor_lines(checkpoint)) if streams else _digests(pruned)
+    checks.append(_weight_check(stays, weights, len(repair.tensors) if repair else 0))
     if blocks == left:
         exact = checked_dtype == torch.float32 and target.type == "cpu" and not streams
         checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, exact))
