@@ -6,6 +6,8 @@ from sleb.plan import (
     Baseline,
     Calibration,
     Curve,
+    Finalist,
+    Finals,
     Fingerprint,
     Plan,
     Point,
@@ -149,4 +151,19 @@ def bare_plan() -> Plan:
         curve=None,
         versions={},
         protected=(),
+    )
+
+
+def run_plan(rounds: tuple[Round, ...], excess: float = 0.2) -> Plan:
+    """A plan for blocks 7 to 9, which won against the greedy ones by ``excess`` nats/token."""
+    best = Finalist(strategy="window", order=(7, 8, 9), increase=0.3, excess=0, excess_se=0)
+    other = Finalist(
+        strategy="greedy", order=(8, 7, 4), increase=0.3 + excess, excess=excess, excess_se=0.01
+    )
+    return plan(
+        order=(7, 8, 9),
+        removed=(7, 8, 9),
+        strategy="window",
+        rounds=rounds,
+        finals=Finals(sets=(best, other), fitted=8192, windows=36, own=12),
     )

@@ -258,3 +258,31 @@ def test_a_document_on_both_sides_is_refused(data, tmp_path):
     (tmp_path / "data/prose/sotu_1961_2026.jsonl").unlink()
     with pytest.raises(InputError, match=r"sotu_1961_2026\.jsonl cannot be read"):
         prepare(tmp_path / "data", tmp_path, 0)
+
+
+def test_the_comparison_is_set_beside_what_was_measured(result, learned, data, tmp_path):
+    report, _ = result
+    (tmp_path / "quality.json").write_text(json.dumps(report))
+    out = tmp_path / "out.json"
+    given = ("--data", data, "--result", tmp_path / "quality.json", "-o", out)
+    sizes = ("--windows", "10", "--length", "32", "--device", "cpu", "--dtype", "float32")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "finals.py", learned / "model", *given, *sizes],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert str(data) not in out.read_text()
+    assert found["judges"] == {"given": 10, "own": 8, "length": 32}
+    sets = {s["system"]: s["sets"] for s in report["systems"]}
+    for i, row in enumerate(found["depths"]):
+        assert row["taken"] == min(row["sets"], key=lambda name: row["sets"][name]["increase"])
+        for name, s in row["sets"].items():
+            assert s["blocks"] == sets[name][i]["blocks"]
+            assert s["measured"]["five"] == sets[name][i]["repaired"]["geo"]["value"]
+            assert s["increase"] == pytest.approx((10 * s["given"] + 8 * s["own"]) / 18)
+    assert [row["removed"] for row in found["depths"]] == [1, 3]
+    assert done.stdout.count("**") == 4

@@ -124,7 +124,7 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
 
     monkeypatch.setattr(own, "_continued", continued)
     first = len(opening_tokens(loaded.tokenizer))
-    assert own._written(loaded, 40, 32 + first, 0, silent).shape == (40, 32 + first)
+    assert own.write(loaded, 40, 32 + first, 0, "", silent).shape == (40, 32 + first)
     assert sizes == [(20, 32), (20, 32)]
 
 
@@ -132,7 +132,7 @@ def test_long_windows_are_of_several_pieces(loaded, monkeypatch):
     monkeypatch.setattr(own, "PIECE", 12)
     opening = opening_tokens(loaded.tokenizer)
     wide = 32 + len(opening)
-    ids = own._written(loaded, 3, wide, 0, silent)
+    ids = own.write(loaded, 3, wide, 0, "", silent)
     assert ids.shape == (3, wide)
     assert all(row[: len(opening)].tolist() == opening for row in ids)
     # 8 pieces, of which the last row needs all: nothing is left of the room

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from report_plan import bare_plan, plan, repaired_plan
+from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_record import complete, gate, repaired, sparse, speed
 from report_tools import page, put, seen
 from sleb.plan import Target
@@ -42,10 +42,16 @@ def test_why_names_what_a_rival_became():
 
 def test_a_run_of_neighbours_and_one_shot_are_told_as_such():
     only = plan().rounds[0]
-    run = plan(order=(7, 8, 9), removed=(7, 8, 9), strategy="window", rounds=(only,))
+    run = run_plan((only,))
     text = seen(complete(removed=(7, 8, 9)), run).text("why")
-    assert "Block 9 left with its neighbours: the run of blocks 7 to 9 ranked 1 of 10;" in text
-    assert "runner-up" not in text
+    assert text.count("the run of blocks 7 to 9 ranked 1 of 10;") == 1
+    assert "The runner-up, the run that begins with block 6, was 0.0120 worse" in text
+    for key, value, said in (
+        ("mean", 2.95, "The run that begins with block 6 was 0.0080 better."),
+        ("windows", 9, "The run that begins with block 6, which was given up early, is estimated"),
+    ):
+        run = put(run, f"rounds.0.scores.{1 if key == 'windows' else 0}.{key}", value)
+        assert said in seen(complete(removed=(7, 8, 9)), run).text("why")
     assert "begins there" in seen(complete(removed=(7, 8, 9)), run).text("rounds")
     shot = plan(
         strategy="one-shot", rounds=(only.choosing(7, 6, 5),), order=(7, 6, 5), removed=(5, 6, 7)
@@ -62,6 +68,17 @@ def test_a_run_of_neighbours_and_one_shot_are_told_as_such():
     )
     assert "found by swapping" in seen(chosen=ordered).text("why")
     assert "found by swapping" not in seen(chosen=plan(strategy="refine")).text("why")
+
+
+def test_what_was_compared_in_the_end_is_told():
+    whole = complete(removed=(7, 8, 9))
+    text = seen(whole, run_plan(plan().rounds[:1])).text("why")
+    assert "the best run of neighbouring blocks, and the blocks that were removed one" in text
+    assert "(blocks 8, 7, 4). On 36 windows, of which the model had written 12 itself" in text
+    assert "0.3000 and 0.5000 nats per token above the original: a difference of more" in text
+    close = seen(whole, run_plan(plan().rounds[:1], excess=0.01)).text("why")
+    assert "0.3000 and 0.3100 nats per token above the original: a difference within noise" in close
+    assert "compared in the end" not in seen().text("why")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 from typer.main import get_command
 
-from report_plan import bare_plan, plan, repaired_plan
+from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_record import complete, gate, repaired, sparse, verification
 from report_tools import html, page, put, seen
 from sleb import exactness
@@ -21,6 +21,7 @@ from sleb.evidence.gate import Gate
 from sleb.metrics import METRICS
 from sleb.plan import SimilarityGate, Target
 from sleb.report.words import LANGUAGES, LINK, Words, bounds
+from sleb.selection.strategies import FINALS
 from sleb.statistics import Interval
 
 EN, JA = (Words(lang) for lang in LANGUAGES)
@@ -97,10 +98,16 @@ def variety():
     yield full, plan(similarity=chosen_by)
     for kind, limit in targets.items():
         yield full, plan(target=Target(kind=kind, limit=limit, reached=limit))
-    yield (
-        complete(removed=(7, 8, 9)),
-        plan(order=(7, 8, 9), removed=(7, 8, 9), strategy="window", rounds=(first,)),
-    )
+    whole = complete(removed=(7, 8, 9))
+    for scores in (
+        first.scores,
+        put(worse, "rounds.0.scores.1.windows", 9).rounds[0].scores,
+        worse.rounds[0].scores,
+        put(chosen, "rounds.0.scores.1.excess_se", 1.0).rounds[0].scores,
+    ):
+        rounds = (put(first, "scores", scores),)
+        yield whole, run_plan(rounds)
+    yield whole, run_plan((first,), excess=0.001)
     ordered = tuple(s for s in first.scores if s.block == 7)
     only = plan(
         order=(7,), removed=(7,), strategy="refine", rounds=(put(first, "scores", ordered),)
@@ -134,7 +141,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
     with patch.object(Words, "raw", raw):
         for record, chosen in variety():
             page(record, chosen)
-    by_name = {"limits", "reasons", "checks", "environment", "metrics", "glossary"}
+    by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
     known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}
     assert known - said == {"format.large"}
 
@@ -143,6 +150,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
 def test_names_of_the_record_have_words(words):
     """What the library can write into a record is told in the reader's language."""
     assert {*METRICS} == {*words.tables["metrics"]}
+    assert {*words.tables["strategies"]} == set(FINALS.split("-or-"))
     checks = Path(exactness.__file__).read_text()
     for name in words.tables["checks"]:
         assert f'"{name}"' in checks

@@ -19,7 +19,7 @@ import sleb
 from conftest import byte_tokenizer, save_tiny, tiny_llama
 from sleb.errors import InputError, ResourceError
 from sleb.evidence import worker
-from sleb.evidence.runtimes import Meter, engine, installed, tokens
+from sleb.evidence.runtimes import engine, installed, tokens
 from sleb.evidence.speed import Case, Speed, bench
 from sleb.evidence.worker import Failed, Worker
 from speed_tools import CPU, PROMPT, WRITE, settings

@@ -23,12 +23,15 @@ from sleb.plan import Plan, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
-from sleb.repair import Repair
+from sleb.repair import Repair, can_repair
 from sleb.repair import repair as fit_repair
+from sleb.repair.choice import fitting
 from sleb.repair.material import TOKENS, repair_windows
 from sleb.repair.own import GIVEN_ALONE, OWN, can_write
+from sleb.selection.goal import Goal
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
+from sleb.selection.strategies import FINALS
 from sleb.surgery import apply, refuse_source
 from sleb.text import Windows, load_windows
 
@@ -115,6 +118,8 @@ def prune(
         seed=options.get("seed", 0),
         heldout=heldout,
     )
+    chosen = _strategy(loaded, goal, scored, aside, repair, options)
+    options = {**options, "strategy": chosen}
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
@@ -200,13 +205,34 @@ def prune(
             finish=finish,
             progress=watch,
         )
-        for suffix in ("", ".repaired"):
+        for suffix in ("", ".repaired", ".judged"):
             Path(f"{journal}{suffix}").unlink(missing_ok=True)
         return TypeAdapter(RunRecord).dump_json(record[0]).decode()
 
     written = group().by_first(write)
     done = record[0] if record else TypeAdapter(RunRecord).validate_json(written)
     return Pruned(path=out, plan=plan, record=done)
+
+
+def _strategy(
+    model: LoadedModel,
+    goal: Goal,
+    scored: Windows,
+    aside: Windows | None,
+    repair: bool | None,
+    options: SearchOptions,
+) -> str | None:
+    """How to look for so many blocks where nothing is asked for: if the cut is to be repaired, by
+    what is lost then."""
+    asked = options.get("strategy")
+    left = options.get("metric", "loss") != "loss" or goal.remove is None or repair is False
+    if asked or left or not can_repair(model):
+        return asked
+    try:
+        fitting(model, options.get("text", ()), scored, aside)
+    except InputError:
+        return None  # and there will be no repair, as its note says
+    return FINALS
 
 
 def _repaired(

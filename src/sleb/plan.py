@@ -21,6 +21,8 @@ __all__ = [
     "Baseline",
     "Calibration",
     "Curve",
+    "Finalist",
+    "Finals",
     "Fingerprint",
     "Plan",
     "Point",
@@ -139,6 +141,31 @@ class Baseline(_Record):
     se: float | None = None
 
 
+class Finalist(_Record):
+    """A set of blocks that a strategy ended with, and what it costs after a quick repair.
+
+    ``increase``: of the mean loss over the dense model's, nats/token; ``excess``: over the best
+    finalist's, with the standard error of that paired difference.
+    """
+
+    strategy: Text
+    order: tuple[BlockId, ...]
+    increase: float
+    excess: float
+    excess_se: float | None = None
+
+
+class Finals(_Record):
+    """Sets that were compared at the end of a search by their loss after a quick repair, best
+    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, of which the model had
+    written ``own`` itself."""
+
+    sets: Annotated[tuple[Finalist, ...], Field(min_length=2)]
+    fitted: Count
+    windows: Count
+    own: Count
+
+
 class SimilarityGate(_Record):
     """The similarity threshold that made some blocks candidates: stage one of the method."""
 
@@ -241,6 +268,7 @@ class Plan(_Record):
     target: Target | None = None
     baseline: Baseline | None = None
     rounds: tuple[Round, ...] = ()
+    finals: Finals | None = None
     similarity: SimilarityGate | None = None
     calibration: Calibration | None = None
     curve: Curve | None = None
@@ -264,6 +292,11 @@ class Plan(_Record):
         if clash := sorted(set(self.removed) & set(self.protected)):
             raise ValueError(f"removes protected blocks {clash}")
         return self
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether rounds scored runs of neighbours, each named by its first block."""
+        return self.strategy.split(",")[0] == "window"
 
     def at_depth(self, depth: int | None) -> tuple[int, ...]:
         """The first ``depth`` removals, sorted; all of them for None.

@@ -157,11 +157,12 @@ def plan(console: Console, p: Any) -> None:
         for block in r.removed:
             own = next(s for s in r.scores if s.block == block)
             last = rival is not None and block == r.removed[-1]
+            more = len(p.order) - 1 if p.of_runs else 0
             table.add_row(
-                f"block {block}",
+                _named(block, more),
                 f"{own.mean:.4f}",
                 "-" if own.se is None else f"{own.se:.4f}",
-                f"{rival[1]:.4f} (block {rival[0].block})" if last else "-",
+                f"{rival[1]:.4f} ({_named(rival[0].block, more)})" if last else "-",
                 "within noise" if last and rival[2] else "",
             )
     console.print(table)
@@ -169,10 +170,29 @@ def plan(console: Console, p: Any) -> None:
     console.print(
         f"{p.metric} in {p.unit}{dense}; removed {_blocks(p.removed)} of {p.model.blocks} blocks"
     )
+    if p.finals:
+        console.print(_finals(p.finals))
     c = p.calibration
     if c:
         console.print(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}")
     curve(console, p)
+
+
+def _named(block: int, more: int) -> str:
+    """A block, or the run that begins with it."""
+    return f"blocks {block} to {block + more}" if more else f"block {block}"
+
+
+def _finals(f: Any) -> str:
+    """Which sets were compared in the end."""
+    tried = "; ".join(f"{s.strategy} {_blocks(s.order)} costs {s.increase:.4f}" for s in f.sets)
+    other = f.sets[1]
+    doubt = "" if other.excess_se is None else f" ± {other.excess_se:.4f}"
+    own = f", {f.own} of them the model's own text" if f.own else ""
+    return (
+        f"each repaired quickly: {tried} nats/token, {other.excess:.4f}{doubt} more, "
+        f"on {f.windows} windows{own}"
+    )
 
 
 def curve(console: Console, p: Any) -> None:

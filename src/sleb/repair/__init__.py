@@ -36,7 +36,7 @@ from sleb.selection.sweep import Sweep
 from sleb.statistics import Values
 from sleb.text import Windows
 
-__all__ = ["RIDGES", "Repair", "repair", "repaired", "stored_repair"]
+__all__ = ["RIDGES", "Repair", "can_repair", "repair", "repaired", "stored_repair"]
 
 RIDGES = (0.1, 1.0, 10.0)
 """Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
@@ -146,6 +146,14 @@ def repair(
         gaps=tuple(found), reach=reach, calibration=windows.record, heldout=heldout.record
     )
     return Repair(record=record, tensors=tensors, prefix=stored.prefix)
+
+
+def can_repair(model: LoadedModel) -> bool:
+    """Whether there is a block with a matrix that can be re-fitted."""
+    if quant_method(Checkpoint.open(model.source.path).config):
+        return False
+    stack = model.stack
+    return any(find_branches(stack, block).fitted for block in range(len(stack)))
 
 
 def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair | None:

@@ -26,7 +26,7 @@ from sleb.text import Windows
 from sleb.text.tokens import opening_tokens
 from sleb.text.windows import recount
 
-__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "with_own"]
+__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "with_own", "write"]
 
 OWN = "the model's own text"
 GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
@@ -59,7 +59,8 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
     n = len(windows.ids) // (SHARE - 1)
     if not n:
         return windows
-    ids = _written(model, n, windows.record.length, windows.record.seed, progress)
+    record = windows.record
+    ids = write(model, n, record.length, record.seed, "writing text to fit on", progress)
     source = SourceRecord(
         spec=OWN,
         sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
@@ -67,7 +68,7 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
         tokens=ids.numel(),
         windows=n,
     )
-    record = windows.record.model_copy(update={"sources": (*windows.record.sources, source)})
+    record = record.model_copy(update={"sources": (*record.sources, source)})
     every, sources = torch.cat((windows.ids, ids)), windows.source + (len(windows.names),) * n
     return replace(
         windows,
@@ -79,7 +80,9 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
 
 
 @torch.inference_mode()
-def _written(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
+def write(
+    model: LoadedModel, n: int, length: int, seed: int, title: str, progress: Progress
+) -> Tensor:
     """Samples at temperature 1, [n, length] on the CPU, each with what the tokenizer puts before a
     text. Every other piece begins with a random word, as those that begin alike are of few
     kinds."""
@@ -89,7 +92,7 @@ def _written(model: LoadedModel, n: int, length: int, seed: int, progress: Progr
     piece = min(room, PIECE)
     pieces = -(-n * room // piece)
     devices = [device] if device.type == "cuda" else []
-    with progress.stage("writing text to fit on", pieces) as tick, torch.random.fork_rng(devices):
+    with progress.stage(title, pieces) as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts, starts = [], _starts(model, opening, pieces, seed)
         for prompts in torch.split(starts.to(device), _at_once(model.stack, piece)):

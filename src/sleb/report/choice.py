@@ -59,7 +59,10 @@ def _map(m: Material) -> BlockMap:
 
 def _reasons(m: Material) -> list[Item]:
     say, plan = m.say, m.plan
-    listed = Listing(lines=tuple(_why(m, block) for block in plan.order), numbered=True)
+    if plan.of_runs:
+        listed = Listing(lines=(_score(m, plan.order[0]),))
+    else:
+        listed = Listing(lines=tuple(_why(m, block) for block in plan.order), numbered=True)
     if not any(r.scores for r in plan.rounds):
         return [listed]
     known = plan.metric in say.tables["metrics"]
@@ -68,7 +71,30 @@ def _reasons(m: Material) -> list[Item]:
     ordered = {s.block for s in plan.rounds[0].scores} == set(plan.order)
     if ordered and plan.strategy.split(",")[0] == "refine":
         return [Text(text=about), Text(text=say("why.refined")), listed]
-    return [Text(text=about), listed]
+    return [Text(text=about), *_finals(m), listed]
+
+
+def _finals(m: Material) -> list[Text]:
+    """What other set was there in the end, and why it was not taken."""
+    say, finals = m.say, m.plan.finals
+    if finals is None:
+        return []
+    best, other = finals.sets[:2]
+    noise = other.excess_se is None or other.excess < 2 * other.excess_se
+    return [
+        Text(
+            text=say(
+                "why.finals_noise" if noise else "why.finals",
+                best=say.named("strategies", best.strategy),
+                other=say.named("strategies", other.strategy),
+                blocks=say.join(other.order),
+                increase=say.nats(best.increase),
+                instead=say.nats(other.increase),
+                windows=finals.windows,
+                own=finals.own,
+            )
+        )
+    ]
 
 
 def _why(m: Material, block: int) -> Markup:
@@ -82,18 +108,16 @@ def _why(m: Material, block: int) -> Markup:
 
 def _score(m: Material, block: int) -> Markup:
     say, plan = m.say, m.plan
-    named = plan.order[0] if _runs(plan) else block  # a run's score is in the name of its first
-    at = _round(plan, named)
+    at = _round(plan, block)
     found = plan.rounds[at] if at is not None else None
-    own = next((s for s in found.scores if s.block == named), None) if found else None
+    own = next((s for s in found.scores if s.block == block), None) if found else None
     if at is None or found is None or own is None:
         return say("why.unscored", block=block)
     ranked = sorted(found.scores, key=lambda s: s.mean)
     said = say(
-        "why.window" if _runs(plan) else "why.scored",
+        "why.window" if plan.of_runs else "why.scored",
         block=block,
-        first=named,
-        last=named + len(plan.order) - 1,
+        last=block + len(plan.order) - 1,
         round=at + 1,
         rank=ranked.index(own) + 1,
         candidates=len(ranked),
@@ -101,12 +125,7 @@ def _score(m: Material, block: int) -> Markup:
     )
     if plan.baseline is not None:
         said += say("why.above", above=say.signed(own.mean - plan.baseline.mean, 4))
-    return said if _runs(plan) else said + _rivalry(m, found, block)
-
-
-def _runs(plan: Plan) -> bool:
-    """Whether the plan's strategy scored runs of neighbours instead of single blocks."""
-    return plan.strategy.split(",")[0] == "window"
+    return said + _rivalry(m, found, block)
 
 
 def _round(plan: Plan, block: int) -> int | None:
@@ -125,6 +144,8 @@ def _rivalry(m: Material, found: Round, block: int) -> Markup:
         key = "noise" if noise else "clear"
     else:  # only an estimate can be better than what a round chose by itself
         key = "estimated" if _raced_out(score, last.windows or 0) else "overruled"
+    if m.plan.of_runs:
+        return m.say(f"why.run_{key}", rival=score.block, margin=m.say.nats(abs(margin)))
     said = m.say(f"why.{key}", rival=score.block, margin=m.say.nats(abs(margin)))
     later = _round(m.plan, score.block)
     return said if later is None else said + m.say("why.later", rival=score.block, round=later + 1)
@@ -146,7 +167,7 @@ def _rounds(m: Material) -> list[Item]:
                 dots.append((i, s.block))
         values.append(tuple(row))
         crosses += [(i, b) for b in r.removed if isfinite(row[b])]
-    notes = say("rounds.window") if _runs(plan) else Markup()
+    notes = say("rounds.window") if plan.of_runs else Markup()
     if dots:
         notes += say("rounds.raced", count=len(dots))
     chart = Heat(

@@ -35,7 +35,9 @@ class Objective:
     called on at most ``step(len(sets))`` windows at a time, and each result is journaled before it
     is used. Fewer windows at once than ``fill(len(sets))`` take as long. ``deal`` is handed all
     calls of a step and gives each with its scores; by default they are made one after the other.
-    ``enough(order)`` tells a strategy that a target is reached by removing ``order``.
+    ``enough(order)`` tells a strategy that a target is reached by removing ``order``. ``judge``
+    scores sets by what is wanted in the end, where that is too dear for every candidate; by default
+    it is the objective itself.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Objective:
         note: Callable[[str], None] | None = None,
         enough: Callable[[Sequence[int]], bool] | None = None,
         exact: bool = True,
+        judge: Objective | None = None,
     ) -> None:
         self.n_windows = n_windows
+        self.judge = judge or self
         self.exact = exact
         self._deal = deal or (lambda calls: ((call, score(*call)) for call in calls))
         self._step = step or (lambda sets: n_windows)

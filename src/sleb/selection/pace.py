@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sleb.progress import Tick
 from sleb.selection.objective import BlockSet
-from sleb.selection.strategies import BEAM
+from sleb.selection.strategies import BEAM, FINALS
 from sleb.selection.sweep import block_forwards
 
 __all__ = ["Pace", "rounds_of_work"]
@@ -44,6 +44,11 @@ class Pace:
             self._turn, self._spent = self._turn + 1, 0
             self._move(sum(self._rounds[: self._turn]))
 
+    def last_round(self) -> None:
+        """The last round begins, in which nothing races."""
+        self._turn, self._spent, self._share = len(self._rounds) - 1, 0, 1.0
+        self._move(sum(self._rounds[:-1]))
+
     def _move(self, place: int) -> None:
         self._tick(max(0, place - self._place), note=self._note)
         self._place = max(self._place, place)
@@ -64,6 +69,8 @@ def rounds_of_work(
     if strategy in ("one-shot", "window"):
         return [work(0)]
     rounds = [work(done) for done in range(n)]
+    if strategy == FINALS:
+        return [*rounds, work(0)]
     if strategy == "beam":
         return [rounds[0], *(BEAM * w for w in rounds[1:])]
     return [*rounds, n * rounds[-1]] if strategy == "refine" else rounds

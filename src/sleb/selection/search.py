@@ -7,12 +7,13 @@ import hashlib
 import json
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from sleb.checkpoint import Checkpoint, fingerprint
 from sleb.errors import InputError
@@ -28,18 +29,22 @@ from sleb.plan import (
     blocks_to_remove,
 )
 from sleb.progress import Progress, Tick, silent
+from sleb.selection.books import Books
 from sleb.selection.dealing import deal
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.objective import Journal, Objective, Replay
+from sleb.selection.objective import Objective
 from sleb.selection.pace import Pace, rounds_of_work
 from sleb.selection.racing import baseline, rank
 from sleb.selection.request import above, candidates_for, check_choice, check_request
-from sleb.selection.strategies import STRATEGIES, Found
+from sleb.selection.strategies import FINALS, STRATEGIES, Found
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Aim, Costs, Heldout
 from sleb.selection.tuning import running, tune
 from sleb.similarity import measure_similarity
 from sleb.text import Windows, load_windows
+
+if TYPE_CHECKING:
+    from sleb.repair.choice import Repairs
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
 
@@ -94,8 +99,8 @@ def search(
         curve: measure every depth on held-out windows, for the plan's ``curve``.
         metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine``,
             ``kl`` or ``repaired-loss``; see ``sleb.metrics``.
-        strategy: ``greedy``, ``one-shot``, ``window``, ``beam`` or ``refine``; by default the
-            metric's own. See ``sleb.selection.strategies``.
+        strategy: ``greedy``, ``one-shot``, ``window``, ``beam``, ``refine`` or
+            ``greedy-or-window``; by default the metric's own. See ``sleb.selection.strategies``.
         exact: score every candidate on every window, as published. Otherwise candidates race: one
             that is clearly worse on part of the windows is not scored on the rest.
         text: calibration texts; none is the embedded default. See ``sleb.text``.
@@ -188,6 +193,7 @@ def search(
     if aside is not None and measures_aside:
         evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
     aim = Aim(goal, costs, candidates, evidence)
+    finals = None
     with running(setting):
         if chosen.token is None:
             assert similarity is not None
@@ -198,11 +204,17 @@ def search(
             key = _key(identity, windows.record, metric, how, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = sweeping(ids, chosen.token, keep=exact)
-            books = _Books(journal, key, keep=keep_journal)
-            fitted = None
-            if chosen.repaired:
-                fitted = _fitted(model, text, windows, aside)
-            found = _find(sweep, named, candidates, aim, books, progress, exact, fitted)
+            books = Books(journal, key, keep=keep_journal)
+            repairs = None
+            if chosen.repaired or named == FINALS:
+                from sleb.repair.choice import Repairs
+
+                repairs = Repairs.of(model, text, windows, aside, progress, finals=named == FINALS)
+            search = _Search(sweep, named, candidates, aim, exact, chosen.repaired, repairs)
+            found = search.run(books, progress)
+            if repairs and found.finalists:
+                named = found.finalists[0].strategy
+                finals = repairs.record(found.finalists)
         order, target = aim.settle(found.order)
         tested = found.order if curve else found.order[: len(order) + 1]
         points = evidence.curve(tested, progress) if evidence else None
@@ -218,6 +230,7 @@ def search(
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
         rounds=_rounds(found, order),
+        finals=finals,
         similarity=gate,
         calibration=windows.record,
         curve=points,
@@ -225,112 +238,92 @@ def search(
     )
 
 
-def _find(
-    sweep: Sweep,
-    strategy: str,
-    candidates: Sequence[int],
-    aim: Aim,
-    books: _Books,
-    progress: Progress,
-    exact: bool,
-    fitted: Tensor | None,
-) -> Found:
-    """Run a strategy over a sweep, with one progress bar. ``fitted``: windows [N, T] for the repair
-    after which sets are to be scored."""
-    windows = len(sweep.ids)
-    work = rounds_of_work(strategy, candidates, aim.most, len(sweep.stack), windows)
-    known = aim.known and fitted is None  # how long fits take is not
-    with books, progress.stage("searching", sum(work) if known else None) as tick:
-        pace = Pace(tick, work, racing=not exact)
-        sweep.on_work(pace.work)
+@dataclass(frozen=True)
+class _Search:
+    """A strategy over a sweep. ``repairs``: what is needed to score sets after a repair, which is
+    done for every candidate if ``repaired``, else for those that the strategy ends with."""
 
-        def enough(order: Sequence[int]) -> bool:
-            pace.next_round()
-            return aim.enough(order)
+    sweep: Sweep
+    strategy: str
+    candidates: Sequence[int]
+    aim: Aim
+    exact: bool
+    repaired: bool
+    repairs: Repairs | None
 
-        objective = Objective(
-            sweep.values,
-            windows,
-            step=sweep.step,
-            fill=sweep.fill,
-            deal=functools.partial(deal, sweep),
-            journal=books.open(""),
-            note=lambda text: pace.note(sweep.stack.reader.noted(text)),
-            enough=enough,
-            exact=exact,
-        )
-        if fitted is not None:
-            from sleb.repair.choice import RepairedObjective, RepairedScores
+    def run(self, books: Books, progress: Progress) -> Found:
+        """Find blocks, with one progress bar."""
+        sweep, aim = self.sweep, self.aim
+        blocks, windows = len(sweep.stack), len(sweep.ids)
+        work = rounds_of_work(self.strategy, self.candidates, aim.most, blocks, windows)
+        if self.strategy == FINALS:
+            assert self.repairs is not None
+            work.append(self.repairs.work(blocks))
+        known = aim.known and not self.repaired  # how long fits of all candidates take is not
+        with books, progress.stage("searching", sum(work) if known else None) as tick:
+            pace = Pace(tick, work, racing=not self.exact)
+            sweep.on_work(pace.work)
 
-            # of its own: what the other one keeps from round to round is of unrepaired blocks
-            other = Sweep(sweep.stack, sweep.ids, sweep.metric, batch=sweep.batch)
-            other.on_work(pace.work)
-            objective = RepairedObjective(
-                objective,
-                RepairedScores(other, fitted),
-                journal=books.open(".repaired"),
-                note=pace.note,
+            def enough(order: Sequence[int]) -> bool:
+                pace.next_round()
+                return aim.enough(order)
+
+            objective = Objective(
+                sweep.values,
+                windows,
+                step=sweep.step,
+                fill=sweep.fill,
+                deal=functools.partial(deal, sweep),
+                journal=books.open(""),
+                note=lambda text: pace.note(sweep.stack.reader.noted(text)),
                 enough=enough,
+                exact=self.exact,
             )
-        return STRATEGIES[strategy](objective, candidates, aim.most)
+            if self.repaired:
+                objective = self._repaired(objective, books, pace, enough)
+            if self.strategy == FINALS:
+                objective.judge = self._judge(books, pace)
+            return STRATEGIES[self.strategy](objective, self.candidates, aim.most)
 
+    def _repaired(
+        self,
+        plain: Objective,
+        books: Books,
+        pace: Pace,
+        enough: Callable[[Sequence[int]], bool],
+    ) -> Objective:
+        from sleb.repair.choice import RepairedObjective, RepairedScores
 
-class _Books:
-    """The journals of a search: the file ``path`` and what stands beside it. When the search is
-    done they go, unless ``keep``."""
-
-    def __init__(self, path: str | Path | None, key: str, *, keep: bool) -> None:
-        self.path, self.key, self.keep = path, key, keep
-        self._open: list[Journal] = []
-
-    def open(self, suffix: str) -> Journal | Replay | None:
-        """A journal for one kind of scores; None if none is wanted. It is the first rank's, and the
-        others learn what stands in it."""
-        if self.path is None:
-            return None
-        path = Path(f"{self.path}{suffix}")
-
-        def read() -> str:
-            self._open.append(Journal(path, self.key + suffix))
-            return json.dumps(self._open[-1].lines)
-
-        if not group().several:
-            read()
-            return self._open[-1]
-        lines = group().by_first(read)
-        return self._open[-1] if group().first else Replay(json.loads(lines))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        for book in self._open:
-            book.close(done=not failed and not self.keep)
-
-
-def _fitted(
-    model: LoadedModel, text: Sequence[str], scored: Windows, aside: Windows | None
-) -> Tensor:
-    """Windows [N, T] that candidates' repairs are fitted on: none that scores them."""
-    from sleb.repair.choice import SEARCH_TOKENS
-    from sleb.repair.material import repair_windows
-
-    length, n = scored.record.length, len(scored.ids)
-    fitted, _ = repair_windows(
-        model.tokenizer,
-        text,
-        scored=scored,
-        aside=aside,
-        tokens=SEARCH_TOKENS + n * length,
-        own=False,
-        length=length,
-        seed=scored.record.seed,
-    )
-    if len(fitted.ids) == n:
-        raise InputError(
-            "no text is left over to fit repairs on: give more --text, or fewer --windows"
+        assert self.repairs is not None
+        # of its own: what the other one keeps from round to round is of unrepaired blocks
+        stack = self.repairs.stack
+        other = Sweep(stack, self.sweep.ids, self.sweep.metric, batch=self.sweep.batch)
+        other.on_work(pace.work)
+        return RepairedObjective(
+            plain,
+            RepairedScores(other, self.repairs.fitted),
+            journal=books.open(".repaired"),
+            note=pace.note,
+            enough=enough,
         )
-    return fitted.ids[n:]
+
+    def _judge(self, books: Books, pace: Pace) -> Objective:
+        """Scores what a strategy ends with: the loss after a repair, on the given text and the
+        model's own."""
+        from sleb.repair.choice import RepairedScores
+
+        assert self.repairs is not None
+
+        def note(text: str) -> None:
+            pace.last_round()
+            pace.note(text)
+
+        ids = self.repairs.judging
+        other = Sweep(self.repairs.stack, ids, NLL, batch=self.sweep.batch)
+        other.on_work(pace.work)
+        scores = RepairedScores(other, self.repairs.fitted, pace.work)
+        book = books.open(".judged", about=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+        return Objective(scores.values, len(ids), journal=book, note=note)
 
 
 def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
@@ -342,8 +335,9 @@ def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
 
 def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
     """The rounds behind ``order``, which may be shorter than what was found."""
-    if len(found.rounds) == 1:  # all were chosen at once
-        return (found.rounds[0].choosing(*order),)
+    if len(found.rounds) == 1:
+        only = found.rounds[0]  # all were chosen at once, or a run by the name of its first block
+        return (only.choosing(*order) if set(only.removed) == set(found.order) else only,)
     return found.rounds[: len(order)]
 
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from sleb.errors import InputError
-from sleb.plan import Round
+from sleb.plan import Finalist, Round
 from sleb.registry import Registry
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import leaders, rank
+from sleb.statistics import standard_error
 
-__all__ = ["BEAM", "STRATEGIES", "Found", "Strategy"]
+__all__ = ["BEAM", "FINALS", "STRATEGIES", "Found", "Strategy"]
 
 BEAM = 4
+FINALS = "greedy-or-window"
+"""The strategy that asks the objective's judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A strategy's result: blocks in order of removal, the rounds that justify it, and the dense
-    model's score per window [windows]."""
+    model's score per window [windows]. Where it has compared what others found, ``finalists`` are
+    these, best first, and the rest is the best one's."""
 
     order: tuple[int, ...]
     rounds: tuple[Round, ...]
     dense: Values
+    finalists: tuple[Finalist, ...] = ()
 
 
 Strategy = Callable[[Objective, Sequence[int], int], Found]
@@ -73,7 +78,7 @@ def one_shot(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 def window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     """The best run of n neighbouring blocks; such cuts are the easiest to repair (Gromov et al.,
     2403.17887). The recorded round names each run by its first block."""
-    runs = [run for run in zip(*(candidates[i:] for i in range(n)), strict=False) if _adjacent(run)]
+    runs = _runs(candidates, n)
     if not runs:
         raise InputError(f"no {n} neighbouring blocks are all candidates; protect fewer")
     values = objective.best([BlockSet(run) for run in runs], note=f"{len(runs)} runs of {n}")
@@ -134,6 +139,36 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> Found:
     return greedy(objective, sorted(chosen), n)
 
 
+@STRATEGIES.register(FINALS)
+def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+    """What greedy finds, or the best run of as many neighbours: the one that loses less by the
+    objective's judge, which with this strategy is the loss after a repair."""
+    found = {"greedy": greedy(objective, candidates, n)}
+    size = len(found["greedy"].order)
+    if _runs(candidates, size):
+        found["window"] = window(objective, candidates, size)
+    sets = [BlockSet(f.order) for f in found.values()]
+    if len(set(sets)) == 1:
+        return found["greedy"]
+    dense, *values = objective.judge.scores([DENSE, *sets], "greedy or window, each repaired")
+    best = leaders(np.array(values))
+    excess = [values[i] - values[best[0]] for i in best]
+    names = [[*found][i] for i in best]
+    return replace(
+        found[names[0]],
+        finalists=tuple(
+            Finalist(
+                strategy=name,
+                order=found[name].order,
+                increase=round(float((values[i] - dense).mean()), 6),
+                excess=round(float(above.mean()), 6),
+                excess_se=standard_error(above),
+            )
+            for name, i, above in zip(names, best, excess, strict=True)
+        ),
+    )
+
+
 def _settled(
     objective: Objective,
     order: Sequence[int],
@@ -149,8 +184,10 @@ def _settled(
     return Found(order=tuple(order), rounds=rounds, dense=dense)
 
 
-def _adjacent(run: Sequence[int]) -> bool:
-    return all(b == a + 1 for a, b in pairwise(run))
+def _runs(candidates: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """The runs of n neighbouring blocks."""
+    runs = zip(*(candidates[i:] for i in range(n)), strict=False)
+    return [run for run in runs if all(b == a + 1 for a, b in pairwise(run))]
 
 
 def _children(path: tuple[int, ...], sets: Sequence[BlockSet], values: Values) -> Round:

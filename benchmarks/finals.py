@@ -1,0 +1,139 @@
+"""Whether the quick comparison at the end of a search takes the better of two sets of blocks.
+
+    python benchmarks/finals.py MODEL --data FOLDER --result quality.json -o out.json
+
+quality.json is a result of quality.py for the same model. Its greedy and window sets of each depth
+are compared as `--strategy greedy-or-window` does it, and beside that stands what quality.py has
+measured after a full repair, on the texts given, on others, and of answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import measure, setting
+from texts import prepare
+
+import sleb
+from sleb.errors import SlebError
+from sleb.files import write_text
+from sleb.metrics import NLL
+from sleb.progress import silent
+from sleb.repair.choice import RepairedScores, Repairs
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.sweep import Sweep
+from sleb.statistics import standard_error
+
+
+def compared(options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison at every depth, in nats/token over the dense model, and what is known."""
+    known = json.loads(options.result.read_text(encoding="utf-8"))
+    systems = {s["system"]: s["sets"] for s in known["systems"]}
+    names = options.systems.split(",")
+    model = sleb.load(options.model, dtype=options.dtype, device=options.device)
+    device = model.stack.input_device
+    with tempfile.TemporaryDirectory() as folder:
+        mix = [*prepare(options.data, Path(folder) / "texts", options.seed).calibration.values()]
+        scored, _ = sleb.load_windows(
+            model.tokenizer, mix, windows=options.windows, length=options.length, seed=options.seed
+        )
+        work = functools.partial(Repairs.of, model, mix, scored, None, silent, finals=True)
+        repairs, writing, _ = measure(device, work)
+    n = len(repairs.judging)
+    sweep = Sweep(model.stack, repairs.judging, NLL, batch=options.batch)
+    scores = RepairedScores(sweep, repairs.fitted)
+    dense = scores.values([DENSE], 0, n)[0]
+    rows = []
+    for found in zip(*(systems[name] for name in names), strict=True):
+        above = {}
+        sets = {}
+        for name, measured in zip(names, found, strict=True):
+            work = functools.partial(scores.values, [BlockSet(measured["blocks"])], 0, n)
+            losses, seconds, _ = measure(device, work)
+            above[name] = losses[0] - dense
+            sets[name] = {
+                "blocks": measured["blocks"],
+                "increase": float(above[name].mean()),
+                "given": float(above[name][: repairs.given].mean()),
+                "own": float(above[name][repairs.given :].mean()),
+                "seconds": seconds,
+                "measured": {
+                    "five": measured["repaired"]["geo"]["value"],
+                    "unseen": measured["repaired"]["unseen_geo"]["value"],
+                    "tasks": (measured["repaired"]["tasks"] or {}).get("mean"),
+                },
+            }
+        taken = min(names, key=lambda name: sets[name]["increase"])
+        for name in names:
+            excess = above[name] - above[taken]
+            sets[name]["excess"] = [float(excess.mean()), standard_error(excess)]
+        rows.append({"removed": found[0]["removed"], "taken": taken, "sets": sets})
+        print(json.dumps(rows[-1]), flush=True)
+    return {
+        "model": Path(options.model).name,
+        "result": options.result.name,
+        "seed": options.seed,
+        "setting": setting(device, model.stack.dtype),
+        "fitted_tokens": repairs.fitted.numel(),
+        "judges": {"given": repairs.given, "own": n - repairs.given, "length": options.length},
+        "writing_seconds": writing,
+        "depths": rows,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    judged = "given text | own text | all"
+    lines = [
+        f"| removed | blocks of | {judged} | five domains | unseen | accuracy |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in found["depths"]:
+        for name, s in row["sets"].items():
+            mark = "**" if name == row["taken"] else ""
+            tasks = s["measured"]["tasks"]
+            figures = [f"{s[key]:.3f}" for key in ("given", "own", "increase")]
+            figures += [f"{s['measured'][key]:.2f}" for key in ("five", "unseen")]
+            figures.append("" if tasks is None else f"{100 * tasks:.1f}")
+            lines.append(f"| {row['removed']} | {mark}{name}{mark} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--render", type=Path, help="print the table of a result")
+    parser.add_argument("--data", type=Path, help="folder of texts")
+    parser.add_argument("--result", type=Path, help="what quality.py has written")
+    parser.add_argument("--systems", default="greedy,window")
+    parser.add_argument("--windows", type=int, default=40, help="of given text that judge")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-o", "--out", type=Path)
+    options = parser.parse_args()
+    if options.render:
+        print(table(json.loads(options.render.read_text(encoding="utf-8"))))
+        return 0
+    if not (options.model and options.data and options.result and options.out):
+        parser.error("MODEL, --data, --result and --out are needed, or --render")
+    try:
+        found = compared(options)
+        write_text(options.out, json.dumps(found, indent=1) + "\n")
+    except SlebError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

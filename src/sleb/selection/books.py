@@ -1,0 +1,44 @@
+"""The files that let a killed search go on, and who writes them in a job of several ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sleb.parallel import group
+from sleb.selection.objective import Journal, Replay
+
+__all__ = ["Books"]
+
+
+class Books:
+    """The journals of a search: the file ``path`` and what stands beside it. When the search is
+    done they go, unless ``keep``."""
+
+    def __init__(self, path: str | Path | None, key: str, *, keep: bool) -> None:
+        self.path, self.key, self.keep = path, key, keep
+        self._open: list[Journal] = []
+
+    def open(self, suffix: str, about: str = "") -> Journal | Replay | None:
+        """A journal for one kind of scores, which also depend on what ``about`` says; None if none
+        is wanted. It is the first rank's, and the others learn what stands in it."""
+        if self.path is None:
+            return None
+        path = Path(f"{self.path}{suffix}")
+
+        def read() -> str:
+            self._open.append(Journal(path, self.key + suffix + about))
+            return json.dumps(self._open[-1].lines)
+
+        if not group().several:
+            read()
+            return self._open[-1]
+        lines = group().by_first(read)
+        return self._open[-1] if group().first else Replay(json.loads(lines))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        for book in self._open:
+            book.close(done=not failed and not self.keep)

@@ -1,0 +1,255 @@
+"""Greedy's blocks or a run of neighbours: by what is lost after a repair, and on whose text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sleb
+from conftest import byte_tokenizer
+from report_plan import plan as plan_of_report
+from report_plan import run_plan
+from sleb.cli import render
+from sleb.errors import InputError
+from sleb.metrics import NLL
+from sleb.pipeline import prune
+from sleb.plan import Plan
+from sleb.progress import silent
+from sleb.repair import choice, own
+from sleb.repair.choice import RepairedScores, Repairs, fitting
+from sleb.repair.fit import Fitter, gaps
+from sleb.selection.objective import BlockSet, Objective
+from sleb.selection.strategies import FINALS, STRATEGIES
+from sleb.selection.sweep import Sweep
+from test_search import toy
+from zoo import tiny
+
+CPU = {"dtype": "float32", "device": "cpu"}
+SMALL = {"windows": 6, "length": 32, "exact": True, "batch": 6}
+APART = {"remove": 2, "protect": "0,3,-1"}  # 1, 2 and 4 may go: greedy takes 4, a run cannot
+
+# -- the strategy, on toys -----------------------------------------------------------------------
+
+WEIGHTS = [9, 1, 8, 2, 3, 9]  # greedy takes 1 and 3, the best run is 3 and 4
+
+
+def either(judge, candidates=range(6), n=2):
+    objective = Objective(toy(WEIGHTS), 4)
+    objective.judge = Objective(judge, 3)
+    return STRATEGIES[FINALS](objective, candidates, n)
+
+
+def test_the_judge_decides_and_the_rounds_are_the_winners():
+    run = either(toy(WEIGHTS, {(3, 4): -4}))
+    assert run.order == (3, 4)
+    assert [s.block for s in run.rounds[0].scores][:1] == [3]
+    assert [(f.strategy, f.order, f.increase, f.excess) for f in run.finalists] == [
+        ("window", (3, 4), 1, 0),
+        ("greedy", (1, 3), 3, 2),
+    ]
+    assert run.finalists[1].excess_se == pytest.approx(0)
+    single = either(toy(WEIGHTS))
+    assert single.order == (1, 3)
+    assert [r.removed for r in single.rounds] == [(1,), (3,)]
+    assert [f.strategy for f in single.finalists] == ["greedy", "window"]
+
+
+def test_without_a_judge_it_is_the_objective():
+    found = STRATEGIES[FINALS](Objective(toy(WEIGHTS, {(3, 4): -4}), 4), range(6), 2)
+    assert found.order == (3, 4)
+
+
+def test_nothing_is_compared_where_there_is_one_set():
+    def never(sets, start, stop):
+        raise AssertionError
+
+    assert either(never, [1, 3, 5]).order == (1, 3)  # no two are neighbours
+    same = either(never, range(6), 1)
+    assert same.order == (1,)
+    assert same.finalists == ()
+
+
+def test_a_run_is_as_long_as_greedy_went():
+    objective = Objective(toy(WEIGHTS), 4, enough=lambda order: len(order) == 2)
+    found = STRATEGIES[FINALS](objective, range(6), 4)
+    assert [len(f.order) for f in found.finalists] == [2, 2]
+
+
+# -- a search ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(learned):
+    return sleb.load(learned / "model", **CPU)
+
+
+def find(loaded, learned, **options):
+    text = [str(learned / "text.txt")]
+    return sleb.search(loaded, strategy=FINALS, **{**SMALL, **APART, "text": text, **options})
+
+
+@pytest.fixture(scope="module")
+def plan(loaded, learned):
+    return find(loaded, learned)
+
+
+def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
+    text = [str(learned / "text.txt")]
+    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
+    fitted = fitting(loaded, text, scored, None, choice.FINAL_TOKENS)
+    written = own.write(loaded, 8, 32, 1, "", silent)
+    judges = torch.cat((scored.ids, written))
+    sweep = Sweep(loaded.stack, judges, NLL, batch=6)
+    dense = sweep.values([BlockSet()], 0, 14)[0].mean()
+    by_hand = {}
+    for final in plan.finals.sets:
+        fitter = Fitter(loaded.stack, final.order, fitted, 6)
+        for gap in gaps(final.order, 6):
+            fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
+        by_hand[final.strategy] = sweep.values([BlockSet(final.order)], 0, 14)[0].mean() - dense
+        fitter.restore()
+    found = {final.strategy: final.increase for final in plan.finals.sets}
+    assert found == pytest.approx(by_hand, abs=1e-5)
+    assert set(found) == {"greedy", "window"}
+    winner = min(by_hand, key=by_hand.get)
+    assert plan.finals.sets[0].strategy == winner
+    assert plan.strategy == winner
+    alone = sleb.search(loaded, strategy=winner, text=text, **SMALL, **APART)
+    assert (plan.order, plan.rounds, plan.baseline) == (alone.order, alone.rounds, alone.baseline)
+    assert alone.finals is None
+    assert (plan.finals.windows, plan.finals.own) == (14, 8)
+    assert plan.finals.fitted == fitted.numel() > 8000
+    assert Plan.model_validate_json(plan.to_json()) == plan
+
+
+def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(9000))))  # no two windows are alike
+    text = [str(tmp_path / "text.txt")]
+    scored, aside = sleb.load_windows(
+        loaded.tokenizer, text, windows=6, length=32, seed=0, heldout=4
+    )
+    repairs = Repairs.of(loaded, text, scored, aside, silent, finals=True)
+    rows = [set(map(tuple, ids.tolist())) for ids in (repairs.fitted, repairs.judging, aside.ids)]
+    assert not rows[0] & rows[1]
+    assert not rows[0] & rows[2]
+    more = Repairs.of(loaded, text, scored, aside, silent)
+    assert more.fitted.numel() > repairs.fitted.numel()
+    assert torch.equal(more.judging, scored.ids)
+
+
+def test_the_model_is_left_as_it_was(loaded, learned, plan):
+    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
+    assert find(loaded, learned) == plan
+    assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
+
+
+def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
+    other = find(loaded, learned, metric="kl")
+    assert other.metric == "kl"
+    known = {frozenset(f.order): f.increase for f in plan.finals.sets}
+    same = [f for f in other.finals.sets if frozenset(f.order) in known]
+    assert same
+    for final in same:
+        assert final.increase == pytest.approx(known[frozenset(final.order)], abs=1e-5)
+
+
+def test_where_blocks_are_fetched_the_given_text_judges(learned, plan):
+    streamed = find(sleb.load(learned / "model", stream=True, **CPU), learned)
+    assert (streamed.finals.windows, streamed.finals.own) == (6, 0)
+    assert {f.order for f in streamed.finals.sets} == {f.order for f in plan.finals.sets}
+
+
+def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
+    real, calls = RepairedScores._row, []
+
+    def row(self, blocks, start, stop):
+        calls.append(blocks)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, blocks, start, stop)
+
+    monkeypatch.setattr(RepairedScores, "_row", row)
+    journal = tmp_path / "plan.json.journal"
+    with pytest.raises(KeyboardInterrupt):
+        find(loaded, learned, journal=journal)
+    assert journal.exists()
+    assert find(loaded, learned, journal=journal) == plan
+    kept = len(calls)
+    assert find(loaded, learned, journal=journal, keep_journal=True) == plan
+    assert len(calls) == 2 * kept - 3  # three calls more, as nothing was left of the search before
+    assert find(loaded, learned, journal=journal) == plan
+    assert len(calls) == 2 * kept - 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_loss_has_no_run_to_compare_with(loaded, learned):
+    with pytest.raises(InputError, match="use greedy"):
+        find(loaded, learned, remove=None, max_loss_increase=0.5)
+
+
+# -- what `prune` does by itself -----------------------------------------------------------------
+
+
+def pruned(model, learned, out, **options):
+    text = options.pop("text", [str(learned / "text.txt")])
+    usual = {**SMALL, **APART, **CPU, "heldout": 4, "repair_tokens": 4000}
+    return prune(model, out, text=text, **{**usual, **options}).plan
+
+
+def test_prune_compares_where_it_repairs(learned, plan, tmp_path):
+    ours = pruned(learned / "model", learned, tmp_path / "out")
+    assert ours.finals is not None
+    assert {f.order for f in ours.finals.sets} == {f.order for f in plan.finals.sets}
+    assert ours.repair is not None
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repair": False},
+        {"strategy": "greedy"},
+        {"metric": "kl"},
+        {"remove": None, "max_loss_increase": 9.0},
+    ],
+    ids=lambda options: [*options][-1],
+)
+def test_prune_leaves_what_was_asked_for(learned, tmp_path, options):
+    ours = pruned(learned / "model", learned, tmp_path / "out", **options)
+    assert ours.finals is None
+    assert ours.strategy == "greedy"
+
+
+def test_prune_is_greedy_where_nothing_can_be_repaired(learned, tmp_path):
+    model, _ = tiny("openai-gpt", vocab_size=259)  # a norm behind the whole sum
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    ours = pruned(tmp_path / "model", learned, tmp_path / "out", protect="0,-1", remove=1)
+    assert (ours.finals, ours.repair) == (None, None)
+
+
+def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
+    (tmp_path / "short.txt").write_text("the block of a model " * 10)
+    ours = pruned(
+        learned / "model", learned, tmp_path / "out", text=[str(tmp_path / "short.txt")], heldout=0
+    )
+    assert (ours.finals, ours.repair) == (None, None)
+    np.testing.assert_equal(len(ours.order), 2)
+
+
+def test_a_person_sees_what_was_compared(capsys):
+    first = plan_of_report().rounds[0]
+    render.result(run_plan((first,)), False, render.plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "blocks 7 to 9 2.9300" in said
+    assert "(blocks 6 to 8)" in said
+    assert "block 7 " not in said.partition("loss in nats")[0]
+    assert (
+        "each repaired quickly: window 7, 8, 9 costs 0.3000; greedy 8, 7, 4 costs 0.5000 "
+        "nats/token, 0.2000 ± 0.0100 more, on 36 windows, 12 of them the model's own text"
+    ) in said
+    render.result(plan_of_report(), False, render.plan)
+    said = capsys.readouterr().out
+    assert "block 8 " in said
+    assert "repaired quickly" not in said
