@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -235,7 +234,7 @@ def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
         learned / "model", learned, tmp_path / "out", text=[str(tmp_path / "short.txt")], heldout=0
     )
     assert (ours.finals, ours.repair) == (None, None)
-    np.testing.assert_equal(len(ours.order), 2)
+    assert len(ours.order) == 2
 
 
 def test_a_person_sees_what_was_compared(capsys):
@@ -253,3 +252,15 @@ def test_a_person_sees_what_was_compared(capsys):
     said = capsys.readouterr().out
     assert "block 8 " in said
     assert "repaired quickly" not in said
+
+
+def test_a_runs_rival_is_another_run(loaded, learned):
+    text = [str(learned / "text.txt")]
+    ours = sleb.search(loaded, remove=2, strategy="window", text=text, **SMALL)
+    (only,) = ours.rounds
+    best, second, *_ = only.scores
+    assert only.removed == ours.order[:1] == (best.block,)
+    rival, margin, _ = only.runner_up()
+    assert rival == second
+    assert margin == pytest.approx(second.mean - best.mean)
+    assert margin > 0

@@ -133,7 +133,7 @@ REPAIRED_RECORD = [
     ("verification.checks.0.measured", "1 of 6 differ", "exact", "plan records passed 1 of 6 dif"),
 ]
 REPAIRED_PLAN = [
-    ("repair.gaps.1", SECOND, "sum-removed", "repair 8 matrices re-fitted around 2 of 2 gaps"),
+    ("repair.gaps.1", SECOND, "sum-removed", "repair 8 matrices re-fitted; gaps repaired: 2 of 2"),
     ("repair.gaps.1", SECOND, "exact", "with the re-fitted matrices (8) of the repair"),
     ("repair.gaps.1", SECOND, "texts", "7, 8 2 10 2.9300 → 2.9200 3.1600 → 3.1600"),
     ("repair.gaps.0.ridge", 1.0, "texts", "4 6 1 2.9700 → 2.9300 3.2100 → 3.1600"),

@@ -238,7 +238,7 @@ def test_a_repair_is_told_and_nothing_is_said_of_one_that_was_not(usual):
     found = seen(repaired(), repaired_plan())
     without = "All figures of this section are of cuts without repair."
     for place, told in {
-        "sum-removed": "repair 6 matrices re-fitted around 1 of 2 gaps",
+        "sum-removed": "repair 6 matrices re-fitted; gaps repaired: 1 of 2",
         "exact": "every other weight equals the original’s",
         "sum-rollback": "That cut has no repair;",
         "curve": without,
