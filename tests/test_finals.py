@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -264,3 +266,24 @@ def test_a_runs_rival_is_another_run(loaded, learned):
     assert rival == second
     assert margin == pytest.approx(second.mean - best.mean)
     assert margin > 0
+
+
+def test_progress_leaves_room_for_the_fits(loaded, learned, plan):
+    seen = {"total": 0, "done": 0, "before": []}
+
+    class Counting:
+        @contextmanager
+        def stage(self, title, total):
+            def tick(n, note=""):
+                if title == "searching":
+                    seen["total"], seen["done"] = total, seen["done"] + n
+                    if note.startswith("greedy or window"):
+                        seen["before"].append(seen["done"])
+
+            yield tick
+
+    find(loaded, learned, progress=Counting())
+    # windows fitted on, twice, and scored, for two sets: about as many forwards of 6 blocks
+    fits = 2 * (2 * plan.finals.fitted // 32 + 14) * 6
+    assert seen["before"][0] == seen["total"] - fits
+    assert seen["before"][0] < seen["before"][-1] <= seen["total"]

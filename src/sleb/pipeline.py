@@ -69,7 +69,8 @@ def prune(
     number of windows set aside from the same texts for targets and for the quality figures.
     ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
     record says why it was not. It is fitted on about ``repair_tokens`` tokens, two thirds of them
-    from the same texts, or all where blocks are fetched when they run. ``keep``: see
+    from the same texts, or all where blocks are fetched when they run. Where it is possible, and
+    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``keep``: see
     :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
 
     Raises:
@@ -225,8 +226,8 @@ def _strategy(
     """How to look for so many blocks where nothing is asked for: if the cut is to be repaired, by
     what is lost then."""
     asked = options.get("strategy")
-    left = options.get("metric", "loss") != "loss" or goal.remove is None or repair is False
-    if asked or left or not can_repair(model):
+    usual = options.get("metric", "loss") == "loss" and goal.remove is not None
+    if asked or not usual or repair is False or not can_repair(model):
         return asked
     try:
         fitting(model, options.get("text", ()), scored, aside)

@@ -120,7 +120,10 @@ Metric = Annotated[
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(help="greedy, one-shot, window, beam or refine. Default: the metric's own."),
+    typer.Option(
+        help="greedy, one-shot, window, beam, refine or greedy-or-window. Default: the metric's "
+        "own; the last one for prune --remove with a repair."
+    ),
 ]
 Exact = Annotated[
     bool,

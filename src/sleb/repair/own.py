@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.errors import InputError
+from sleb.errors import DataError, InputError
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.parallel import group
@@ -50,6 +50,7 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
 
     Raises:
         InputError: it cannot write.
+        DataError: what it predicts is NaN or infinite.
     """
     if not can_write(model.stack):
         raise InputError(
@@ -94,8 +95,8 @@ def write(
     devices = [device] if device.type == "cuda" else []
     with progress.stage(title, pieces) as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        parts, starts = [], _starts(model, opening, pieces, seed)
-        for prompts in torch.split(starts.to(device), _at_once(model.stack, piece)):
+        parts, starts = [], _starts(model, opening, pieces, seed).to(device)
+        for prompts in torch.split(starts, _at_once(model.stack, piece)):
             parts.append(_continued(model, prompts, piece)[:, -piece:].cpu())
             tick(len(prompts))
     text = torch.cat(parts).flatten()[: n * room].view(n, room)
@@ -106,17 +107,26 @@ def write(
 
 def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor:
     """What each piece begins with [n, S]: the same, but for the last token, the first of its text.
-    Half of these are sampled after the beginning of a text, if the tokenizer knows one."""
+    Half of these are sampled after the beginning of a text, if the tokenizer knows one.
+
+    Raises:
+        DataError: what it predicts is NaN or infinite.
+    """
     tokenizer, network = model.tokenizer, model.model
     draw = random.Random(f"own {seed}")
     special = set(tokenizer.all_special_ids)
     words = [t for t in range(len(tokenizer)) if t not in special]
     begin = opening or [first for first in (tokenizer.bos_token_id,) if first is not None]
     firsts = torch.tensor([draw.choice(words) for _ in range(n)])
+    ids = torch.tensor([begin or words[:1]], device=model.stack.input_device)
+    logits = network(input_ids=ids, use_cache=False).logits[0, -1].float()
+    share = logits[torch.tensor(words, device=logits.device)].softmax(0)
+    if share.isnan().any():
+        raise DataError(
+            f"{model.source.ref} cannot write text to fit on, since its scores of the next token "
+            "are NaN or infinite: try --dtype float32, or --no-repair"
+        )
     if begin:
-        ids = torch.tensor([begin], device=model.stack.input_device)
-        logits = network(input_ids=ids, use_cache=False).logits[0, -1].float()
-        share = logits[torch.tensor(words, device=logits.device)].softmax(0)
         sampled = torch.multinomial(share, len(firsts[::2]), replacement=True).cpu()
         firsts[::2] = torch.tensor(words)[sampled]
     return torch.cat((torch.tensor(begin, dtype=firsts.dtype).expand(n, -1), firsts[:, None]), 1)

@@ -30,7 +30,7 @@ from scipy import stats
 from sleb.plan import Baseline, Round, Score
 from sleb.statistics import Values, standard_error
 
-__all__ = ["ERROR", "Race", "Values", "baseline", "leaders", "rank"]
+__all__ = ["ERROR", "Race", "Values", "baseline", "leaders", "rank", "rounded"]
 
 ERROR = 0.05
 PRIOR = 16
@@ -179,8 +179,8 @@ def rank(
             Score(
                 block=blocks[i],
                 mean=round(mean, 6),  # a millionth of a nat: far below any noise
-                se=_rounded(se),
-                excess_se=_rounded(excess_se),
+                se=rounded(se),
+                excess_se=rounded(excess_se),
                 windows=int(seen.sum()),
             )
         )
@@ -208,8 +208,9 @@ def _both(a: float | None, b: float | None) -> float | None:
 
 def baseline(dense: Values) -> Baseline:
     """The record of the dense model's scores [windows]."""
-    return Baseline(mean=round(float(dense.mean()), 6), se=_rounded(standard_error(dense)))
+    return Baseline(mean=round(float(dense.mean()), 6), se=rounded(standard_error(dense)))
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """To a millionth of a nat."""
     return None if value is None else round(value, 6)

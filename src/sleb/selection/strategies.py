@@ -12,7 +12,7 @@ from sleb.errors import InputError
 from sleb.plan import Finalist, Round
 from sleb.registry import Registry
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
-from sleb.selection.racing import leaders, rank
+from sleb.selection.racing import leaders, rank, rounded
 from sleb.statistics import standard_error
 
 __all__ = ["BEAM", "FINALS", "STRATEGIES", "Found", "Strategy"]
@@ -151,22 +151,20 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
     if len(set(sets)) == 1:
         return found["greedy"]
     dense, *values = objective.judge.scores([DENSE, *sets], "greedy or window, each repaired")
-    best = leaders(np.array(values))
-    excess = [values[i] - values[best[0]] for i in best]
-    names = [[*found][i] for i in best]
-    return replace(
-        found[names[0]],
-        finalists=tuple(
-            Finalist(
-                strategy=name,
-                order=found[name].order,
-                increase=round(float((values[i] - dense).mean()), 6),
-                excess=round(float(above.mean()), 6),
-                excess_se=standard_error(above),
-            )
-            for name, i, above in zip(names, best, excess, strict=True)
-        ),
-    )
+    losses = dict(zip(found, values, strict=True))
+    names = [[*found][i] for i in leaders(np.array(values))]
+
+    def finalist(name: str) -> Finalist:
+        above = losses[name] - losses[names[0]]
+        return Finalist(
+            strategy=name,
+            order=found[name].order,
+            increase=round(float((losses[name] - dense).mean()), 6),
+            excess=round(float(above.mean()), 6),
+            excess_se=rounded(standard_error(above)),
+        )
+
+    return replace(found[names[0]], finalists=tuple(map(finalist, names)))
 
 
 def _settled(
