@@ -185,13 +185,13 @@ def _named(block: int, more: int) -> str:
 
 def _finals(f: Any) -> str:
     """Which sets were compared in the end."""
-    tried = "; ".join(f"{s.strategy} {_blocks(s.order)} costs {s.increase:.4f}" for s in f.sets)
-    other = f.sets[1]
+    best, other = f.sets[:2]
     doubt = "" if other.excess_se is None else f" ± {other.excess_se:.4f}"
     own = f", {f.own} of them the model's own text" if f.own else ""
     return (
-        f"each repaired quickly: {tried} nats/token, {other.excess:.4f}{doubt} more, "
-        f"on {f.windows} windows{own}"
+        f"after a quick repair {best.strategy} {_blocks(best.order)} costs {best.increase:.4f} "
+        f"nats/token, {other.strategy} {_blocks(other.order)} costs {other.increase:.4f} "
+        f"({other.excess:.4f}{doubt} more), on {f.windows} windows{own}"
     )
 
 
