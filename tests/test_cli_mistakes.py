@@ -158,18 +158,11 @@ def test_a_gguf_file_that_is_none(place, capsys, monkeypatch, verb):
 @pytest.mark.parametrize(
     ("verb", "where"),
     [
-        (
-            "search {} --remove 2 -o p",
-            "loss is nan with blocks [1] removed, on window 0: try --dtype f",
-        ),
-        (
-            "prune {} --remove 2 -o out",
-            "copy cannot write text to fit on, since its scores of the next token are NaN or "
-            "infinite: try --dtype float32, or --no-repair",
-        ),
+        ("search {} --remove 2 -o p", "loss is nan with blocks [1] removed, on window 0: try --dt"),
+        ("prune {} --remove 2 -o out", "copy cannot write text to fit on, since its scores of the"),
         (
             "prune {} --remove 2 --no-repair -o out",
-            "loss is nan with blocks [1] removed, on window 0: try --dt",
+            "loss is nan with blocks [1] removed, on window",
         ),
         (
             "search {} --remove 2 --metric cosine -o p",
