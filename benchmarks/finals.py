@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import measure, setting
+from plot_quality import table
 from texts import prepare
 
 import sleb
@@ -87,22 +88,20 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The comparison as Markdown."""
-    judged = "given text | own text | all"
-    lines = [
-        f"| removed | blocks of | {judged} | five domains | unseen | accuracy |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: |",
-    ]
+def shown(found: dict[str, Any]) -> str:
+    """The comparison as Markdown. Bold: the lower of greedy and window."""
+    rows = []
     for row in found["depths"]:
+        pair = [name for name in ("greedy", "window") if name in row["sets"]]
+        taken = min(pair, key=lambda name: row["sets"][name]["increase"], default=None)
         for name, s in row["sets"].items():
-            mark = "**" if name == row["taken"] else ""
             tasks = s["measured"]["tasks"]
             figures = [f"{s[key]:.3f}" for key in ("given", "own", "increase")]
             figures += [f"{s['measured'][key]:.2f}" for key in ("five", "unseen")]
             figures.append("" if tasks is None else f"{100 * tasks:.1f}")
-            lines.append(f"| {row['removed']} | {mark}{name}{mark} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+            rows.append([str(row["removed"]), f"**{name}**" if name == taken else name, *figures])
+    head = ["removed", "blocks of", "given text", "own text", "all", "five domains", "unseen"]
+    return table([*head, "accuracy"], rows, left=2)
 
 
 def main() -> int:
@@ -121,7 +120,7 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     if options.render:
-        print(table(json.loads(options.render.read_text(encoding="utf-8"))))
+        print(shown(json.loads(options.render.read_text(encoding="utf-8"))))
         return 0
     if not (options.model and options.data and options.result and options.out):
         parser.error("MODEL, --data, --result and --out are needed, or --render")
@@ -131,7 +130,7 @@ def main() -> int:
     except SlebError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(found))
+    print(shown(found))
     return 0
 
 

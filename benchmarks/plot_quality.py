@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 __all__ = ["markdown", "summary"]
@@ -90,6 +91,22 @@ def by_domain(report: dict[str, Any]) -> str:
     return table(["removed", "system", *names], [["0", "dense", *dense], *rows], left=2)
 
 
+def by_kind(report: dict[str, Any]) -> str:
+    """Geometric means of ratios after the repair, over texts that nobody gave and over all."""
+    unseen = [*report["unseen"]]
+    kinds = {
+        "not given": unseen,
+        "these without japanese": [name for name in unseen if name != "japanese"],
+        "all texts": [*report["domains"], *unseen],
+    }
+    rows = []
+    for system, cut in cuts(report):
+        found = (cut["repaired"] or cut["plain"])["domains"]
+        means = [geometric_mean(found[n]["ratio"]["value"] for n in of) for of in kinds.values()]
+        rows.append([str(cut["removed"]), system, *(f"{mean:.2f}" for mean in means)])
+    return table(["removed", "system", *kinds], rows, left=2)
+
+
 def by_task(report: dict[str, Any]) -> str:
     """Accuracy in percent for every task."""
     names = [name for name in report["dense"]["tasks"] if name != "mean"]
@@ -150,6 +167,7 @@ def markdown(report: dict[str, Any]) -> str:
     if "processes" in report:
         said += f" {report['processes']} processes ran beside each other, so times are longer."
     parts = [f"## {report['model']}, {report['blocks']} blocks", said, summary(report)]
+    parts += ["Geometric means of texts after repair:", by_kind(report)]
     parts += ["Perplexity of the dense model, and its multiple after a cut:", by_domain(report)]
     if report["dense"]["tasks"]:
         parts += ["Accuracy, %:", by_task(report)]

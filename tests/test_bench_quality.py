@@ -9,6 +9,7 @@ import subprocess
 import sys
 from math import log
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 
@@ -202,6 +203,10 @@ def test_tables_and_plot_hold_the_figures(result, tmp_path):
         assert f"{report['dense']['perplexity'][name]['value']:.2f}" in text
     assert text.count("greedy, repaired") == 4
     assert "| piqa |" in text
+    cut = next(c for s in report["systems"] if s["system"] == "greedy" for c in s["sets"])
+    ratios = [q["ratio"]["value"] for q in cut["repaired"]["domains"].values()]
+    assert f"| greedy | {cut['repaired']['unseen_geo']['value']:.2f} |" in " ".join(text.split())
+    assert f"{geometric_mean(ratios):.2f} |" in text.partition("after repair:")[2]
     assert "3 processes ran beside each other" in markdown({**report, "processes": 3})
     assert "beside each other" not in text
     refused = json.loads(json.dumps(report))

@@ -18,11 +18,12 @@ from sleb.pipeline import prune
 from sleb.plan import Plan
 from sleb.progress import silent
 from sleb.repair import choice, own
-from sleb.repair.choice import RepairedScores, Repairs, fitting
+from sleb.repair.choice import Repairs, fitting
 from sleb.repair.fit import Fitter, gaps
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
+from test_repair_choice import stopped_at
 from test_search import toy
 from zoo import tiny
 
@@ -75,6 +76,15 @@ def test_a_run_is_as_long_as_greedy_went():
     objective = Objective(toy(WEIGHTS), 4, enough=lambda order: len(order) == 2)
     found = STRATEGIES[FINALS](objective, range(6), 4)
     assert [len(f.order) for f in found.finalists] == [2, 2]
+
+
+def test_a_run_that_misses_the_target_is_no_rival():
+    """Blocks of unlike size: without 1 and 3 enough is gone, without the run it is not."""
+    sizes = [1, 3, 1, 3, 1, 1]
+    objective = Objective(toy(WEIGHTS), 4, enough=lambda order: sum(sizes[b] for b in order) >= 6)
+    objective.judge = Objective(toy(WEIGHTS, {(3, 4): -4}), 3)
+    found = STRATEGIES[FINALS](objective, range(6), 6)
+    assert (found.order, found.finalists) == ((1, 3), ())
 
 
 # -- a search ------------------------------------------------------------------------------------
@@ -162,15 +172,7 @@ def test_where_blocks_are_fetched_the_given_text_judges(learned, plan):
 
 
 def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
-    real, calls = RepairedScores._row, []
-
-    def row(self, blocks, start, stop):
-        calls.append(blocks)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, blocks, start, stop)
-
-    monkeypatch.setattr(RepairedScores, "_row", row)
+    calls = stopped_at(monkeypatch, 3)
     journal = tmp_path / "plan.json.journal"
     with pytest.raises(KeyboardInterrupt):
         find(loaded, learned, journal=journal)

@@ -112,16 +112,22 @@ def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
     assert len([s for s in asked if s]) == 4
 
 
-def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
+def stopped_at(monkeypatch, n) -> list:
+    """Repairs are stopped at the n-th; the sets of all that are asked for."""
     real, calls = RepairedScores._row, []
 
     def row(self, blocks, start, stop):
         calls.append(blocks)
-        if len(calls) == 6:
+        if len(calls) == n:
             raise KeyboardInterrupt
         return real(self, blocks, start, stop)
 
     monkeypatch.setattr(RepairedScores, "_row", row)
+    return calls
+
+
+def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
+    calls = stopped_at(monkeypatch, 6)
     journal = tmp_path / "plan.json.journal"
     with pytest.raises(KeyboardInterrupt):
         find(loaded, learned, journal=journal)

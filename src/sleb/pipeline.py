@@ -25,7 +25,6 @@ from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
 from sleb.repair import Repair, can_repair
 from sleb.repair import repair as fit_repair
-from sleb.repair.choice import fitting
 from sleb.repair.material import TOKENS, repair_windows
 from sleb.repair.own import GIVEN_ALONE, OWN, can_write
 from sleb.selection.goal import Goal
@@ -119,8 +118,9 @@ def prune(
         seed=options.get("seed", 0),
         heldout=heldout,
     )
-    chosen = _strategy(loaded, goal, scored, aside, repair, options)
-    options = {**options, "strategy": chosen}
+    material = _material(loaded, scored, aside, repair, repair_tokens, options)
+    if not isinstance(material, str) and _compares(loaded, scored, material[0], goal, options):
+        options = {**options, "strategy": FINALS}
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
@@ -132,9 +132,10 @@ def prune(
         progress=watch,
         **options,
     )
-    fixed, repair_note = _repaired(
-        loaded, plan, scored, aside, repair, repair_tokens, options, watch
-    )
+    if isinstance(material, str):
+        fixed, repair_note = None, material
+    else:
+        fixed, repair_note = _repaired(loaded, plan, material, repair, options, watch)
     plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
     quality = None
     note = "no text was left over to measure on: give more, or fewer --windows"
@@ -215,52 +216,56 @@ def prune(
     return Pruned(path=out, plan=plan, record=done)
 
 
-def _strategy(
+def _material(
     model: LoadedModel,
-    goal: Goal,
-    scored: Windows,
-    aside: Windows | None,
-    repair: bool | None,
-    options: SearchOptions,
-) -> str | None:
-    """How to look for so many blocks where nothing is asked for: if the cut is to be repaired, by
-    what is lost then."""
-    asked = options.get("strategy")
-    usual = options.get("metric", "loss") == "loss" and goal.remove is not None
-    if asked or not usual or repair is False or not can_repair(model):
-        return asked
-    try:
-        fitting(model, options.get("text", ()), scored, aside)
-    except InputError:
-        return None  # and there will be no repair, as its note says
-    return FINALS
-
-
-def _repaired(
-    model: LoadedModel,
-    plan: Plan,
     scored: Windows,
     aside: Windows | None,
     wanted: bool | None,
     tokens: int,
     options: SearchOptions,
-    progress: Progress,
-) -> tuple[Repair | None, str]:
-    """The repair of the plan's cut, and what is to be said of it."""
+) -> tuple[Windows, Windows] | str:
+    """What a repair is fitted on and judged by, or why there is to be none."""
     if wanted is False:
-        return None, "not asked for"
-    own = can_write(model.stack)
+        return "not asked for"
     try:
-        fitted, judges = repair_windows(
+        return repair_windows(
             model.tokenizer,
             options.get("text", ()),
             scored=scored,
             aside=aside,
             tokens=tokens,
-            own=own,
+            own=can_write(model.stack),
             length=scored.record.length,
             seed=scored.record.seed,
         )
+    except InputError as error:
+        if wanted:
+            raise
+        return f"not possible: {error}"
+
+
+def _compares(
+    model: LoadedModel, scored: Windows, fitted: Windows, goal: Goal, options: SearchOptions
+) -> bool:
+    """Whether what a repair will leave of the loss is to choose the blocks: where nothing else is
+    asked for, and there is text to fit on beside what the search scores."""
+    asked = options.get("strategy") or options.get("metric", "loss") != "loss"
+    left = len(fitted.ids) > len(scored.ids)
+    return not asked and goal.remove is not None and left and can_repair(model)
+
+
+def _repaired(
+    model: LoadedModel,
+    plan: Plan,
+    material: tuple[Windows, Windows],
+    wanted: bool | None,
+    options: SearchOptions,
+    progress: Progress,
+) -> tuple[Repair | None, str]:
+    """The repair of the plan's cut, and what is to be said of it."""
+    own = can_write(model.stack)
+    fitted, judges = material
+    try:
         found = fit_repair(
             model,
             plan.removed,

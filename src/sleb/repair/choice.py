@@ -104,9 +104,10 @@ def fitting(
     text: Sequence[str],
     scored: Windows,
     aside: Windows | None,
-    tokens: int = SEARCH_TOKENS,
+    tokens: int,
 ) -> Tensor:
-    """Windows [N, T] that candidates' repairs are fitted on: none that scores them.
+    """Windows [N, T] that candidates' repairs are fitted on, about ``tokens`` tokens: none that
+    scores them.
 
     Raises:
         InputError: no text is left over.

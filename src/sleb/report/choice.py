@@ -84,7 +84,7 @@ def _finals(m: Material) -> list[Text]:
     return [
         Text(
             text=say(
-                "why.finals_noise" if noise else "why.finals",
+                "why.finals",
                 best=say.named("strategies", best.strategy),
                 other=say.named("strategies", other.strategy),
                 blocks=say.join(other.order),
@@ -92,6 +92,7 @@ def _finals(m: Material) -> list[Text]:
                 instead=say.nats(other.increase),
                 windows=finals.windows,
                 own=finals.own,
+                difference=say("why.finals_noise" if noise else "why.finals_clear"),
             )
         )
     ]

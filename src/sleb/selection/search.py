@@ -210,8 +210,9 @@ def search(
                 from sleb.repair.choice import Repairs
 
                 repairs = Repairs.of(model, text, windows, aside, progress, finals=named == FINALS)
-            search = _Search(sweep, named, candidates, aim, exact, chosen.repaired, repairs)
-            found = search.run(books, progress)
+            every = repairs if chosen.repaired else None
+            last = repairs if named == FINALS else None
+            found = _Search(sweep, named, candidates, aim, exact, every, last).run(books, progress)
             if repairs and found.finalists:
                 named = found.finalists[0].strategy
                 finals = repairs.record(found.finalists)
@@ -240,26 +241,25 @@ def search(
 
 @dataclass(frozen=True)
 class _Search:
-    """A strategy over a sweep. ``repairs``: what is needed to score sets after a repair, which is
-    done for every candidate if ``repaired``, else for those that the strategy ends with."""
+    """A strategy over a sweep. What it takes to score sets after their repair is given if that is
+    to be done, for every candidate, or for those that the strategy ends with (``finals``)."""
 
     sweep: Sweep
     strategy: str
     candidates: Sequence[int]
     aim: Aim
     exact: bool
-    repaired: bool
-    repairs: Repairs | None
+    every: Repairs | None
+    finals: Repairs | None
 
     def run(self, books: Books, progress: Progress) -> Found:
         """Find blocks, with one progress bar."""
         sweep, aim = self.sweep, self.aim
         blocks, windows = len(sweep.stack), len(sweep.ids)
         work = rounds_of_work(self.strategy, self.candidates, aim.most, blocks, windows)
-        if self.strategy == FINALS:
-            assert self.repairs is not None
-            work.append(self.repairs.work(blocks))
-        known = aim.known and not self.repaired  # how long fits of all candidates take is not
+        if self.finals:
+            work.append(self.finals.work(blocks))
+        known = aim.known and not self.every  # how long fits of all candidates take is not
         with books, progress.stage("searching", sum(work) if known else None) as tick:
             pace = Pace(tick, work, racing=not self.exact)
             sweep.on_work(pace.work)
@@ -279,14 +279,15 @@ class _Search:
                 enough=enough,
                 exact=self.exact,
             )
-            if self.repaired:
-                objective = self._repaired(objective, books, pace, enough)
-            if self.strategy == FINALS:
-                objective.judge = self._judge(books, pace)
+            if self.every:
+                objective = self._repaired(self.every, objective, books, pace, enough)
+            if self.finals:
+                objective.judge = self._judge(self.finals, books, pace)
             return STRATEGIES[self.strategy](objective, self.candidates, aim.most)
 
     def _repaired(
         self,
+        repairs: Repairs,
         plain: Objective,
         books: Books,
         pace: Pace,
@@ -294,34 +295,31 @@ class _Search:
     ) -> Objective:
         from sleb.repair.choice import RepairedObjective, RepairedScores
 
-        assert self.repairs is not None
         # of its own: what the other one keeps from round to round is of unrepaired blocks
-        stack = self.repairs.stack
-        other = Sweep(stack, self.sweep.ids, self.sweep.metric, batch=self.sweep.batch)
+        sweep = self.sweep
+        other = Sweep(repairs.stack, sweep.ids, sweep.metric, batch=sweep.batch)
         other.on_work(pace.work)
         return RepairedObjective(
             plain,
-            RepairedScores(other, self.repairs.fitted),
+            RepairedScores(other, repairs.fitted),
             journal=books.open(".repaired"),
             note=pace.note,
             enough=enough,
         )
 
-    def _judge(self, books: Books, pace: Pace) -> Objective:
+    def _judge(self, repairs: Repairs, books: Books, pace: Pace) -> Objective:
         """Scores what a strategy ends with: the loss after a repair, on the given text and the
         model's own."""
         from sleb.repair.choice import RepairedScores
-
-        assert self.repairs is not None
 
         def note(text: str) -> None:
             pace.last_round()
             pace.note(text)
 
-        ids = self.repairs.judging
-        other = Sweep(self.repairs.stack, ids, NLL, batch=self.sweep.batch)
+        ids = repairs.judging
+        other = Sweep(repairs.stack, ids, NLL, batch=self.sweep.batch)
         other.on_work(pace.work)
-        scores = RepairedScores(other, self.repairs.fitted, pace.work)
+        scores = RepairedScores(other, repairs.fitted, pace.work)
         book = books.open(".judged", about=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
         return Objective(scores.values, len(ids), journal=book, note=note)
 

@@ -146,7 +146,10 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
     found = {"greedy": greedy(objective, candidates, n)}
     size = len(found["greedy"].order)
     if _runs(candidates, size):
-        found["window"] = window(objective, candidates, size)
+        run = window(objective, candidates, size)
+        # blocks may differ in size, and a run then miss the target that greedy's blocks reach
+        if objective.enough(run.order) or not objective.enough(found["greedy"].order):
+            found["window"] = run
     sets = [BlockSet(f.order) for f in found.values()]
     if len(set(sets)) == 1:
         return found["greedy"]
