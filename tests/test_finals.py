@@ -21,6 +21,7 @@ from sleb.repair import choice, own
 from sleb.repair.choice import Repairs, fitting
 from sleb.repair.fit import Fitter, gaps
 from sleb.selection.objective import BlockSet, Objective
+from sleb.selection.pace import Pace
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
 from test_repair_choice import stopped_at
@@ -234,11 +235,13 @@ def test_prune_is_greedy_where_nothing_can_be_repaired(learned, tmp_path):
 
 def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
     (tmp_path / "short.txt").write_text("the block of a model " * 10)
-    ours = pruned(
-        learned / "model", learned, tmp_path / "out", text=[str(tmp_path / "short.txt")], heldout=0
-    )
+    text = {"text": [str(tmp_path / "short.txt")], "heldout": 0}
+    ours = pruned(learned / "model", learned, tmp_path / "out", **text)
     assert (ours.finals, ours.repair) == (None, None)
     assert len(ours.order) == 2
+    (tmp_path / "short.txt").write_text("the block of a model " * 11)  # one window more: it judges
+    ours = pruned(learned / "model", learned, tmp_path / "other", **text)
+    assert (ours.finals, ours.repair.heldout.windows) == (None, 1)
 
 
 def test_a_person_sees_what_was_compared(capsys):
@@ -268,6 +271,17 @@ def test_a_runs_rival_is_another_run(loaded, learned):
     assert rival == second
     assert margin == pytest.approx(second.mean - best.mean)
     assert margin > 0
+
+
+def test_the_last_round_does_not_race():
+    places = []
+    pace = Pace(lambda n, note: places.append(n), [100, 100, 200], racing=True)
+    for _ in range(2):
+        pace.work(10)
+        pace.next_round()
+    pace.no_race()
+    pace.work(50)
+    assert sum(places) == 250
 
 
 def test_progress_leaves_room_for_the_fits(loaded, learned, plan):

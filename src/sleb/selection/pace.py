@@ -44,10 +44,9 @@ class Pace:
             self._turn, self._spent = self._turn + 1, 0
             self._move(sum(self._rounds[: self._turn]))
 
-    def last_round(self) -> None:
-        """The last round begins, in which nothing races."""
-        self._turn, self._spent, self._share = len(self._rounds) - 1, 0, 1.0
-        self._move(sum(self._rounds[:-1]))
+    def no_race(self) -> None:
+        """All of this round's work will be done."""
+        self._share = 1.0
 
     def _move(self, place: int) -> None:
         self._tick(max(0, place - self._place), note=self._note)

@@ -313,7 +313,7 @@ class _Search:
         from sleb.repair.choice import RepairedScores
 
         def note(text: str) -> None:
-            pace.last_round()
+            pace.no_race()
             pace.note(text)
 
         ids = repairs.judging
