@@ -34,7 +34,7 @@ from sleb.files import write_text
 from sleb.plan import Calibration, blocks_to_remove
 from sleb.progress import silent
 from sleb.repair import Repair, repair
-from sleb.repair.material import TOKENS, repair_windows
+from sleb.repair.material import default_tokens, repair_windows
 from sleb.repair.own import with_own
 from sleb.selection.sweep import Patch
 from sleb.statistics import Interval, exponential
@@ -81,7 +81,7 @@ class Bench:
             self.model.tokenizer,
             self.mix,
             scored=self.scored if length == options.length else None,
-            tokens=options.repair_tokens,
+            tokens=options.repair_tokens or default_tokens(self.model.stack),
             own=options.own,
             length=length,
             seed=seed,
@@ -279,7 +279,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--published-windows", type=int, default=4)
     parser.add_argument("--published-length", type=int, default=2048)
-    parser.add_argument("--repair-tokens", type=int, default=TOKENS)
+    parser.add_argument("--repair-tokens", type=int, help="default: as sleb prune")
     parser.add_argument("--repair-length", type=int, help="default: --length")
     parser.add_argument(
         "--own",

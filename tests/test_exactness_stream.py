@@ -55,7 +55,7 @@ def check(out, model, plan, **options):
     return sleb.verify(out, model=model, plan=plan, stream=True, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral"])
 def test_a_right_checkpoint_passes_and_blocks_stay_in_its_files(family, tmp_path, streams):
     model, _ = tiny(family)
     folder = tmp_path / "model"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 import sleb
 from sleb.metrics import NLL
 from sleb.progress import silent
-from sleb.repair import own, repair
-from sleb.repair.material import repair_windows
+from sleb.repair import material, own, repair
 from sleb.repair.own import OWN, with_own
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
@@ -40,10 +42,37 @@ def test_the_tokens_of_a_fit_count_it(learned, loaded):
     text = [str(learned / "text.txt")]
     scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=8, length=32, seed=3)
     options = {"scored": scored, "tokens": 3200, "length": 32, "seed": 3}
-    less, _ = repair_windows(loaded.tokenizer, text, **options)
-    more, _ = repair_windows(loaded.tokenizer, text, **options, own=False)
+    less, _ = material.repair_windows(loaded.tokenizer, text, **options)
+    more, _ = material.repair_windows(loaded.tokenizer, text, **options, own=False)
     assert len(less.ids) == pytest.approx(67, abs=3)
     assert len(more.ids) == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "streamed", "free", "others", "expected"),
+    [
+        ("cpu", False, 2**40, [], 100_000),
+        ("cuda", True, 2**40, [], 100_000),
+        ("cuda", False, 2**40, [], 400_000),
+        ("cuda", False, 2**40, [250_000], 250_000),
+        ("cuda", False, 4 * 6 * 64 * 4 * 300_000, [], 300_000),  # 6 streams of 64 in float32
+        ("cuda", False, 2**20, [], 100_000),
+    ],
+)
+def test_a_fit_sees_more_on_a_gpu_with_room(monkeypatch, kind, streamed, free, others, expected):
+    class Ranks:
+        def exchange(self, mine):
+            return [mine, *(str(n).encode() for n in others)]
+
+    stack = SimpleNamespace(
+        input_device=torch.device(kind),
+        streamed=streamed,
+        dtype=torch.float32,
+        model=SimpleNamespace(config=PretrainedConfig(hidden_size=64)),
+    )
+    monkeypatch.setattr(material, "free_bytes", lambda stack: free)
+    monkeypatch.setattr(material, "group", Ranks)
+    assert material.default_tokens(stack) == expected
 
 
 def test_half_as_many_windows_are_added_and_recorded(windows, both):
@@ -85,6 +114,14 @@ def test_every_other_one_begins_as_texts_do_the_others_with_any_word(loaded, bot
     assert sum(as_texts) > 100 > 3 * sum(any_word)
 
 
+def test_every_third_strays_further(loaded):
+    """At a higher temperature less likely words are sampled."""
+    ids = own.write(loaded, 60, 32, 0, "", silent)
+    losses = Sweep(loaded.stack, ids, NLL).values([DENSE], 0, 60)[0]
+    hot, others = losses[2::3], [*losses[::3], *losses[1::3]]
+    assert hot.mean() > sum(others) / len(others) + 0.2
+
+
 def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, windows, both):
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -95,11 +132,11 @@ def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, wi
 
 
 def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
-    material = repair_windows(
+    fitted, judges = material.repair_windows(
         loaded.tokenizer, [str(learned / "text.txt")], tokens=3200, length=32, seed=0
     )
-    texts = len(material[0].ids)
-    with_it, without = (repair(loaded, (2,), *material, own=own) for own in (True, False))
+    texts = len(fitted.ids)
+    with_it, without = (repair(loaded, (2,), fitted, judges, own=own) for own in (True, False))
     named = [s.spec for s in with_it.record.calibration.sources]
     assert OWN in named
     assert with_it.record.calibration.windows == texts + texts // 2
@@ -118,14 +155,14 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
     sizes = []
     real = own._continued
 
-    def continued(model, prompts, piece):
-        sizes.append((len(prompts), piece))
-        return real(model, prompts, piece)
+    def continued(model, prompts, heat, piece):
+        sizes.append((len(prompts), len(heat), piece))
+        return real(model, prompts, heat, piece)
 
     monkeypatch.setattr(own, "_continued", continued)
     first = len(opening_tokens(loaded.tokenizer))
     assert own.write(loaded, 40, 32 + first, 0, "", silent).shape == (40, 32 + first)
-    assert sizes == [(20, 32), (20, 32)]
+    assert sizes == [(20, 20, 32), (20, 20, 32)]
 
 
 def test_long_windows_are_of_several_pieces(loaded, monkeypatch):

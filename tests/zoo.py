@@ -298,6 +298,8 @@ def tiny(family: str, seed: int = 0, **options: Any) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
+        size = model.num_parameters()
+        assert size < 2**24, f"{family} needs a row in FAMILIES that makes it tiny: {size} weights"
         randomize(model)
     return model, model.config
 

@@ -25,7 +25,7 @@ from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
 from sleb.repair import Repair, can_repair
 from sleb.repair import repair as fit_repair
-from sleb.repair.material import TOKENS, repair_windows
+from sleb.repair.material import default_tokens, repair_windows
 from sleb.repair.own import GIVEN_ALONE, OWN, can_write
 from sleb.selection.goal import Goal
 from sleb.selection.request import SearchOptions, check_request, goal_of
@@ -53,7 +53,7 @@ def prune(
     windows: int | None = None,
     heldout: int = DEFAULT_HELDOUT,
     repair: bool | None = None,
-    repair_tokens: int = TOKENS,
+    repair_tokens: int | None = None,
     keep: bool = True,
     force: bool = False,
     command: str = "sleb.prune",
@@ -67,8 +67,9 @@ def prune(
     run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
     number of windows set aside from the same texts for targets and for the quality figures.
     ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
-    record says why it was not. It is fitted on about ``repair_tokens`` tokens, two thirds of them
-    from the same texts, or all where blocks are fetched when they run. Where it is possible, and
+    record says why it was not. It is fitted on about ``repair_tokens`` tokens (by default see
+    :func:`sleb.repair.material.default_tokens`), two thirds of them from the same texts, or all
+    where blocks are fetched when they run. Where it is possible, and
     ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``keep``: see
     :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
 
@@ -221,7 +222,7 @@ def _material(
     scored: Windows,
     aside: Windows | None,
     wanted: bool | None,
-    tokens: int,
+    tokens: int | None,
     options: SearchOptions,
 ) -> tuple[Windows, Windows] | str:
     """What a repair is fitted on and judged by, or why there is to be none."""
@@ -233,7 +234,7 @@ def _material(
             options.get("text", ()),
             scored=scored,
             aside=aside,
-            tokens=tokens,
+            tokens=tokens or default_tokens(model.stack),
             own=can_write(model.stack),
             length=scored.record.length,
             seed=scored.record.seed,

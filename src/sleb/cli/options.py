@@ -138,9 +138,12 @@ MinSimilarity = Annotated[
     typer.Option(metavar="X", help="Candidates are blocks at least this similar; or auto."),
 ]
 RepairTokens = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Tokens that a repair is fitted on, at most; one in three is the model's own.", min=1
+        help="Tokens that a repair is fitted on, at most; one in three is the model's own. By "
+        "default 100,000, on a GPU up to 400,000.",
+        min=1,
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -132,7 +132,7 @@ def apply(
     repair: Annotated[
         bool, typer.Option("--repair", help="Re-fit matrices around the gaps, on --text.")
     ] = False,
-    repair_tokens: RepairTokens = 100_000,
+    repair_tokens: RepairTokens = None,
     keep: Keep = True,
     repaired: gguf.Repaired = None,
     other_weights: gguf.OtherWeights = False,
@@ -174,7 +174,7 @@ def apply(
     if repair:
         from sleb.models.load import load
         from sleb.repair import repair as fit
-        from sleb.repair.material import repair_windows
+        from sleb.repair.material import default_tokens, repair_windows
         from sleb.repair.own import GIVEN_ALONE, can_write
         from sleb.text import check_sources
 
@@ -191,7 +191,12 @@ def apply(
         )
         own = can_write(dense.stack)
         fitted, judges = repair_windows(
-            dense.tokenizer, text or (), tokens=repair_tokens, own=own, length=length, seed=0
+            dense.tokenizer,
+            text or (),
+            tokens=repair_tokens or default_tokens(dense.stack),
+            own=own,
+            length=length,
+            seed=0,
         )
         fixed = fit(dense, removed, fitted, judges, own=own, progress=progress)
         if not own:
@@ -232,7 +237,7 @@ def prune(
             help="Re-fit matrices around the gaps to make up for them. Default: where possible.",
         ),
     ] = None,
-    repair_tokens: RepairTokens = 100_000,
+    repair_tokens: RepairTokens = None,
     keep: Keep = True,
     quantize: Scheme = None,
     **options: Any,

@@ -62,7 +62,7 @@ class Search(_Table):
     exact: bool = False
     seed: int = 0
     repair: bool | None = None
-    repair_tokens: int = Field(default=100_000, ge=1)
+    repair_tokens: int | None = Field(default=None, ge=1)
 
 
 class Measure(_Table):

@@ -6,14 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from sleb.errors import InputError
+from sleb.models.stack import BlockStack, decoder_config
+from sleb.parallel import group
 from sleb.repair.own import SHARE
+from sleb.selection.sweep import free_bytes
 from sleb.text import Windows, load_windows
 
-__all__ = ["JUDGES", "TOKENS", "repair_windows"]
+__all__ = ["JUDGES", "default_tokens", "repair_windows"]
 
-TOKENS = 100_000
-"""What a fit sees by default, in all."""
+TOKENS = {"cuda": 400_000, "cpu": 100_000}
+"""What a fit sees by default, in all: the more, the better (docs/quality.md), and the longer."""
+STREAMS = 6
+"""Hidden states that a fit holds of each token, at most."""
 JUDGES = 32
+
+
+def default_tokens(stack: BlockStack) -> int:
+    """How many tokens a repair is to see: many on a GPU, as long as a quarter of its free memory
+    holds their hidden states; and not where blocks are fetched when they run."""
+    least = TOKENS["cpu"]
+    if stack.input_device.type != "cuda" or stack.streamed:
+        return least
+    each = STREAMS * int(decoder_config(stack.model.config).hidden_size) * stack.dtype.itemsize
+    room = free_bytes(stack) // 4 // each
+    room = min(int(found) for found in group().exchange(str(room).encode()))
+    return max(least, min(TOKENS["cuda"], room))
 
 
 def repair_windows(
@@ -22,7 +39,7 @@ def repair_windows(
     *,
     scored: Windows | None = None,
     aside: Windows | None = None,
-    tokens: int = TOKENS,
+    tokens: int,
     own: bool = True,
     length: int,
     seed: int,

@@ -35,6 +35,9 @@ SHARE = 3
 PIECE = 512
 """Tokens that are written in one go. Longer windows are put together from several, as windows of
 the user's text are of documents: all begin at once, and there are few steps to wait for."""
+HOT = 1.3
+"""The temperature of every third piece, 1 that of the others: it strays further from what the model
+has read most, into other scripts for one (docs/quality.md)."""
 CACHE = {"cuda": 2**32, "cpu": 2**30}
 """Bytes of keys and values that are held at most."""
 
@@ -84,20 +87,25 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
 def write(
     model: LoadedModel, n: int, length: int, seed: int, title: str, progress: Progress
 ) -> Tensor:
-    """Samples at temperature 1, [n, length] on the CPU, each with what the tokenizer puts before a
-    text. Every other piece begins with a random word, as those that begin alike are of few
-    kinds."""
+    """Samples [n, length] on the CPU, each with what the tokenizer puts before a text. Every other
+    piece begins with a random word, as those that begin alike are of few kinds, and every third is
+    sampled at a higher temperature."""
     device = model.stack.input_device
     opening = opening_tokens(model.tokenizer)
     room = length - len(opening)
     piece = min(room, PIECE)
     pieces = -(-n * room // piece)
+    heat = torch.ones(pieces, 1, device=device)
+    heat[2::3] = HOT
     devices = [device] if device.type == "cuda" else []
     with progress.stage(title, pieces) as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts, starts = [], _starts(model, opening, pieces, seed).to(device)
-        for prompts in torch.split(starts, _at_once(model.stack, piece)):
-            parts.append(_continued(model, prompts, piece)[:, -piece:].cpu())
+        at_once = _at_once(model.stack, piece)
+        for prompts, heats in zip(
+            torch.split(starts, at_once), torch.split(heat, at_once), strict=True
+        ):
+            parts.append(_continued(model, prompts, heats, piece)[:, -piece:].cpu())
             tick(len(prompts))
     text = torch.cat(parts).flatten()[: n * room].view(n, room)
     ids = torch.cat((torch.tensor(opening, dtype=text.dtype).expand(n, -1), text), 1)
@@ -132,14 +140,19 @@ def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor
     return torch.cat((torch.tensor(begin, dtype=firsts.dtype).expand(n, -1), firsts[:, None]), 1)
 
 
-def _continued(model: LoadedModel, prompts: Tensor, piece: int) -> Tensor:
-    """Prompts [B, S] and behind them ``piece`` - 1 sampled tokens."""
-    from transformers import GenerationConfig
+def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) -> Tensor:
+    """Prompts [B, S] and behind them ``piece`` - 1 tokens, sampled at temperatures ``heat``
+    [B, 1]."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    def heated(_: Tensor, scores: Tensor) -> Tensor:
+        return scores / heat
 
     network: Any = model.model
     written: Tensor = network.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
+        logits_processor=LogitsProcessorList([heated]),
         generation_config=GenerationConfig(
             do_sample=True,
             temperature=1.0,
