@@ -5,7 +5,7 @@
 FOLDER is laid out as texts.py says. Every set of blocks is scored as a plain cut and as a repaired
 one, on text that neither search nor repair has seen: perplexity over the dense model's on the same
 windows, by domain; their geometric mean over the five domains that calibrate; likewise over texts
-of other kinds; and zero-shot accuracy with --tasks. The JSON is written after every system.
+of other kinds; and zero-shot accuracy with --tasks. The JSON is written after every set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,29 +121,29 @@ class Bench:
             "test": _used(self.test.record),
         }
 
-    def run(self, name: str) -> dict[str, Any]:
-        """All depths of one system."""
+    def run(self, found: dict[str, Any]) -> Iterator[None]:
+        """Measure the system that ``found`` names, and put it there, one depth after another."""
+        name = found["system"]
         system = SYSTEMS[name]
+        found |= {
+            "options": dict(system.options),
+            "calibration": "published" if system.published else "search",
+            "searches": [],
+            "sets": [],
+        }
         plans: dict[int, sleb.Plan] = {}
-        searches = []
         for depth in [max(self.depths)] if system.nested else self.depths:
             plan, seconds, peak = measure(self.device, functools.partial(self._search, name, depth))
             plans[depth] = plan
-            searches.append(
+            found["searches"].append(
                 {"removed": depth, "order": plan.order, "seconds": seconds, "peak_gb": peak}
             )
-        sets = []
         for depth in self.depths:
             removed = plans[depth if depth in plans else max(plans)].at_depth(depth)
-            sets.append({"removed": depth, "blocks": removed, **self._measured(removed)})
-            print(json.dumps({"system": name, **_brief(sets[-1])}), flush=True)
-        return {
-            "system": name,
-            "options": dict(system.options),
-            "calibration": "published" if system.published else "search",
-            "searches": searches,
-            "sets": sets,
-        }
+            cut = {"removed": depth, "blocks": removed, **self._measured(removed)}
+            found["sets"].append(cut)
+            print(json.dumps({"system": name, **_brief(cut)}), flush=True)
+            yield
 
     def _search(self, name: str, depth: int) -> sleb.Plan:
         system = SYSTEMS[name]
@@ -348,8 +348,9 @@ def main() -> None:
             if options.minutes and time.monotonic() - start > 60 * options.minutes:
                 break
             name, *report["not_begun"] = report["not_begun"]
-            report["systems"].append(bench.run(name))
-            save()
+            report["systems"].append({"system": name})
+            for _ in bench.run(report["systems"][-1]):
+                save()
     print("\n" + summary(report))
     if report["not_begun"]:
         print(f"\nnot begun for lack of time: {', '.join(report['not_begun'])}")

@@ -10,9 +10,11 @@ from transformers import PretrainedConfig
 
 import sleb
 from sleb.metrics import NLL
+from sleb.models.stack import BlockStack
 from sleb.progress import silent
 from sleb.repair import material, own, repair
 from sleb.repair.own import OWN, with_own
+from sleb.selection import sweep
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
 from sleb.text.tokens import opening_tokens
@@ -49,17 +51,17 @@ def test_the_tokens_of_a_fit_count_it(learned, loaded):
 
 
 @pytest.mark.parametrize(
-    ("kind", "streamed", "free", "others", "expected"),
+    ("kind", "streamed", "room", "others", "expected"),
     [
         ("cpu", False, 2**40, [], 100_000),
         ("cuda", True, 2**40, [], 100_000),
         ("cuda", False, 2**40, [], 400_000),
         ("cuda", False, 2**40, [250_000], 250_000),
-        ("cuda", False, 4 * 6 * 64 * 4 * 300_000, [], 300_000),  # 6 streams of 64 in float32
+        ("cuda", False, 6 * 64 * 4 * 300_000, [], 300_000),  # 6 streams of 64 in float32
         ("cuda", False, 2**20, [], 100_000),
     ],
 )
-def test_a_fit_sees_more_on_a_gpu_with_room(monkeypatch, kind, streamed, free, others, expected):
+def test_a_fit_sees_more_on_a_gpu_with_room(monkeypatch, kind, streamed, room, others, expected):
     class Ranks:
         def exchange(self, mine):
             return [mine, *(str(n).encode() for n in others)]
@@ -70,7 +72,7 @@ def test_a_fit_sees_more_on_a_gpu_with_room(monkeypatch, kind, streamed, free, o
         dtype=torch.float32,
         model=SimpleNamespace(config=PretrainedConfig(hidden_size=64)),
     )
-    monkeypatch.setattr(material, "free_bytes", lambda stack: free)
+    monkeypatch.setattr(material, "room_bytes", lambda stack: room)
     monkeypatch.setattr(material, "group", Ranks)
     assert material.default_tokens(stack) == expected
 
@@ -148,7 +150,7 @@ def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
 
 def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch):
     """6 blocks of 2 key-value heads of 8, keys and values in float32: 768 bytes a token."""
-    monkeypatch.setattr(own, "CACHE", {"cpu": 768 * 32 * 20})
+    monkeypatch.setattr(own, "CACHE", 768 * 32 * 20)
     assert own._at_once(loaded.stack, 32) == 20
     assert own._at_once(loaded.stack, 64) == 10
     assert own._at_once(loaded.stack, 32_000) == 1
@@ -163,6 +165,16 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
     first = len(opening_tokens(loaded.tokenizer))
     assert own.write(loaded, 40, 32 + first, 0, "", silent).shape == (40, 32 + first)
     assert sizes == [(20, 20, 32), (20, 20, 32)]
+
+
+@pytest.mark.parametrize(("free", "room"), [(2**30, 2**28), (2**32, 2**29)])
+def test_a_gpu_has_room_by_its_size_unless_it_is_full(loaded, monkeypatch, free, room):
+    monkeypatch.setattr(BlockStack, "input_device", torch.device("cuda"))
+    monkeypatch.setattr(sweep, "_free_bytes", lambda stack: free)
+    size = SimpleNamespace(total_memory=2**32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
+    assert sweep.room_bytes(loaded.stack) == room
+    assert own._at_once(loaded.stack, 32) == room // (768 * 32)
 
 
 def test_long_windows_are_of_several_pieces(loaded, monkeypatch):

@@ -9,7 +9,7 @@ from sleb.errors import InputError
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.parallel import group
 from sleb.repair.own import SHARE
-from sleb.selection.sweep import free_bytes
+from sleb.selection.sweep import room_bytes
 from sleb.text import Windows, load_windows
 
 __all__ = ["JUDGES", "default_tokens", "repair_windows"]
@@ -22,13 +22,13 @@ JUDGES = 32
 
 
 def default_tokens(stack: BlockStack) -> int:
-    """How many tokens a repair is to see: many on a GPU, as long as a quarter of its free memory
-    holds their hidden states; and not where blocks are fetched when they run."""
+    """How many tokens a repair is to see: many on a GPU, as long as their hidden states fit
+    there; and not where blocks are fetched when they run."""
     least = TOKENS["cpu"]
     if stack.input_device.type != "cuda" or stack.streamed:
         return least
     each = STREAMS * int(decoder_config(stack.model.config).hidden_size) * stack.dtype.itemsize
-    room = free_bytes(stack) // 4 // each
+    room = room_bytes(stack) // each
     room = min(int(found) for found in group().exchange(str(room).encode()))
     return max(least, min(TOKENS["cuda"], room))
 

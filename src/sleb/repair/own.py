@@ -22,6 +22,7 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.parallel import group
 from sleb.plan import SourceRecord
 from sleb.progress import Progress
+from sleb.selection.sweep import room_bytes
 from sleb.text import Windows
 from sleb.text.tokens import opening_tokens
 from sleb.text.windows import recount
@@ -38,8 +39,8 @@ the user's text are of documents: all begin at once, and there are few steps to 
 HOT = 1.3
 """The temperature of every third piece, 1 that of the others: it strays further from what the model
 has read most, into other scripts for one (docs/quality.md)."""
-CACHE = {"cuda": 2**32, "cpu": 2**30}
-"""Bytes of keys and values that are held at most."""
+CACHE = 2**30
+"""Bytes of keys and values that are held at most, where that is not a GPU."""
 
 
 def can_write(stack: BlockStack) -> bool:
@@ -168,11 +169,11 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) ->
 
 
 def _at_once(stack: BlockStack, length: int) -> int:
-    """Sequences to write together. It depends on the model and the kind of device alone, since
-    with it other tokens are sampled."""
+    """Sequences to write together: with another number, other tokens are sampled."""
     config = decoder_config(stack.model.config)
     heads = getattr(config, "num_attention_heads", None) or 1
     shared = getattr(config, "num_key_value_heads", None) or heads
     wide = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
     each = 2 * length * shared * wide * len(stack) * stack.dtype.itemsize // group().tp
-    return max(1, CACHE.get(stack.input_device.type, CACHE["cpu"]) // max(1, each))
+    room = room_bytes(stack) if stack.input_device.type == "cuda" else CACHE
+    return max(1, room // max(1, each))

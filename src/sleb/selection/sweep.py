@@ -118,7 +118,7 @@ class Sweep:
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
-        self.max_bytes = max_bytes or free_bytes(stack) // 2
+        self.max_bytes = max_bytes or _free_bytes(stack) // 2
         if stack.streamed:  # decides how windows are dealt out
             self.max_bytes = min(map(int, group().exchange(b"%d" % self.max_bytes)))
         self._kept = Kept(self.max_bytes // 2 if keep and not stack.streamed else 0)
@@ -355,7 +355,14 @@ def default_batch(stack: BlockStack, length: int) -> int:
     return max(1, tokens // length)
 
 
-def free_bytes(stack: BlockStack) -> int:
+def room_bytes(stack: BlockStack) -> int:
+    """Memory of a GPU that one thing of a kind may take: an eighth of it, which is the same in
+    every run, or if there is less, a quarter of what is free."""
+    total = torch.cuda.get_device_properties(stack.input_device).total_memory
+    return min(total // 8, _free_bytes(stack) // 4)
+
+
+def _free_bytes(stack: BlockStack) -> int:
     """Memory that is free now on the fullest device of the blocks, for each process that uses
     it."""
     devices = {stack.device(i) for i in range(len(stack))}
