@@ -2,6 +2,7 @@
 
 python benchmarks/plot_quality.py RESULT.json [RESULT.json ...] -o docs/quality.svg
 python benchmarks/plot_quality.py RESULT.json --markdown
+python benchmarks/plot_quality.py RESULT.json --against EARLIER.json
 """
 
 from __future__ import annotations
@@ -153,6 +154,28 @@ def chosen(report: dict[str, Any]) -> str:
     return table(head, rows, left=3)
 
 
+def changes(report: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """What became of the sets of blocks that an earlier result has too, after their repair."""
+    unseen = [*report["unseen"]]
+
+    def figures(cut: dict[str, Any]) -> list[str]:
+        row = cut["repaired"] or cut["plain"]
+        ratios = [row["domains"][name]["ratio"]["value"] for name in unseen]
+        return [f"{x:.2f}" for x in (row["geo"]["value"], *ratios)] + [accuracy(row)]
+
+    known = {(system, tuple(cut["blocks"])): figures(cut) for system, cut in cuts(earlier)}
+    rows = [
+        [
+            str(cut["removed"]),
+            system,
+            *(f"{a} → {b}" for a, b in zip(before, figures(cut), strict=True)),
+        ]
+        for system, cut in cuts(report)
+        if (before := known.get((system, tuple(cut["blocks"]))))
+    ]
+    return table(["removed", "system", "five domains", *unseen, "accuracy"], rows, left=2)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """All tables of one result."""
     what, texts = report["what"], report["texts"]
@@ -239,12 +262,15 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--markdown", action="store_true", help="print tables")
+    parser.add_argument("--against", type=Path, help="print what differs from an earlier result")
     options = parser.parse_args()
-    if not options.out and not options.markdown:
-        parser.error("give -o FILE.svg, or --markdown")
+    if not (options.out or options.markdown or options.against):
+        parser.error("give -o FILE.svg, --markdown or --against FILE")
     reports = [json.loads(path.read_text()) for path in options.results]
     if options.markdown:
         print("\n\n".join(map(markdown, reports)))
+    if options.against:
+        print(changes(reports[0], json.loads(options.against.read_text())))
     if options.out:
         draw(reports, options.out)
 

@@ -19,7 +19,8 @@ from sleb.errors import InputError
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from plot_quality import draw, markdown  # noqa: E402
+import quality  # noqa: E402
+from plot_quality import changes, draw, markdown  # noqa: E402
 from texts import DOMAINS, UNSEEN, prepare  # noqa: E402
 from zeroshot import local_tasks  # noqa: E402
 
@@ -52,7 +53,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def bench(model: Path, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     sizes = {"windows": 10, "length": 32, "published-windows": 2, "published-length": 32}
     sizes |= {
         "repair-tokens": 3000,
@@ -62,18 +63,12 @@ def bench(model: Path, data: Path, out: Path, *more: str) -> subprocess.Complete
         "device": "cpu",
     }
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    return [str(model), "--data", str(data), "-o", str(out), *options, *more]
+
+
+def bench(model: Path, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            sys.executable,
-            BENCHMARKS / "quality.py",
-            model,
-            "--data",
-            data,
-            "-o",
-            out,
-            *options,
-            *more,
-        ],
+        [sys.executable, BENCHMARKS / "quality.py", *arguments(model, data, out, *more)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -232,6 +227,31 @@ def test_time_is_kept_and_what_was_not_begun_is_told(learned, data, tmp_path):
     assert report["systems"] == []
     assert report["not_begun"] == ["cosine", "sleb", "greedy", "beam", "window", "repair-aware"]
     assert "not begun for lack of time: cosine" in done.stdout
+
+
+def test_every_set_is_written_as_soon_as_it_is_measured(learned, data, tmp_path, monkeypatch):
+    options = arguments(learned / "model", data, tmp_path / "out.json", "--no-own")
+    options += ["--removed", "1,2", "--systems", "cosine"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *options])
+    written = []
+    monkeypatch.setattr(quality, "write_text", lambda path, text: written.append(json.loads(text)))
+    quality.main()
+    assert [[len(s["sets"]) for s in report["systems"]] for report in written] == [[], [1], [2]]
+
+
+def test_a_result_is_set_against_an_earlier_one(result):
+    report, _ = result
+    earlier = json.loads(json.dumps(report))
+    sets = {system["system"]: system["sets"] for system in earlier["systems"]}
+    sets["greedy"][0]["blocks"] = [0]
+    sets["window"][0]["repaired"]["geo"]["value"] = 9.87
+    rows = changes(report, earlier).splitlines()[2:]
+    assert len(rows) == 9
+    (shown,) = [row for row in rows if "9.87" in row]
+    now = report["systems"][4]["sets"][0]["repaired"]
+    assert shown.split("|")[2].strip() == "window"
+    assert f" 9.87 → {now['geo']['value']:.2f} " in shown
+    assert shown.endswith(f"{100 * now['tasks']['mean']:.1f} |")
 
 
 def test_what_calibrates_does_not_test(data, tmp_path):
