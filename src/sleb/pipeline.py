@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing_extensions import Unpack
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, UnsupportedModel
+from sleb.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.exactness import verify
 from sleb.files import enough_space, writable_target
+from sleb.metrics import NLL
 from sleb.models.load import LoadedModel, load
 from sleb.models.placing import check_placing
 from sleb.parallel import group
-from sleb.plan import Plan, blocks_to_remove
+from sleb.plan import Plan, Target, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
@@ -28,9 +30,12 @@ from sleb.repair import repair as fit_repair
 from sleb.repair.material import default_tokens, repair_windows
 from sleb.repair.own import GIVEN_ALONE, OWN, can_write
 from sleb.selection.goal import Goal
+from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.selection.strategies import FINALS
+from sleb.selection.sweep import Sweep
+from sleb.selection.targets import upper_bound
 from sleb.surgery import apply, refuse_source
 from sleb.text import Windows, load_windows
 
@@ -120,8 +125,13 @@ def prune(
         heldout=heldout,
     )
     material = _material(loaded, scored, aside, repair, repair_tokens, options)
-    if not isinstance(material, str) and _compares(loaded, scored, material[0], goal, options):
-        options = {**options, "strategy": FINALS}
+    limit = None
+    if not isinstance(material, str) and _foresees(loaded, scored, material[0]):
+        if _compares(goal, options):
+            options = {**options, "strategy": FINALS}
+        if not loaded.stack.streamed:  # a fit of every depth would read its blocks anew
+            limit = goal.max_loss_increase
+        options = {**options, "after_repair": limit is not None}
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
@@ -137,6 +147,22 @@ def prune(
         fixed, repair_note = None, material
     else:
         fixed, repair_note = _repaired(loaded, plan, material, repair, options, watch)
+        while limit is not None:  # its repairs were quick ones
+            assert aside is not None
+            reached = _reached(loaded, plan, fixed, aside, options)
+            if reached <= limit:
+                target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
+                plan = plan.model_copy(update={"target": target})
+                break
+            if len(plan.order) == 1:
+                raise VerificationFailed(
+                    f"nothing can be removed within --max-loss-increase {limit:g}: without block "
+                    f"{plan.order[0]} alone the held-out loss rises by up to {reached:.4f} "
+                    f"nats/token after its repair (95 % bound on {len(aside.ids)} windows); more "
+                    "text tightens the bound"
+                )
+            plan = plan.without_last()
+            fixed, repair_note = _repaired(loaded, plan, material, repair, options, watch)
     plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
     quality = None
     note = "no text was left over to measure on: give more, or fewer --windows"
@@ -208,7 +234,7 @@ def prune(
             finish=finish,
             progress=watch,
         )
-        for suffix in ("", ".repaired", ".judged"):
+        for suffix in ("", ".repaired", ".judged", ".limit"):
             Path(f"{journal}{suffix}").unlink(missing_ok=True)
         return TypeAdapter(RunRecord).dump_json(record[0]).decode()
 
@@ -245,14 +271,29 @@ def _material(
         return f"not possible: {error}"
 
 
-def _compares(
-    model: LoadedModel, scored: Windows, fitted: Windows, goal: Goal, options: SearchOptions
-) -> bool:
-    """Whether what a repair will leave of the loss is to choose the blocks: where nothing else is
-    asked for, and there is text to fit on beside what the search scores."""
+def _foresees(model: LoadedModel, scored: Windows, fitted: Windows) -> bool:
+    """Whether a search can see what a repair will leave of the loss: there is text to fit on
+    beside what it scores."""
+    return len(fitted.ids) > len(scored.ids) and can_repair(model)
+
+
+def _compares(goal: Goal, options: SearchOptions) -> bool:
+    """Whether that is to choose the blocks: where nothing else is asked for."""
     asked = options.get("strategy") or options.get("metric", "loss") != "loss"
-    left = len(fitted.ids) > len(scored.ids)
-    return not asked and goal.remove is not None and left and can_repair(model)
+    return not asked and goal.remove is not None
+
+
+def _reached(
+    model: LoadedModel, plan: Plan, fixed: Repair | None, aside: Windows, options: SearchOptions
+) -> float:
+    """Upper bound of the increase of the loss on held-out windows, nats/token."""
+    n, sweep = len(aside.ids), Sweep(model.stack, aside.ids, NLL, batch=options.get("batch"))
+    dense = sweep.values([DENSE], 0, n)[0]
+    with fixed.patch(model.stack) if fixed else nullcontext():
+        pruned = sweep.values([BlockSet(plan.removed)], 0, n)[0]
+    bound = upper_bound(pruned - dense)
+    assert bound is not None  # at least two windows, see search
+    return bound
 
 
 def _repaired(

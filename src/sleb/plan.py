@@ -204,10 +204,13 @@ class Point(_Record):
 
 
 class Curve(_Record):
-    """Quality, size and speed by depth, on windows that took no part in the choice of blocks."""
+    """Quality, size and speed by depth, on windows that took no part in the choice of blocks.
+    ``fitted``: tokens of the quick repair that every depth was measured with; null for plain
+    cuts."""
 
     heldout: Calibration
     baseline: Baseline
+    fitted: Count | None = None
     points: tuple[Point, ...]
 
 
@@ -312,6 +315,15 @@ class Plan(_Record):
                 "search again with a larger --remove to go deeper"
             )
         return tuple(sorted(self.order[:depth]))
+
+    def without_last(self) -> Plan:
+        """The plan with its last removal taken back; its repair is of another cut then."""
+        order = self.order[:-1]
+        rounds = self.rounds[: len(order)]
+        if rounds and len(rounds[0].removed) > 1:  # all were chosen at once
+            rounds = (rounds[0].choosing(*order),)
+        removed = {"order": order, "removed": tuple(sorted(order))}
+        return self.model_copy(update={**removed, "rounds": rounds, "repair": None})
 
     def to_json(self) -> str:
         """Indented JSON in which each score is one line, so that plans diff well."""

@@ -228,6 +228,11 @@ def curve(console: Console, p: Any) -> None:
             f"{p.curve.baseline.mean:.4f} nats/token; speed-up of generation estimated from the "
             "weights that are read per token"
         )
+        if p.curve.fitted:
+            console.print(
+                f"every depth after a quick repair, fitted on {p.curve.fitted:,} tokens; the "
+                "target is tested again with the whole one"
+            )
         if len(p.curve.points) > len(p.order):
             console.print("* beyond the target: not in the plan")
     if p.target and p.target.kind != "remove":

@@ -264,7 +264,10 @@ def _curve(m: Material) -> list[Item]:
             y_label=say.plain("curve.y"),
         ),
     )
-    return [figure, _depths(m, points, chosen), *_target(m), *plain_only(m)]
+    about = plain_only(m)
+    if curve.fitted is not None:
+        about = [Text(text=say("curve.quick", tokens=say.number(curve.fitted, 0)))]
+    return [figure, _depths(m, points, chosen), *_target(m), *about]
 
 
 def _depths(m: Material, points: tuple[Point, ...], chosen: int) -> Table:

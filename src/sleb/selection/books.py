@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sleb.errors import VerificationFailed
 from sleb.parallel import group
 from sleb.selection.objective import Journal, Replay
 
@@ -40,5 +41,7 @@ class Books:
         pass
 
     def __exit__(self, failed: object, *_: object) -> None:
+        # that nothing is within a limit is an answer too
+        done = failed is None or failed is VerificationFailed
         for book in self._open:
-            book.close(done=not failed and not self.keep)
+            book.close(done=done and not self.keep)

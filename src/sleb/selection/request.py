@@ -31,6 +31,7 @@ class SearchOptions(TypedDict, total=False):
     speedup: float | None
     size: int | str | None
     curve: bool
+    after_repair: bool
     metric: str
     strategy: str | None
     exact: bool

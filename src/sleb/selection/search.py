@@ -44,6 +44,8 @@ from sleb.similarity import measure_similarity
 from sleb.text import Windows, load_windows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sleb.repair.choice import Repairs
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
@@ -61,6 +63,7 @@ def search(
     speedup: float | None = None,
     size: int | str | None = None,
     curve: bool = False,
+    after_repair: bool = False,
     metric: str = "loss",
     strategy: str | None = None,
     exact: bool = False,
@@ -97,6 +100,8 @@ def search(
             :class:`sleb.plan.Point`.
         size: remove blocks until the weights take at most so many bytes, or ``"100MB"``.
         curve: measure every depth on held-out windows, for the plan's ``curve``.
+        after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
+            quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
         metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine``,
             ``kl`` or ``repaired-loss``; see ``sleb.metrics``.
         strategy: ``greedy``, ``one-shot``, ``window``, ``beam``, ``refine`` or
@@ -189,22 +194,28 @@ def search(
     if compile:
         stack = CompiledStack(stack.model, setting.batch)
     sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
-    evidence = None
-    if aside is not None and measures_aside:
-        evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
-    aim = Aim(goal, costs, candidates, evidence)
-    finals = None
-    with running(setting):
+    how = model.dtype + (", compiled" if compile else "")
+    books = Books(journal, _key(identity, windows.record, metric, how, exact), keep=keep_journal)
+    evidence, finals = None, None
+    with running(setting), books:
+        if aside is not None and measures_aside:
+            evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
+            if after_repair and goal.max_loss_increase is not None:
+                from sleb.repair.choice import FINAL_TOKENS, RepairedScores, fitting
+
+                ids = fitting(model, text, windows, aside, FINAL_TOKENS)
+                plain = Sweep(model.stack, aside.ids, NLL, batch=setting.batch)  # not compiled
+                book = books.open(".limit", about=_digest(ids, aside.ids))
+                scores = RepairedScores(plain, ids).values
+                evidence = Heldout(plain, aside, costs, (scores, book, ids.numel()))
+        aim = Aim(goal, costs, candidates, evidence)
         if chosen.token is None:
             assert similarity is not None
             only = rank(candidates, 1 - similarity.per_window[:, candidates].T, aim.most)
             found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
         else:
-            how = model.dtype + (", compiled" if compile else "")
-            key = _key(identity, windows.record, metric, how, exact)
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = sweeping(ids, chosen.token, keep=exact)
-            books = Books(journal, key, keep=keep_journal)
             repairs = None
             if chosen.repaired or named == FINALS:
                 from sleb.repair.choice import Repairs
@@ -260,7 +271,7 @@ class _Search:
         if self.finals:
             work.append(self.finals.work(blocks))
         known = aim.known and not self.every  # how long fits of all candidates take is not
-        with books, progress.stage("searching", sum(work) if known else None) as tick:
+        with progress.stage("searching", sum(work) if known else None) as tick:
             pace = Pace(tick, work, racing=not self.exact)
             sweep.on_work(pace.work)
 
@@ -320,8 +331,13 @@ class _Search:
         other = Sweep(repairs.stack, ids, NLL, batch=self.sweep.batch)
         other.on_work(pace.work)
         scores = RepairedScores(other, repairs.fitted, pace.work)
-        book = books.open(".judged", about=hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+        book = books.open(".judged", about=_digest(ids))
         return Objective(scores.values, len(ids), journal=book, note=note)
+
+
+def _digest(*ids: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(b"".join(i.numpy().tobytes() for i in ids)).hexdigest()
 
 
 def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:

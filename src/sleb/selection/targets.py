@@ -17,13 +17,13 @@ from sleb.models.stack import BlockStack
 from sleb.plan import Curve, Point, Target, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.objective import DENSE, BlockSet, Objective
+from sleb.selection.objective import DENSE, BlockSet, Objective, Replay, ScoreFunction, Values
 from sleb.selection.racing import baseline
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.statistics import interval, standard_error
 from sleb.text import Windows
 
-__all__ = ["Aim", "Costs", "Heldout"]
+__all__ = ["Aim", "Costs", "Heldout", "upper_bound"]
 
 CONFIDENCE = 0.95
 
@@ -72,21 +72,28 @@ class Costs:
 
 
 class Heldout:
-    """Loss of the model on held-out windows as blocks go: the evidence for a depth."""
+    """Loss of the model on held-out windows as blocks go: the evidence for a depth.
 
-    def __init__(self, sweep: Sweep, windows: Windows, costs: Costs) -> None:
+    ``repaired``: what scores sets as ``sweep`` does, but after a repair, where it keeps what it has
+    found, and on how many tokens it fits."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        windows: Windows,
+        costs: Costs,
+        repaired: tuple[ScoreFunction, Replay | None, int] | None = None,
+    ) -> None:
         self._sweep, self.windows, self._costs = sweep, windows, costs
-        n = len(windows.ids)
-        self._losses = Objective(sweep.values, n)
+        score, book, fitted = repaired or (sweep.values, None, None)
+        self._fitted: int | None = fitted
+        self._losses = Objective(score, len(windows.ids), journal=book)
 
     def point(self, order: Sequence[int]) -> Point:
         """The model without ``order``, against the dense one."""
         dense, pruned = self._losses.scores([DENSE, BlockSet(order)])
         increase = pruned - dense
-        found, error = interval(increase), standard_error(increase)
-        bound = None
-        if error is not None:
-            bound = found.value + float(stats.t.ppf(CONFIDENCE, increase.size - 1)) * error
+        found, bound = interval(increase), upper_bound(increase)
         return Point(
             depth=len(order),
             block=order[-1],
@@ -99,7 +106,7 @@ class Heldout:
         )
 
     def curve(self, order: Sequence[int], progress: Progress = silent) -> Curve:
-        """All depths of ``order``, in one sweep."""
+        """All depths of ``order``, in one sweep where they are plain cuts."""
         prefixes = [tuple(order[: i + 1]) for i in range(len(order))]
         sets = [DENSE, *map(BlockSet, prefixes)]
         work = block_forwards(sets, len(self._sweep.stack)) + len(sets)
@@ -109,8 +116,17 @@ class Heldout:
         return Curve(
             heldout=self.windows.record,
             baseline=baseline(dense),
+            fitted=self._fitted,
             points=tuple(self.point(p) for p in prefixes),
         )
+
+
+def upper_bound(increase: Values) -> float | None:
+    """One-sided 95 % bound of the mean of paired increases [windows]; None of a single one."""
+    error = standard_error(increase)
+    if error is None:
+        return None
+    return float(increase.mean() + stats.t.ppf(CONFIDENCE, increase.size - 1) * error)
 
 
 class Aim:
