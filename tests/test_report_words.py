@@ -93,6 +93,7 @@ def variety():
     targets = {"remove": 3, "speedup": 1.2, "size": 2e9}
     yield from [(full, chosen), (sparse(), bare_plan()), (full, worse), (long, chosen)]
     yield repaired(), repaired_plan()
+    yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
     yield full, put(worse, "rounds.0.scores.1.windows", 9)
     yield full, put(chosen, "rounds.0.scores.1.block", 4)
     yield full, plan(similarity=chosen_by)
