@@ -136,6 +136,7 @@ def test_prune_removes_more_than_a_plain_cut_could(learned, text, split, limit, 
     cut = losses(sleb.load(tmp_path / "out", **CPU).stack, ids, DENSE)
     assert plan.target.reached == pytest.approx(bound(cut - dense), abs=1e-4)
     assert plan.target.reached <= limit
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "plain"}  # and no journal
 
 
 def test_where_blocks_are_streamed_the_plain_cut_keeps_it(learned, text, limit, tmp_path):
