@@ -174,7 +174,7 @@ def search(
     if measures_aside and (aside is None or len(aside.ids) < 2):
         raise InputError(
             "no two windows are left over to hold out, which --max-loss-increase and --curve "
-            "need: give more --text, fewer --windows, or a shorter --length"
+            "need: give more --text, fewer --windows, a shorter --length, or a larger --heldout"
         )
 
     checkpoint = Checkpoint.open(model.source.path)
