@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from sleb.card import model_card
 from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, UnsupportedModel, VerificationFailed
+from sleb.errors import InputError, UnsupportedModel
 from sleb.exactness import verify
 from sleb.files import enough_space, writable_target
 from sleb.metrics import NLL
@@ -35,7 +35,7 @@ from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.selection.strategies import FINALS
 from sleb.selection.sweep import Sweep
-from sleb.selection.targets import upper_bound
+from sleb.selection.targets import nothing_within, upper_bound
 from sleb.surgery import apply, refuse_source
 from sleb.text import Windows, load_windows
 
@@ -146,24 +146,9 @@ def prune(
     if isinstance(material, str):
         fixed, repair_note = None, material
     else:
-        fixed, repair_note = _repaired(loaded, plan, material, repair, options, watch)
-        while limit is not None:  # its repairs were quick ones
-            assert aside is not None
-            reached = _reached(loaded, plan, fixed, aside, options)
-            if reached <= limit:
-                target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
-                plan = plan.model_copy(update={"target": target})
-                break
-            if len(plan.order) == 1:
-                raise VerificationFailed(
-                    f"nothing can be removed within --max-loss-increase {limit:g}: without block "
-                    f"{plan.order[0]} alone the held-out loss rises by up to {reached:.4f} "
-                    f"nats/token after its repair (95 % bound on {len(aside.ids)} windows); more "
-                    "text tightens the bound"
-                )
-            plan = plan.without_last()
-            fixed, repair_note = _repaired(loaded, plan, material, repair, options, watch)
-    plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
+        plan, fixed, repair_note = _within(
+            limit, aside, loaded, plan, material, repair, options, watch
+        )
     quality = None
     note = "no text was left over to measure on: give more, or fewer --windows"
     if aside is not None:
@@ -281,6 +266,37 @@ def _compares(goal: Goal, options: SearchOptions) -> bool:
     """Whether that is to choose the blocks: where nothing else is asked for."""
     asked = options.get("strategy") or options.get("metric", "loss") != "loss"
     return not asked and goal.remove is not None
+
+
+def _within(
+    limit: float | None,
+    aside: Windows | None,
+    model: LoadedModel,
+    plan: Plan,
+    material: tuple[Windows, Windows],
+    wanted: bool | None,
+    options: SearchOptions,
+    progress: Progress,
+) -> tuple[Plan, Repair | None, str]:
+    """The plan with its repair, and what is to be said of that. Removals are taken back while the
+    loss of ``aside`` is above a ``limit``, since the search has held that with quick repairs.
+
+    Raises:
+        VerificationFailed: it is so with a single removal.
+    """
+    while True:
+        fixed, said = _repaired(model, plan, material, wanted, options, progress)
+        plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
+        if limit is None:
+            return plan, fixed, said
+        assert aside is not None  # see search
+        reached = _reached(model, plan, fixed, aside, options)
+        if reached <= limit:
+            target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
+            return plan.model_copy(update={"target": target}), fixed, said
+        if len(plan.order) == 1:
+            raise nothing_within(limit, plan.order[0], reached, len(aside.ids), " after its repair")
+        plan = plan.without_last()
 
 
 def _reached(

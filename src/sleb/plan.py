@@ -36,6 +36,7 @@ __all__ = [
     "Target",
     "blocks_to_remove",
     "parse_blocks",
+    "rounds_behind",
 ]
 
 MAX_BYTES = 32 * 2**20
@@ -134,6 +135,12 @@ class Round(_Record):
         return rival, margin, rival.excess_se is None or margin < 2 * rival.excess_se
 
 
+def rounds_behind(rounds: tuple[Round, ...], order: tuple[int, ...]) -> tuple[Round, ...]:
+    """The rounds behind ``order``, which may be shorter than what was found."""
+    at_once = len(rounds) == 1 and set(order) <= set(rounds[0].removed)  # a run's has one name
+    return (rounds[0].choosing(*order),) if at_once else rounds[: len(order)]
+
+
 class Baseline(_Record):
     """The dense model's mean score and its standard error over windows."""
 
@@ -204,9 +211,8 @@ class Point(_Record):
 
 
 class Curve(_Record):
-    """Quality, size and speed by depth, on windows that took no part in the choice of blocks.
-    ``fitted``: tokens of the quick repair that every depth was measured with; null for plain
-    cuts."""
+    """Quality, size and speed by depth, on windows that took no part in the choice of blocks, as
+    plain cuts, or each after a quick repair on ``fitted`` tokens."""
 
     heldout: Calibration
     baseline: Baseline
@@ -317,13 +323,10 @@ class Plan(_Record):
         return tuple(sorted(self.order[:depth]))
 
     def without_last(self) -> Plan:
-        """The plan with its last removal taken back; its repair is of another cut then."""
+        """The plan with its last removal taken back, and no repair, which would be of another."""
         order = self.order[:-1]
-        rounds = self.rounds[: len(order)]
-        if rounds and len(rounds[0].removed) > 1:  # all were chosen at once
-            rounds = (rounds[0].choosing(*order),)
-        removed = {"order": order, "removed": tuple(sorted(order))}
-        return self.model_copy(update={**removed, "rounds": rounds, "repair": None})
+        cut = {"order": order, "removed": tuple(sorted(order)), "repair": None}
+        return self.model_copy(update={**cut, "rounds": rounds_behind(self.rounds, order)})
 
     def to_json(self) -> str:
         """Indented JSON in which each score is one line, so that plans diff well."""
@@ -376,10 +379,8 @@ def blocks_to_remove(target: int | str, n_blocks: int) -> int:
     if n < 1:
         raise InputError(f"--remove {text} removes nothing; give at least 1")
     if n >= n_blocks:
-        raise InputError(
-            f"--remove {text} is {n} of the model's {n_blocks} blocks; "
-            f"at most {n_blocks - 1} can go"
-        )
+        most = f"at most {n_blocks - 1} can go"
+        raise InputError(f"--remove {text} is {n} of the model's {n_blocks} blocks; {most}")
     return n
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from sleb.files import disk_errors
 from sleb.selection.racing import Race, Values
 
-__all__ = ["DENSE", "BlockSet", "Call", "Journal", "Objective", "Replay", "ScoreFunction", "Values"]
+__all__ = ["DENSE", "BlockSet", "Call", "Journal", "Objective", "Replay", "Values"]
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from sleb.plan import (
     Calibration,
     Fingerprint,
     Plan,
-    Round,
     blocks_to_remove,
+    rounds_behind,
 )
 from sleb.progress import Progress, Tick, silent
 from sleb.selection.books import Books
@@ -42,10 +42,9 @@ from sleb.selection.targets import Aim, Costs, Heldout
 from sleb.selection.tuning import running, tune
 from sleb.similarity import measure_similarity
 from sleb.text import Windows, load_windows
+from sleb.text.windows import digest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sleb.repair.choice import Repairs
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
@@ -199,15 +198,19 @@ def search(
     evidence, finals = None, None
     with running(setting), books:
         if aside is not None and measures_aside:
-            evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
             if after_repair and goal.max_loss_increase is not None:
                 from sleb.repair.choice import FINAL_TOKENS, RepairedScores, fitting
 
                 ids = fitting(model, text, windows, aside, FINAL_TOKENS)
-                plain = Sweep(model.stack, aside.ids, NLL, batch=setting.batch)  # not compiled
-                book = books.open(".limit", about=_digest(ids, aside.ids))
-                scores = RepairedScores(plain, ids).values
-                evidence = Heldout(plain, aside, costs, (scores, book, ids.numel()))
+                held = Sweep(  # of nothing that is compiled
+                    model.stack, aside.ids, NLL, batch=setting.batch, max_bytes=most_bytes
+                )
+                scores = RepairedScores(held, ids).values
+                book = books.open(".limit", about=digest(ids) + digest(aside.ids))
+                losses = Objective(scores, len(aside.ids), journal=book)
+                evidence = Heldout(held, aside, costs, losses, fitted=ids.numel())
+            else:
+                evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
         aim = Aim(goal, costs, candidates, evidence)
         if chosen.token is None:
             assert similarity is not None
@@ -241,7 +244,7 @@ def search(
         dtype=model.dtype,
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
-        rounds=_rounds(found, order),
+        rounds=rounds_behind(found.rounds, order),
         finals=finals,
         similarity=gate,
         calibration=windows.record,
@@ -331,13 +334,8 @@ class _Search:
         other = Sweep(repairs.stack, ids, NLL, batch=self.sweep.batch)
         other.on_work(pace.work)
         scores = RepairedScores(other, repairs.fitted, pace.work)
-        book = books.open(".judged", about=_digest(ids))
+        book = books.open(".judged", about=digest(ids))
         return Objective(scores.values, len(ids), journal=book, note=note)
-
-
-def _digest(*ids: Tensor) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(b"".join(i.numpy().tobytes() for i in ids)).hexdigest()
 
 
 def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
@@ -345,14 +343,6 @@ def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
     if metric.token is None:
         return []
     return ([] if exact else ["racing"]) + (["compiled"] if compile else [])
-
-
-def _rounds(found: Found, order: tuple[int, ...]) -> tuple[Round, ...]:
-    """The rounds behind ``order``, which may be shorter than what was found."""
-    if len(found.rounds) == 1:
-        only = found.rounds[0]  # all were chosen at once, or a run by the name of its first block
-        return (only.choosing(*order) if set(only.removed) == set(found.order) else only,)
-    return found.rounds[: len(order)]
 
 
 def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:

@@ -17,13 +17,13 @@ from sleb.models.stack import BlockStack
 from sleb.plan import Curve, Point, Target, blocks_to_remove
 from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.objective import DENSE, BlockSet, Objective, Replay, ScoreFunction, Values
+from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import baseline
 from sleb.selection.sweep import Sweep, block_forwards
 from sleb.statistics import interval, standard_error
 from sleb.text import Windows
 
-__all__ = ["Aim", "Costs", "Heldout", "upper_bound"]
+__all__ = ["Aim", "Costs", "Heldout", "nothing_within", "upper_bound"]
 
 CONFIDENCE = 0.95
 
@@ -72,22 +72,20 @@ class Costs:
 
 
 class Heldout:
-    """Loss of the model on held-out windows as blocks go: the evidence for a depth.
-
-    ``repaired``: what scores sets as ``sweep`` does, but after a repair, where it keeps what it has
-    found, and on how many tokens it fits."""
+    """Loss of the model on held-out windows as blocks go: the evidence for a depth. ``losses``
+    scores sets as ``sweep`` does, by default, or after a repair that is ``fitted`` on so many
+    tokens."""
 
     def __init__(
         self,
         sweep: Sweep,
         windows: Windows,
         costs: Costs,
-        repaired: tuple[ScoreFunction, Replay | None, int] | None = None,
+        losses: Objective | None = None,
+        fitted: int | None = None,
     ) -> None:
-        self._sweep, self.windows, self._costs = sweep, windows, costs
-        score, book, fitted = repaired or (sweep.values, None, None)
-        self._fitted: int | None = fitted
-        self._losses = Objective(score, len(windows.ids), journal=book)
+        self._sweep, self.windows, self._costs, self._fitted = sweep, windows, costs, fitted
+        self._losses = losses or Objective(sweep.values, len(windows.ids))
 
     def point(self, order: Sequence[int]) -> Point:
         """The model without ``order``, against the dense one."""
@@ -127,6 +125,17 @@ def upper_bound(increase: Values) -> float | None:
     if error is None:
         return None
     return float(increase.mean() + stats.t.ppf(CONFIDENCE, increase.size - 1) * error)
+
+
+def nothing_within(
+    limit: float, block: int, bound: float, windows: int, after: str = ""
+) -> VerificationFailed:
+    """The error that not even one block can go."""
+    return VerificationFailed(
+        f"nothing can be removed within --max-loss-increase {limit:g}: without block {block} alone "
+        f"the held-out loss rises by up to {bound:.4f} nats/token{after} (95 % bound on {windows} "
+        "windows); more text tightens the bound"
+    )
 
 
 class Aim:
@@ -194,12 +203,8 @@ class Aim:
                 depth -= 1
             if depth == 0:
                 assert self._heldout
-                raise VerificationFailed(
-                    f"nothing can be removed within --max-loss-increase {limit:g}: without block "
-                    f"{order[0]} alone the held-out loss rises by up to "
-                    f"{self._bound(order[:1]):.4f} nats/token (95 % bound on "
-                    f"{len(self._heldout.windows.ids)} windows); more text tightens the bound"
-                )
+                windows = len(self._heldout.windows.ids)
+                raise nothing_within(limit, order[0], self._bound(order[:1]), windows)
             reached = self._bound(order[:depth])
             return tuple(order[:depth]), Target(
                 kind="max-loss-increase", limit=limit, reached=reached

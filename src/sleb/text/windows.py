@@ -21,7 +21,7 @@ from sleb.text.tokens import encode_text, opening_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_WINDOWS", "Windows", "load_windows", "recount"]
+__all__ = ["DEFAULT_WINDOWS", "Windows", "digest", "load_windows", "recount"]
 
 DEFAULT_WINDOWS = 32
 
@@ -222,7 +222,7 @@ def _cut(
         source=tuple(i for i, pick in enumerate(picks) for _ in pick),
         names=tuple(stream.source.name for stream in streams),
         record=Calibration(
-            sources=records, windows=len(ids), length=length, seed=seed, sha256=_digest(ids)
+            sources=records, windows=len(ids), length=length, seed=seed, sha256=digest(ids)
         ),
     )
 
@@ -233,11 +233,11 @@ def recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibr
         known.model_copy(update={"windows": source.count(i)})
         for i, known in enumerate(record.sources)
     )
-    changed = {"sources": counted, "windows": len(ids), "sha256": _digest(ids)}
+    changed = {"sources": counted, "windows": len(ids), "sha256": digest(ids)}
     return record.model_copy(update=changed)
 
 
-def _digest(ids: Tensor) -> str:
+def digest(ids: Tensor) -> str:
     """SHA-256 over the ids as little-endian int64, row by row, and then N and T likewise."""
     raw = ids.numpy().astype("<i8").tobytes()
     return hashlib.sha256(raw + struct.pack("<2q", *ids.shape)).hexdigest()
