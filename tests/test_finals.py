@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +12,7 @@ import sleb
 from conftest import byte_tokenizer
 from report_plan import plan as plan_of_report
 from report_plan import run_plan
+from sleb import pipeline
 from sleb.cli import render
 from sleb.errors import InputError
 from sleb.metrics import NLL
@@ -110,7 +112,7 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     text = [str(learned / "text.txt")]
     scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
     fitted = fitting(loaded, text, scored, None, choice.FINAL_TOKENS)
-    written = own.write(loaded, 8, 32, 1, "", silent)
+    written = own.write(loaded, 8, 32, 1, silent)
     judges = torch.cat((scored.ids, written))
     sweep = Sweep(loaded.stack, judges, NLL, batch=6)
     dense = sweep.values([BlockSet()], 0, 14)[0].mean()
@@ -133,6 +135,13 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     assert (plan.finals.windows, plan.finals.own) == (14, 8)
     assert plan.finals.fitted == fitted.numel() > 8000
     assert Plan.model_validate_json(plan.to_json()) == plan
+
+
+def test_text_that_was_written_before_judges(loaded, learned, plan, monkeypatch):
+    written = own.write(loaded, 8, 32, 1, silent)
+    monkeypatch.setattr(choice, "write", None)
+    assert find(loaded, learned, own=written) == plan
+    assert find(loaded, learned, own=written[:5]).finals.own == 5
 
 
 def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
@@ -207,6 +216,34 @@ def test_prune_compares_where_it_repairs(learned, plan, tmp_path):
     assert {f.order for f in ours.finals.sets} == {f.order for f in plan.finals.sets}
     assert ours.repair is not None
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
+    """What is fitted on and what judges come from one go, and are not the same."""
+    written, judging = [], []
+    real, of = own.write, Repairs.of
+
+    def write(*args):
+        written.append(real(*args))
+        return written[-1]
+
+    def repairs(*args, **options):
+        judging.append(options["own"])
+        return of(*args, **options)
+
+    for module in (own, choice, pipeline):
+        monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(Repairs, "of", repairs)
+    ours = pruned(learned / "model", learned, tmp_path / "out")
+    ((ids,), (judges,)) = written, judging
+    fitted = next(s for s in ours.repair.calibration.sources if s.spec == own.OWN)
+    assert (fitted.windows, ours.finals.own) == (len(ids) - len(judges), len(judges)) == (41, 8)
+    assert torch.equal(ids[fitted.windows :], judges)
+    assert fitted.sha256 == hashlib.sha256(ids[: fitted.windows].numpy().tobytes()).hexdigest()
+    only_fitted = pruned(learned / "model", learned, tmp_path / "greedy", strategy="greedy")
+    assert only_fitted.repair is not None
+    assert len(written) == 2
+    assert len(written[1]) == fitted.windows
 
 
 @pytest.mark.parametrize(

@@ -148,16 +148,23 @@ def test_where_blocks_are_streamed_the_plain_cut_keeps_it(learned, text, limit, 
 def test_removals_are_taken_back_until_the_whole_repair_keeps_it(
     learned, text, limit, tmp_path, monkeypatch
 ):
-    asked = []
+    asked, written = [], []
+    real = pipeline.write
 
     def reached(model, plan, fixed, aside, options):
         asked.append(plan.order)
         return 0.3 * limit if len(plan.order) == 1 else 2 * limit
 
+    def write(*args):
+        written.append(real(*args))
+        return written[-1]
+
     monkeypatch.setattr(pipeline, "_reached", reached)
+    monkeypatch.setattr(pipeline, "write", write)
     plan = pruned(learned, tmp_path / "out", text, limit)
     assert [len(order) for order in asked] == [*range(len(asked[0]), 0, -1)]
     assert len(asked) > 1
+    assert len(written) == 1  # for all of them
     assert plan.order == asked[0][:1]
     assert plan.removed == plan.repair.removed
     assert len(plan.rounds) == 1

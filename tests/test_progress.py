@@ -36,6 +36,20 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
     ]
 
 
+def test_where_the_end_is_not_known_the_time_gone_is_said(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress._Lines().stage("searching", None) as tick:
+        clock[0] += 20
+        tick(note="round 1")
+        clock[0] += 20
+        tick()
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "searching: 20 s gone; round 1",
+        "searching: 40 s gone",
+    ]
+
+
 def test_what_is_quick_says_nothing(capsys):
     with progress._Lines().stage("loading", None) as tick:
         tick()

@@ -118,7 +118,7 @@ def test_every_other_one_begins_as_texts_do_the_others_with_any_word(loaded, bot
 
 def test_every_third_strays_further(loaded):
     """At a higher temperature less likely words are sampled."""
-    ids = own.write(loaded, 60, 32, 0, "", silent)
+    ids = own.write(loaded, 60, 32, 0, silent)
     losses = Sweep(loaded.stack, ids, NLL).values([DENSE], 0, 60)[0]
     hot, others = losses[2::3], [*losses[::3], *losses[1::3]]
     assert hot.mean() > sum(others) / len(others) + 0.2
@@ -163,7 +163,7 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
 
     monkeypatch.setattr(own, "_continued", continued)
     first = len(opening_tokens(loaded.tokenizer))
-    assert own.write(loaded, 40, 32 + first, 0, "", silent).shape == (40, 32 + first)
+    assert own.write(loaded, 40, 32 + first, 0, silent).shape == (40, 32 + first)
     assert sizes == [(20, 20, 32), (20, 20, 32)]
 
 
@@ -181,7 +181,7 @@ def test_long_windows_are_of_several_pieces(loaded, monkeypatch):
     monkeypatch.setattr(own, "PIECE", 12)
     opening = opening_tokens(loaded.tokenizer)
     wide = 32 + len(opening)
-    ids = own.write(loaded, 3, wide, 0, "", silent)
+    ids = own.write(loaded, 3, wide, 0, silent)
     assert ids.shape == (3, wide)
     assert all(row[: len(opening)].tolist() == opening for row in ids)
     # 8 pieces, of which the last row needs all: nothing is left of the room

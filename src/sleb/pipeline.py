@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 from typing_extensions import Unpack
 
 from sleb.card import model_card
@@ -27,8 +28,9 @@ from sleb.quality import evaluate
 from sleb.record import RunRecord, Stopwatch, environment
 from sleb.repair import Repair, can_repair
 from sleb.repair import repair as fit_repair
+from sleb.repair.choice import own_judges
 from sleb.repair.material import default_tokens, repair_windows
-from sleb.repair.own import GIVEN_ALONE, OWN, can_write
+from sleb.repair.own import GIVEN_ALONE, OWN, can_write, joined, share, write
 from sleb.selection.goal import Goal
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import SearchOptions, check_request, goal_of
@@ -125,19 +127,24 @@ def prune(
         heldout=heldout,
     )
     material = _material(loaded, scored, aside, repair, repair_tokens, options)
-    limit = None
-    if not isinstance(material, str) and _foresees(loaded, scored, material[0]):
-        if _compares(goal, options):
-            options = {**options, "strategy": FINALS}
-        if not loaded.stack.streamed:  # a fit of every depth would read its blocks anew
-            limit = goal.max_loss_increase
-        options = {**options, "after_repair": limit is not None}
+    limit, own = None, None
+    if not isinstance(material, str) and can_repair(loaded):
+        if len(material[0].ids) > len(scored.ids):  # a search can see what a repair will leave
+            if _compares(goal, options):
+                options = {**options, "strategy": FINALS}
+            if not loaded.stack.streamed:  # a fit of every depth would read its blocks anew
+                limit = goal.max_loss_increase
+            options = {**options, "after_repair": limit is not None}
+        if can_write(loaded.stack):
+            judging = own_judges(scored) if options.get("strategy") == FINALS else 0
+            material, own = _written(loaded, material, judging, watch)
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
         loaded,
         windows=scored,
         heldout=aside,
+        own=own,
         journal=journal,
         keep_journal=True,
         progress=watch,
@@ -256,14 +263,24 @@ def _material(
         return f"not possible: {error}"
 
 
-def _foresees(model: LoadedModel, scored: Windows, fitted: Windows) -> bool:
-    """Whether a search can see what a repair will leave of the loss: there is text to fit on
-    beside what it scores."""
-    return len(fitted.ids) > len(scored.ids) and can_repair(model)
+def _written(
+    model: LoadedModel, material: tuple[Windows, Windows], judging: int, progress: Progress
+) -> tuple[tuple[Windows, Windows], Tensor | None]:
+    """``material`` with the model's own text to fit on, and as many windows as are wanted to judge
+    by [judging, T]. All is written in one go: how long that takes depends on the length more than
+    on the number."""
+    fitted, judges = material
+    n, record = share(fitted), fitted.record
+    if not n + judging:
+        return material, None
+    ids = write(model, n + judging, record.length, record.seed, progress)
+    if n:
+        fitted = joined(fitted, ids[:n])
+    return (fitted, judges), ids[n:] if judging else None
 
 
 def _compares(goal: Goal, options: SearchOptions) -> bool:
-    """Whether that is to choose the blocks: where nothing else is asked for."""
+    """Whether sets of blocks are to be compared after a repair: where nothing else is asked for."""
     asked = options.get("strategy") or options.get("metric", "loss") != "loss"
     return not asked and goal.remove is not None
 
@@ -321,7 +338,6 @@ def _repaired(
     progress: Progress,
 ) -> tuple[Repair | None, str]:
     """The repair of the plan's cut, and what is to be said of it."""
-    own = can_write(model.stack)
     fitted, judges = material
     try:
         found = fit_repair(
@@ -329,7 +345,7 @@ def _repaired(
             plan.removed,
             fitted,
             judges,
-            own=own,
+            own=False,
             batch=options.get("batch"),
             progress=progress,
         )
@@ -341,7 +357,7 @@ def _repaired(
         return None, "no fit was better on every text"
     done = sum(gap.ridge is not None for gap in found.record.gaps)
     seen = found.record.calibration
-    texts = "" if own else f"{GIVEN_ALONE}, "
+    texts = "" if can_write(model.stack) else f"{GIVEN_ALONE}, "
     if OWN in [source.spec for source in seen.sources]:
         texts = "a third of them the model's own text, "
     return found, (

@@ -84,8 +84,8 @@ class _Lines:
 
 
 def _line(title: str, done: int, total: int | None, spent: float, note: str) -> str:
-    share = ""
+    share, left = "", ""
     if total and done:
-        left = max(0.0, spent * (total - done) / done)
-        share = f" {min(99, 100 * done // total)} %, {spent:.0f} s gone, about {left:.0f} s left"
-    return f"{title}:{share}{'; ' + note if note else ''}"
+        share = f"{min(99, 100 * done // total)} %, "
+        left = f", about {max(0.0, spent * (total - done) / done):.0f} s left"
+    return f"{title}: {share}{spent:.0f} s gone{left}{'; ' + note if note else ''}"

@@ -38,6 +38,7 @@ __all__ = [
     "RepairedScores",
     "Repairs",
     "fitting",
+    "own_judges",
 ]
 
 SHORTLIST = 8
@@ -70,9 +71,11 @@ class Repairs:
         progress: Progress,
         *,
         finals: bool = False,
+        own: Tensor | None = None,
     ) -> Repairs:
         """``scored`` are a search's windows, ``aside`` are left out. With ``finals`` only a few
-        sets will be scored: less is fitted on, and what the model writes judges them too.
+        sets will be scored: less is fitted on, and what the model writes judges them too, which is
+        ``own`` [N, T] if it has done so.
 
         Raises:
             InputError: no text is left over to fit on.
@@ -80,10 +83,9 @@ class Repairs:
         fitted = fitting(model, text, scored, aside, FINAL_TOKENS if finals else SEARCH_TOKENS)
         judging = scored.ids
         if finals and can_write(model.stack):
-            least, most = OWN_JUDGES
-            n = min(most, max(least, len(scored.ids) // 2))
-            seed = scored.record.seed + 1  # what it writes for the seed itself may be fitted on
-            own = write(model, n, scored.record.length, seed, "writing text to judge by", progress)
+            if own is None:
+                seed = scored.record.seed + 1  # what it writes for the seed itself may be fitted on
+                own = write(model, own_judges(scored), scored.record.length, seed, progress)
             judging = torch.cat((judging, own))
         return cls(stack=model.stack, fitted=fitted, judging=judging, given=len(scored.ids))
 
@@ -97,6 +99,12 @@ class Repairs:
         return Finals(
             sets=sets, fitted=self.fitted.numel(), windows=windows, own=windows - self.given
         )
+
+
+def own_judges(scored: Windows) -> int:
+    """How many windows of its own text a model is to write, to judge by beside ``scored``."""
+    least, most = OWN_JUDGES
+    return min(most, max(least, len(scored.ids) // 2))
 
 
 def fitting(

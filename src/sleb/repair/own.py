@@ -27,7 +27,7 @@ from sleb.text import Windows
 from sleb.text.tokens import opening_tokens
 from sleb.text.windows import recount
 
-__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "with_own", "write"]
+__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "joined", "share", "with_own", "write"]
 
 OWN = "the model's own text"
 GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
@@ -61,20 +61,28 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
             f"{model.source.ref} cannot write text to fit on, since every token would read all "
             "blocks that are not in the device's memory: leave out own=True"
         )
-    n = len(windows.ids) // (SHARE - 1)
-    if not n:
-        return windows
+    n, record = share(windows), windows.record
+    return joined(windows, write(model, n, record.length, record.seed, progress)) if n else windows
+
+
+def share(windows: Windows) -> int:
+    """How many windows of its own a model is to write beside ``windows`` of given text."""
+    return len(windows.ids) // (SHARE - 1)
+
+
+def joined(windows: Windows, ids: Tensor) -> Windows:
+    """``windows`` and behind them ``ids`` [N, T], which the model has written."""
     record = windows.record
-    ids = write(model, n, record.length, record.seed, "writing text to fit on", progress)
     source = SourceRecord(
         spec=OWN,
         sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
-        documents=n,
+        documents=len(ids),
         tokens=ids.numel(),
-        windows=n,
+        windows=len(ids),
     )
     record = record.model_copy(update={"sources": (*record.sources, source)})
-    every, sources = torch.cat((windows.ids, ids)), windows.source + (len(windows.names),) * n
+    every = torch.cat((windows.ids, ids))
+    sources = windows.source + (len(windows.names),) * len(ids)
     return replace(
         windows,
         ids=every,
@@ -85,9 +93,7 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
 
 
 @torch.inference_mode()
-def write(
-    model: LoadedModel, n: int, length: int, seed: int, title: str, progress: Progress
-) -> Tensor:
+def write(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
     """Samples [n, length] on the CPU, each with what the tokenizer puts before a text. Every other
     piece begins with a random word, as those that begin alike are of few kinds, and every third is
     sampled at a higher temperature."""
@@ -99,7 +105,7 @@ def write(
     heat = torch.ones(pieces, 1, device=device)
     heat[2::3] = HOT
     devices = [device] if device.type == "cuda" else []
-    with progress.stage(title, pieces) as tick, torch.random.fork_rng(devices):
+    with progress.stage("writing text", pieces) as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts, starts = [], _starts(model, opening, pieces, seed).to(device)
         at_once = _at_once(model.stack, piece)

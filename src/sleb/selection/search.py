@@ -45,6 +45,8 @@ from sleb.text import Windows, load_windows
 from sleb.text.windows import digest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sleb.repair.choice import Repairs
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
@@ -69,6 +71,7 @@ def search(
     text: Sequence[str] = (),
     windows: Windows | int | None = None,
     heldout: Windows | int | None = DEFAULT_HELDOUT,
+    own: Tensor | None = None,
     length: int = DEFAULT_LENGTH,
     protect: str = DEFAULT_PROTECT,
     min_similarity: float | str | None = None,
@@ -110,6 +113,8 @@ def search(
         text: calibration texts; none is the embedded default. See ``sleb.text``.
         windows: number of windows, or windows that were loaded before.
         heldout: number of further windows that are set aside, or windows that were.
+        own: windows [N, T] that the model has written, to judge by beside the given where that is
+            done (``greedy-or-window``); by default they are written then.
         length: tokens per window.
         protect: blocks that stay, ``"0,-1"`` by default as in the paper.
         min_similarity: only blocks whose output is at least this similar (cosine) to their input
@@ -223,7 +228,9 @@ def search(
             if chosen.repaired or named == FINALS:
                 from sleb.repair.choice import Repairs
 
-                repairs = Repairs.of(model, text, windows, aside, progress, finals=named == FINALS)
+                repairs = Repairs.of(
+                    model, text, windows, aside, progress, finals=named == FINALS, own=own
+                )
             every = repairs if chosen.repaired else None
             last = repairs if named == FINALS else None
             found = _Search(sweep, named, candidates, aim, exact, every, last).run(books, progress)
