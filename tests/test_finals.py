@@ -140,8 +140,8 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
 def test_text_that_was_written_before_judges(loaded, learned, plan, monkeypatch):
     written = own.write(loaded, 8, 32, 1, silent)
     monkeypatch.setattr(choice, "write", None)
-    assert find(loaded, learned, own=written) == plan
-    assert find(loaded, learned, own=written[:5]).finals.own == 5
+    assert find(loaded, learned, own=lambda: written) == plan
+    assert find(loaded, learned, own=lambda: written[:5]).finals.own == 5
 
 
 def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
@@ -228,7 +228,7 @@ def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
         return written[-1]
 
     def repairs(*args, **options):
-        judging.append(options["own"])
+        judging.append(options["own"]())
         return of(*args, **options)
 
     for module in (own, choice, pipeline):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +137,14 @@ def prune(
             options = {**options, "after_repair": limit is not None}
         if can_write(loaded.stack):
             judging = own_judges(scored) if options.get("strategy") == FINALS else 0
-            material, own = _written(loaded, material, judging, watch)
+            own = _Own(loaded, material[0], judging, watch)
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
         loaded,
         windows=scored,
         heldout=aside,
-        own=own,
+        own=own.judging if own else None,
         journal=journal,
         keep_journal=True,
         progress=watch,
@@ -153,6 +153,8 @@ def prune(
     if isinstance(material, str):
         fixed, repair_note = None, material
     else:
+        if own:
+            material = own.fitted(), material[1]
         plan, fixed, repair_note = _within(
             limit, aside, loaded, plan, material, repair, options, watch
         )
@@ -263,20 +265,27 @@ def _material(
         return f"not possible: {error}"
 
 
-def _written(
-    model: LoadedModel, material: tuple[Windows, Windows], judging: int, progress: Progress
-) -> tuple[tuple[Windows, Windows], Tensor | None]:
-    """``material`` with the model's own text to fit on, and as many windows as are wanted to judge
-    by [judging, T]. All is written in one go: how long that takes depends on the length more than
-    on the number."""
-    fitted, judges = material
-    n, record = share(fitted), fitted.record
-    if not n + judging:
-        return material, None
-    ids = write(model, n + judging, record.length, record.seed, progress)
-    if n:
-        fitted = joined(fitted, ids[:n])
-    return (fitted, judges), ids[n:] if judging else None
+class _Own:
+    """The model's own text beside ``given``: to fit on, and ``n`` windows to judge by. All is
+    written in one go when the first of it is asked for: how long that takes depends on the length
+    of windows more than on their number."""
+
+    def __init__(self, model: LoadedModel, given: Windows, n: int, progress: Progress) -> None:
+        self._model, self._given, self._n, self._progress = model, given, n, progress
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        record, n = self._given.record, share(self._given) + self._n
+        return write(self._model, n, record.length, record.seed, self._progress)
+
+    def judging(self) -> Tensor:
+        """Windows to judge by [n, T]."""
+        return self._ids[share(self._given) :]
+
+    def fitted(self) -> Windows:
+        """What was given, with what is to be fitted on beside it."""
+        n = share(self._given)
+        return joined(self._given, self._ids[:n]) if n else self._given
 
 
 def _compares(goal: Goal, options: SearchOptions) -> bool:

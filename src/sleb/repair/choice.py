@@ -71,11 +71,11 @@ class Repairs:
         progress: Progress,
         *,
         finals: bool = False,
-        own: Tensor | None = None,
+        own: Callable[[], Tensor] | None = None,
     ) -> Repairs:
         """``scored`` are a search's windows, ``aside`` are left out. With ``finals`` only a few
-        sets will be scored: less is fitted on, and what the model writes judges them too, which is
-        ``own`` [N, T] if it has done so.
+        sets will be scored: less is fitted on, and what the model writes judges them too, which
+        ``own()`` gives [N, T] if another has a use for it as well.
 
         Raises:
             InputError: no text is left over to fit on.
@@ -83,10 +83,10 @@ class Repairs:
         fitted = fitting(model, text, scored, aside, FINAL_TOKENS if finals else SEARCH_TOKENS)
         judging = scored.ids
         if finals and can_write(model.stack):
-            if own is None:
-                seed = scored.record.seed + 1  # what it writes for the seed itself may be fitted on
-                own = write(model, own_judges(scored), scored.record.length, seed, progress)
-            judging = torch.cat((judging, own))
+            seed = scored.record.seed + 1  # what it writes for the seed itself may be fitted on
+            n, length = own_judges(scored), scored.record.length
+            written = own() if own else write(model, n, length, seed, progress)
+            judging = torch.cat((judging, written))
         return cls(stack=model.stack, fitted=fitted, judging=judging, given=len(scored.ids))
 
     def work(self, blocks: int) -> int:

@@ -71,7 +71,7 @@ def search(
     text: Sequence[str] = (),
     windows: Windows | int | None = None,
     heldout: Windows | int | None = DEFAULT_HELDOUT,
-    own: Tensor | None = None,
+    own: Callable[[], Tensor] | None = None,
     length: int = DEFAULT_LENGTH,
     protect: str = DEFAULT_PROTECT,
     min_similarity: float | str | None = None,
@@ -113,8 +113,8 @@ def search(
         text: calibration texts; none is the embedded default. See ``sleb.text``.
         windows: number of windows, or windows that were loaded before.
         heldout: number of further windows that are set aside, or windows that were.
-        own: windows [N, T] that the model has written, to judge by beside the given where that is
-            done (``greedy-or-window``); by default they are written then.
+        own: gives windows [N, T] that the model has written, to judge by beside the given where
+            that is done (``greedy-or-window``); by default they are written then.
         length: tokens per window.
         protect: blocks that stay, ``"0,-1"`` by default as in the paper.
         min_similarity: only blocks whose output is at least this similar (cosine) to their input
