@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -231,7 +232,7 @@ def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
         judging.append(options["own"]())
         return of(*args, **options)
 
-    for module in (own, choice, pipeline):
+    for module in (own, choice):
         monkeypatch.setattr(module, "write", write)
     monkeypatch.setattr(Repairs, "of", repairs)
     ours = pruned(learned / "model", learned, tmp_path / "out")
@@ -244,6 +245,26 @@ def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
     assert only_fitted.repair is not None
     assert len(written) == 2
     assert len(written[1]) == fitted.windows
+
+
+def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, monkeypatch):
+    """Both at once would take twice the memory."""
+    models, alive = [], []
+    load, verify = pipeline.load, pipeline.verify
+
+    def loading(*args, **options):
+        found = load(*args, **options)
+        models.append(weakref.ref(found.model))
+        return found
+
+    def verifying(*args, **options):
+        alive.append([model() is not None for model in models])
+        return verify(*args, **options)
+
+    monkeypatch.setattr(pipeline, "load", loading)
+    monkeypatch.setattr(pipeline, "verify", verifying)
+    assert pruned(learned / "model", learned, tmp_path / "out").finals is not None
+    assert alive == [[False]]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sleb.cli import render
 from sleb.errors import VerificationFailed
 from sleb.metrics import NLL
 from sleb.pipeline import prune
+from sleb.repair import own
 from sleb.repair.choice import FINAL_TOKENS, RIDGE, fitting
 from sleb.repair.fit import Fitter, gaps
 from sleb.selection.objective import DENSE, BlockSet
@@ -149,7 +150,7 @@ def test_removals_are_taken_back_until_the_whole_repair_keeps_it(
     learned, text, limit, tmp_path, monkeypatch
 ):
     asked, written = [], []
-    real = pipeline.write
+    real = own.write
 
     def reached(model, plan, fixed, aside, options):
         asked.append(plan.order)
@@ -160,7 +161,7 @@ def test_removals_are_taken_back_until_the_whole_repair_keeps_it(
         return written[-1]
 
     monkeypatch.setattr(pipeline, "_reached", reached)
-    monkeypatch.setattr(pipeline, "write", write)
+    monkeypatch.setattr(own, "write", write)
     plan = pruned(learned, tmp_path / "out", text, limit)
     assert [len(order) for order in asked] == [*range(len(asked[0]), 0, -1)]
     assert len(asked) > 1

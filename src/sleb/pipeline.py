@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from torch import Tensor
 from typing_extensions import Unpack
 
 from sleb.card import model_card
@@ -30,7 +29,7 @@ from sleb.repair import Repair, can_repair
 from sleb.repair import repair as fit_repair
 from sleb.repair.choice import own_judges
 from sleb.repair.material import default_tokens, repair_windows
-from sleb.repair.own import GIVEN_ALONE, OWN, can_write, joined, share, write
+from sleb.repair.own import GIVEN_ALONE, OWN, OwnText, can_write
 from sleb.selection.goal import Goal
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import SearchOptions, check_request, goal_of
@@ -137,7 +136,7 @@ def prune(
             options = {**options, "after_repair": limit is not None}
         if can_write(loaded.stack):
             judging = own_judges(scored) if options.get("strategy") == FINALS else 0
-            own = _Own(loaded, material[0], judging, watch)
+            own = OwnText(loaded, material[0], judging, watch)
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
@@ -175,7 +174,7 @@ def prune(
     if group().several:
         setting |= {"processes": group().size * group().tp}
     source, streamed = loaded.source, loaded.stack.streamed
-    del loaded  # its memory is needed for the verification
+    del loaded, own  # their memory is needed for the verification
     gc.collect()
 
     record: list[RunRecord] = []
@@ -263,29 +262,6 @@ def _material(
         if wanted:
             raise
         return f"not possible: {error}"
-
-
-class _Own:
-    """The model's own text beside ``given``: to fit on, and ``n`` windows to judge by. All is
-    written in one go when the first of it is asked for: how long that takes depends on the length
-    of windows more than on their number."""
-
-    def __init__(self, model: LoadedModel, given: Windows, n: int, progress: Progress) -> None:
-        self._model, self._given, self._n, self._progress = model, given, n, progress
-
-    @cached_property
-    def _ids(self) -> Tensor:
-        record, n = self._given.record, share(self._given) + self._n
-        return write(self._model, n, record.length, record.seed, self._progress)
-
-    def judging(self) -> Tensor:
-        """Windows to judge by [n, T]."""
-        return self._ids[share(self._given) :]
-
-    def fitted(self) -> Windows:
-        """What was given, with what is to be fitted on beside it."""
-        n = share(self._given)
-        return joined(self._given, self._ids[:n]) if n else self._given
 
 
 def _compares(goal: Goal, options: SearchOptions) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sleb.text import Windows
 from sleb.text.tokens import opening_tokens
 from sleb.text.windows import recount
 
-__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "can_write", "joined", "share", "with_own", "write"]
+__all__ = ["GIVEN_ALONE", "OWN", "SHARE", "OwnText", "can_write", "with_own", "write"]
 
 OWN = "the model's own text"
 GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
@@ -61,16 +62,33 @@ def with_own(model: LoadedModel, windows: Windows, progress: Progress) -> Window
             f"{model.source.ref} cannot write text to fit on, since every token would read all "
             "blocks that are not in the device's memory: leave out own=True"
         )
-    n, record = share(windows), windows.record
-    return joined(windows, write(model, n, record.length, record.seed, progress)) if n else windows
+    return OwnText(model, windows, 0, progress).fitted()
 
 
-def share(windows: Windows) -> int:
-    """How many windows of its own a model is to write beside ``windows`` of given text."""
-    return len(windows.ids) // (SHARE - 1)
+class OwnText:
+    """What a model writes beside ``given`` windows of text: half as many to fit on, and ``n`` more
+    to judge by. All is written in one go when the first of it is asked for: how long that takes
+    depends on the length of windows more than on their number."""
+
+    def __init__(self, model: LoadedModel, given: Windows, n: int, progress: Progress) -> None:
+        self._model, self._given, self._progress = model, given, progress
+        self._fitted, self._judging = len(given.ids) // (SHARE - 1), n
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        record, n = self._given.record, self._fitted + self._judging
+        return write(self._model, n, record.length, record.seed, self._progress)
+
+    def judging(self) -> Tensor:
+        """Windows to judge by [n, T]."""
+        return self._ids[self._fitted :]
+
+    def fitted(self) -> Windows:
+        """What was given, and behind it what is to be fitted on."""
+        return _joined(self._given, self._ids[: self._fitted]) if self._fitted else self._given
 
 
-def joined(windows: Windows, ids: Tensor) -> Windows:
+def _joined(windows: Windows, ids: Tensor) -> Windows:
     """``windows`` and behind them ``ids`` [N, T], which the model has written."""
     record = windows.record
     source = SourceRecord(
