@@ -286,6 +286,8 @@ def test_similarity_threshold_limits_the_candidates(loaded, windows):
         sleb.search(loaded, remove=2, windows=windows, min_similarity=1.5)
     with pytest.raises(InputError, match="neither a number nor auto"):
         sleb.search(loaded, remove=2, windows=windows, min_similarity="high")
+    with pytest.raises(InputError, match="neither a number nor auto"):  # before any model is read
+        sleb.search("nowhere", remove=2, min_similarity="high")
     auto = sleb.search(loaded, remove=1, windows=windows, min_similarity="auto")
     assert len(auto.similarity.candidates) == 2
 

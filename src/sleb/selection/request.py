@@ -65,18 +65,28 @@ def goal_of(options: SearchOptions) -> Goal:
         size=options.get("size"),
         curve=options.get("curve", False),
     )
-    check_choice(goal, options.get("metric", "loss"), options.get("strategy"))
+    check_choice(
+        goal,
+        options.get("metric", "loss"),
+        options.get("strategy"),
+        options.get("min_similarity"),
+    )
     return goal
 
 
-def check_choice(goal: Goal, metric: str, strategy: str | None) -> None:
-    """Refuse names that do not exist, and a metric, strategy and target that do not go together.
+def check_choice(
+    goal: Goal, metric: str, strategy: str | None, min_similarity: float | str | None
+) -> None:
+    """Refuse names that do not exist, a threshold that is no number, and a metric, strategy and
+    target that do not go together.
 
     Raises:
         InputError: they do not.
     """
     own = METRICS[metric]
     STRATEGIES[strategy or own.strategy]
+    if min_similarity is not None:
+        _threshold(min_similarity)
     if own.token is None and strategy not in (None, own.strategy):
         raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
     named = strategy or own.strategy
@@ -144,6 +154,16 @@ def _some_cut_is_exact(config: Any, candidates: Sequence[int]) -> None:
         raise refusal
 
 
+def _threshold(given: float | str) -> float | None:
+    """``--min-similarity`` as a number; None if it is to be picked."""
+    if given == "auto":
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"--min-similarity {given!r} is neither a number nor auto") from None
+
+
 def above(
     similarity: Similarity, candidates: Sequence[int], threshold: float | str, n: int
 ) -> tuple[list[int], SimilarityGate]:
@@ -152,15 +172,9 @@ def above(
     Raises:
         InputError: fewer than ``n`` do, or the threshold is no number.
     """
-    if threshold == "auto":
+    value = _threshold(threshold)
+    if value is None:
         value = similarity.auto_threshold(candidates, n)
-    else:
-        try:
-            value = float(threshold)
-        except ValueError:
-            raise InputError(
-                f"--min-similarity {threshold!r} is neither a number nor auto"
-            ) from None
     kept = [b for b in candidates if similarity.blocks[b].mean >= value]
     best = sorted((similarity.blocks[b].mean for b in candidates), reverse=True)
     if len(kept) < n:

@@ -141,7 +141,7 @@ def search(
     )
     chosen = METRICS[metric]
     named = strategy or chosen.strategy
-    check_choice(goal, metric, strategy)
+    check_choice(goal, metric, strategy, min_similarity)
     if compile and stream:
         raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
     most_bytes = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
