@@ -22,14 +22,14 @@ from plot_quality import table
 from texts import prepare
 
 import sleb
-from sleb.errors import SlebError
-from sleb.files import write_text
-from sleb.metrics import NLL
-from sleb.progress import silent
-from sleb.repair.choice import RepairedScores, Repairs
+from sleb.core.errors import SlebError
+from sleb.core.files import write_text
+from sleb.core.progress import silent
+from sleb.core.statistics import standard_error
+from sleb.repairs.scoring import RepairedScores, Repairs
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep
-from sleb.statistics import standard_error
 
 
 def compared(options: argparse.Namespace) -> dict[str, Any]:

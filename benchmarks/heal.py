@@ -23,9 +23,9 @@ from common import setting
 from texts import DOMAINS, UNSEEN, prepare
 
 import sleb
-from sleb.errors import SlebError
-from sleb.files import write_text
-from sleb.heal import heal
+from sleb.core.errors import SlebError
+from sleb.core.files import write_text
+from sleb.distillation import heal
 
 
 def parse() -> argparse.Namespace:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sleb.parallel import group
+from sleb.core.process_group import group
 
 __all__ = ["OutOfTime", "Run", "best_seconds"]
 
@@ -60,13 +60,13 @@ class Run:
         row["section_seconds"] = round(time.perf_counter() - started, 2)
         self.write()
         self.free()
-        if not group().first:
+        if not group().is_main:
             return
         shown = {k: v for k, v in row.items() if not isinstance(v, list) or len(v) < 8}
         print(f"[{self.left:.0f} s left] {name}: {json.dumps(shown)[:1500]}", flush=True)
 
     def write(self) -> None:
-        if not group().first:
+        if not group().is_main:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
         new = self.out.with_suffix(".tmp")

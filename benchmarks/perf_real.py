@@ -12,9 +12,9 @@ from perf_shapes import shape_of
 from perf_speed import speed
 
 import sleb
-from sleb.repair import repair
-from sleb.repair.material import repair_windows
-from sleb.text import load_windows
+from sleb.calibration import load_windows
+from sleb.repairs import repair
+from sleb.repairs.data import repair_windows
 
 __all__ = ["real"]
 

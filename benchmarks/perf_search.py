@@ -12,13 +12,13 @@ from perf_core import OutOfTime, Run, best_seconds
 from perf_shapes import Shape
 from race_model import Losses, Spread
 
-from sleb.metrics import NLL
+from sleb.core.process_group import group
 from sleb.models.compiled import CompiledStack
 from sleb.models.stack import BlockStack
-from sleb.parallel import group
-from sleb.repair import RIDGES
-from sleb.repair.fit import Fitter, gaps
-from sleb.selection.dealing import deal
+from sleb.repairs import RIDGES
+from sleb.repairs.regression import Regression, gaps
+from sleb.selection.distributed import distribute
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Call, Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, default_batch
@@ -139,10 +139,10 @@ class Work:
         """Windows that went through the output head, per set; of this process."""
         return self.units // group().size - self.sweep.forwards
 
-    def deal(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Any]]:
+    def distribute(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Any]]:
         """As ``dealing.deal``, which makes the calls; with the losses drawn, if there are any."""
         forwards, began = self.sweep.forwards, time.perf_counter()
-        for call, found in deal(self.sweep, calls):
+        for call, found in distribute(self.sweep, calls):
             sets, start, stop = call
             self.calls.append(
                 {
@@ -193,7 +193,7 @@ def search(
     drawn = Losses(spread, n, len(ids)) if spread else None
     work = Work(run, sweep, drawn)
     objective = Objective(
-        sweep.values, len(ids), step=sweep.step, fill=sweep.fill, deal=work.deal, exact=exact
+        sweep.values, len(ids), step=sweep.step, fill=sweep.fill, deal=work.distribute, exact=exact
     )
     row |= {
         "blocks": n,
@@ -285,7 +285,7 @@ def repair(
         return True
 
     def fit() -> None:
-        fitter = Fitter(stack, removed, ids, sweep.batch)
+        fitter = Regression(stack, removed, ids, sweep.batch)
         try:
             for gap in cut:
                 fitter.fit(gap, RIDGES, accept, lambda b, p, t: t.to(stack.dtype), lambda n: None)

@@ -19,7 +19,7 @@ from perf_core import Run
 from perf_shapes import Shape, llama_config
 
 import sleb
-from sleb.metrics import NLL
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep, default_batch
 

@@ -47,8 +47,8 @@ from perf_shapes import SHAPES, Shape, random_llama
 from perf_speed import speed
 from race_model import Spread
 
+from sleb.core.process_group import joined
 from sleb.models.stack import BlockStack
-from sleb.parallel import joined
 
 HERE = Path(__file__).resolve().parent
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # to compile takes what it does at first

@@ -28,16 +28,16 @@ from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
 from zeroshot import Tasks, local_tasks
 
 import sleb
-from sleb.errors import InputError, SlebError, UnsupportedModel
-from sleb.evidence.tasks import check_tasks
-from sleb.files import write_text
-from sleb.plan import Calibration, blocks_to_remove
-from sleb.progress import silent
-from sleb.repair import Repair, repair
-from sleb.repair.material import default_tokens, repair_windows
-from sleb.repair.own import with_own
+from sleb.core.errors import InputError, SlebError, UnsupportedModel
+from sleb.core.files import write_text
+from sleb.core.plan import Calibration, blocks_to_remove
+from sleb.core.progress import silent
+from sleb.core.statistics import Interval, exponential
+from sleb.evaluation.tasks import check_tasks
+from sleb.repairs import Repair, repair
+from sleb.repairs.data import default_tokens, repair_windows
+from sleb.repairs.self_generated import with_self_generated
 from sleb.selection.sweep import Patch
-from sleb.statistics import Interval, exponential
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Bench:
         )
         self.writing = 0.0  # seconds
         if options.own:  # once for all cuts
-            work = functools.partial(with_own, self.model, self.fitted, silent)
+            work = functools.partial(with_self_generated, self.model, self.fitted, silent)
             self.fitted, self.writing, _ = measure(self.device, work)
         self.test, _ = cut(
             [*texts.test.values()],

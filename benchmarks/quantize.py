@@ -31,18 +31,18 @@ from texts import DOMAINS, prepare
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import sleb
-from sleb.deploy.quantize import quantize
-from sleb.errors import SlebError, UnsupportedModel
-from sleb.files import write_text
-from sleb.metrics import NLL
+from sleb.calibration import Windows
+from sleb.core.errors import SlebError, UnsupportedModel
+from sleb.core.files import write_text
+from sleb.core.plan import Plan
+from sleb.core.statistics import Values, exponential, interval
+from sleb.formats.quantize import quantize
 from sleb.models.source import resolve
-from sleb.plan import Plan
-from sleb.repair import repair
-from sleb.repair.material import repair_windows
+from sleb.repairs import repair
+from sleb.repairs.data import repair_windows
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
-from sleb.statistics import Values, exponential, interval
-from sleb.text import Windows
 
 SCHEMES = ("w4a16", "int8")
 PROMPT, NEW = 128, 16

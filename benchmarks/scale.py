@@ -171,7 +171,7 @@ class Simulated:
         self.blocks, self.remove, self.windows = blocks, remove, windows
         self.steps: list[list[Call]] = []
 
-        def deal(calls: Sequence[Call]) -> Any:
+        def distribute(calls: Sequence[Call]) -> Any:
             if calls:
                 self.steps.append(list(calls))
             return ((call, losses(*call)) for call in calls)
@@ -181,7 +181,7 @@ class Simulated:
             windows,
             step=lambda sets: batch,
             fill=lambda sets: max(1, batch // sets),
-            deal=deal,
+            deal=distribute,
             exact=False,
         )
         found = STRATEGIES["greedy"](objective, range(1, blocks - 1), remove)

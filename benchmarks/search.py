@@ -28,8 +28,8 @@ from common import measure, setting
 from torch import Tensor
 
 import sleb
-from sleb.metrics import NLL
 from sleb.models.stack import BlockStack
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep

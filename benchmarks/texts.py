@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 __all__ = ["DOMAINS", "PUBLISHED", "UNSEEN", "Texts", "prepare"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sleb.errors import InputError
+from sleb.core.errors import InputError
+from sleb.core.progress import silent
+from sleb.core.statistics import flips, proportion
 from sleb.models.load import LoadedModel
-from sleb.progress import silent
 from sleb.selection.sweep import Patch
-from sleb.statistics import flips, proportion
 
 __all__ = ["Tasks", "local_tasks"]
 
@@ -27,7 +27,7 @@ class Tasks:
     def __init__(
         self, model: LoadedModel, names: Sequence[str], folder: Path, limit: int | None, seed: int
     ) -> None:
-        from sleb.evidence.harness import Harness
+        from sleb.evaluation.lm_eval import Harness
 
         self.harness = Harness(model, batch=None, progress=silent)
         self.found = self.harness.load([], names, folder, limit=limit, seed=seed)

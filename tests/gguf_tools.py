@@ -10,10 +10,10 @@ import pytest
 import transformers
 
 from conftest import byte_tokenizer
-from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.core.plan import Fingerprint, Plan
 from sleb.models import source
 from sleb.models.load import LoadedModel
-from sleb.plan import Fingerprint, Plan
 
 WIDTH, VOCABULARY = 64, 259
 Q4_1 = gguf.GGMLQuantizationType.Q4_1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sleb
 from conftest import save_tiny
-from sleb.heal import heal, training
+from sleb.distillation import heal, training
 
 CPU = {"device": "cpu", "dtype": "float32"}
 SMALL = {**CPU, "tokens": 3072, "length": 32, "lr": 3e-3, "heldout": 8, "batch": 8}

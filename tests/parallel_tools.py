@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sleb.repair import Repair
+    from sleb.repairs import Repair
 
 HERE = Path(__file__).parent
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -46,7 +46,7 @@ def found(folder: Path) -> dict[str, object]:
     import torch
 
     import sleb
-    from sleb.repair import repair
+    from sleb.repairs import repair
 
     torch.set_num_threads(1)
     text = [str(folder / "text.txt")]
@@ -84,8 +84,8 @@ def trouble(folder: Path) -> dict[str, str]:
     import torch
 
     import sleb
-    from sleb.metrics import NLL
-    from sleb.parallel import group
+    from sleb.core.process_group import group
+    from sleb.selection.metrics import NLL
     from sleb.selection.objective import BlockSet
     from sleb.selection.sweep import Sweep
 
@@ -143,10 +143,10 @@ def split_repair(path: Path, folder: Path, tp: int) -> dict[str, object]:
     """A repair of a model that ``tp`` processes hold together; all fits, accepted or not; whether
     the model was as before after each; its loss under a patch; and text that it writes."""
     import sleb
-    from sleb.progress import silent
-    from sleb.repair import repair, repaired
-    from sleb.repair.fit import Fitter, gaps
-    from sleb.repair.own import with_own
+    from sleb.core.progress import silent
+    from sleb.repairs import repair, repaired
+    from sleb.repairs.regression import Regression, gaps
+    from sleb.repairs.self_generated import with_self_generated
 
     model = sleb.load(path, tp=tp, **CPU)
     windows, aside = sleb.load_windows(
@@ -156,7 +156,7 @@ def split_repair(path: Path, folder: Path, tp: int) -> dict[str, object]:
     before = sleb.evaluate(model, aside, **options)
     fixed = repair(model, [1, 3], windows, aside, own=False, batch=4)
     kept = [sleb.evaluate(model, aside, **options) == before]
-    fitter = Fitter(model.stack, {1, 3}, windows.ids, 4)
+    fitter = Regression(model.stack, {1, 3}, windows.ids, 4)
     for gap in gaps({1, 3}, len(model.stack)):
         fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new.float(), lambda n: None)
     values = {f"{i}.{name}": value for (i, name), value in fitter.changes.values.items()}
@@ -169,7 +169,7 @@ def split_repair(path: Path, folder: Path, tp: int) -> dict[str, object]:
         "values": {name: value.tolist() for name, value in values.items()},
         "as before": kept,
         "patched": under.pruned_loss.value,
-        "own": with_own(model, windows.take(range(6)), silent).ids.tolist(),
+        "own": with_self_generated(model, windows.take(range(6)), silent).ids.tolist(),
     }
 
 
@@ -177,7 +177,7 @@ def summed() -> float:
     """The sum of a one from every rank."""
     import torch
 
-    from sleb.parallel import group
+    from sleb.core.process_group import group
 
     one = torch.ones(1)
     group().sum_(one)
@@ -186,7 +186,7 @@ def summed() -> float:
 
 def main(folder: Path) -> None:
     """One process of the job."""
-    from sleb.parallel import group, joined
+    from sleb.core.process_group import group, joined
 
     with joined():
         out = {"found": found(folder), "trouble": trouble(folder)}
@@ -197,7 +197,7 @@ def main(folder: Path) -> None:
         out["one rank's sum"] = summed()
         names = ("even", "norms")
         out["split repair"] = {name: split_repair(folder / name, folder, 2) for name in names}
-        if group().first:
+        if group().is_main:
             (folder / "found.json").write_text(json.dumps(out))
 
 

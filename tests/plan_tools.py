@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb.checkpoint import Checkpoint, fingerprint
+from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.core.plan import Plan
 from sleb.models.load import load_config
 from sleb.models.stack import decoder_config
-from sleb.plan import Plan
 
 
 def plan_of(folder: Path, *order: int) -> Plan:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sleb.plan import (
+from sleb.core.plan import (
     Baseline,
     Calibration,
     Curve,
+    FinalComparison,
     Finalist,
-    Finals,
     Fingerprint,
     Plan,
     Point,
@@ -165,5 +165,5 @@ def run_plan(rounds: tuple[Round, ...], excess: float = 0.2) -> Plan:
         removed=(7, 8, 9),
         strategy="window",
         rounds=rounds,
-        finals=Finals(sets=(best, other), fitted=8192, windows=36, own=12),
+        finals=FinalComparison(sets=(best, other), fitted=8192, windows=36, own=12),
     )

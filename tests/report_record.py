@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from report_plan import BLOCKS, HEX, ORDER
-from sleb.evidence.answers import Answer, Answers, Comparison, Pair
-from sleb.evidence.gate import GateResult, GateRow
-from sleb.evidence.speed import Case, Measured, Ratio, Runs, Speed
-from sleb.evidence.tasks import TaskResult
-from sleb.evidence.transfer import Chosen, Transfer
-from sleb.exactness import Check, Verification
-from sleb.plan import Plan
-from sleb.quality import Evaluation
+from sleb.core.plan import Plan
+from sleb.core.statistics import Flips, Interval
+from sleb.evaluation.answers import Answer, Answers, Comparison, Pair
+from sleb.evaluation.gate import GateResult, GateRow
+from sleb.evaluation.perplexity import Evaluation
+from sleb.evaluation.tasks import TaskResult
+from sleb.evaluation.transfer import Chosen, Transfer
 from sleb.record import RunRecord
-from sleb.statistics import Flips, Interval
+from sleb.runtimes.bench import Case, Measured, Ratio, Runs, Speed
+from sleb.surgery.verification import Check, Verification
 
 MODEL = "models/clerk-1b"
 OUT = "smaller"

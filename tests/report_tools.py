@@ -11,10 +11,10 @@ from pydantic import BaseModel
 
 from report_plan import plan
 from report_record import complete
-from sleb.report.html import render
-from sleb.report.material import Material
-from sleb.report.view import view
-from sleb.report.words import Words
+from sleb.views.context import Material
+from sleb.views.html import render
+from sleb.views.locale import Words
+from sleb.views.report import view
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 NO_CHART = Markup('<svg role="img"></svg>')
@@ -55,7 +55,7 @@ def html(record=None, chosen=None, lang="en", charts=False):
     made = page(record, chosen, lang)
     if charts:
         return render(made)
-    with patch("sleb.report.html.draw", lambda chart, name, alt: NO_CHART):
+    with patch("sleb.views.html.draw", lambda chart, name, alt: NO_CHART):
         return render(made)
 
 

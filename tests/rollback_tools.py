@@ -10,9 +10,9 @@ import torch
 import sleb
 from conftest import save_tiny
 from plan_tools import plan_of
-from sleb.checkpoint import Checkpoint, tensor_bytes
-from sleb.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
-from sleb.repair import Repair
+from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from sleb.core.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.repairs import Repair
 
 CARD = "---\nlicense: mit\nlanguage: en\n---\nThe card of the original.\n"
 CARRIED = {

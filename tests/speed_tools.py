@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import pytest
 
-from sleb.evidence.benching import Bench
-from sleb.evidence.runtimes import Settings
-from sleb.evidence.speed import Case
-from sleb.evidence.subjects import Subject
-from sleb.evidence.worker import OutOfMemory, Run
-from sleb.progress import silent
+from sleb.core.progress import silent
+from sleb.runtimes.adapters import Settings
+from sleb.runtimes.bench import Case
+from sleb.runtimes.bench_models import BenchModel
+from sleb.runtimes.bench_runs import Bench
+from sleb.runtimes.worker import OutOfMemory, Run
 
 CPU = {"dtype": "float32", "device": "cpu", "threads": 1}
 PROMPT = Case(name="prompt", batch=1, prompt_tokens=16, new_tokens=0)
@@ -69,13 +69,13 @@ class Fake:
         Fake.live -= 1
 
 
-def subject(ref: str, blocks: int, **changes) -> Subject:
+def subject(ref: str, blocks: int, **changes) -> BenchModel:
     given = {"parameters": 10 * blocks, "nbytes": 20 * blocks, "vocabulary": 259, "longest": 256}
     given |= {"path": Path(ref), "config": None, "gguf": None}
-    return Subject(ref=ref, blocks=blocks, **{**given, **changes})
+    return BenchModel(ref=ref, blocks=blocks, **{**given, **changes})
 
 
-def bench_of(*models: Subject, runs: int = 6, note=None, **changes) -> Bench:
+def bench_of(*models: BenchModel, runs: int = 6, note=None, **changes) -> Bench:
     given = {"device": "cpu", "dtype": "float32", "threads": 1, "trust_remote_code": False}
     given |= {"progress": silent, "note": note or (lambda said: pytest.fail(said))}
     return Bench(models=models, runs=runs, **{**given, **changes})

@@ -25,17 +25,17 @@ from scipy import stats
 import sleb
 from conftest import byte_tokenizer
 from sleb.cli.render_answers import comparison
-from sleb.errors import InputError
-from sleb.evidence import answers
-from sleb.evidence.answers import Answer, Comparison, Pair, Prompt, compare, read_prompts
-from sleb.evidence.text_checks import (
+from sleb.core.errors import InputError
+from sleb.core.statistics import proportion
+from sleb.evaluation import answers
+from sleb.evaluation.answer_checks import (
     first_difference,
     language,
     repetition,
     script,
     switched,
 )
-from sleb.statistics import proportion
+from sleb.evaluation.answers import Answer, Comparison, Pair, Prompt, compare, read_prompts
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (

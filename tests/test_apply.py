@@ -20,9 +20,9 @@ import sleb
 from cli_tools import tree
 from conftest import save_tiny
 from plan_tools import plan_of
-from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError
-from sleb.plan import Plan
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan
 
 INDEX = "model.safetensors.index.json"
 

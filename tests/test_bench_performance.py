@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import sleb
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 from sleb.models.compiled import CompiledStack
 from sleb.models.stack import BlockStack
 from sleb.selection.objective import DENSE, BlockSet

@@ -14,7 +14,7 @@ from statistics import geometric_mean
 import pytest
 
 import sleb
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -170,7 +170,7 @@ def test_a_ratio_is_that_of_the_bypassed_model_on_the_test_text(result, learned,
 
 
 def test_accuracies_are_those_of_the_cut_and_the_repaired_model(result, learned, data, tmp_path):
-    from sleb.evidence.tasks import run_tasks
+    from sleb.evaluation.tasks import run_tasks
 
     report, _ = result
     loaded = sleb.load(learned / "model", dtype="float32", device="cpu")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sleb
-from sleb.cardparts import fenced, front_matter, inherited
+from sleb.surgery.card import fenced, front_matter, inherited
 
 
 @pytest.fixture(scope="module")

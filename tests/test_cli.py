@@ -21,8 +21,8 @@ from cli_tools import refused, run, tree
 from sleb import pipeline
 from sleb.cli import progress
 from sleb.cli.verbs import EXAMPLES
-from sleb.exactness import Check
-from sleb.plan import Plan
+from sleb.core.plan import Plan
+from sleb.surgery.verification import Check
 
 SMALL = ["--windows", "4", "--length", "16", "--dtype", "float32", "--device", "cpu"]
 CARD = """---

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cli_tools import run, tree
-from sleb.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cli_tools import refused, run, tree
 from conftest import byte_tokenizer, save_tiny
-from sleb.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.plan import MAX_BYTES
 from sleb.models.stack import BlockStack
-from sleb.plan import MAX_BYTES
 
 SMALL = ["--windows", "4", "--length", "16", "--dtype", "float32", "--device", "cpu"]
 EVERY = [

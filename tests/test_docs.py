@@ -14,19 +14,19 @@ import typer
 
 import sleb
 from conftest import save_tiny
+from sleb.calibration.sources import SOURCES
 from sleb.cli.main import app, main
 from sleb.cli.verbs import EXAMPLES
-from sleb.errors import SlebError
-from sleb.evidence.answers import read_prompts
-from sleb.evidence.gate import Gate
-from sleb.evidence.project import Project, write_project
-from sleb.metrics import METRICS
+from sleb.core.errors import SlebError
+from sleb.core.statistics import flips, proportion
+from sleb.evaluation.answers import read_prompts
+from sleb.evaluation.gate import Gate
+from sleb.project import Project, write_project
 from sleb.record import RunRecord
-from sleb.report.answers import SHOWN
-from sleb.report.summary import SERVERS
+from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import STRATEGIES
-from sleb.statistics import flips, proportion
-from sleb.text.sources import SOURCES
+from sleb.views.answers import SHOWN
+from sleb.views.summary import SERVERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -136,14 +136,14 @@ def test_every_verb_is_documented_and_its_example_names_it():
 
 def test_the_examples_of_extending_work(workplace, tmp_path):
     metric, strategy, source = fenced("docs/extending.md", "python")
-    names = "from sleb.metrics import *; from sleb.metrics import METRICS, Metric, TokenMetric\n"
+    names = "from sleb.selection.metrics import METRICS, Metric, TokenMetric\n"
     exec(names + metric, {})
     found = sleb.search("MODEL", remove=1, metric="error", windows=2, length=16)
     assert found.unit == "share of tokens"
     assert all(0 <= s.mean <= 1 for s in found.rounds[0].scores)
 
     exec(
-        "import random; from sleb.selection.strategies import STRATEGIES, Found\n"
+        "import random; from sleb.selection.strategies import STRATEGIES, SearchResult\n"
         "from sleb.selection.objective import BlockSet\n" + strategy,
         {},
     )
@@ -153,7 +153,7 @@ def test_the_examples_of_extending_work(workplace, tmp_path):
     objective = Objective(toy([9, 3, 2, 1, 7]), 2)
     assert STRATEGIES["random"](objective, range(5), 2).order == (2, 3)
 
-    exec("import csv; from sleb.text.sources import SOURCES\n" + source, {})
+    exec("import csv; from sleb.calibration.sources import SOURCES\n" + source, {})
     Path("table.csv").write_text("id,text\n1,hello there\n2,and more\n")
     assert list(SOURCES[".csv"]("table.csv", None)) == ["hello there", "and more"]
 
@@ -252,7 +252,7 @@ def test_the_guides_figures_are_those_of_the_statistics(guide):
 
 @pytest.mark.parametrize("lang", GUIDES)
 def test_the_guides_name_what_the_report_shows(lang):
-    words = files("sleb.report").joinpath("words", f"{lang}.toml").read_text(encoding="utf-8")
+    words = files("sleb.views").joinpath("words", f"{lang}.toml").read_text(encoding="utf-8")
     say, text = tomllib.loads(words), prose(GUIDES[lang])
     headings = [*say["summary"].values(), say["verdict"]["passed"], say["verdict"]["failed"]]
     headings += [say["answers"]["title"], say["curve"]["title"], say["reading"]["noise"]]
@@ -321,7 +321,7 @@ def _registries_as_before():
 @pytest.mark.parametrize("lang", ["en", "ja"])
 def test_the_example_report_is_made_from_what_lies_beside_it(tmp_path, lang):
     from sleb.record import RunRecord
-    from sleb.report import write_report
+    from sleb.views import write_report
 
     folder = ROOT / "docs" / "example"
     record = RunRecord.load(folder)

@@ -17,11 +17,11 @@ import sleb
 from cli_tools import refused, run
 from conftest import byte_tokenizer, save_tiny
 from plan_tools import plan_of
-from sleb.errors import InputError, UnsupportedModel
-from sleb.evidence import draft as module
-from sleb.evidence.draft import Drafting, Tally, acceptance, draft
-from sleb.evidence.prompts import Prompt
-from sleb.statistics import Interval
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.statistics import Interval
+from sleb.evaluation.prompts import Prompt
+from sleb.runtimes import speculative as module
+from sleb.runtimes.speculative import Drafting, Tally, acceptance, draft
 from zoo import tiny
 
 CPU = {"dtype": "float32", "device": "cpu", "threads": 1}

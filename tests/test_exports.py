@@ -16,9 +16,9 @@ import sleb
 from cli_tools import refused, run
 from conftest import save_tiny
 from plan_tools import plan_of
-from sleb.checkpoint import Checkpoint
-from sleb.deploy.exports import FORMATS, export_plan
-from sleb.errors import InputError, UnsupportedModel
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.formats.exports import FORMATS, export_plan
 from sleb.models.source import resolve
 from zoo import tiny
 
@@ -171,7 +171,7 @@ def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, t
 
 
 def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):
-    from sleb.plan import Calibration, RepairedGap, RepairedTensor, RepairRecord
+    from sleb.core.plan import Calibration, RepairedGap, RepairedTensor, RepairRecord
 
     text = Calibration(sources=(), windows=1, length=2, seed=0, sha256="0" * 64)
     tensor = RepairedTensor(name="model.layers.4.mlp.down_proj.weight", sha256="0" * 64)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cli_tools import tree
-from sleb import files
-from sleb.errors import InputError, ResourceError
-from sleb.files import disk_errors, enough_space, staged_dir, writable_target, write_text
+from sleb.core import files as files
+from sleb.core.errors import InputError, ResourceError
+from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target, write_text
 
 
 def full(*args, **kwargs):

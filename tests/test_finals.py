@@ -15,16 +15,17 @@ from report_plan import plan as plan_of_report
 from report_plan import run_plan
 from sleb import pipeline
 from sleb.cli import render
-from sleb.errors import InputError
-from sleb.metrics import NLL
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan
+from sleb.core.progress import silent
 from sleb.pipeline import prune
-from sleb.plan import Plan
-from sleb.progress import silent
-from sleb.repair import choice, own
-from sleb.repair.choice import Repairs, fitting
-from sleb.repair.fit import Fitter, gaps
+from sleb.repairs import scoring as choice
+from sleb.repairs import self_generated as own
+from sleb.repairs.regression import Regression, gaps
+from sleb.repairs.scoring import Repairs, fitting
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
-from sleb.selection.pace import Pace
+from sleb.selection.pace import ProgressEstimator
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
 from test_repair_choice import stopped_at
@@ -119,7 +120,7 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     dense = sweep.values([BlockSet()], 0, 14)[0].mean()
     by_hand = {}
     for final in plan.finals.sets:
-        fitter = Fitter(loaded.stack, final.order, fitted, 6)
+        fitter = Regression(loaded.stack, final.order, fitted, 6)
         for gap in gaps(final.order, 6):
             fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
         by_hand[final.strategy] = sweep.values([BlockSet(final.order)], 0, 14)[0].mean() - dense
@@ -333,7 +334,7 @@ def test_a_runs_rival_is_another_run(loaded, learned):
 
 def test_the_last_round_does_not_race():
     places = []
-    pace = Pace(lambda n, note: places.append(n), [100, 100, 200], racing=True)
+    pace = ProgressEstimator(lambda n, note: places.append(n), [100, 100, 200], racing=True)
     for _ in range(2):
         pace.work(10)
         pace.next_round()

@@ -12,15 +12,15 @@ import rich.console
 from pydantic import TypeAdapter
 
 from sleb.cli.render_transfer import gate as draw
-from sleb.errors import InputError, VerificationFailed
-from sleb.evidence.answers import Answers, Comparison
-from sleb.evidence.gate import Gate, GateResult
-from sleb.evidence.speed import Measured, Ratio, Speed
-from sleb.evidence.tasks import TaskResult
-from sleb.quality import Evaluation, Quality
+from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.statistics import Flips, Interval
+from sleb.core.toml import read_toml
+from sleb.evaluation.answers import Answers, Comparison
+from sleb.evaluation.gate import Gate, GateResult
+from sleb.evaluation.perplexity import Evaluation, Quality
+from sleb.evaluation.tasks import TaskResult
 from sleb.record import RunRecord
-from sleb.statistics import Flips, Interval
-from sleb.toml import read_toml
+from sleb.runtimes.bench import Measured, Ratio, Speed
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gate.toml"
 

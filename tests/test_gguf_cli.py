@@ -10,7 +10,7 @@ import pytest
 import sleb
 from cli_tools import refused, run, tree
 from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
-from sleb.plan import Plan
+from sleb.core.plan import Plan
 
 CPU = {"dtype": "float32", "device": "cpu"}
 

@@ -17,9 +17,9 @@ import transformers
 import sleb
 from cli_tools import tree
 from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
-from sleb.deploy.gguf_cut import cut_gguf
-from sleb.errors import InputError, ResourceError
-from sleb.plan import Plan
+from sleb.core.errors import InputError, ResourceError
+from sleb.core.plan import Plan
+from sleb.surgery.gguf_cut import cut_gguf
 
 CPU = {"dtype": "float32", "device": "cpu"}
 GEMMA3 = {

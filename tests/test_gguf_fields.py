@@ -9,9 +9,9 @@ import gguf
 import pytest
 
 from gguf_tools import plan_of, write_tiny
-from sleb.deploy.gguf_cut import cut_gguf
-from sleb.deploy.gguf_fields import ARCHITECTURES, PATTERN, REFUSED
-from sleb.errors import DataError, InputError, UnsupportedModel
+from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED
+from sleb.core.errors import DataError, InputError, UnsupportedModel
+from sleb.surgery.gguf_cut import cut_gguf
 
 BOOL, INT32, UINT32 = (gguf.GGUFValueType[name] for name in ("BOOL", "INT32", "UINT32"))
 ARRAY = gguf.GGUFValueType.ARRAY

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cli_tools import tree
 from gguf_tools import plan_of, write_tiny
-from sleb.deploy.gguf_cut import cut_gguf
-from sleb.deploy.gguf_file import GGUFFile
-from sleb.errors import DataError, InputError, SlebError, UnsupportedModel
+from sleb.checkpoints.gguf_file import GGUFFile
+from sleb.core.errors import DataError, InputError, SlebError, UnsupportedModel
+from sleb.surgery.gguf_cut import cut_gguf
 
 PLAN = plan_of("llama", 8, 3)
 

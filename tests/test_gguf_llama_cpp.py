@@ -20,10 +20,10 @@ import torch
 
 import sleb
 from gguf_tools import plan_of
-from sleb.deploy.gguf_cut import cut_gguf
-from sleb.deploy.gguf_fields import PATTERN
-from sleb.deploy.gguf_file import GGUFFile, NewTensor, Value, write_gguf
+from sleb.checkpoints.gguf_fields import PATTERN
+from sleb.checkpoints.gguf_file import GGUFFile, NewTensor, Value, write_gguf
 from sleb.models.source import quiet_transformers
+from sleb.surgery.gguf_cut import cut_gguf
 
 COUNT, LENGTH = 3, 512
 CLOSE = 0.04

@@ -11,12 +11,12 @@ import torch
 
 import sleb
 from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
-from sleb.checkpoint import Checkpoint, tensor_bytes
-from sleb.deploy import gguf_repair
-from sleb.deploy.gguf_cut import cut_gguf
-from sleb.errors import InputError, UnsupportedModel
-from sleb.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
-from sleb.repair import Repair
+from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.repairs import Repair
+from sleb.surgery import gguf_repair
+from sleb.surgery.gguf_cut import cut_gguf
 
 CPU = {"dtype": "float32", "device": "cpu"}
 NAMES = {

@@ -17,15 +17,15 @@ import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
-from sleb.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.heal import heal as verb
-from sleb.errors import DataError, InputError, UnsupportedModel, VerificationFailed
-from sleb.heal import heal
-from sleb.heal.material import heal_windows
-from sleb.heal.state import Progressed
-from sleb.heal.student import Student
-from sleb.heal.training import Schedule, rows_of
-from sleb.quality import evaluate
+from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
+from sleb.distillation import heal
+from sleb.distillation.data import heal_windows
+from sleb.distillation.state import Progressed
+from sleb.distillation.student import Student
+from sleb.distillation.training import Schedule, rows_of
+from sleb.evaluation.perplexity import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_what_was_done_is_recorded(home, tmp_path):
     assert [step for step, _ in done.checks] == list(range(0, 101, 10))
     assert found["settings"]["lr"] == 3e-3
     for name, folder in (("cut", home / "OUT"), ("healed", tmp_path / "H")):
-        digest = sleb.checkpoint.fingerprint(Checkpoint.open(folder), 4).weights_sha256
+        digest = sleb.checkpoints.checkpoint.fingerprint(Checkpoint.open(folder), 4).weights_sha256
         assert found[f"{name}_sha256"] == digest
     card = (tmp_path / "H/README.md").read_text()
     assert "## Healed" in card

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 import sleb
 import zoo
 from heal_tools import CPU, cut_model
-from sleb.errors import UnsupportedModel
-from sleb.heal import halves
-from sleb.heal.halves import Halves, backward, divergence
-from sleb.heal.judge import measure
-from sleb.heal.student import recomputed
+from sleb.calibration import load_windows
+from sleb.core.errors import UnsupportedModel
+from sleb.distillation import split_model as halves
+from sleb.distillation.split_model import SplitModel, backward, divergence
+from sleb.distillation.student import recomputed
+from sleb.distillation.validation import measure
 from sleb.models.stack import BlockStack
-from sleb.text import load_windows
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_in_pieces_the_loss_and_its_gradients_are_those_of_one_pass(family, posi
     monkeypatch.setitem(halves.PIECE_BYTES, "cpu", 4 * vocabulary * 3 * positions)
     assert len([*halves.pieces(ids, vocabulary)]) == math.ceil(12 / positions)
     end = student.get_output_embeddings().weight  # frozen, if it is not the embedding too
-    total = backward(Halves(student), Halves(teacher), ids, 1 / 7)
+    total = backward(SplitModel(student), SplitModel(teacher), ids, 1 / 7)
     # what float32 loses where two distributions are nearly equal: one part in a thousand here
     assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
     for name, parameter in student.named_parameters():
@@ -70,7 +70,7 @@ def test_recomputing_changes_no_gradient(home):
     cut.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for wanted in (False, True):
         cut.zero_grad()
-        student, teacher = Halves(cut), Halves(dense)
+        student, teacher = SplitModel(cut), SplitModel(dense)
         calls.clear()
         with recomputed(BlockStack(cut), wanted):
             backward(student, teacher, ids, 1.0)
@@ -98,15 +98,15 @@ def test_a_model_whose_halves_are_not_the_whole_is_refused(home):
 
     model.__class__ = Twice
     with pytest.raises(UnsupportedModel, match="cannot be run in two halves"):
-        Halves(model)
+        SplitModel(model)
 
 
 def test_measuring_in_pieces_is_measuring(home, monkeypatch):
     dense = sleb.load(home / "MODEL", **CPU)
-    cut = Halves(AutoModelForCausalLM.from_pretrained(home / "OUT"))
+    cut = SplitModel(AutoModelForCausalLM.from_pretrained(home / "OUT"))
     windows, _ = load_windows(
         dense.tokenizer, [str(home / "code.txt")], windows=5, length=24, seed=0
     )
-    whole = measure(cut, Halves(dense.model), windows, 5)
+    whole = measure(cut, SplitModel(dense.model), windows, 5)
     monkeypatch.setitem(halves.PIECE_BYTES, "cpu", 4 * 259 * 2 * 7)
-    assert measure(cut, Halves(dense.model), windows, 2) == pytest.approx(whole, rel=1e-5)
+    assert measure(cut, SplitModel(dense.model), windows, 2) == pytest.approx(whole, rel=1e-5)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from cli_tools import tree
 from heal_tools import Stopping, cut_model, healed, scripted
-from sleb.errors import DataError, InputError, ResourceError
-from sleb.heal import training
-from sleb.heal.state import Progressed, load_state, save_state
+from sleb.core.errors import DataError, InputError, ResourceError
+from sleb.distillation import training
+from sleb.distillation.state import Progressed, load_state, save_state
 
 LONG = {"tokens": 24 * 256, "at_once": 4}  # 24 steps of 2 passes, a check after every other step
 

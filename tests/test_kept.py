@@ -7,9 +7,9 @@ import torch
 
 import sleb
 from conftest import tiny_llama
-from sleb.metrics import METRICS
 from sleb.models.stack import BlockStack
-from sleb.selection.kept import Kept
+from sleb.selection.activation_cache import ActivationCache
+from sleb.selection.metrics import METRICS
 from sleb.selection.objective import Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep
@@ -74,6 +74,8 @@ def test_out_of_memory_first_gives_up_what_was_kept():
 @pytest.mark.parametrize("exact", [True, False])
 def test_an_exact_search_keeps_states_and_a_race_does_not(exact, tiny_dir, monkeypatch):
     budgets = []
-    monkeypatch.setattr("sleb.selection.sweep.Kept", lambda n: budgets.append(n) or Kept(n))
+    monkeypatch.setattr(
+        "sleb.selection.sweep.ActivationCache", lambda n: budgets.append(n) or ActivationCache(n)
+    )
     sleb.search(tiny_dir, remove=2, windows=4, length=16, exact=exact, device="cpu")
     assert (max(budgets) > 0) == exact

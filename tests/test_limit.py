@@ -11,12 +11,12 @@ from report_plan import plan as plan_of_report
 from report_tools import put, seen
 from sleb import pipeline
 from sleb.cli import render
-from sleb.errors import VerificationFailed
-from sleb.metrics import NLL
+from sleb.core.errors import VerificationFailed
 from sleb.pipeline import prune
-from sleb.repair import own
-from sleb.repair.choice import FINAL_TOKENS, RIDGE, fitting
-from sleb.repair.fit import Fitter, gaps
+from sleb.repairs import self_generated as own
+from sleb.repairs.regression import Regression, gaps
+from sleb.repairs.scoring import FINAL_TOKENS, RIDGE, fitting
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep
 from test_repair_choice import stopped_at
@@ -64,7 +64,7 @@ def bounds(loaded, text, split):
     for depth in range(1, 5):
         removed = BlockSet(order[:depth])
         plain.append(bound(losses(loaded.stack, aside.ids, removed) - dense))
-        fitter = Fitter(loaded.stack, removed, fitted, 6)
+        fitter = Regression(loaded.stack, removed, fitted, 6)
         for gap in gaps(removed, 6):
             fitter.fit(gap, (RIDGE,), lambda: True, lambda i, name, new: new, lambda n: None)
         repaired.append(bound(losses(loaded.stack, aside.ids, removed) - dense))

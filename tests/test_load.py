@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import sleb
 from conftest import byte_tokenizer
-from sleb.errors import DataError, InputError, UnsupportedModel
+from sleb.core.errors import DataError, InputError, UnsupportedModel
 from sleb.models.load import load_config, load_tokenizer
 from sleb.models.source import quiet_transformers
 

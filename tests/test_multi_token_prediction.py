@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import sleb
 from conftest import byte_tokenizer
-from sleb.checkpoint import Checkpoint, fingerprint
-from sleb.errors import DataError
+from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.core.errors import DataError
 from sleb.models.load import strict_model
 from zoo import tiny
 

@@ -15,11 +15,12 @@ import sleb
 import zoo
 from conftest import byte_tokenizer, save_tiny, tiny_llama
 from parallel_tools import CPU, HERE, SEARCHES, found, launch, split_repair
-from sleb import parallel
-from sleb.errors import InputError, UnsupportedModel
-from sleb.metrics import KL, NLL, QUALITY
+from sleb.core import process_group as parallel
+from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
-from sleb.selection import dealing, prefixes
+from sleb.selection import distributed as dealing
+from sleb.selection import prefixes
+from sleb.selection.metrics import KL, NLL, QUALITY
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep
 
@@ -198,7 +199,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(size, monkeypatch):
 
     def scores(metric, batch):
         sweep = Sweep(BlockStack(tiny_llama()), ids, metric, batch=batch)
-        return [values for _, values in dealing.deal(sweep, calls)]
+        return [values for _, values in dealing.distribute(sweep, calls)]
 
     cases = [(NLL, 4), (KL, 4), (QUALITY, 16)]
     want = [scores(*case) for case in cases]

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from parallel_tools import launch
-from sleb import parallel
 from sleb.cli.main import main
+from sleb.core import process_group as parallel
 from sleb.selection.sweep import Sweep
 
 SEARCH = [
@@ -169,8 +169,8 @@ def test_the_real_model_in_two_processes(real_model, tmp_path):
 def test_one_process_needs_no_job(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with parallel.joined() as here:
-        assert (here.first, here.several, here.size) == (True, False, 1)
+        assert (here.is_main, here.several, here.size) == (True, False, 1)
         assert here.exchange(b"x") == [b"x"]
-        assert here.by_first(lambda: "done") == "done"
-        assert here.together(lambda: 3) == here.in_turn(lambda: 3) == 3
-        assert here.speaks()
+        assert here.broadcast_from_main(lambda: "done") == "done"
+        assert here.all_or_raise(lambda: 3) == here.sequentially(lambda: 3) == 3
+        assert here.is_main_process()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sleb.errors import InputError
-from sleb.plan import Plan, Round, Score, blocks_to_remove, parse_blocks
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan, Round, Score, blocks_to_remove, parse_blocks
 
 ZEROS = "0" * 64
 
@@ -101,7 +101,7 @@ def test_a_missing_huge_or_unreadable_plan_is_refused(tmp_path, monkeypatch):
         Plan.load(write(tmp_path, "{"))
     with pytest.raises(InputError, match="not a valid plan"):
         Plan.load(write(tmp_path, "[" * 100_000))
-    monkeypatch.setattr("sleb.plan.MAX_BYTES", 10)
+    monkeypatch.setattr("sleb.core.plan.MAX_BYTES", 10)
     with pytest.raises(InputError, match="not a plan"):
         Plan.load(write(tmp_path, minimal()))
 

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-import sleb.evidence.project as project_module
+import sleb.project as project_module
 from conftest import save_tiny
 from sleb.cli.main import main
-from sleb.errors import InputError
-from sleb.evidence.project import Project, run, write_project
+from sleb.core.errors import InputError
+from sleb.project import Project, run, write_project
 from sleb.record import RunRecord
 
 TEXT = "the mail of today and of all other days to everyone here. "

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sleb.errors import InputError
-from sleb.evidence.answers import Prompt, read_prompts
-from sleb.evidence.text_checks import script
+from sleb.core.errors import InputError
+from sleb.evaluation.answer_checks import script
+from sleb.evaluation.answers import Prompt, read_prompts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
 

@@ -8,9 +8,9 @@ import torch
 import reference
 import sleb
 from conftest import byte_tokenizer
-from sleb.errors import UnsupportedModel
-from sleb.metrics import NLL
+from sleb.core.errors import UnsupportedModel
 from sleb.models.stack import BlockStack
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import Objective
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep

@@ -13,11 +13,11 @@ import torch
 import sleb
 from cli_tools import refused, run, tree
 from quantize_tools import pack, save_dense
-from sleb.checkpoint import Checkpoint
-from sleb.checksums import check_sums
-from sleb.deploy.quantize import quantize
-from sleb.errors import InputError, UnsupportedModel, VerificationFailed
-from sleb.exactness import verify
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.checksums import check_sums
+from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
+from sleb.formats.quantize import quantize
+from sleb.surgery.verification import verify
 
 SEARCH = {"remove": 2, "windows": 4, "length": 16, "dtype": "float32", "device": "cpu"}
 NAMED = "model.layers.3.mlp.up_proj"
@@ -173,7 +173,7 @@ def test_verify_sees_a_changed_scale(packed, tmp_path):
 
 
 def test_a_quantized_model_is_not_repaired(quantized):
-    from sleb.repair import repair
+    from sleb.repairs import repair
 
     model = sleb.load(quantized, dtype="float32", device="cpu")
     windows, aside = sleb.load_windows(model.tokenizer, (), windows=4, length=16, seed=0, heldout=2)
@@ -267,7 +267,7 @@ def test_weights_that_are_not_in_linear_modules_are_refused(tmp_path):
 def test_groups_divide_all_columns():
     from torch import nn
 
-    from sleb.deploy.quantizers import group_size
+    from sleb.formats.quantizers import group_size
 
     layers = {"a": nn.Linear(256, 4), "b": nn.Linear(192, 4)}
     assert group_size({"a": layers["a"]}) == 128
@@ -278,7 +278,7 @@ def test_groups_divide_all_columns():
 
 
 def test_a_checkpoint_that_reads_back_differently_is_not_written(dense, tmp_path, monkeypatch):
-    from sleb.deploy.quantizers import Rounding
+    from sleb.formats.quantizers import Rounding
 
     save = Rounding.save
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_written(dense, tmp_path
 
 
 def test_no_pickle_is_shipped(dense, tmp_path, monkeypatch):
-    from sleb.deploy.quantizers import Rounding
+    from sleb.formats.quantizers import Rounding
 
     save = Rounding.save
 

@@ -12,8 +12,8 @@ import torch
 import sleb
 from cli_tools import run
 from quantize_tools import save_dense
-from sleb.checkpoint import Checkpoint
-from sleb.exactness import verify
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.surgery.verification import verify
 
 pytestmark = [
     pytest.mark.quantize,
@@ -71,7 +71,7 @@ def test_awq_makes_the_same_form_and_needs_a_gpu(dense, tmp_path, capsys, monkey
         ran = run(capsys, "quantize", dense, "-o", tmp_path / "no", *options)
         assert ran.code == 2
         assert "needs a CUDA GPU, and there is none; use w4a16" in ran.err
-        monkeypatch.setattr("sleb.deploy.quantize._has_gpu", lambda: True)
+        monkeypatch.setattr("sleb.formats.quantize._has_gpu", lambda: True)
         monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *a, **k: None)
     ran = run(capsys, "quantize", dense, "-o", tmp_path / "awq", *options)
     assert ran.code == 0, ran

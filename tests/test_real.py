@@ -119,7 +119,7 @@ def test_two_removed_are_the_best_of_all_pairs(real_model):
     """All 378 pairs, scored; greedy, racing and beam must find the best of them."""
     from itertools import combinations
 
-    from sleb.metrics import NLL
+    from sleb.selection.metrics import NLL
     from sleb.selection.objective import BlockSet, Objective
     from sleb.selection.strategies import STRATEGIES
     from sleb.selection.sweep import Sweep

@@ -11,14 +11,14 @@ from torch import nn
 
 import sleb
 import zoo
-from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, UnsupportedModel
-from sleb.exactness import verify
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
-from sleb.repair import RIDGES, repair
-from sleb.repair.fit import Fitter, Gap, gaps
-from sleb.repair.maps import find_branches
-from sleb.repair.material import repair_windows
+from sleb.repairs import RIDGES, repair
+from sleb.repairs.data import repair_windows
+from sleb.repairs.regression import Gap, Regression, gaps
+from sleb.repairs.residual_writers import find_residual_writers
+from sleb.surgery.verification import verify
 
 CPU = {"dtype": "float32", "device": "cpu"}
 REMOVED = (2, 3)
@@ -42,14 +42,14 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("family", OUTPUTS)
 def test_the_matrices_that_write_into_the_stream_are_found(family):
-    found = find_branches(BlockStack(zoo.tiny(family)[0]), 2)
+    found = find_residual_writers(BlockStack(zoo.tiny(family)[0]), 2)
     assert (dict(found.final), dict(found.inner)) == OUTPUTS[family]
 
 
 def test_probing_leaves_the_block_as_it_was():
     model, _ = zoo.tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    find_branches(BlockStack(model.bfloat16()), 1)
+    find_residual_writers(BlockStack(model.bfloat16()), 1)
     assert all(torch.equal(t, before[n].bfloat16()) for n, t in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -91,7 +91,7 @@ def distance(stack, removed, ids) -> float:
 
 
 def fit_all(stack, removed, ids, ridge=0.01, reach=2, batch=8):
-    fitter = Fitter(stack, removed, ids, batch)
+    fitter = Regression(stack, removed, ids, batch)
     for gap in gaps(removed, len(stack), reach):
         fitter.fit(gap, (ridge,), lambda: True, lambda block, name, t: t.float(), lambda n: None)
     return fitter
@@ -118,10 +118,10 @@ def test_a_fit_is_weighted_ridge_regression():
     ids = torch.randint(3, 90, (12, 20), generator=torch.Generator().manual_seed(2))
     down = stack.blocks[1].mlp.down_proj
     old, seen = down.weight.detach().double().clone(), []
-    fitter = Fitter(stack, {2}, ids, 5)
+    fitter = Regression(stack, {2}, ids, 5)
     stack.blocks[1].self_attn.o_proj.register_forward_hook(lambda m, a, out: out)
     # without attention's matrix, the fit of the last one stands alone
-    fitter._branches[1] = find_branches(stack, 1)
+    fitter._branches[1] = find_residual_writers(stack, 1)
     fitter._branches[1].inner.clear()
     with torch.inference_mode():
         hidden, calls = stack.enter(ids)
@@ -187,7 +187,7 @@ def test_what_is_refused_leaves_no_trace():
         asked.append({n for n, t in model.state_dict().items() if not torch.equal(t, before[n])})
         return len(asked) == 2
 
-    fitter = Fitter(stack, {1, 4}, ids, 8)
+    fitter = Regression(stack, {1, 4}, ids, 8)
     first, second = gaps({1, 4}, len(stack), 1)
     store = lambda block, name, t: t.float()  # noqa: E731
     assert fitter.fit(first, RIDGES, only_the_second, store, lambda n: None) == RIDGES[1]
@@ -276,7 +276,7 @@ def test_a_text_that_the_repair_would_harm_is_protected(loaded, material, monkey
     fitted, judges = material
     half = tuple(int(i >= len(judges.ids) // 2) for i in range(len(judges.ids)))
     two = replace(judges, source=half, names=("one", "two"))
-    from sleb.repair import _Judge
+    from sleb.repairs import _Judge
 
     old = torch.zeros(len(judges.ids)).double().numpy()
     better_in_one = old - 2.0 * (1 - torch.tensor(half).double().numpy()) + 0.5

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import sleb
-from sleb.errors import InputError
-from sleb.metrics import NLL
-from sleb.repair import choice
-from sleb.repair.choice import RepairedScores
-from sleb.repair.fit import Fitter, gaps
-from sleb.repair.material import repair_windows
+from sleb.core.errors import InputError
+from sleb.repairs import scoring as choice
+from sleb.repairs.data import repair_windows
+from sleb.repairs.regression import Regression, gaps
+from sleb.repairs.scoring import RepairedScores
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 
@@ -53,7 +53,7 @@ def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
     )
     by_hand = {}
     for block in range(1, 5):
-        fitter = Fitter(loaded.stack, {block}, fitted.ids[6:], 6)
+        fitter = Regression(loaded.stack, {block}, fitted.ids[6:], 6)
         for gap in gaps({block}, 6):
             fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
         sweep = Sweep(loaded.stack, scored.ids, NLL, batch=6)

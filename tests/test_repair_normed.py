@@ -8,13 +8,13 @@ import torch
 import sleb
 import zoo
 from conftest import byte_tokenizer, teach
-from sleb.exactness import verify
 from sleb.models.stack import BlockStack
-from sleb.repair import repair
-from sleb.repair.fit import Fitter
-from sleb.repair.maps import Norm, find_branches
-from sleb.repair.material import repair_windows
-from sleb.repair.normed import fit_normed
+from sleb.repairs import repair
+from sleb.repairs.data import repair_windows
+from sleb.repairs.post_norm import fit_before_norm
+from sleb.repairs.regression import Regression
+from sleb.repairs.residual_writers import Norm, find_residual_writers
+from sleb.surgery.verification import verify
 
 CPU = {"dtype": "float32", "device": "cpu"}
 MATRIX, NORM = "mlp.down_proj", "post_feedforward_layernorm"
@@ -24,7 +24,7 @@ MATRIX, NORM = "mlp.down_proj", "post_feedforward_layernorm"
     ("family", "offset"), [("gemma2", 1.0), ("gemma3_text", 1.0), ("olmo2", 0.0)]
 )
 def test_the_norm_behind_a_matrix_is_found(family, offset):
-    found = find_branches(BlockStack(zoo.tiny(family)[0]), 2)
+    found = find_residual_writers(BlockStack(zoo.tiny(family)[0]), 2)
     assert found.norms == {
         MATRIX: Norm(path=NORM, offset=offset),
         "self_attn.o_proj": Norm(path="post_attention_layernorm", offset=offset),
@@ -33,15 +33,15 @@ def test_the_norm_behind_a_matrix_is_found(family, offset):
 
 
 def test_a_norm_in_front_is_none_behind():
-    assert not find_branches(BlockStack(zoo.tiny("llama")[0]), 2).norms
+    assert not find_residual_writers(BlockStack(zoo.tiny("llama")[0]), 2).norms
 
 
 @pytest.fixture
 def place():
-    """A stack, and a Fitter at its block 2 with equal streams."""
+    """A stack, and a Regression at its block 2 with equal streams."""
     stack = BlockStack(zoo.tiny("gemma2")[0])
     ids = torch.randint(3, 90, (24, 24), generator=torch.Generator().manual_seed(0))
-    fitter = Fitter(stack, {3}, ids, 8)
+    fitter = Regression(stack, {3}, ids, 8)
     with torch.inference_mode():
         fitter._advance_to(2, lambda n: None)
     return stack, fitter
@@ -68,7 +68,7 @@ def planted(stack, fitter, changes) -> tuple[list[torch.Tensor], float, float]:
     with torch.inference_mode():
         branches = fitter.branches(2)
         store = (2, branches, MATRIX, targets, 1e-4, lambda b, n, t: t.float(), lambda n: None)
-        fit_normed(fitter, *store)
+        fit_before_norm(fitter, *store)
     return targets, before, distance()
 
 

@@ -9,15 +9,17 @@ import torch
 from transformers import PretrainedConfig
 
 import sleb
-from sleb.metrics import NLL
+from sleb.calibration.tokens import opening_tokens
+from sleb.core.progress import silent
 from sleb.models.stack import BlockStack
-from sleb.progress import silent
-from sleb.repair import material, own, repair
-from sleb.repair.own import OWN, with_own
+from sleb.repairs import data as material
+from sleb.repairs import repair
+from sleb.repairs import self_generated as own
+from sleb.repairs.self_generated import OWN, with_self_generated
 from sleb.selection import sweep
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
-from sleb.text.tokens import opening_tokens
 
 CPU = {"device": "cpu", "dtype": "float32"}
 
@@ -37,7 +39,7 @@ def windows(learned, loaded):
 
 @pytest.fixture(scope="module")
 def both(loaded, windows):
-    return with_own(loaded, windows, silent)
+    return with_self_generated(loaded, windows, silent)
 
 
 def test_the_tokens_of_a_fit_count_it(learned, loaded):
@@ -128,7 +130,7 @@ def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, wi
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    again = with_own(loaded, windows, silent)
+    again = with_self_generated(loaded, windows, silent)
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(again.ids, both.ids)
 

@@ -14,16 +14,16 @@ import sleb
 import zoo
 from conftest import byte_tokenizer
 from sleb.cli.main import main
-from sleb.errors import InputError
-from sleb.metrics import NLL
+from sleb.core.errors import InputError
+from sleb.evaluation.perplexity import evaluate
 from sleb.models.load import load_config, stream_places, strict_model
+from sleb.models.overrides import WeightOverrides
 from sleb.models.stack import BlockStack
-from sleb.models.weights import Changes
-from sleb.quality import evaluate
-from sleb.repair import RIDGES, repair, repaired
-from sleb.repair.fit import Fitter, gaps
-from sleb.repair.material import repair_windows
-from sleb.repair.own import OWN
+from sleb.repairs import RIDGES, repair, repaired
+from sleb.repairs.data import repair_windows
+from sleb.repairs.regression import Regression, gaps
+from sleb.repairs.self_generated import OWN
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 
@@ -67,7 +67,7 @@ def pair(family, folder, dtype=torch.float32, places=None):
 
 
 def fit(stack, accept=lambda: True, removed=frozenset(REMOVED), ridges=(0.1,)):
-    fitter = Fitter(stack, removed, ids(), 8)
+    fitter = Regression(stack, removed, ids(), 8)
     for gap in gaps(removed, len(stack)):
         fitter.fit(gap, ridges, accept, lambda block, name, t: t.float(), lambda n: None)
     return fitter
@@ -160,7 +160,7 @@ def test_what_is_refused_leaves_no_trace(tmp_path):
 
 def test_a_fit_that_breaks_off_leaves_no_trace(tmp_path, monkeypatch):
     _, streamed = pair("llama", tmp_path / "m")
-    before, put = losses(streamed), Changes.put
+    before, put = losses(streamed), WeightOverrides.put
 
     def failing(self, *args):
         put(self, *args)
@@ -168,8 +168,8 @@ def test_a_fit_that_breaks_off_leaves_no_trace(tmp_path, monkeypatch):
             assert any(p.device.type == "cpu" for p in streamed.blocks.parameters())
             raise RuntimeError("stop")
 
-    monkeypatch.setattr(Changes, "put", failing)
-    fitter = Fitter(streamed, REMOVED, ids(), 8)
+    monkeypatch.setattr(WeightOverrides, "put", failing)
+    fitter = Regression(streamed, REMOVED, ids(), 8)
     first, _ = gaps(REMOVED, len(streamed))
     with pytest.raises(RuntimeError, match="stop"):
         fitter.fit(first, (0.1,), lambda: True, lambda b, n, t: t.float(), lambda n: None)
@@ -183,7 +183,7 @@ def test_each_block_is_read_once_for_every_ridge(tmp_path, monkeypatch):
     branches = {}
     first, second = gaps(REMOVED, len(streamed))
     with reads(monkeypatch) as counted:
-        fitter = Fitter(streamed, REMOVED, ids(), 8, branches)
+        fitter = Regression(streamed, REMOVED, ids(), 8, branches)
         take = lambda b, n, t: t.float()  # noqa: E731
         fitter.fit(first, (0.1,), lambda: True, take, lambda n: None)
         assert set(counted.values()) == {1}, counted
@@ -266,7 +266,7 @@ def test_what_was_read_ahead_under_a_patch_is_read_again(tmp_path):
 
 def test_a_block_that_is_held_changes_and_changes_back_at_once(tmp_path):
     _, streamed = pair("llama", tmp_path / "m")
-    changes, path = Changes(streamed), "mlp.down_proj.weight"
+    changes, path = WeightOverrides(streamed), "mlp.down_proj.weight"
     with streamed.holding(1):
         before = streamed.blocks[1].get_parameter(path).clone()
         changes.put(1, path, before + 1)

@@ -23,12 +23,12 @@ from report_record import (
     verification,
 )
 from report_tools import INVISIBLE, Seen, html, page, put, seen
-from sleb.errors import InputError
-from sleb.plan import Plan
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan
 from sleb.record import RunRecord
-from sleb.report import write_report
-from sleb.report.answers import LONGEST, START
-from sleb.report.words import LANGUAGES, Words
+from sleb.views import write_report
+from sleb.views.answers import LONGEST, START
+from sleb.views.locale import LANGUAGES, Words
 
 PANELS = ["removed", "quality", "saved", "servers", "untested", "rollback"]
 SECTIONS = [

@@ -9,8 +9,8 @@ import matplotlib as mpl
 import pytest
 
 from report_tools import page
-from sleb.report.charts import _plain, _ticks, draw
-from sleb.report.page import Bars, Dots, Heat, Line
+from sleb.views.charts import _plain, _ticks, draw
+from sleb.views.page import Bars, Dots, Heat, Line
 
 NAN = float("nan")
 CHARTS = {i.name: i.chart for s in page().sections for i in s.items if i.kind == "figure"}

@@ -9,7 +9,7 @@ import pytest
 from report_plan import HEX, plan, repaired_gap, repaired_plan
 from report_record import complete, repaired
 from report_tools import page, put, seen
-from sleb.report.summary import SERVERS
+from sleb.views.summary import SERVERS
 
 # What is changed in the record, to what, in which part it shows, and how.
 RECORD = [

@@ -10,8 +10,8 @@ import pytest
 from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_record import complete, gate, repaired, sparse, speed
 from report_tools import page, put, seen
-from sleb.plan import Target
-from sleb.statistics import Interval
+from sleb.core.plan import Target
+from sleb.core.statistics import Interval
 
 NAN = float("nan")
 

@@ -13,16 +13,16 @@ from typer.main import get_command
 from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_record import complete, gate, repaired, sparse, verification
 from report_tools import html, page, put, seen
-from sleb import exactness
 from sleb.cli.main import app
-from sleb.errors import InputError
-from sleb.evidence import limits
-from sleb.evidence.gate import Gate
-from sleb.metrics import METRICS
-from sleb.plan import SimilarityGate, Target
-from sleb.report.words import LANGUAGES, LINK, Words, bounds
+from sleb.core.errors import InputError
+from sleb.core.plan import SimilarityGate, Target
+from sleb.core.statistics import Interval
+from sleb.evaluation import limits
+from sleb.evaluation.gate import Gate
+from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import FINALS
-from sleb.statistics import Interval
+from sleb.surgery import verification as gates
+from sleb.views.locale import LANGUAGES, LINK, Words, bounds
 
 EN, JA = (Words(lang) for lang in LANGUAGES)
 
@@ -152,7 +152,7 @@ def test_names_of_the_record_have_words(words):
     """What the library can write into a record is told in the reader's language."""
     assert {*METRICS} == {*words.tables["metrics"]}
     assert {*words.tables["strategies"]} == set(FINALS.split("-or-"))
-    checks = Path(exactness.__file__).read_text()
+    checks = Path(gates.__file__).read_text()
     for name in words.tables["checks"]:
         assert f'"{name}"' in checks
     assert {c.name for r in (complete(), repaired()) for c in r.verification.checks} == {

@@ -17,10 +17,10 @@ import zoo
 from cli_tools import refused, run, tree
 from conftest import save_tiny
 from rollback_tools import CARRIED, any_repair, plan_of, repaired_cut, small
-from sleb.checkpoint import INDEX, Checkpoint, fingerprint
-from sleb.errors import InputError, ResourceError
-from sleb.plan import Plan
-from sleb.rollback.manifest import Manifest
+from sleb.checkpoints.checkpoint import INDEX, Checkpoint, fingerprint
+from sleb.core.errors import InputError, ResourceError
+from sleb.core.plan import Plan
+from sleb.surgery.rollback_manifest import Manifest
 
 
 def identity(folder: Path, blocks: int):

@@ -10,7 +10,7 @@ import zoo
 from cli_tools import tree
 from conftest import byte_tokenizer
 from rollback_tools import plan_of, repaired_cut, small
-from sleb.errors import DataError, InputError, UnsupportedModel
+from sleb.core.errors import DataError, InputError, UnsupportedModel
 
 CPU = {"dtype": "float32", "device": "cpu"}
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import sleb
 from cli_tools import refused, tree
 from rollback_tools import plan_of, repaired_cut, sha, small
-from sleb.checkpoint import Checkpoint, fingerprint
-from sleb.errors import DataError, InputError, SlebError
-from sleb.plan import Plan
-from sleb.rollback.manifest import Manifest
+from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.core.errors import DataError, InputError, SlebError
+from sleb.core.plan import Plan
+from sleb.surgery.rollback_manifest import Manifest
 from test_rollback import files
 
 FREE = {"README.md", "run.json", "SHA256SUMS", "rollback/SHA256SUMS"}

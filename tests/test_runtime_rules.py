@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gguf_tools import write_tiny
-from sleb.deploy import rules
+from sleb.runtimes import rules
 from zoo import tiny_config
 
 S, F = "sliding_attention", "full_attention"

@@ -18,10 +18,10 @@ from pydantic import TypeAdapter
 import sleb
 from cli_tools import refused, run
 from plan_tools import plan_of
-from sleb.deploy import probe
-from sleb.deploy import runtimes as module
-from sleb.deploy.runtimes import RuntimeReport, check_runtimes, parse_runtimes
-from sleb.errors import InputError, VerificationFailed
+from sleb.core.errors import InputError, VerificationFailed
+from sleb.runtimes import compatibility as module
+from sleb.runtimes import probe
+from sleb.runtimes.compatibility import RuntimeReport, check_runtimes, parse_runtimes
 
 REMOVED = (1, 3)
 VLLM = """
@@ -68,7 +68,7 @@ def oracle(path: Path) -> dict:
     """What a right runtime would answer: ids of the probe, and their log-probabilities in the
     model at ``path``, loaded as it is."""
     loaded = sleb.load(path, dtype="float32", device="cpu")
-    windows, _ = sleb.text.load_windows(loaded.tokenizer, (), windows=1, length=255, seed=0)
+    windows, _ = sleb.calibration.load_windows(loaded.tokenizer, (), windows=1, length=255, seed=0)
     ids = windows.ids
     with torch.inference_mode():
         chances = loaded.model(input_ids=ids).logits[0, :-1].double().softmax(-1)

@@ -11,9 +11,9 @@ import torch
 import reference
 import sleb
 from conftest import BLOCKS, tiny_llama
-from sleb.errors import DataError, InputError
-from sleb.metrics import METRICS, NLL
+from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
+from sleb.selection.metrics import METRICS, NLL
 from sleb.selection.objective import BlockSet, Journal, Objective
 from sleb.selection.racing import rank
 from sleb.selection.strategies import STRATEGIES

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sleb
-from sleb.errors import DataError, InputError
-from sleb.similarity import MEASURES, Similarity, Spread
+from sleb.core.errors import DataError, InputError
+from sleb.selection.similarity import MEASURES, Similarity, Spread
 
 MEASURE_NAMES = ["angular", "cka", "correlation", "cosine", "relative-l2"]
 

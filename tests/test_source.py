@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub
 
 import sleb
 from cli_tools import tree
-from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel
+from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.models import source
 from sleb.models.source import cache_dir, resolve
 

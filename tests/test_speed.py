@@ -15,12 +15,13 @@ from rich.console import Console
 import sleb
 from cli_tools import refused, run
 from sleb.cli.render_speed import speed as render
-from sleb.errors import InputError, ResourceError
-from sleb.evidence import benching, speed
-from sleb.evidence.benching import fitting, median_ratio, possible
-from sleb.evidence.interleave import Entry, take_turns
-from sleb.evidence.speed import Speed, bench
-from sleb.evidence.worker import Failed
+from sleb.core.errors import InputError, ResourceError
+from sleb.runtimes import bench as speed
+from sleb.runtimes import bench_runs as benching
+from sleb.runtimes.bench import Speed, bench
+from sleb.runtimes.bench_runs import fitting, median_ratio, possible
+from sleb.runtimes.paired import Entry, interleaved
+from sleb.runtimes.worker import Failed
 from speed_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Fake, bench_of, settings, subject
 
 
@@ -170,7 +171,7 @@ def test_a_shortened_model_that_fails_costs_only_what_is_possible(fakes):
     said: list[str] = []
     one = Fragile("dense", settings(Path("x")))
     entries = [Entry(model=0, worker=one), Entry(model=0, worker=one, shortened=True)]
-    found = take_turns(entries, PROMPT, 2, lambda *_: None, said.append)
+    found = interleaved(entries, PROMPT, 2, lambda *_: None, said.append)
     assert set(found) == {(0, False)}
     assert len(found[0, False].seconds) == 2
     assert said == ["what is possible for prompt: not measured (KeyError: 'no state')"]
@@ -183,7 +184,7 @@ def test_a_failure_that_is_no_want_of_memory_ends_the_bench(fakes):
 
     entries = [Entry(model=0, worker=Broken("dense", settings(Path("x"))))]
     with pytest.raises(Failed, match="a bug"):
-        take_turns(entries, PROMPT, 2, lambda *_: None, pytest.fail)
+        interleaved(entries, PROMPT, 2, lambda *_: None, pytest.fail)
 
 
 # -- lengths ---------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_cases_are_those_that_the_documentation_names():
 @pytest.fixture
 def pretending(monkeypatch, tmp_path, fakes):
     monkeypatch.setattr(
-        "sleb.evidence.runtimes.find_spec", lambda module: None if module == "vllm" else module
+        "sleb.runtimes.adapters.find_spec", lambda module: None if module == "vllm" else module
     )
 
 

@@ -17,11 +17,11 @@ from pydantic import TypeAdapter
 
 import sleb
 from conftest import byte_tokenizer, save_tiny, tiny_llama
-from sleb.errors import InputError, ResourceError
-from sleb.evidence import worker
-from sleb.evidence.runtimes import engine, installed, tokens
-from sleb.evidence.speed import Case, Speed, bench
-from sleb.evidence.worker import Failed, Worker
+from sleb.core.errors import InputError, ResourceError
+from sleb.runtimes import worker
+from sleb.runtimes.adapters import engine, installed, tokens
+from sleb.runtimes.bench import Case, Speed, bench
+from sleb.runtimes.worker import Failed, Worker
 from speed_tools import CPU, PROMPT, WRITE, settings
 from zoo import tiny
 
@@ -101,7 +101,7 @@ def test_prompts_are_the_same_for_every_model():
 
 PEAK = """
 import time, torch
-from sleb.evidence.runtimes import Meter
+from sleb.runtimes.adapters import Meter
 
 meter = Meter("cpu")
 with meter.watching(lambda: None) as seen:

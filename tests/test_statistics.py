@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sleb.statistics import exponential, flips, interval, proportion, standard_error
+from sleb.core.statistics import exponential, flips, interval, proportion, standard_error
 
 
 def test_an_interval_is_students():

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.racing import ERROR, Race, leaders, rank
 from sleb.selection.strategies import BEAM, STRATEGIES
@@ -246,7 +246,7 @@ def test_an_exact_objective_does_not_race():
 
 def test_the_command_line_knows_strategies_and_racing(tiny_dir, tmp_path, capsys):
     from sleb.cli.main import main
-    from sleb.plan import Plan
+    from sleb.core.plan import Plan
 
     base = ["search", str(tiny_dir), "--remove", "2", "--windows", "5", "--length", "16"]
     out = tmp_path / "plan.json"

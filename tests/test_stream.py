@@ -13,9 +13,9 @@ import torch
 
 import sleb
 from conftest import tiny_llama
-from sleb.errors import DataError, InputError, ResourceError
-from sleb.metrics import KL, NLL
+from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.models.stack import BlockStack
+from sleb.selection.metrics import KL, NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 from zoo import tiny
@@ -193,8 +193,8 @@ def test_tensors_are_read_from_files_where_the_hooks_would_have_them_from(
     tiny_dir, tmp_path, monkeypatch, piece
 ):
     """What goes to a GPU is read past accelerate's maps, which say where it lies."""
-    from sleb.models import reading
-    from sleb.models.streaming import offloading
+    from sleb.models import shard_reader as reading
+    from sleb.models.offload import offloading
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_dir, folder)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
-from sleb.checksums import SUMS, check_sums, covered, read_sums, write_sums
-from sleb.errors import DataError
+from sleb.checkpoints.checksums import SUMS, check_sums, covered, read_sums, write_sums
+from sleb.core.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

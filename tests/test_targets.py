@@ -12,11 +12,11 @@ from scipy import stats
 import reference
 import sleb
 from conftest import save_tiny
-from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, VerificationFailed
-from sleb.plan import Plan
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.plan import Plan
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.targets import Aim, Costs
+from sleb.selection.targets import Costs, StoppingRule
 
 CPU = {"dtype": "float32", "device": "cpu"}
 SMALL = {"windows": 6, "length": 24, **CPU}
@@ -112,7 +112,7 @@ def test_as_few_blocks_go_as_the_speed_up_needs(loaded, split):
 def test_blocks_of_unequal_size_count_as_they_are():
     """With small blocks chosen first it takes more of them; the search stops when it is enough."""
     costs = Costs(total=100, read=100, blocks=(30, 10, 10, 30, 10))
-    aim = Aim(Goal(size=65), costs, range(5), None)
+    aim = StoppingRule(Goal(size=65), costs, range(5), None)
     assert aim.most == 4  # 10 + 10 + 10 + 30: the least that surely suffices
     assert [aim.enough(o) for o in ([0], [0, 1], [1, 2, 4], [1, 2, 4, 0])] == [0, 1, 0, 1]
     assert aim.settle((0, 1, 3, 2))[0] == (0, 1)
@@ -243,7 +243,7 @@ def test_the_command_line_shows_curve_and_target(place, capsys):
 def test_a_failed_gate_leaves_no_plan(place, capsys, monkeypatch):
     from sleb.cli.main import main
 
-    monkeypatch.setattr(Aim, "_bound", lambda self, order: 0.5 * len(order))
+    monkeypatch.setattr(StoppingRule, "_bound", lambda self, order: 0.5 * len(order))
     base = ["search", "MODEL", "--windows", "5", "--length", "16", "-o", "new.json"]
     assert main([*base, "--max-loss-increase", "0.4"]) == 3
     assert "nothing can be removed within --max-loss-increase 0.4: without block" in (

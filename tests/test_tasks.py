@@ -16,11 +16,11 @@ import torch
 
 import sleb
 from conftest import byte_tokenizer, tiny_llama
-from sleb.errors import InputError
-from sleb.evidence import harness as harness_module
-from sleb.evidence.questions import read_questions
-from sleb.evidence.tasks import run_tasks
-from sleb.surgery import apply
+from sleb.core.errors import InputError
+from sleb.evaluation import lm_eval as harness_module
+from sleb.evaluation.questions import read_questions
+from sleb.evaluation.tasks import run_tasks
+from sleb.surgery.apply import apply
 
 REMOVED = (1, 3)
 PAIRS = [
@@ -165,7 +165,7 @@ def test_generated_answers_are_those_of_the_cut_checkpoint(taught, taught_dir, t
 
 
 def test_a_cache_is_used_where_bypassing_leaves_it_right(taught, tmp_path):
-    one = harness_module.Harness(taught, batch=None, progress=sleb.progress.silent)
+    one = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
     asked = read_questions(write(tmp_path / "say.jsonl", written()))
     (task,) = one.load([asked], [], None, limit=None, seed=0)
     own, used = taught.model.generate, []
@@ -202,7 +202,7 @@ def test_a_prompt_is_read_word_for_word(taught, tmp_path):
         for i, row in enumerate(asked)
     ]
     both = [write(tmp_path / "a.jsonl", asked), write(tmp_path / "b.jsonl", raw)]
-    first = harness_module.Harness(taught, batch=None, progress=sleb.progress.silent)
+    first = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
     tasks = first.load([*map(read_questions, both)], [], None, limit=None, seed=0)
     requests = [[i.args for i in task.task.instances] for task in tasks]
     assert requests[0] == requests[1]
@@ -320,12 +320,12 @@ def test_scores_that_are_not_just_right_or_wrong_have_no_flips(taught, folder):
     (result,) = run_tasks(taught, ["half"], folder=folder, removed=REMOVED)
     wanted = [0.25 if row["answer"] else 0.5 for row in chosen()]
     assert result.flips is None
-    assert result.dense == result.pruned == sleb.statistics.interval(np.array(wanted))
+    assert result.dense == result.pruned == sleb.core.statistics.interval(np.array(wanted))
 
 
 def test_a_limit_draws_the_same_items_for_both_models(taught, folder):
     def items(limit, seed):
-        one = harness_module.Harness(taught, batch=2, progress=sleb.progress.silent)
+        one = harness_module.Harness(taught, batch=2, progress=sleb.core.progress.silent)
         (task,) = one.load([], ["colours"], folder, limit=limit, seed=seed)
         return task.picked
 

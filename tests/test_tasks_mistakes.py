@@ -13,12 +13,12 @@ from rich.console import Console
 import sleb
 from cli_tools import refused, run
 from sleb.cli.render_tasks import tasks as draw
-from sleb.errors import DataError, InputError, ResourceError
-from sleb.evidence import harness as harness_module
-from sleb.evidence.project import Project
-from sleb.evidence.questions import read_questions
-from sleb.evidence.tasks import TaskResult, check_tasks, run_tasks
-from sleb.statistics import Interval, flips, proportion
+from sleb.core.errors import DataError, InputError, ResourceError
+from sleb.core.statistics import Interval, flips, proportion
+from sleb.evaluation import lm_eval as harness_module
+from sleb.evaluation.questions import read_questions
+from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
+from sleb.project import Project
 
 GOOD = {"question": "Two?", "choices": ["a", "b", "c"], "answer": 1}
 SAY = {"question": "Two?", "answer": "2"}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb.evidence import text_checks
-from sleb.evidence.text_checks import (
+from sleb.evaluation import answer_checks as text_checks
+from sleb.evaluation.answer_checks import (
     first_difference,
     is_empty,
     is_json,

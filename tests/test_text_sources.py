@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from sleb.errors import DataError, InputError, ResourceError, SlebError
-from sleb.text import (
+from sleb.calibration import (
     SOURCES,
     parse_source,
     sources,
 )
+from sleb.core.errors import DataError, InputError, ResourceError, SlebError
 from text_tools import CHAT, Write, documents, message
 
 # Specs
@@ -213,7 +213,8 @@ def test_at_most_the_limit_is_read(
 
 def test_sources_need_no_heavy_import() -> None:
     code = (
-        "import sys, sleb.text.sources as s; s.read_documents(s.parse_source('default'), None);"
+        "import sys, sleb.calibration.sources as s;"
+        "s.read_documents(s.parse_source('default'), None);"
         "print([m for m in ('torch', 'datasets', 'pyarrow', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

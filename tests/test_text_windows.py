@@ -22,13 +22,13 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sleb.errors import InputError
-from sleb.text import (
+from sleb.calibration import (
     DEFAULT_WINDOWS,
     load_windows,
     sources,
     tokens,
 )
+from sleb.core.errors import InputError
 from text_tools import BOS, Write, documents, letters, load, texts, tokenizer
 
 # Windows

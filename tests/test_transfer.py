@@ -13,10 +13,10 @@ from scipy import stats
 
 import reference
 import sleb
-import sleb.evidence.transfer as module
+import sleb.evaluation.transfer as module
 from sleb.cli.render_transfer import transfer as draw
-from sleb.errors import InputError
-from sleb.evidence.transfer import Transfer, check_transfer, clearly_worse, transfer
+from sleb.core.errors import InputError
+from sleb.evaluation.transfer import Transfer, check_transfer, clearly_worse, transfer
 from text_tools import letters
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -321,7 +321,7 @@ def test_stages_say_which_search_they_belong_to(loaded, texts):
     class Heard:
         def stage(self, title, total):
             titles.append(title)
-            return sleb.progress.silent.stage(title, total)
+            return sleb.core.progress.silent.stage(title, total)
 
     transfer(loaded, texts[:2], remove=1, heldout=2, progress=Heard(), **SMALL)
     assert [t for t in titles if t.startswith("searching")] == [

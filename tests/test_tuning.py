@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 from sleb.models.stack import BlockStack
 from sleb.selection import tuning
-from sleb.selection.pace import Pace, rounds_of_work
+from sleb.selection.pace import ProgressEstimator, rounds_of_work
 from sleb.selection.tuning import Setting, running, tune
 
 
@@ -93,7 +93,7 @@ def test_a_search_moves_evenly_whatever_racing_saves(share):
         assert n >= 0
         place[0] += n
 
-    pace = Pace(tick, rounds, racing=share < 1)
+    pace = ProgressEstimator(tick, rounds, racing=share < 1)
     done = 0
     for turn, work in enumerate(rounds):
         for _ in range(10):

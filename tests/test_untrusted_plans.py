@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sleb.deploy.exports import FORMATS, export_plan
-from sleb.errors import InputError, SlebError
-from sleb.plan import MAX_BYTES, Plan
+from sleb.core.errors import InputError, SlebError
+from sleb.core.plan import MAX_BYTES, Plan
+from sleb.formats.exports import FORMATS, export_plan
 from sleb.record import RunRecord
 from test_plan import minimal
 

@@ -13,15 +13,15 @@ from torch import nn
 
 import sleb
 import zoo
-from sleb.checkpoint import INDEX, Checkpoint
-from sleb.depthfields import RULES
-from sleb.errors import InputError, UnsupportedModel
-from sleb.metrics import NLL
+from sleb.checkpoints.checkpoint import INDEX, Checkpoint
+from sleb.checkpoints.depth_fields import RULES
+from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.load import strict_model
-from sleb.models.pruned import pruned_config
+from sleb.models.pruned_config import pruned_config
 from sleb.models.stack import BlockStack
+from sleb.selection.metrics import NLL
 from sleb.selection.sweep import Sweep
-from sleb.surgery import cut_checkpoint
+from sleb.surgery.apply import cut_checkpoint
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 

@@ -15,13 +15,13 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sleb.errors import InputError
-from sleb.text import (
+from sleb.calibration import (
     Windows,
     load_windows,
     parse_source,
     read_documents,
 )
+from sleb.core.errors import InputError
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 BOS = 256

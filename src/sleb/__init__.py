@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sleb.errors import (
+    from sleb.calibration import Windows, load_windows
+    from sleb.core.errors import (
         DataError,
         InputError,
         ResourceError,
@@ -18,48 +19,47 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VerificationFailed,
     )
-    from sleb.exactness import Verification, verify
+    from sleb.core.plan import Plan
+    from sleb.evaluation.perplexity import Evaluation, evaluate
     from sleb.models.describe import Description, describe
     from sleb.models.load import LoadedModel, load
     from sleb.models.stack import bypassed
     from sleb.pipeline import Pruned, prune
-    from sleb.plan import Plan
-    from sleb.quality import Evaluation, evaluate
-    from sleb.rollback.restore import Restored, restore
     from sleb.selection.search import search
-    from sleb.similarity import Similarity, measure_similarity
-    from sleb.surgery import apply
-    from sleb.text import Windows, load_windows
+    from sleb.selection.similarity import Similarity, measure_similarity
+    from sleb.surgery.apply import apply
+    from sleb.surgery.restore import Restored, restore
+    from sleb.surgery.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DataError": "errors",
+    "DataError": "core.errors",
     "Description": "models.describe",
-    "Evaluation": "quality",
-    "InputError": "errors",
+    "Evaluation": "evaluation.perplexity",
+    "InputError": "core.errors",
     "LoadedModel": "models.load",
-    "Plan": "plan",
+    "Plan": "core.plan",
     "Pruned": "pipeline",
-    "ResourceError": "errors",
-    "Restored": "rollback.restore",
-    "Similarity": "similarity",
-    "SlebError": "errors",
-    "UnsupportedModel": "errors",
-    "Verification": "exactness",
-    "VerificationFailed": "errors",
-    "Windows": "text",
-    "apply": "surgery",
+    "ResourceError": "core.errors",
+    "Restored": "surgery.restore",
+    "Similarity": "selection.similarity",
+    "SlebError": "core.errors",
+    "UnsupportedModel": "core.errors",
+    "Verification": "surgery.verification",
+    "VerificationFailed": "core.errors",
+    "Windows": "calibration",
+    "apply": "surgery.apply",
     "bypassed": "models.stack",
     "describe": "models.describe",
-    "evaluate": "quality",
+    "evaluate": "evaluation.perplexity",
     "load": "models.load",
-    "load_windows": "text",
-    "measure_similarity": "similarity",
+    "load_windows": "calibration",
+    "measure_similarity": "selection.similarity",
     "prune": "pipeline",
-    "restore": "rollback.restore",
+    "restore": "surgery.restore",
     "search": "selection.search",
-    "verify": "exactness",
+    "verify": "surgery.verification",
 }
 
 # spelled out, since type checkers do not compute it

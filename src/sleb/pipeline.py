@@ -12,33 +12,33 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import Unpack
 
-from sleb.card import model_card
-from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, UnsupportedModel
-from sleb.exactness import verify
-from sleb.files import enough_space, writable_target
-from sleb.metrics import NLL
+from sleb.calibration import Windows, load_windows
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.files import enough_space, writable_target
+from sleb.core.plan import Plan, Target, blocks_to_remove
+from sleb.core.process_group import group
+from sleb.core.progress import Progress, silent
+from sleb.evaluation.perplexity import evaluate
 from sleb.models.load import LoadedModel, load
-from sleb.models.placing import check_placing
-from sleb.parallel import group
-from sleb.plan import Plan, Target, blocks_to_remove
-from sleb.progress import Progress, silent
-from sleb.quality import evaluate
+from sleb.models.placement import check_placing
 from sleb.record import RunRecord, Stopwatch, environment
-from sleb.repair import Repair, can_repair
-from sleb.repair import repair as fit_repair
-from sleb.repair.choice import own_judges
-from sleb.repair.material import default_tokens, repair_windows
-from sleb.repair.own import GIVEN_ALONE, OWN, OwnText, can_write
+from sleb.repairs import Repair, can_repair
+from sleb.repairs import repair as fit_repair
+from sleb.repairs.data import default_tokens, repair_windows
+from sleb.repairs.scoring import self_generated_validation
+from sleb.repairs.self_generated import GIVEN_ALONE, OWN, SelfGenerated, can_generate
 from sleb.selection.goal import Goal
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import SearchOptions, check_request, goal_of
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, DEFAULT_PROTECT, search
 from sleb.selection.strategies import FINALS
 from sleb.selection.sweep import Sweep
-from sleb.selection.targets import nothing_within, upper_bound
-from sleb.surgery import apply, refuse_source
-from sleb.text import Windows, load_windows
+from sleb.selection.targets import nothing_within_limit, upper_bound
+from sleb.surgery.apply import apply, refuse_source
+from sleb.surgery.verification import verify
+from sleb.views.card import model_card
 
 __all__ = ["Pruned", "prune"]
 
@@ -72,9 +72,9 @@ def prune(
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
     run.json and a model card. ``options`` are those of :func:`sleb.search`; ``heldout`` is the
     number of windows set aside from the same texts for targets and for the quality figures.
-    ``repair``: see :func:`sleb.repair.repair`; by default it is done where it is possible, and the
+    ``repair``: see :func:`sleb.repairs.repair`; by default it is done where it is possible, and the
     record says why it was not. It is fitted on about ``repair_tokens`` tokens (by default see
-    :func:`sleb.repair.material.default_tokens`), two thirds of them from the same texts, or all
+    :func:`sleb.repairs.data.default_tokens`), two thirds of them from the same texts, or all
     where blocks are fetched when they run. Where it is possible, and
     ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``keep``: see
     :func:`sleb.apply`. ``command`` and ``stages`` go into the record as they are.
@@ -82,7 +82,7 @@ def prune(
     Raises:
         VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
             written.
-        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out = Path(out)
     writable_target(out, force=force)
@@ -134,9 +134,9 @@ def prune(
             if not loaded.stack.streamed:  # a fit of every depth would read its blocks anew
                 limit = goal.max_loss_increase
             options = {**options, "after_repair": limit is not None}
-        if can_write(loaded.stack):
-            judging = own_judges(scored) if options.get("strategy") == FINALS else 0
-            own = OwnText(loaded, material[0], judging, watch)
+        if can_generate(loaded.stack):
+            judging = self_generated_validation(scored) if options.get("strategy") == FINALS else 0
+            own = SelfGenerated(loaded, material[0], judging, watch)
     journal = out.with_name(out.name + ".journal")
     # a full disk below must not cost the search, so its journal stays
     plan = search(
@@ -231,7 +231,7 @@ def prune(
             Path(f"{journal}{suffix}").unlink(missing_ok=True)
         return TypeAdapter(RunRecord).dump_json(record[0]).decode()
 
-    written = group().by_first(write)
+    written = group().broadcast_from_main(write)
     done = record[0] if record else TypeAdapter(RunRecord).validate_json(written)
     return Pruned(path=out, plan=plan, record=done)
 
@@ -254,7 +254,7 @@ def _material(
             scored=scored,
             aside=aside,
             tokens=tokens or default_tokens(model.stack),
-            own=can_write(model.stack),
+            own=can_generate(model.stack),
             length=scored.record.length,
             seed=scored.record.seed,
         )
@@ -297,7 +297,9 @@ def _within(
             target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
             return plan.model_copy(update={"target": target}), fixed, said
         if len(plan.order) == 1:
-            raise nothing_within(limit, plan.order[0], reached, len(aside.ids), " after its repair")
+            raise nothing_within_limit(
+                limit, plan.order[0], reached, len(aside.ids), " after its repair"
+            )
         plan = plan.without_last()
 
 
@@ -342,7 +344,7 @@ def _repaired(
         return None, "no fit was better on every text"
     done = sum(gap.ridge is not None for gap in found.record.gaps)
     seen = found.record.calibration
-    texts = "" if can_write(model.stack) else f"{GIVEN_ALONE}, "
+    texts = "" if can_generate(model.stack) else f"{GIVEN_ALONE}, "
     if OWN in [source.spec for source in seen.sources]:
         texts = "a third of them the model's own text, "
     return found, (

@@ -19,18 +19,18 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Self
 
-from sleb.deploy.runtimes import RuntimeReport
-from sleb.errors import InputError
-from sleb.evidence.answers import Comparison
-from sleb.evidence.draft import Drafting
-from sleb.evidence.gate import GateResult
-from sleb.evidence.speed import Speed
-from sleb.evidence.tasks import TaskResult
-from sleb.evidence.transfer import Transfer
-from sleb.exactness import Verification
-from sleb.files import write_text
-from sleb.progress import Progress, Tick
-from sleb.quality import Evaluation
+from sleb.core.errors import InputError
+from sleb.core.files import write_text
+from sleb.core.progress import Progress, Tick
+from sleb.evaluation.answers import Comparison
+from sleb.evaluation.gate import GateResult
+from sleb.evaluation.perplexity import Evaluation
+from sleb.evaluation.tasks import TaskResult
+from sleb.evaluation.transfer import Transfer
+from sleb.runtimes.bench import Speed
+from sleb.runtimes.compatibility import RuntimeReport
+from sleb.runtimes.speculative import Drafting
+from sleb.surgery.verification import Verification
 
 __all__ = ["RunRecord", "Stopwatch", "environment"]
 
@@ -119,7 +119,7 @@ class Stopwatch:
     )
 
     def stage(self, title: str, total: int | None) -> AbstractContextManager[Tick]:
-        """See :class:`sleb.progress.Progress`."""
+        """See :class:`sleb.core.progress.Progress`."""
         return self._timed(title, total)
 
     @contextmanager

@@ -11,10 +11,10 @@ from statistics import median
 from rich.console import Console
 
 from sleb.cli import render
-from sleb.errors import InputError
+from sleb.core.errors import InputError
+from sleb.core.progress import Progress
 from sleb.models.load import LoadedModel
 from sleb.models.source import quiet_transformers
-from sleb.progress import Progress
 
 __all__ = ["run"]
 

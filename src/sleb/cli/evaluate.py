@@ -27,7 +27,7 @@ from sleb.cli.options import (
     Windows,
 )
 from sleb.cli.progress import terminal_progress
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 __all__ = ["evaluate"]
 
@@ -69,7 +69,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by side."""
-    from sleb.plan import Plan
+    from sleb.core.plan import Plan
 
     chosen = Plan.load(plan) if plan else None
     if depth is not None and chosen is None:
@@ -82,15 +82,15 @@ def evaluate(
         raise InputError("--tasks-folder and --limit are for tasks; name them with --task")
     removed = chosen.at_depth(depth) if chosen else ()
     check_record(record, removed)
-    from sleb.checkpoint import Checkpoint, check_fingerprint, fingerprint
+    from sleb.calibration import check_sources, load_windows
+    from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+    from sleb.evaluation.perplexity import evaluate as score
     from sleb.models.load import load
-    from sleb.quality import evaluate as score
-    from sleb.repair import stored_repair
-    from sleb.text import check_sources, load_windows
+    from sleb.repairs import stored_repair
 
     check_sources(text or ())
     if task:
-        from sleb.evidence.tasks import check_tasks
+        from sleb.evaluation.tasks import check_tasks
 
         check_tasks(task, folder=tasks_folder)
     progress = terminal_progress()
@@ -113,7 +113,7 @@ def evaluate(
         patch = partial(fixed.patch, loaded.stack) if fixed else None
     if task:
         from sleb.cli.render_tasks import tasks as draw
-        from sleb.evidence.tasks import run_tasks
+        from sleb.evaluation.tasks import run_tasks
 
         results = run_tasks(
             loaded,

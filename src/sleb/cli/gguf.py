@@ -12,11 +12,11 @@ from rich.console import Console
 
 from sleb.cli import render
 from sleb.cli.progress import terminal_progress
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
-    from sleb.plan import Plan
-    from sleb.repair import Repair
+    from sleb.core.plan import Plan
+    from sleb.repairs import Repair
 
 __all__ = ["OtherWeights", "Repaired", "apply", "wanted"]
 
@@ -54,7 +54,7 @@ def wanted(
     is the file that ``plan`` was read from.
 
     Raises:
-        InputError, UnsupportedModel, DataError: see `sleb.deploy.gguf_cut.cut_gguf`.
+        InputError, UnsupportedModel, DataError: see `sleb.surgery.gguf_cut.cut_gguf`.
     """
     if Path(out).suffix != ".gguf":
         for option, given in (("--other-weights", other_weights), ("--repaired", repaired)):
@@ -69,7 +69,7 @@ def wanted(
         )
     if repair and repaired:
         raise InputError("--repair fits a repair, --repaired brings one: give one of them")
-    from sleb.deploy.gguf_cut import check_gguf, plan_beside
+    from sleb.surgery.gguf_cut import check_gguf, plan_beside
 
     beside = plan_beside(Path(out))
     if beside.exists() and beside.samefile(written):
@@ -93,7 +93,7 @@ def apply(
     json: bool,
 ) -> int:
     """Cut the file, and say what was written."""
-    from sleb.deploy.gguf_cut import cut_gguf
+    from sleb.surgery.gguf_cut import cut_gguf
 
     cut = cut_gguf(
         plan,

@@ -12,7 +12,7 @@ from sleb.cli.options import Device, Dtype, Force, Json, Seed, Text, Trust
 from sleb.cli.progress import terminal_progress
 
 if TYPE_CHECKING:
-    from sleb.heal.record import Healed
+    from sleb.distillation.record import Healed
 
 __all__ = ["draw", "heal"]
 
@@ -57,7 +57,7 @@ def heal(
     trust_remote_code: Trust = False,
 ) -> int:
     """Optional second stage: train the cut model to predict what the original predicts."""
-    from sleb.heal import heal as train
+    from sleb.distillation import heal as train
 
     done = train(
         cut,

@@ -17,8 +17,8 @@ import typer
 
 from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
-from sleb.errors import SlebError
-from sleb.parallel import Group, joined, speaks
+from sleb.core.errors import SlebError
+from sleb.core.process_group import Group, is_main_process, joined
 
 __all__ = ["app", "main"]
 
@@ -113,7 +113,7 @@ def _system_error(error: OSError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    if speaks():
+    if is_main_process():
         print(f"sleb: {' '.join(message.splitlines())}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -121,7 +121,7 @@ def _fail(message: str, code: int) -> int:
 @contextlib.contextmanager
 def _quiet_but_for_first(here: Group) -> Iterator[None]:
     """Of several processes only the first prints results."""
-    if here.first:
+    if here.is_main:
         yield
         return
     logging.disable(logging.WARNING)

@@ -10,9 +10,9 @@ import typer
 from sleb.cli import render
 from sleb.cli.options import Device, Dtype, Force, Json, Model, Record, Threads, Trust, searching
 from sleb.cli.progress import terminal_progress
-from sleb.errors import InputError
-from sleb.files import writable_target
-from sleb.parallel import group
+from sleb.core.errors import InputError
+from sleb.core.files import writable_target
+from sleb.core.process_group import group
 
 __all__ = ["bench", "check_record", "compare", "init", "report", "run", "save", "transfer"]
 
@@ -32,8 +32,8 @@ def compare(
 ) -> int:
     """Your own prompts through both models: what changed in the answers."""
     from sleb.cli.render_answers import comparison
-    from sleb.evidence.answers import compare as answer
-    from sleb.evidence.answers import read_prompts
+    from sleb.evaluation.answers import compare as answer
+    from sleb.evaluation.answers import read_prompts
 
     asked = read_prompts(prompts)
     check_record(record)
@@ -77,13 +77,13 @@ def bench(
 ) -> int:
     """Speed and memory, dense and pruned in turn, against what is possible."""
     from sleb.cli.render_speed import speed
-    from sleb.evidence.speed import bench as measure
+    from sleb.runtimes.bench import bench as measure
 
     check_record(record)
     if draft:
         from sleb.cli.render_runtimes import drafting
-        from sleb.evidence.draft import draft as write
-        from sleb.evidence.prompts import read_prompts
+        from sleb.evaluation.prompts import read_prompts
+        from sleb.runtimes.speculative import draft as write
 
         drafted = write(
             model,
@@ -123,8 +123,8 @@ def bench(
 def transfer(model: Model, record: Record = None, **options: Any) -> int:
     """Search on each --text and on all of them, and score every choice on every text."""
     from sleb.cli.render_transfer import transfer as draw
-    from sleb.evidence.transfer import check_transfer
-    from sleb.evidence.transfer import transfer as measure
+    from sleb.evaluation.transfer import check_transfer
+    from sleb.evaluation.transfer import transfer as measure
     from sleb.models.load import load
 
     json = options.pop("json")
@@ -150,7 +150,7 @@ def init(
 ) -> int:
     """Write a commented project file for `sleb run`."""
     writable_target(Path(out), force=force, folder=False)
-    from sleb.evidence.project import write_project
+    from sleb.project import write_project
 
     write_project(Path(out), model)
     render.note(f"{out} written; set the model and the texts in it, then: sleb run {out}", False)
@@ -164,8 +164,8 @@ def run(
 ) -> int:
     """Do all that a project file asks for, from search to report. Exit code 3 if its gate fails."""
     from sleb.cli.render_transfer import gate
-    from sleb.evidence.project import Project
-    from sleb.evidence.project import run as work
+    from sleb.project import Project
+    from sleb.project import run as work
 
     asked = Project.load(project)
     done = work(project, force=force, progress=terminal_progress())
@@ -186,7 +186,7 @@ def report(
     force: Force = False,
 ) -> int:
     """Write what a run measured as one HTML page."""
-    from sleb.report import write_report
+    from sleb.views import write_report
 
     write_report(Path(run), Path(out), lang, force=force)
     render.note(f"report written to {out}", False)
@@ -209,7 +209,7 @@ def check_record(folder: str | None, removed: tuple[int, ...] | None = None) -> 
 
 def save(folder: str | None, json: bool, **sections: Any) -> None:
     """Add sections to a run record."""
-    if folder is None or not group().first:
+    if folder is None or not group().is_main:
         return
     from sleb.record import RunRecord
 

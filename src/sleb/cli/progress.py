@@ -19,9 +19,9 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from sleb.parallel import group
-from sleb.progress import Progress as ProgressProtocol
-from sleb.progress import Tick, silent
+from sleb.core.process_group import group
+from sleb.core.progress import Progress as ProgressProtocol
+from sleb.core.progress import Tick, silent
 
 __all__ = ["terminal_progress"]
 
@@ -31,7 +31,7 @@ LINE_EVERY_S = 15.0
 
 def terminal_progress() -> ProgressProtocol:
     """The progress display that fits stderr; none but on the first of several processes."""
-    if not group().first:
+    if not group().is_main:
         return silent
     return _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from sleb.cli import render
 from sleb.cli.options import Force, Json, Model, Seed, Text, Trust
 from sleb.cli.progress import terminal_progress
-from sleb.files import writable_target
+from sleb.core.files import writable_target
 
 if TYPE_CHECKING:
-    from sleb.deploy.quantize import Quantized
+    from sleb.formats.quantize import Quantized
 
 __all__ = ["Scheme", "check_quantized", "draw", "quantize", "quantized"]
 
@@ -46,7 +46,7 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> int:
     """Round the weights of a model, pruned or not, to 4 or 8 bits."""
-    from sleb.deploy.quantize import quantize as run
+    from sleb.formats.quantize import quantize as run
 
     done = run(
         model,
@@ -73,7 +73,7 @@ def quantize(
 
 def check_quantized(out: str, scheme: str, *, force: bool) -> None:
     """Refuse early what `--quantize` could not do once OUT is written."""
-    from sleb.deploy.quantize import check_scheme
+    from sleb.formats.quantize import check_scheme
 
     check_scheme(scheme)
     writable_target(_beside(out, scheme), force=force)
@@ -81,8 +81,8 @@ def check_quantized(out: str, scheme: str, *, force: bool) -> None:
 
 def quantized(out: str, scheme: str, options: dict[str, Any], *, force: bool) -> Quantized:
     """The checkpoint ``out`` quantized, beside it; on the windows that the search saw."""
-    from sleb.deploy.quantize import SCHEMES
-    from sleb.deploy.quantize import quantize as run
+    from sleb.formats.quantize import SCHEMES
+    from sleb.formats.quantize import quantize as run
 
     of_text = {name: options[name] for name in ("windows", "length", "seed")}
     return run(

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sleb.cli.render import _table, bounds, percent
-from sleb.evidence.answers import Answers, Comparison, Pair
-from sleb.evidence.text_checks import first_difference
+from sleb.evaluation.answer_checks import first_difference
+from sleb.evaluation.answers import Answers, Comparison, Pair
 
 __all__ = ["comparison"]
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from sleb.cli.render import _table, bounds, percent
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
-    from sleb.deploy.runtimes import RuntimeReport, Verdict
-    from sleb.evidence.draft import Drafting
+    from sleb.runtimes.compatibility import RuntimeReport, Verdict
+    from sleb.runtimes.speculative import Drafting
 
 __all__ = ["Python", "Runtime", "RuntimeDtype", "asked_runtimes", "drafting", "runtimes"]
 
@@ -48,7 +48,7 @@ def asked_runtimes(
         if pythons:
             raise InputError("--python is for --runtime; give that too, or leave it out")
         return None
-    from sleb.deploy.runtimes import parse_pythons, parse_runtimes
+    from sleb.runtimes.compatibility import parse_pythons, parse_runtimes
 
     asked = parse_runtimes(names)
     return asked, parse_pythons(pythons or (), asked)

@@ -11,7 +11,7 @@ from rich.text import Text
 from sleb.cli.render import _mb, _millions, _table, bounds
 
 if TYPE_CHECKING:
-    from sleb.evidence.speed import Case, Measured, Ratio, Runs, Speed
+    from sleb.runtimes.bench import Case, Measured, Ratio, Runs, Speed
 
 __all__ = ["speed"]
 

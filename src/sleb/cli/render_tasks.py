@@ -10,8 +10,8 @@ from rich.console import Console
 from sleb.cli.render import _table, percent
 
 if TYPE_CHECKING:
-    from sleb.evidence.tasks import TaskResult
-    from sleb.statistics import Flips
+    from sleb.core.statistics import Flips
+    from sleb.evaluation.tasks import TaskResult
 
 __all__ = ["tasks"]
 

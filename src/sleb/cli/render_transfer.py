@@ -10,9 +10,9 @@ from rich.text import Text
 from sleb.cli.render import _blocks, _table
 
 if TYPE_CHECKING:
-    from sleb.evidence.gate import GateResult
-    from sleb.evidence.transfer import Chosen, Transfer
-    from sleb.statistics import Interval
+    from sleb.core.statistics import Interval
+    from sleb.evaluation.gate import GateResult
+    from sleb.evaluation.transfer import Chosen, Transfer
 
 __all__ = ["gate", "transfer"]
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from sleb.cli import render
 from sleb.cli.options import Force, Json, Trust
 from sleb.cli.progress import terminal_progress
-from sleb.files import writable_target
+from sleb.core.files import writable_target
 
 if TYPE_CHECKING:
-    from sleb.rollback.restore import Restored
+    from sleb.surgery.restore import Restored
 
 __all__ = ["restore"]
 
@@ -34,7 +34,7 @@ def restore(
 ) -> int:
     """Take a cut back, bit for bit: the original, or a smaller cut, from OUT and OUT/rollback."""
     writable_target(Path(out), force=force)
-    from sleb.rollback.restore import restore as run
+    from sleb.surgery.restore import restore as run
 
     done = run(
         cut,

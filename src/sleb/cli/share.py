@@ -12,10 +12,10 @@ from rich.console import Console
 from sleb.cli import render
 from sleb.cli.options import Depth, Force, Json, PlanFile, Trust
 from sleb.cli.progress import terminal_progress
-from sleb.files import writable_target, write_text
+from sleb.core.files import writable_target, write_text
 
 if TYPE_CHECKING:
-    from sleb.deploy.push import Pushed
+    from sleb.formats.hub import Pushed
 
 __all__ = ["export", "push"]
 
@@ -39,7 +39,7 @@ def export(
     """Put a plan in the words of another tool, on stdout or in a file."""
     if out:
         writable_target(Path(out), force=force, folder=False)
-    from sleb.deploy.exports import export_plan
+    from sleb.formats.exports import export_plan
 
     done = export_plan(
         plan,
@@ -77,7 +77,7 @@ def push(
     json: Json = False,
 ) -> int:
     """Upload a checkpoint, checked against its checksums, to the Hugging Face hub."""
-    from sleb.deploy.push import push as upload
+    from sleb.formats.hub import push as upload
 
     done = upload(
         out,

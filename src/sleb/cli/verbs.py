@@ -45,9 +45,9 @@ from sleb.cli.quantize import draw as draw_quantized
 from sleb.cli.restore import restore
 from sleb.cli.share import export, push
 from sleb.cli.verify import verify
-from sleb.errors import InputError
-from sleb.files import writable_target
-from sleb.parallel import Lost, group, on_first_alone
+from sleb.core.errors import InputError
+from sleb.core.files import writable_target
+from sleb.core.process_group import Lost, group, main_process_first
 
 __all__ = ["Interrupted", "register"]
 
@@ -80,9 +80,9 @@ def similarity(
     trust_remote_code: Trust = False,
 ) -> int:
     """Compare the outputs of blocks: the first of the method's three stages."""
+    from sleb.calibration import check_sources, load_windows
     from sleb.models.load import load
-    from sleb.similarity import MEASURES, measure_similarity
-    from sleb.text import check_sources, load_windows
+    from sleb.selection.similarity import MEASURES, measure_similarity
 
     MEASURES[measure]
     check_sources(text or ())
@@ -117,7 +117,7 @@ def search(
     from sleb.selection.search import search as find
 
     plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
-    if group().first:
+    if group().is_main:
         plan.save(out)
     render.result(plan, json, render.plan)
     render.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
@@ -148,7 +148,7 @@ def apply(
 ) -> int:
     """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
     GGUF file, if MODEL and OUT both end in .gguf."""
-    from sleb.plan import Plan
+    from sleb.core.plan import Plan
 
     loaded = Plan.load(plan)
     removed = loaded.at_depth(depth)
@@ -168,15 +168,15 @@ def apply(
     as_gguf = gguf.wanted(loaded, plan, model, out, repair=repair, **of_gguf)
     if not as_gguf:
         writable_target(Path(out), force=force)
-    from sleb.surgery import apply as cut
+    from sleb.surgery.apply import apply as cut
 
     fixed = None
     if repair:
+        from sleb.calibration import check_sources
         from sleb.models.load import load
-        from sleb.repair import repair as fit
-        from sleb.repair.material import default_tokens, repair_windows
-        from sleb.repair.own import GIVEN_ALONE, can_write
-        from sleb.text import check_sources
+        from sleb.repairs import repair as fit
+        from sleb.repairs.data import default_tokens, repair_windows
+        from sleb.repairs.self_generated import GIVEN_ALONE, can_generate
 
         check_sources(text or ())
         progress = terminal_progress()
@@ -189,7 +189,7 @@ def apply(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        own = can_write(dense.stack)
+        own = can_generate(dense.stack)
         fitted, judges = repair_windows(
             dense.tokenizer,
             text or (),
@@ -256,7 +256,7 @@ def prune(
         render.result(done.plan, json, render.curve)
     render.note(f"checkpoint written to {out}", json)
     if quantize:
-        if not on_first_alone():
+        if not main_process_first():
             return 0
         rounded = quantized(out, quantize, options, force=force)
         if not json:
@@ -338,7 +338,7 @@ def register(app: typer.Typer) -> None:
 def _interruptible(name: str, function: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int:
-        if group().several and name not in TOGETHER and not on_first_alone():
+        if group().several and name not in TOGETHER and not main_process_first():
             return 0
         try:
             code = function(*args, **kwargs)

@@ -14,10 +14,10 @@ from sleb.cli.options import Depth, Device, Dtype, Json, Stream, Trust
 from sleb.cli.progress import terminal_progress
 from sleb.cli.render_runtimes import Python, Runtime, RuntimeDtype, asked_runtimes
 from sleb.cli.render_runtimes import runtimes as draw_runtimes
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
-    from sleb.exactness import Verification
+    from sleb.surgery.verification import Verification
 
 __all__ = ["verify"]
 
@@ -44,20 +44,20 @@ def verify(
 ) -> int:
     """Prove that a checkpoint is the original without the plan's blocks, and with --runtime, that
     these run it as such. Exit code 3 if not, or if a limit of the gate is not kept."""
-    from sleb.plan import Plan
+    from sleb.core.plan import Plan
 
     tried = asked_runtimes(runtime, python)
     beside = _plan_of(Path(out), bool(tried))
     loaded = Plan.load(plan or beside)
     judged = None
     if gate:
-        from sleb.evidence.gate import Gate
+        from sleb.evaluation.gate import Gate
         from sleb.record import RunRecord
 
         judged = Gate.load(gate).check(RunRecord.load(out))
     found: Verification | None = None
     if Path(out).is_dir():
-        from sleb.exactness import verify as check
+        from sleb.surgery.verification import verify as check
 
         found = check(
             out,
@@ -72,7 +72,7 @@ def verify(
         )
     ran = None
     if tried and (found is None or found.passed):
-        from sleb.deploy.runtimes import check_runtimes
+        from sleb.runtimes.compatibility import check_runtimes
 
         ran = check_runtimes(
             out,
@@ -125,6 +125,6 @@ def _plan_of(out: Path, running: bool) -> Path:
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     if not running:
         raise InputError(f"{out} is a GGUF file, which is verified by running it: --runtime")
-    from sleb.deploy.gguf_cut import plan_beside
+    from sleb.surgery.gguf_cut import plan_beside
 
     return plan_beside(out)

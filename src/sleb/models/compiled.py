@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.errors import InputError, ResourceError
+from sleb.core.errors import InputError, ResourceError
 from sleb.models.stack import BlockStack
 
 __all__ = ["CompiledStack"]

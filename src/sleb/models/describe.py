@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.checkpoint import Checkpoint
-from sleb.depthfields import DepthField, depth_fields, refuse_unsupported
-from sleb.errors import UnsupportedModel
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.depth_fields import DepthField, depth_fields, refuse_unsupported
+from sleb.core.errors import UnsupportedModel
+from sleb.core.plan import blocks_to_remove
+from sleb.core.progress import Progress, silent
 from sleb.models.load import empty_model, load_config
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.plan import blocks_to_remove
-from sleb.progress import Progress, silent
 
 __all__ = ["Description", "Saving", "describe"]
 

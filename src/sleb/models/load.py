@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.checkpoint import Checkpoint, read_json
-from sleb.depthfields import refuse_unsupported
-from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
-from sleb.models.placing import check_placing, device_map_options, tensor_parallel_options
-from sleb.models.quantnames import quant_method
+from sleb.checkpoints.checkpoint import Checkpoint, read_json
+from sleb.checkpoints.depth_fields import refuse_unsupported
+from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.core.plan import MAX_BLOCKS, Plan
+from sleb.core.process_group import group
+from sleb.core.progress import Progress, silent
+from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
+from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
-from sleb.parallel import group
-from sleb.plan import MAX_BLOCKS, Plan
-from sleb.progress import Progress, silent
 
 __all__ = ["DTYPES", "LoadedModel", "empty_model", "load", "load_config", "load_tokenizer"]
 
@@ -70,7 +70,7 @@ def load(
     are read when they run, so that only one has to fit in memory; embedding and head are loaded.
 
     A model larger than a device: ``device_map`` places it with accelerate over several GPUs, memory
-    and disk, as :func:`sleb.models.placing.device_map_options` says. ``tp`` processes, started by
+    and disk, as :func:`sleb.models.placement.device_map_options` says. ``tp`` processes, started by
     torchrun, hold it together (transformers' tensor parallelism).
 
     With ``plan`` (or its file) the model is cut while it is loaded, by the first ``depth`` removals
@@ -98,16 +98,16 @@ def load(
             "device_map and tp"
         )
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-    source = group().in_turn(lambda: resolve(ref, progress))
+    source = group().sequentially(lambda: resolve(ref, progress))
     Checkpoint.open(source.path)  # its errors say more than those of loading
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     text = decoder_config(config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
     weights = None
     if plan is not None:
-        from sleb.models.planned import planned_weights
+        from sleb.models.load_from_plan import weights_from_plan
 
-        weights = planned_weights(
+        weights = weights_from_plan(
             source,
             config,
             plan,

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
-from sleb.files import file_sha256, staged_dir
-from sleb.progress import Progress, silent
+from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.core.files import file_sha256, staged_dir
+from sleb.core.progress import Progress, silent
 
 __all__ = ["ModelSource", "cache_dir", "resolve"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.errors import InputError, UnsupportedModel
-from sleb.models.streaming import Reader, fetch, offloading
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.models.offload import Reader, fetch, offloading
 
 __all__ = ["BlockStack", "bypassed", "find_blocks"]
 

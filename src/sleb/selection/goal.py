@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sleb.errors import InputError
+from sleb.core.errors import InputError
 
 __all__ = ["Goal", "parse_bytes"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sleb.files import disk_errors
+from sleb.core.files import disk_errors
 from sleb.selection.racing import Race, Values
 
 __all__ = ["DENSE", "BlockSet", "Call", "Journal", "Objective", "Replay", "Values"]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sleb.progress import Tick
+from sleb.core.progress import Tick
 from sleb.selection.objective import BlockSet
 from sleb.selection.strategies import BEAM, FINALS
 from sleb.selection.sweep import block_forwards
 
-__all__ = ["Pace", "rounds_of_work"]
+__all__ = ["ProgressEstimator", "rounds_of_work"]
 
 FIRST_GUESS = 0.3
 """Share of a round's work that racing leaves, until a round has shown it."""
 
 
-class Pace:
+class ProgressEstimator:
     """Moves a progress bar over ``rounds`` (each the work of its exact scoring). Within a round it
     moves at the share that the rounds so far took, and waits near the end if that was too low."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from sleb.selection.kept import States
+from sleb.selection.activation_cache import States
 from sleb.selection.objective import BlockSet
 
 __all__ = ["below", "block_forwards", "groups", "needed", "sharing"]

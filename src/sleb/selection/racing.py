@@ -27,8 +27,8 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from sleb.plan import Baseline, Round, Score
-from sleb.statistics import Values, standard_error
+from sleb.core.plan import Baseline, Round, Score
+from sleb.core.statistics import Values, standard_error
 
 __all__ = ["ERROR", "Race", "Values", "baseline", "leaders", "rank", "rounded"]
 

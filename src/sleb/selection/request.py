@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sleb.depthfields import reindex
-from sleb.errors import InputError, UnsupportedModel
-from sleb.metrics import METRICS
+from sleb.calibration import check_sources
+from sleb.checkpoints.depth_fields import reindex
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
+from sleb.core.process_group import group
+from sleb.core.progress import Progress, silent
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
-from sleb.parallel import group
-from sleb.plan import SimilarityGate, blocks_to_remove, parse_blocks
-from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal
+from sleb.selection.metrics import METRICS
+from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
-from sleb.similarity import Similarity
-from sleb.text import check_sources
 
 __all__ = ["SearchOptions", "above", "candidates_for", "check_choice", "check_request", "goal_of"]
 
@@ -112,7 +112,7 @@ def check_request(
         InputError, UnsupportedModel: as :func:`search`.
     """
     check_sources(text)
-    source = group().in_turn(lambda: resolve(model, progress))
+    source = group().sequentially(lambda: resolve(model, progress))
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     blocks = getattr(decoder_config(config), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it

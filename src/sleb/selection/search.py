@@ -15,39 +15,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sleb.checkpoint import Checkpoint, fingerprint
-from sleb.errors import InputError
-from sleb.metrics import METRICS, NLL, Metric
-from sleb.models.compiled import CompiledStack
-from sleb.models.load import LoadedModel, load
-from sleb.parallel import group
-from sleb.plan import (
+from sleb.calibration import Windows, load_windows
+from sleb.calibration.windows import digest
+from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.core.errors import InputError
+from sleb.core.plan import (
     Calibration,
     Fingerprint,
     Plan,
     blocks_to_remove,
     rounds_behind,
 )
-from sleb.progress import Progress, Tick, silent
-from sleb.selection.books import Books
-from sleb.selection.dealing import deal
+from sleb.core.process_group import group
+from sleb.core.progress import Progress, Tick, silent
+from sleb.models.compiled import CompiledStack
+from sleb.models.load import LoadedModel, load
+from sleb.selection.distributed import distribute
 from sleb.selection.goal import Goal, parse_bytes
+from sleb.selection.metrics import METRICS, NLL, Metric
 from sleb.selection.objective import Objective
-from sleb.selection.pace import Pace, rounds_of_work
+from sleb.selection.pace import ProgressEstimator, rounds_of_work
 from sleb.selection.racing import baseline, rank
 from sleb.selection.request import above, candidates_for, check_choice, check_request
-from sleb.selection.strategies import FINALS, STRATEGIES, Found
+from sleb.selection.score_journals import ScoreJournals
+from sleb.selection.similarity import measure_similarity
+from sleb.selection.strategies import FINALS, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
-from sleb.selection.targets import Aim, Costs, Heldout
+from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
 from sleb.selection.tuning import running, tune
-from sleb.similarity import measure_similarity
-from sleb.text import Windows, load_windows
-from sleb.text.windows import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sleb.repair.choice import Repairs
+    from sleb.repairs.scoring import Repairs
 
 __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
 
@@ -99,18 +99,18 @@ def search(
         max_loss_increase: remove as many blocks as keep the 95 % upper bound of the loss increase
             on held-out windows within so many nats/token.
         speedup: remove blocks until generation is estimated to be so many times as fast; see
-            :class:`sleb.plan.Point`.
+            :class:`sleb.core.plan.Point`.
         size: remove blocks until the weights take at most so many bytes, or ``"100MB"``.
         curve: measure every depth on held-out windows, for the plan's ``curve``.
         after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
             quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
         metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine``,
-            ``kl`` or ``repaired-loss``; see ``sleb.metrics``.
+            ``kl`` or ``repaired-loss``; see ``sleb.selection.metrics``.
         strategy: ``greedy``, ``one-shot``, ``window``, ``beam``, ``refine`` or
             ``greedy-or-window``; by default the metric's own. See ``sleb.selection.strategies``.
         exact: score every candidate on every window, as published. Otherwise candidates race: one
             that is clearly worse on part of the windows is not scored on the rest.
-        text: calibration texts; none is the embedded default. See ``sleb.text``.
+        text: calibration texts; none is the embedded default. See ``sleb.calibration``.
         windows: number of windows, or windows that were loaded before.
         heldout: number of further windows that are set aside, or windows that were.
         own: gives windows [N, T] that the model has written, to judge by beside the given where
@@ -134,7 +134,7 @@ def search(
 
     Raises:
         VerificationFailed: nothing can be removed within ``max_loss_increase``.
-        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.errors``.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     goal = Goal.choose(
         remove=remove, max_loss_increase=max_loss_increase, speedup=speedup, size=size, curve=curve
@@ -199,12 +199,14 @@ def search(
         stack = CompiledStack(stack.model, setting.batch)
     sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
     how = model.dtype + (", compiled" if compile else "")
-    books = Books(journal, _key(identity, windows.record, metric, how, exact), keep=keep_journal)
+    books = ScoreJournals(
+        journal, _key(identity, windows.record, metric, how, exact), keep=keep_journal
+    )
     evidence, finals = None, None
     with running(setting), books:
         if aside is not None and measures_aside:
             if after_repair and goal.max_loss_increase is not None:
-                from sleb.repair.choice import FINAL_TOKENS, RepairedScores, fitting
+                from sleb.repairs.scoring import FINAL_TOKENS, RepairedScores, fitting
 
                 ids = fitting(model, text, windows, aside, FINAL_TOKENS)
                 held = Sweep(  # of nothing that is compiled
@@ -213,20 +215,20 @@ def search(
                 scores = RepairedScores(held, ids).values
                 book = books.open(".limit", about=digest(ids) + digest(aside.ids))
                 losses = Objective(scores, len(aside.ids), journal=book)
-                evidence = Heldout(held, aside, costs, losses, fitted=ids.numel())
+                evidence = HeldoutEvaluation(held, aside, costs, losses, fitted=ids.numel())
             else:
-                evidence = Heldout(sweeping(aside.ids, NLL), aside, costs)
-        aim = Aim(goal, costs, candidates, evidence)
+                evidence = HeldoutEvaluation(sweeping(aside.ids, NLL), aside, costs)
+        aim = StoppingRule(goal, costs, candidates, evidence)
         if chosen.token is None:
             assert similarity is not None
             only = rank(candidates, 1 - similarity.per_window[:, candidates].T, aim.most)
-            found = Found(order=only.removed, rounds=(only,), dense=np.zeros(0))
+            found = SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
         else:
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
             sweep = sweeping(ids, chosen.token, keep=exact)
             repairs = None
             if chosen.repaired or named == FINALS:
-                from sleb.repair.choice import Repairs
+                from sleb.repairs.scoring import Repairs
 
                 repairs = Repairs.of(
                     model, text, windows, aside, progress, finals=named == FINALS, own=own
@@ -268,12 +270,12 @@ class _Search:
     sweep: Sweep
     strategy: str
     candidates: Sequence[int]
-    aim: Aim
+    aim: StoppingRule
     exact: bool
     every: Repairs | None
     finals: Repairs | None
 
-    def run(self, books: Books, progress: Progress) -> Found:
+    def run(self, books: ScoreJournals, progress: Progress) -> SearchResult:
         """Find blocks, with one progress bar."""
         sweep, aim = self.sweep, self.aim
         blocks, windows = len(sweep.stack), len(sweep.ids)
@@ -282,7 +284,7 @@ class _Search:
             work.append(self.finals.work(blocks))
         known = aim.known and not self.every  # how long fits of all candidates take is not
         with progress.stage("searching", sum(work) if known else None) as tick:
-            pace = Pace(tick, work, racing=not self.exact)
+            pace = ProgressEstimator(tick, work, racing=not self.exact)
             sweep.on_work(pace.work)
 
             def enough(order: Sequence[int]) -> bool:
@@ -294,7 +296,7 @@ class _Search:
                 windows,
                 step=sweep.step,
                 fill=sweep.fill,
-                deal=functools.partial(deal, sweep),
+                deal=functools.partial(distribute, sweep),
                 journal=books.open(""),
                 note=lambda text: pace.note(sweep.stack.reader.noted(text)),
                 enough=enough,
@@ -310,11 +312,11 @@ class _Search:
         self,
         repairs: Repairs,
         plain: Objective,
-        books: Books,
-        pace: Pace,
+        books: ScoreJournals,
+        pace: ProgressEstimator,
         enough: Callable[[Sequence[int]], bool],
     ) -> Objective:
-        from sleb.repair.choice import RepairedObjective, RepairedScores
+        from sleb.repairs.scoring import RepairedObjective, RepairedScores
 
         # of its own: what the other one keeps from round to round is of unrepaired blocks
         sweep = self.sweep
@@ -328,10 +330,10 @@ class _Search:
             enough=enough,
         )
 
-    def _judge(self, repairs: Repairs, books: Books, pace: Pace) -> Objective:
+    def _judge(self, repairs: Repairs, books: ScoreJournals, pace: ProgressEstimator) -> Objective:
         """Scores what a strategy ends with: the loss after a repair, on the given text and the
         model's own."""
-        from sleb.repair.choice import RepairedScores
+        from sleb.repairs.scoring import RepairedScores
 
         def note(text: str) -> None:
             pace.no_race()

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from sleb.errors import InputError
-from sleb.plan import Finalist, Round
-from sleb.registry import Registry
+from sleb.core.errors import InputError
+from sleb.core.plan import Finalist, Round
+from sleb.core.registry import Registry
+from sleb.core.statistics import standard_error
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import leaders, rank, rounded
-from sleb.statistics import standard_error
 
-__all__ = ["BEAM", "FINALS", "STRATEGIES", "Found", "Strategy"]
+__all__ = ["BEAM", "FINALS", "STRATEGIES", "SearchResult", "Strategy"]
 
 BEAM = 4
 FINALS = "greedy-or-window"
@@ -23,7 +23,7 @@ FINALS = "greedy-or-window"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """A strategy's result: blocks in order of removal, the rounds that justify it, and the dense
     model's score per window [windows]. Where it has compared what others found, ``finalists`` are
     these, best first, and the rest is the best one's."""
@@ -34,15 +34,15 @@ class Found:
     finalists: tuple[Finalist, ...] = ()
 
 
-Strategy = Callable[[Objective, Sequence[int], int], Found]
-"""``strategy(objective, candidates, n) -> Found`` with n blocks out of the candidates; greedy
-and beam stop sooner if ``objective.enough`` of the blocks removed so far."""
+Strategy = Callable[[Objective, Sequence[int], int], SearchResult]
+"""``strategy(objective, candidates, n) -> SearchResult`` with n blocks out of the candidates;
+greedy and beam stop sooner if ``objective.enough`` of the blocks removed so far."""
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")
 
 
 @STRATEGIES.register("greedy")
-def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def greedy(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """Remove the block whose absence costs least, re-score all others, repeat up to n times.
 
     Source: SLEB (2402.09025), algorithm 1.
@@ -65,17 +65,17 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 
 
 @STRATEGIES.register("one-shot")
-def one_shot(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def one_shot(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """Score every block once, alone, and remove the n best. Source: SLEB, section 3, metric 2."""
     sets = [BlockSet([b]) for b in candidates]
     values = objective.best(sets, k=n, note=f"{len(candidates)} candidates, once")
     dense = _dense(objective)
     only = rank(candidates, values, n, dense)
-    return Found(order=only.removed, rounds=(only,), dense=dense)
+    return SearchResult(order=only.removed, rounds=(only,), dense=dense)
 
 
 @STRATEGIES.register("window")
-def window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def window(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """The best run of n neighbouring blocks; such cuts are the easiest to repair (Gromov et al.,
     2403.17887). The recorded round names each run by its first block."""
     runs = _runs(candidates, n)
@@ -88,7 +88,7 @@ def window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 
 
 @STRATEGIES.register("beam")
-def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def beam(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """Greedy with the 4 best partial sets kept in each round instead of one. Never worse than
     greedy on the scored windows if greedy's sets stay in the beam; usually better."""
     paths: list[tuple[int, ...]] = [()]
@@ -111,7 +111,7 @@ def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
             break
     order = paths[0]
     history = [turn[BlockSet(order[:i])] for i, turn in enumerate(rounds)]
-    return Found(
+    return SearchResult(
         order=order,
         rounds=tuple(r.choosing(b) for r, b in zip(history, order, strict=True)),
         dense=_dense(objective),
@@ -119,7 +119,7 @@ def beam(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 
 
 @STRATEGIES.register("refine")
-def refine(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def refine(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """Greedy, then swap one removed block for one that stayed while that lowers the score. The
     final set is put in order greedily, so that the plan has good shallower depths too."""
     start = greedy(objective, candidates, n)
@@ -140,7 +140,7 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> Found:
 
 
 @STRATEGIES.register(FINALS)
-def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> Found:
+def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """What greedy finds, or the best run of as many neighbours: the one that loses less by the
     objective's judge, which with this strategy is the loss after a repair."""
     found = {"greedy": greedy(objective, candidates, n)}
@@ -175,14 +175,14 @@ def _settled(
     order: Sequence[int],
     tried: Sequence[tuple[Sequence[int], Values]],
     last: int,
-) -> Found:
+) -> SearchResult:
     """What was found, with the final set scored on every window; ``last`` stands for it in the last
     round. ``tried``: each round's candidates and their values."""
     dense, final = objective.scores([DENSE, BlockSet(order)])
     blocks, values = tried[-1]
     values[list(blocks).index(last)] = final
     rounds = tuple(rank(blocks, values, 1, dense) for blocks, values in tried)
-    return Found(order=tuple(order), rounds=rounds, dense=dense)
+    return SearchResult(order=tuple(order), rounds=rounds, dense=dense)
 
 
 def _runs(candidates: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -38,11 +38,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from sleb.errors import DataError, ResourceError, UnsupportedModel
-from sleb.metrics import TokenMetric
+from sleb.core.errors import DataError, ResourceError, UnsupportedModel
+from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.parallel import group
-from sleb.selection.kept import Kept, States
+from sleb.selection.activation_cache import ActivationCache, States
+from sleb.selection.metrics import TokenMetric
 from sleb.selection.objective import DENSE, BlockSet, Values
 from sleb.selection.prefixes import below, block_forwards, groups, needed, sharing
 
@@ -121,7 +121,7 @@ class Sweep:
         self.max_bytes = max_bytes or _free_bytes(stack) // 2
         if stack.streamed:  # decides how windows are dealt out
             self.max_bytes = min(map(int, group().exchange(b"%d" % self.max_bytes)))
-        self._kept = Kept(self.max_bytes // 2 if keep and not stack.streamed else 0)
+        self._kept = ActivationCache(self.max_bytes // 2 if keep and not stack.streamed else 0)
         self._patch = patch
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
@@ -186,7 +186,7 @@ class Sweep:
                 parts.append(self._walk_scores(sets, among or sets, start, end))
             except torch.OutOfMemoryError:
                 if self._kept:
-                    self._kept = Kept(0)
+                    self._kept = ActivationCache(0)
                 elif self.batch > 1:
                     self.batch //= 2
                     self.max_bytes //= 2
@@ -203,11 +203,11 @@ class Sweep:
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """:meth:`scores`, as the ranks of the job find them together."""
-        from sleb.selection.dealing import deal
+        from sleb.selection.distributed import distribute
 
         step = self.step(len(sets))
         calls = [(sets, a, min(a + step, stop)) for a in range(start, stop, step)]
-        return np.concatenate([values for _, values in deal(self, calls)], axis=1)
+        return np.concatenate([values for _, values in distribute(self, calls)], axis=1)
 
     @torch.inference_mode()
     def _walk_scores(
@@ -219,7 +219,7 @@ class Sweep:
         users = [*bundles, [DENSE]] if self.metric.needs_dense else bundles
         # more windows take two calls, fewer share one: only so are sums rounded as without
         keeps = 2 * (stop - start) > self.batch >= stop - start
-        kept, windows = self._kept if keeps else Kept(0), (start, stop)
+        kept, windows = self._kept if keeps else ActivationCache(0), (start, stop)
         if self._patch is None:
             have, place = kept.of(windows), kept.place(sets)
             parts = self.walk(wanted, self.ids[start:stop], have, place, users)

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from sleb.checkpoint import Checkpoint
-from sleb.errors import InputError, VerificationFailed
+from sleb.calibration import Windows
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.plan import Curve, Point, Target, blocks_to_remove
+from sleb.core.progress import Progress, silent
+from sleb.core.statistics import interval, standard_error
 from sleb.models.stack import BlockStack
-from sleb.plan import Curve, Point, Target, blocks_to_remove
-from sleb.progress import Progress, silent
 from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import baseline
 from sleb.selection.sweep import Sweep, block_forwards
-from sleb.statistics import interval, standard_error
-from sleb.text import Windows
 
-__all__ = ["Aim", "Costs", "Heldout", "nothing_within", "upper_bound"]
+__all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
 
 CONFIDENCE = 0.95
 
@@ -71,7 +71,7 @@ class Costs:
         return self.read / (self.read - sum(self.blocks[b] for b in removed))
 
 
-class Heldout:
+class HeldoutEvaluation:
     """Loss of the model on held-out windows as blocks go: the evidence for a depth. ``losses``
     scores sets as ``sweep`` does, by default, or after a repair that is ``fitted`` on so many
     tokens."""
@@ -127,7 +127,7 @@ def upper_bound(increase: Values) -> float | None:
     return float(increase.mean() + stats.t.ppf(CONFIDENCE, increase.size - 1) * error)
 
 
-def nothing_within(
+def nothing_within_limit(
     limit: float, block: int, bound: float, windows: int, after: str = ""
 ) -> VerificationFailed:
     """The error that not even one block can go."""
@@ -138,11 +138,11 @@ def nothing_within(
     )
 
 
-class Aim:
+class StoppingRule:
     """A goal for one model: how many removals at most, when to stop, and what was reached."""
 
     def __init__(
-        self, goal: Goal, costs: Costs, candidates: Sequence[int], heldout: Heldout | None
+        self, goal: Goal, costs: Costs, candidates: Sequence[int], heldout: HeldoutEvaluation | None
     ) -> None:
         self.goal, self._costs, self._heldout = goal, costs, heldout
         self.most = self._most(candidates)
@@ -204,7 +204,7 @@ class Aim:
             if depth == 0:
                 assert self._heldout
                 windows = len(self._heldout.windows.ids)
-                raise nothing_within(limit, order[0], self._bound(order[:1]), windows)
+                raise nothing_within_limit(limit, order[0], self._bound(order[:1]), windows)
             reached = self._bound(order[:depth])
             return tuple(order[:depth]), Target(
                 kind="max-loss-increase", limit=limit, reached=reached

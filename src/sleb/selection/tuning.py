@@ -21,11 +21,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from sleb.errors import InputError, ResourceError
-from sleb.files import write_text
+from sleb.core.errors import InputError, ResourceError
+from sleb.core.files import write_text
+from sleb.core.process_group import group
 from sleb.models.source import cache_dir
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.parallel import group
 from sleb.selection.sweep import default_batch
 
 __all__ = ["Setting", "on_threads", "running", "tune"]
@@ -63,8 +63,10 @@ def tune(
     )
     here = group()
     if ids.numel() < WORTH or here.tp > 1:  # to time a share of a model takes all its ranks
-        return Setting(**json.loads(here.by_first(lambda: json.dumps(asdict(usual)))))
-    found = here.by_first(lambda: json.dumps(asdict(_tuned(stack, ids, usual, batch, threads))))
+        return Setting(**json.loads(here.broadcast_from_main(lambda: json.dumps(asdict(usual)))))
+    found = here.broadcast_from_main(
+        lambda: json.dumps(asdict(_tuned(stack, ids, usual, batch, threads)))
+    )
     return Setting(**json.loads(found))
 
 

@@ -1,0 +1,419 @@
+"""The plan: which blocks to remove, in which order, and the evidence for it. Needs no torch.
+
+A plan is small, diffable JSON that may come from an untrusted place: it is size-checked before it
+is parsed and schema-checked before it is used. Block ids are always the original numbering.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from sleb.core.errors import InputError
+
+__all__ = [
+    "Baseline",
+    "Calibration",
+    "Curve",
+    "FinalComparison",
+    "Finalist",
+    "Fingerprint",
+    "Plan",
+    "Point",
+    "RepairRecord",
+    "RepairedGap",
+    "RepairedTensor",
+    "Round",
+    "Score",
+    "SimilarityGate",
+    "SourceRecord",
+    "Target",
+    "blocks_to_remove",
+    "parse_blocks",
+    "rounds_behind",
+]
+
+MAX_BYTES = 32 * 2**20
+MAX_BLOCKS = 10_000
+
+BlockId = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    """Frozen, strict about its fields, and without NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Fingerprint(_Record):
+    """Identity of a checkpoint, independent of its file layout.
+
+    ``config_sha256`` covers the fields that shape the computation; ``weights_sha256`` covers every
+    tensor's name, dtype, shape and bytes.
+    """
+
+    model_type: Text
+    architecture: Text
+    blocks: Annotated[int, Field(ge=1, lt=MAX_BLOCKS)]
+    config_sha256: Digest
+    weights_sha256: Digest
+
+
+class SourceRecord(_Record):
+    """One calibration text: where it came from, its content hash, and what was used of it."""
+
+    spec: Text
+    sha256: Digest
+    documents: Count
+    tokens: Count
+    windows: Count
+
+
+class Calibration(_Record):
+    """The token windows that were scored. ``sha256`` covers the token ids themselves."""
+
+    sources: tuple[SourceRecord, ...]
+    windows: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=2)]
+    seed: int
+    sha256: Digest
+
+
+class Score(_Record):
+    """A candidate's mean score and its standard error over windows.
+
+    ``excess_se`` is the standard error of the paired difference to the round's best candidate; it
+    is what decides whether two candidates can be told apart, and is smaller than ``se`` because
+    both saw the same windows. Standard errors are null where there was only one window. ``windows``
+    is how many were scored before the candidate was out of the race.
+    """
+
+    block: BlockId
+    mean: float
+    se: float | None = None
+    excess_se: float | None = None
+    windows: Count | None = None
+
+
+class Round(_Record):
+    """One scoring of all live candidates, best first, and the blocks removed on its strength.
+
+    ``within_noise``: whether the best candidate that stayed was as good as the last one removed, as
+    far as these windows can tell; null without a rival.
+    """
+
+    removed: tuple[BlockId, ...]
+    scores: tuple[Score, ...]
+    within_noise: bool | None = None
+
+    def choosing(self, *blocks: int) -> Round:
+        """The same scoring with ``blocks`` removed on its strength."""
+        chosen = Round(removed=blocks, scores=self.scores)
+        rival = chosen.runner_up()
+        return Round(
+            removed=blocks, scores=self.scores, within_noise=None if rival is None else rival[2]
+        )
+
+    def runner_up(self) -> tuple[Score, float, bool] | None:
+        """Best candidate not removed, its margin over the last one removed, and whether the
+        margin is within noise (under two paired standard errors). None without a rival."""
+        rest = [s for s in self.scores if s.block not in self.removed]
+        if not rest or not self.scores:
+            return None
+        last = max((s for s in self.scores if s.block in self.removed), key=lambda s: s.mean)
+        rival = min(rest, key=lambda s: s.mean)
+        margin = rival.mean - last.mean
+        return rival, margin, rival.excess_se is None or margin < 2 * rival.excess_se
+
+
+def rounds_behind(rounds: tuple[Round, ...], order: tuple[int, ...]) -> tuple[Round, ...]:
+    """The rounds behind ``order``, which may be shorter than what was found."""
+    at_once = len(rounds) == 1 and set(order) <= set(rounds[0].removed)  # a run's has one name
+    return (rounds[0].choosing(*order),) if at_once else rounds[: len(order)]
+
+
+class Baseline(_Record):
+    """The dense model's mean score and its standard error over windows."""
+
+    mean: float
+    se: float | None = None
+
+
+class Finalist(_Record):
+    """A set of blocks that a strategy ended with, and what it costs after a quick repair.
+
+    ``increase``: of the mean loss over the dense model's, nats/token; ``excess``: over the best
+    finalist's, with the standard error of that paired difference.
+    """
+
+    strategy: Text
+    order: tuple[BlockId, ...]
+    increase: float
+    excess: float
+    excess_se: float | None = None
+
+
+class FinalComparison(_Record):
+    """Sets that were compared at the end of a search by their loss after a quick repair, best
+    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, of which the model had
+    written ``own`` itself."""
+
+    sets: Annotated[tuple[Finalist, ...], Field(min_length=2)]
+    fitted: Count
+    windows: Count
+    own: Count
+
+
+class SimilarityGate(_Record):
+    """The similarity threshold that made some blocks candidates: stage one of the method."""
+
+    measure: Text
+    threshold: float
+    candidates: tuple[BlockId, ...]
+
+
+class Target(_Record):
+    """What was asked for: ``remove`` (blocks), ``max-loss-increase`` (nats/token, held-out),
+    ``speedup`` (ratio, estimated) or ``size`` (bytes); and what the plan reaches of it."""
+
+    kind: Literal["remove", "max-loss-increase", "speedup", "size"]
+    limit: float
+    reached: float
+
+
+class Point(_Record):
+    """The model after ``depth`` removals, the last of which is ``block``.
+
+    ``increase`` is the mean increase of the loss on held-out windows in nats/token, from ``low`` to
+    ``high`` with 95 % confidence, and at most ``bound`` with 95 % (one-sided); all are paired with
+    the dense model. ``nbytes``: weights on disk. ``speedup``: estimated for generation, where time
+    goes into reading weights: bytes read per token, dense over pruned. It is a lower bound for
+    reading prompts.
+    """
+
+    depth: Annotated[int, Field(ge=1)]
+    block: BlockId
+    increase: float
+    low: float | None
+    high: float | None
+    bound: float | None
+    nbytes: Count
+    speedup: float
+
+
+class Curve(_Record):
+    """Quality, size and speed by depth, on windows that took no part in the choice of blocks, as
+    plain cuts, or each after a quick repair on ``fitted`` tokens."""
+
+    heldout: Calibration
+    baseline: Baseline
+    fitted: Count | None = None
+    points: tuple[Point, ...]
+
+
+class RepairedTensor(_Record):
+    """A tensor of the original checkpoint, by its name there, and the SHA-256 of its new bytes."""
+
+    name: Text
+    sha256: Digest
+
+
+class RepairedGap(_Record):
+    """A run of removed blocks and what was re-fitted to make up for it.
+
+    ``ridge`` is the regression's, as a share of the Gram matrix's mean diagonal; null where no fit
+    was accepted, and nothing was changed. ``before`` and ``after``: mean loss in nats/token of the
+    cut model on held-out windows, by text, with the gaps in front of this one as they are.
+    """
+
+    removed: tuple[BlockId, ...]
+    ridge: float | None
+    tensors: tuple[RepairedTensor, ...]
+    before: dict[Text, float]
+    after: dict[Text, float]
+
+
+class RepairRecord(_Record):
+    """The closed-form repair of a cut: gap by gap, in order. ``reach``: blocks behind a gap that
+    were re-fitted too. ``calibration`` is what was fitted on, ``heldout`` what judged it."""
+
+    gaps: tuple[RepairedGap, ...]
+    reach: Count
+    calibration: Calibration
+    heldout: Calibration
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The blocks of the cut, sorted."""
+        return tuple(sorted(block for gap in self.gaps for block in gap.removed))
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """SHA-256 of every changed tensor, by its name in the original checkpoint."""
+        return {tensor.name: tensor.sha256 for gap in self.gaps for tensor in gap.tensors}
+
+
+class Plan(_Record):
+    """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it."""
+
+    schema_version: Literal[1] = 1
+    model: Fingerprint
+    removed: tuple[BlockId, ...]
+    order: tuple[BlockId, ...]
+    protected: tuple[BlockId, ...] = ()
+    metric: Text
+    unit: Text
+    strategy: Text
+    dtype: Text
+    target: Target | None = None
+    baseline: Baseline | None = None
+    rounds: tuple[Round, ...] = ()
+    finals: FinalComparison | None = None
+    similarity: SimilarityGate | None = None
+    calibration: Calibration | None = None
+    curve: Curve | None = None
+    repair: RepairRecord | None = None
+    versions: dict[Text, Text] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.removed != tuple(sorted(set(self.order))) or len(set(self.order)) != len(
+            self.order
+        ):
+            raise ValueError("`removed` must be `order`, sorted, without repeats")
+        if self.removed and self.removed[-1] >= self.model.blocks:
+            raise ValueError(
+                f"removes block {self.removed[-1]}, but the model has 0..{self.model.blocks - 1}"
+            )
+        if len(self.removed) >= self.model.blocks:
+            raise ValueError("removes every block of the model")
+        if self.repair and self.repair.removed != self.removed:
+            raise ValueError("`repair` is of another cut")
+        if clash := sorted(set(self.removed) & set(self.protected)):
+            raise ValueError(f"removes protected blocks {clash}")
+        return self
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether rounds scored runs of neighbours, each named by its first block."""
+        return self.strategy.split(",")[0] == "window"
+
+    def at_depth(self, depth: int | None) -> tuple[int, ...]:
+        """The first ``depth`` removals, sorted; all of them for None.
+
+        Raises:
+            InputError: ``depth`` is outside 1..len(order).
+        """
+        if depth is None:
+            return self.removed
+        if not 1 <= depth <= len(self.order):
+            raise InputError(
+                f"--depth {depth} is outside this plan's 1..{len(self.order)}; "
+                "search again with a larger --remove to go deeper"
+            )
+        return tuple(sorted(self.order[:depth]))
+
+    def without_last(self) -> Plan:
+        """The plan with its last removal taken back, and no repair, which would be of another."""
+        order = self.order[:-1]
+        cut = {"order": order, "removed": tuple(sorted(order)), "repair": None}
+        return self.model_copy(update={**cut, "rounds": rounds_behind(self.rounds, order)})
+
+    def to_json(self) -> str:
+        """Indented JSON in which each score is one line, so that plans diff well."""
+        return _pretty(self.model_dump(mode="json")) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        from sleb.core.files import write_text
+
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            InputError: missing, too large, not JSON, another schema version, or inconsistent.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no plan at {path}; make one with: sleb search MODEL -o {path}")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a plan")
+        raw = path.read_bytes()
+        version = re.search(rb'"schema_version"\s*:\s*(\d{1,9})', raw)
+        if version and int(version[1]) != 1:
+            raise InputError(
+                f"{path} has plan schema {int(version[1])}, this sleb reads 1: upgrade sleb"
+            )
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise InputError(f"{path} is not a valid plan: {where}: {first['msg']}") from None
+
+
+def blocks_to_remove(target: int | str, n_blocks: int) -> int:
+    """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
+
+    Raises:
+        InputError: not a number, below one, or not fewer than ``n_blocks``.
+    """
+    text = str(target).strip()
+    match = re.fullmatch(r"(\d{1,6})|(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
+    if not match:
+        raise InputError(f"--remove {text!r} is neither a number of blocks nor a percentage")
+    # Round before the ceiling: 0.07 * 100 is 7.000000000000001 in binary.
+    n = int(match[1]) if match[1] else math.ceil(round(float(match[2]) / 100 * n_blocks, 6))
+    if n < 1:
+        raise InputError(f"--remove {text} removes nothing; give at least 1")
+    if n >= n_blocks:
+        most = f"at most {n_blocks - 1} can go"
+        raise InputError(f"--remove {text} is {n} of the model's {n_blocks} blocks; {most}")
+    return n
+
+
+def parse_blocks(text: str, n_blocks: int) -> frozenset[int]:
+    """Block ids from ``"0,5-7,-1"``; negative ids count from the end, an empty string is no block.
+
+    Raises:
+        InputError: not a block list, or a block that the model does not have.
+    """
+    blocks: set[int] = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"(-?\d{1,6})(?:-(\d{1,6}))?", part)
+        if not match:
+            raise InputError(f"'{part}' in '{text}' is not a block; write for example 0,5-7,-1")
+        first = int(match[1]) + (n_blocks if int(match[1]) < 0 else 0)
+        last = int(match[2]) if match[2] else first
+        if not 0 <= first <= last < n_blocks:
+            raise InputError(f"'{part}' is outside the model's blocks 0..{n_blocks - 1}")
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """JSON in which a container of scalars that fits in 100 columns is one line."""
+    flat = json.dumps(value, ensure_ascii=False)
+    pad = " " * (indent + 2)
+    if not isinstance(value, (dict, list)) or not value:
+        return flat
+    items: list[Any] = list(value.values()) if isinstance(value, dict) else value
+    if len(flat) + indent <= 98 and not any(isinstance(v, (dict, list)) for v in items):
+        return flat
+    if isinstance(value, dict):
+        rows = [f"{pad}{json.dumps(k)}: {_pretty(v, indent + 2)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(rows) + "\n" + " " * indent + "}"
+    rows = [pad + _pretty(v, indent + 2) for v in items]
+    return "[\n" + ",\n".join(rows) + "\n" + " " * indent + "]"

@@ -1,0 +1,1 @@
+"""What a model still does: perplexity, tasks, answers, transfer between texts."""

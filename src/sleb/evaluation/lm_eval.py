@@ -1,0 +1,339 @@
+"""lm-evaluation-harness as a library: finding tasks, and scoring a loaded model on them.
+
+Only imported where it is installed (extra ``sleb[eval]``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.task as harness_task
+import numpy as np
+import torch
+from huggingface_hub import utils as hub
+from lm_eval.api.metrics import mean
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from sleb.core.errors import InputError, ResourceError, SlebError, did_you_mean
+from sleb.core.progress import Progress
+from sleb.evaluation.questions import Questions
+from sleb.evaluation.scorer import Scorer
+from sleb.models.load import LoadedModel
+from sleb.models.source import quiet_transformers
+from sleb.selection.sweep import Patch
+
+__all__ = ["Harness", "Scores", "Task", "find_names"]
+
+METRICS = ("acc_norm", "acc", "exact_match")
+"""In this order, if a task has several."""
+_LOCAL = ("json", "csv", "parquet", "text", "arrow", "pandas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task with its data. ``picked``: indices of the items to score, null for all."""
+
+    name: str
+    metric: str
+    task: Any
+    picked: tuple[int, ...] | None
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Score of each item, in 0..1, and the chance of guessing right, where it is known."""
+
+    values: tuple[float, ...]
+    chance: float | None
+
+
+class Harness:
+    """Tasks and a model to score on them."""
+
+    def __init__(self, model: LoadedModel, *, batch: int | None, progress: Progress) -> None:
+        self.model, self.batch, self.progress = model, batch, progress
+        with _quiet():
+            self.scorer = Scorer(model, progress)
+
+    def load(
+        self,
+        questions: Sequence[Questions],
+        names: Sequence[str],
+        folder: str | Path | None,
+        *,
+        limit: int | None,
+        seed: int,
+    ) -> list[Task]:
+        """All tasks with their data, in the order given, once every item of each was checked."""
+        loaded: dict[str, Any] = {}
+        with _quiet(), _seeded(), self.progress.stage("reading tasks", None):
+            for asked in questions:
+                loaded[asked.name] = harness_task.ConfigurableTask(
+                    config=asked.task(self.scorer.tokenizer)
+                )
+            manager = find_names(names, folder) if names else None
+            for name in names:
+                for found in _load(manager, name):
+                    if found.task_name in loaded:
+                        raise InputError(
+                            f"'{name}' has a task '{found.task_name}', and so has another one that "
+                            "is asked for; leave one out"
+                        )
+                    loaded[found.task_name] = found
+            return [self._checked(name, task, limit, seed) for name, task in loaded.items()]
+
+    def _checked(self, name: str, task: Any, limit: int | None, seed: int) -> Task:
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(
+                f"task '{name}' runs code that the model writes; sleb does not do that"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(f"task '{name}' needs images or sound; sleb scores text alone")
+        metric = _metric(name, task)
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        count = len(task.eval_docs)
+        picked = None
+        if limit is not None and limit < count:
+            picked = tuple(sorted(random.Random(seed).sample(range(count), limit)))
+        with _broken(name), _seeded():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            task.build_all_requests(samples=picked and list(picked), rank=0, world_size=1)
+            _check_answers(name, task, picked)
+        longest = self.scorer.longest(name, task.instances, picked)
+        return Task(name=name, metric=metric, task=task, picked=picked, longest=longest)
+
+    def score(
+        self, task: Task, removed: Collection[int] = (), patch: Patch | None = None
+    ) -> Scores:
+        """Score the model, with ``removed`` blocks bypassed if there are some, under ``patch``."""
+        title = f"{task.name}, {'pruned' if removed else 'dense'}"
+        self.scorer.prepare(title, self.batch, task.longest, bypassing=bool(removed))
+        with (
+            _quiet(),
+            _seeded(),
+            patch() if patch else contextlib.nullcontext(),
+            self.model.stack.bypassed(removed),
+            _memory(task.name),
+        ):
+            task.task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            found = evaluate(
+                self.scorer,
+                {"tasks": {task.name: task.task}},
+                samples=task.picked and {task.name: list(task.picked)},
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        rows = found["samples"][task.name]
+        first = [row for row in rows if row["filter"] == rows[0]["filter"]]
+        values = tuple(_value(task, row) for row in first)
+        aggregate = found["results"][task.name][f"{task.metric},{rows[0]['filter']}"]
+        if not np.isclose(float(np.mean(values)), aggregate):  # then it is no mean of items
+            raise InputError(f"task '{task.name}': its {task.metric} is no mean over items")
+        return Scores(values=values, chance=_chance(task.task, [row["doc"] for row in first]))
+
+
+def find_names(names: Sequence[str], folder: str | Path | None) -> Any:
+    """A task manager that knows all ``names``.
+
+    Raises:
+        InputError: one is known neither to a .yaml file in ``folder`` nor to the harness.
+    """
+    own = _manager(folder, False) if folder is not None else None
+    # a group's members may be the harness's
+    if own and all(n in own.all_tasks and n not in own.all_groups for n in names):
+        return own
+    manager = _manager(folder, True)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise InputError(f"unknown task '{name}'{_hint(name, folder, manager.all_tasks)}")
+    return manager
+
+
+def _hint(name: str, folder: str | Path | None, known: Sequence[str]) -> str:
+    """What may have been meant, or which file in the folder could not be read."""
+    if name.endswith((".yaml", ".yml")):
+        return "; give the `task` that the file names, and its folder with --tasks-folder"
+    if broken := _unreadable(folder):
+        return f"; in {folder}, this cannot be read: {broken}"
+    hint: str = did_you_mean(name, known)
+    return hint or "; give a .jsonl file, or see: lm_eval ls tasks"
+
+
+def _manager(folder: str | Path | None, defaults: bool) -> Any:
+    files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
+    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in files)
+    return _indexed(None if folder is None else str(folder), defaults, stamps)
+
+
+@lru_cache(maxsize=8)
+def _indexed(folder: str | None, defaults: bool, _: tuple[tuple[str, int], ...]) -> Any:
+    """Reading the harness's thousands of files takes half a minute, so once is enough."""
+    with _quiet():
+        return TaskManager(include_path=folder, include_defaults=defaults)
+
+
+def _unreadable(folder: str | Path | None) -> str:
+    """The first .yaml file that the harness passes over, and why."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # yaml's errors, or those of an include
+            return f"{path.name}: {_say(error)}"
+    return ""
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """A task, or all of a group or tag."""
+    try:
+        return list(manager.load([name])["tasks"].values())
+    except Exception as error:  # of many libraries, and of code that the definition names
+        path = getattr(manager.task_index.get(name), "cfg", None) or {}
+        local = path.get("dataset_path") in _LOCAL
+        if not local and _is_network(error):
+            raise ResourceError(
+                f"the data of task '{name}' cannot be fetched ({_say(error)}); check the network, "
+                "or define the task on a local file: see docs/tasks.md"
+            ) from None
+        raise InputError(f"task '{name}' cannot be loaded: {_say(error)}") from None
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether anything in the chain of causes is of a transport, or of the hub's client."""
+    seen: BaseException | None = error
+    while seen is not None:
+        module = type(seen).__module__.split(".")[0]
+        if isinstance(seen, (ConnectionError, TimeoutError)) or module in (
+            "httpx",
+            "httpcore",
+            "requests",
+            "urllib3",
+            "aiohttp",
+            "huggingface_hub",
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _metric(name: str, task: Any) -> str:
+    better = task.higher_is_better()
+    means = [m for m, how in task.aggregation().items() if how is mean and better.get(m)]
+    for metric in (*METRICS, *map(str, means)):
+        if metric in means:
+            return metric
+    raise InputError(
+        f"task '{name}' has no metric that is a mean over items, of which more is better (it has "
+        f"{', '.join(task.aggregation()) or 'none'}); for perplexity use --text"
+    )
+
+
+def _check_answers(name: str, task: Any, picked: Sequence[int] | None) -> None:
+    """The harness scores an item as wrong if its right answer is none of its choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for i, doc in task.doc_iterator(samples=picked and list(picked)):
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        choices = task.doc_to_choice(doc)
+        for answer in gold if isinstance(gold, list) else [gold]:
+            known = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
+            if not known:
+                raise InputError(
+                    f"task '{name}', item {picked[i] if picked else i}: its answer {answer!r} is "
+                    f"none of the {len(choices)} choices; look at doc_to_target in its definition"
+                )
+
+
+def _value(task: Task, row: dict[str, Any]) -> float:
+    value = row.get(task.metric)
+    if isinstance(value, (bool, int, float, np.number)) and 0 <= float(value) <= 1:
+        return float(value)
+    raise InputError(
+        f"task '{task.name}': its {task.metric} gives an item {value!r}, which is no score in 0..1"
+    )
+
+
+def _chance(task: Any, docs: Sequence[Any]) -> float | None:
+    """Mean over items of right choices over choices; None where nothing is chosen."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    shares = []
+    for doc in docs:
+        gold = task.doc_to_target(doc)
+        right = len(set(gold)) if isinstance(gold, list) else 1
+        shares.append(right / len(task.doc_to_choice(doc)))
+    return float(np.mean(shares))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence notices and bars of the harness and of what it downloads with; not its errors."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    drawing = [lib for lib in (datasets, hub) if not lib.are_progress_bars_disabled()]
+    bar = harness_task.tqdm
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        for lib in drawing:
+            lib.disable_progress_bars()
+        harness_task.tqdm = partial(bar, disable=True)  # it has no switch of its own
+        with quiet_transformers():
+            yield
+    finally:
+        harness_task.tqdm = bar
+        for lib in drawing:
+            lib.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _broken(name: str) -> Iterator[None]:
+    """One line for whatever a definition's templates and functions raise on an item."""
+    try:
+        yield
+    except SlebError:
+        raise
+    except Exception as error:
+        raise InputError(f"task '{name}' cannot be built: {_say(error)}") from None
+
+
+@contextlib.contextmanager
+def _memory(name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ResourceError(f"task '{name}' does not fit in memory; try --batch 1") from None
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """The harness's own seeds, so that its figures come out; the caller's states are put back."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def _say(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,112 @@
+"""Perplexity with its uncertainty, dense and pruned on the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sleb.calibration import Windows
+from sleb.core.progress import Progress, silent
+from sleb.core.statistics import Interval, Values, exponential, interval
+from sleb.models.load import LoadedModel
+from sleb.selection.metrics import NLL, QUALITY
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.sweep import Patch, Sweep, block_forwards
+
+__all__ = ["Evaluation", "Quality", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Loss in nats/token and perplexity over ``windows`` windows of which ``tokens`` were scored.
+
+    With blocks removed, also the pruned model's, the paired difference of losses, the ratio of
+    perplexities (the difference's exponential), the divergence from the dense model's predictions
+    (KL, nats/token), and the share of tokens where both find the same one likeliest. Intervals are
+    Student's t over windows.
+    """
+
+    windows: int
+    tokens: int
+    loss: Interval
+    perplexity: Interval
+    pruned_loss: Interval | None = None
+    pruned_perplexity: Interval | None = None
+    loss_increase: Interval | None = None
+    perplexity_ratio: Interval | None = None
+    divergence: Interval | None = None
+    agreement: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Quality):
+    """Quality on all windows of ``length`` tokens, and on each text's own, by its name.
+
+    Where the pruned model is a repaired one, ``unrepaired`` is the plain cut's."""
+
+    length: int
+    removed: tuple[int, ...] = ()
+    domains: dict[str, Quality] = field(default_factory=dict)
+    unrepaired: Evaluation | None = None
+
+
+def evaluate(
+    model: LoadedModel,
+    windows: Windows,
+    *,
+    removed: Collection[int] = (),
+    patch: Patch | None = None,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed; with
+    ``patch``, as of a repair, the latter both under it and without.
+
+    Every window scores its length - 1 predicted tokens, as the published protocol does.
+
+    Raises:
+        DataError: a loss is NaN or infinite.
+    """
+    sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
+    sweep = Sweep(model.stack, windows.ids, QUALITY if removed else NLL, batch=batch, patch=patch)
+    n, length = windows.ids.shape
+    work = n * (block_forwards(sets, len(model.stack)) + len(sets))
+    with progress.stage("evaluating", work) as tick:
+        sweep.on_work(tick)
+        values = sweep.values(sets, 0, n)  # [sets, windows] or [sets, windows, 3]
+    source = np.array(windows.source)
+    plain = None
+    if patch:
+        plain = evaluate(model, windows, removed=removed, batch=batch, progress=progress)
+    return Evaluation(
+        unrepaired=plain,
+        **vars(_quality(values, length)),
+        length=length,
+        removed=tuple(sorted(removed)),
+        domains={
+            name: _quality(values[:, source == i], length)
+            for i, name in enumerate(windows.names)
+            if (source == i).any()
+        },
+    )
+
+
+def _quality(values: Values, length: int) -> Quality:
+    n = values.shape[1]
+    losses = values[..., 0] if values.ndim == 3 else values
+    dense = interval(losses[0])
+    plain = Quality(windows=n, tokens=n * (length - 1), loss=dense, perplexity=exponential(dense))
+    if values.ndim == 2:
+        return plain
+    pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])
+    return replace(
+        plain,
+        pruned_loss=pruned,
+        pruned_perplexity=exponential(pruned),
+        loss_increase=increase,
+        perplexity_ratio=exponential(increase),
+        divergence=interval(values[1, :, 1]),
+        agreement=interval(values[1, :, 2]),
+    )

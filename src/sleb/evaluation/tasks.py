@@ -1,0 +1,160 @@
+"""Zero-shot tasks, dense and pruned on the same items: the harness's own and the user's JSONL.
+
+All scoring is lm-evaluation-harness's (extra ``sleb[eval]``); a user's JSONL becomes a task of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sleb.core.errors import InputError
+from sleb.core.progress import Progress, silent
+from sleb.core.statistics import Flips, Interval, flips, interval, proportion
+from sleb.evaluation.questions import Questions, read_questions
+from sleb.models.load import LoadedModel
+from sleb.selection.sweep import Patch
+
+if TYPE_CHECKING:
+    from sleb.evaluation.lm_eval import Scores
+
+__all__ = ["TaskResult", "check_tasks", "run_tasks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task's score, in 0..1, of the dense and of the pruned model.
+
+    ``metric`` is the harness's name for it (acc, acc_norm, exact_match); ``chance`` is the score of
+    guessing, where the number of choices is known. ``flips`` compares item by item; null where an
+    item's score is not just 0 or 1.
+    """
+
+    name: str
+    metric: str
+    items: int
+    chance: float | None
+    dense: Interval
+    pruned: Interval | None = None
+    flips: Flips | None = None
+
+    @property
+    def retention(self) -> float | None:
+        """Pruned score over dense score; null if there is none."""
+        if self.pruned is None or not self.dense.value:
+            return None
+        return self.pruned.value / self.dense.value
+
+
+def check_tasks(tasks: Sequence[str], *, folder: str | Path | None = None) -> None:
+    """Find mistakes before a model is loaded: reads the .jsonl files, and looks the names up.
+
+    Raises:
+        InputError: see :func:`run_tasks`.
+    """
+    _asked(tasks, folder)
+
+
+def run_tasks(
+    model: LoadedModel,
+    tasks: Sequence[str],
+    *,
+    removed: Collection[int] = (),
+    patch: Patch | None = None,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[TaskResult, ...]:
+    """Score ``model``, and side by side with ``removed`` blocks bypassed, on each of ``tasks``.
+
+    Args:
+        model: the dense model. It is as before afterwards.
+        tasks: paths of .jsonl files (see docs/tasks.md), or names of tasks, groups or tags, which
+            are looked up in ``folder`` and then among the harness's own. A group or tag gives a
+            result for each of its tasks.
+        removed: blocks to bypass for the second score; none: no second score.
+        patch: what the second score is taken under, as a repair.
+        folder: where further tasks are defined in the harness's YAML.
+        limit: items per task; where a task has more, a sample is drawn by ``seed``, the same for
+            both models. Few-shot examples are those that the harness draws by default.
+        batch: requests per forward pass. By default what fits, up to 16 on a CPU and 64 on a GPU.
+        seed: of the sample.
+        progress: a stage per task and model; the unit is a request, of which an item with four
+            choices has four.
+
+    The metric is acc_norm if the task has it, else acc, else exact_match, else the first one that
+    is a mean of scores per item, of which more is better. With several filters, the first counts.
+    Log-probabilities are taken in float32 whatever the model's dtype.
+
+    Raises:
+        InputError: no task, an unknown one, or two of one name; lm-evaluation-harness is missing; a
+            file or definition that cannot be used; a task that runs generated code, needs images,
+            or has no score per item in 0..1; an item that is longer than the model reads.
+        ResourceError: data of a task cannot be fetched; out of memory.
+        DataError: a log-probability is NaN.
+    """
+    questions, names = _asked(tasks, folder)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit} is not possible; use at least 1")
+    if batch is not None and batch < 1:
+        raise InputError(f"--batch {batch} is not possible; use at least 1")
+    from sleb.evaluation.lm_eval import Harness
+
+    harness = Harness(model, batch=batch, progress=progress)
+    found = harness.load(questions, names, folder, limit=limit, seed=seed)
+    both = []
+    for task in found:
+        dense = harness.score(task)
+        both.append((task, dense, harness.score(task, removed, patch) if removed else None))
+    return tuple(_result(task.name, task.metric, dense, pruned) for task, dense, pruned in both)
+
+
+def _asked(tasks: Sequence[str], folder: str | Path | None) -> tuple[list[Questions], list[str]]:
+    if not tasks:
+        raise InputError("no task to score; name at least one")
+    # the cheap mistakes first: looking a name up can take half a minute
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("tasks need lm-evaluation-harness: pip install 'sleb[eval]'")
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"no folder of tasks at {folder}; give the one that has the .yaml files")
+    questions = [read_questions(task) for task in tasks if task.endswith(".jsonl")]
+    names = [task for task in tasks if not task.endswith(".jsonl")]
+    seen: set[str] = set()
+    for name in (*(q.name for q in questions), *names):
+        if name in seen:
+            raise InputError(f"two tasks are named '{name}'; rename a file, or leave one out")
+        seen.add(name)
+    if names:
+        from sleb.evaluation.lm_eval import find_names
+
+        find_names(names, folder)
+    return questions, names
+
+
+def _result(name: str, metric: str, dense: Scores, pruned: Scores | None) -> TaskResult:
+    binary = all(set(s.values) <= {0.0, 1.0} for s in (dense, pruned) if s)
+    compared = None
+    if pruned and binary:
+        compared = flips([v == 1 for v in dense.values], [v == 1 for v in pruned.values])
+    return TaskResult(
+        name=name,
+        metric=metric,
+        items=len(dense.values),
+        chance=dense.chance,
+        dense=_interval(dense, binary),
+        pruned=_interval(pruned, binary) if pruned else None,
+        flips=compared,
+    )
+
+
+def _interval(scores: Scores, binary: bool) -> Interval:
+    if binary:
+        return proportion(int(sum(scores.values)), len(scores.values))
+    return interval(np.array(scores.values))

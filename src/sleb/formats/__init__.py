@@ -1,0 +1,1 @@
+"""What other tools take: their plans, quantized weights, a hub's repository."""

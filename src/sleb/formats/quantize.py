@@ -1,0 +1,258 @@
+"""Quantization of a checkpoint's weights, by the libraries that are made for it.
+
+    quantize("smaller", "smaller-w4a16", scheme="w4a16", text=["mail.jsonl"])
+
+Four or eight bits in groups are rounded by GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323), as
+llm-compressor has it, on windows of the user's texts; the result is compressed-tensors, which
+transformers and vLLM load. ``awq`` first scales the columns that matter most (Lin et al., MLSys
+2024, arXiv:2306.00978), and needs a GPU. ``int8`` rounds each row by itself, through torchao,
+without any text. Only matrices inside the blocks are rounded; embedding and head stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sleb.calibration import check_sources, load_windows
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.checksums import write_sums
+from sleb.core.errors import InputError, did_you_mean
+from sleb.core.files import enough_space, staged_dir, writable_target
+from sleb.core.plan import Calibration
+from sleb.core.progress import Progress, silent
+from sleb.models.quantization_names import quant_method
+from sleb.models.source import ModelSource, resolve
+from sleb.surgery.apply import carry, refuse_source
+
+__all__ = ["QUANTIZED", "SCHEMES", "Quantized", "Scheme", "check_scheme", "quantize"]
+
+QUANTIZED = "quantize.json"
+"""File of a quantized checkpoint that says how it was made."""
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What a scheme does: ``bits`` per weight, by ``library`` (its package; ``module`` to import),
+    whether it is ``calibrated`` on text, and whether it needs a ``gpu``."""
+
+    name: str
+    bits: int
+    library: str
+    module: str
+    calibrated: bool
+    gpu: bool = False
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            name="w4a16", bits=4, library="llmcompressor", module="llmcompressor", calibrated=True
+        ),
+        Scheme(
+            name="w8a16", bits=8, library="llmcompressor", module="llmcompressor", calibrated=True
+        ),
+        Scheme(
+            name="awq",
+            bits=4,
+            library="llmcompressor",
+            module="llmcompressor",
+            calibrated=True,
+            gpu=True,
+        ),
+        Scheme(name="int8", bits=8, library="torchao", module="torchao", calibrated=False),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What :func:`quantize` has made. ``matrices`` were rounded, in groups of ``group`` columns, or
+    row by row if it is null. ``nbytes``: of the tensors, before and after. ``difference``: of the
+    logits between the model in memory and the checkpoint read back, at most ``limit``, both as
+    shares of the largest logit. ``versions`` of the libraries. ``twice``: the source was a .gguf
+    file, whose weights had been rounded before."""
+
+    path: str
+    model: str
+    scheme: str
+    group: int | None
+    matrices: int
+    nbytes: tuple[int, int]
+    calibration: Calibration | None
+    difference: float
+    limit: float
+    seconds: float
+    versions: dict[str, str]
+    twice: bool
+
+    def to_json(self) -> str:
+        """As quantize.json has it."""
+        record = self.calibration
+        fields = {**asdict(self), "calibration": record and record.model_dump(mode="json")}
+        return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def check_scheme(name: str) -> Scheme:
+    """The scheme of that name, if it is known and what it needs is there; to be asked early.
+
+    Raises:
+        InputError: it is unknown, the library is not installed, or there is no GPU for it.
+    """
+    if name not in SCHEMES:
+        raise InputError(
+            f"unknown scheme '{name}'{did_you_mean(name, SCHEMES)}; known: {', '.join(SCHEMES)}"
+        )
+    scheme = SCHEMES[name]
+    if importlib.util.find_spec(scheme.module) is None:
+        raise InputError(
+            f"--scheme {name} needs {scheme.library}, which is not installed: "
+            "pip install 'sleb[quantize]'"
+        )
+    if scheme.gpu and not _has_gpu():
+        raise InputError(f"--scheme {name} needs a CUDA GPU, and there is none; use w4a16")
+    return scheme
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: str,
+    text: Sequence[str] = (),
+    windows: int | None = None,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Quantized:
+    """Write MODEL (a folder, hub id or .gguf file) with quantized weights as a new checkpoint.
+
+    The result is read back, and its logits compared with those of the quantized model in memory,
+    before it becomes ``out``. MODEL is only read, and is in memory as a whole, in the dtype that it
+    is stored in. llm-compressor computes on the first accelerator that it finds, torchao on the
+    CPU. ``out`` gets MODEL's plan.json, if there is one, but not what a cut is taken back with:
+    that stays with MODEL.
+
+    Args:
+        model: what to quantize; of another form than quantized itself.
+        out: the new folder.
+        scheme: one of ``SCHEMES``.
+        text: values of ``--text`` to calibrate on; the embedded sample if there is none.
+        windows: how many windows; by default as many as a search takes, 32 at most.
+        length: tokens of each.
+        seed: of the choice of windows.
+        force: replace a checkpoint that is at ``out``.
+        trust_remote_code: run code that the model brings.
+        progress: gets the stages.
+
+    Raises:
+        InputError: a name or number is wrong, a library is missing, ``out`` exists, text is given
+            to a scheme that needs none, or MODEL is quantized already.
+        UnsupportedModel: its weights are not in matrices that these libraries know, or no group
+            size fits.
+        VerificationFailed: the checkpoint does not give the model's logits; nothing was written.
+        DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    out = Path(out)
+    start = time.perf_counter()
+    wanted = check_scheme(scheme)
+    if text and not wanted.calibrated:
+        raise InputError(f"--scheme {scheme} is not calibrated: leave out --text")
+    check_sources(text)
+    writable_target(out, force=force)
+    from sleb.models.load import load_config, load_tokenizer
+
+    source = resolve(model, progress)
+    refuse_source(out, source.path)
+    before = Checkpoint.open(source.path)
+    load_config(source.path, trust_remote_code=trust_remote_code)  # refuses what is no causal LM
+    if method := quant_method(before.config):
+        raise InputError(
+            f"{source.ref} is quantized already ({method}); give the checkpoint that it was made "
+            "from"
+        )
+    enough_space(out.parent, before.nbytes)
+    calibration = None
+    if wanted.calibrated:
+        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        calibration, _ = load_windows(tokenizer, text, windows=windows, length=length, seed=seed)
+    from sleb.formats.quantizers import read_back, rounded
+
+    rounding = rounded(
+        source.path,
+        bits=wanted.bits,
+        scaled=wanted.name == "awq",
+        calibration=calibration,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    with staged_dir(out, force=force) as stage:
+        rounding.save(stage)
+        for path in sorted(source.path.iterdir()):
+            carry(path, stage)
+        for name in ("plan.json", "heal.json"):
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, stage / name)
+        difference, limit = read_back(rounding, stage, trust_remote_code, progress)
+        done = Quantized(
+            path=str(out),
+            model=source.ref,
+            scheme=scheme,
+            group=rounding.group,
+            matrices=len(rounding.names),
+            nbytes=(before.nbytes, Checkpoint.open(stage).nbytes),
+            calibration=calibration.record if calibration else None,
+            difference=difference,
+            limit=limit,
+            seconds=round(time.perf_counter() - start, 1),
+            versions=rounding.versions,
+            twice=source.is_gguf,
+        )
+        (stage / QUANTIZED).write_text(done.to_json(), encoding="utf-8")
+        _describe(source, done, stage)
+        write_sums(stage, progress)
+    return done
+
+
+def _describe(source: ModelSource, done: Quantized, stage: Path) -> None:
+    """The model's card, with a section on what was done to it."""
+    card = source.path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    how = f"in groups of {done.group} columns" if done.group else "row by row"
+    before, after = (f"{nbytes / 1e6:,.1f} MB" for nbytes in done.nbytes)
+    used = ", ".join(f"{name} {number}" for name, number in sorted(done.versions.items()))
+    lines = [
+        "",
+        f"## Quantized: {done.scheme}",
+        "",
+        f"The {done.matrices} matrices in the blocks were rounded to {SCHEMES[done.scheme].bits} "
+        f"bits, {how}; embedding and head were not. Weights: {before} before, {after} after "
+        f"({used}). Figures above, if there are any, are of the checkpoint before that.",
+    ]
+    if done.calibration:
+        c = done.calibration
+        lines += ["", f"Calibrated on {c.windows} windows of {c.length} tokens of text."]
+    if done.twice:
+        lines += ["", "The source was a GGUF file, whose weights had been rounded before."]
+    if (stage / "plan.json").is_file():
+        lines += [
+            "",
+            "The plan (`plan.json`) says which blocks were cut. They can be put back in the "
+            "checkpoint before quantization, with `sleb restore`, but not in this one.",
+        ]
+    (stage / "README.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")

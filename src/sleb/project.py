@@ -1,0 +1,369 @@
+"""A proof of concept as one file: `sleb init` writes sleb.toml, `sleb run` goes from it to reports.
+
+Each stage adds its section to the run record and notes a hash of what it depended on, so a run
+that was stopped goes on with the stage that is missing, and a changed setting repeats only the
+stages that depend on it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from sleb.calibration import load_windows
+from sleb.calibration.sources import parse_source
+from sleb.core.errors import InputError, did_you_mean
+from sleb.core.files import file_sha256, write_text
+from sleb.core.plan import Plan
+from sleb.core.progress import Progress, silent
+from sleb.core.toml import read_toml
+from sleb.evaluation.answers import Comparison, compare, read_prompts
+from sleb.evaluation.gate import Gate
+from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
+from sleb.evaluation.transfer import Transfer, transfer
+from sleb.models.load import LoadedModel, load, pick_device
+from sleb.pipeline import prune
+from sleb.record import RunRecord
+from sleb.repairs import stored_repair
+from sleb.runtimes.bench import Speed, bench
+from sleb.selection.request import SearchOptions, goal_of
+from sleb.selection.similarity import measure_similarity
+from sleb.views import write_report
+
+__all__ = ["Project", "run", "write_project"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Search(_Table):
+    """[search]: as the options of `sleb prune`."""
+
+    remove: int | str | None = None
+    max_loss_increase: float | None = None
+    speedup: float | None = None
+    size: int | str | None = None
+    windows: int | None = Field(default=None, ge=1)
+    heldout: int = Field(default=48, ge=2)
+    length: int = Field(default=256, ge=2)
+    protect: str = "0,-1"
+    metric: str = "loss"
+    strategy: str | None = None
+    exact: bool = False
+    seed: int = 0
+    repair: bool | None = None
+    repair_tokens: int | None = Field(default=None, ge=1)
+
+
+class Measure(_Table):
+    """[measure]: what is measured on the result; see `sleb compare`, `eval --task`, `bench`."""
+
+    prompts: str | None = None
+    new_tokens: int = Field(default=256, ge=1)
+    tasks: tuple[str, ...] = ()
+    tasks_folder: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    bench: bool = True
+    bench_quick: bool | None = None
+    transfer: bool = False
+    reports: tuple[Literal["en", "ja"], ...] = ("en",)
+
+
+class Project(_Table):
+    """sleb.toml. Paths in it are relative to its own folder."""
+
+    model: str
+    out: str
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    text: dict[str, str] = Field(min_length=1)
+    search: Search
+    measure: Measure = Measure()
+    gate: dict[str, Any] | None = None
+    folder: Path = Path()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Project:
+        """Read and check a project file.
+
+        Raises:
+            InputError: missing, not TOML, a key or value that is not possible, or a file it names
+                that is not there.
+        """
+        values = read_toml(path, "make one with: sleb init")
+        try:
+            project = cls(**{**values, "folder": Path(path).parent})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "file"
+            raise InputError(f"{path}: {where}: {first['msg'].lower()}{_hint(first)}") from None
+        if project.gate is not None:
+            Gate.parse(project.gate, f"{path}: gate")
+        project._check(path)
+        return project
+
+    def _check(self, path: str | Path) -> None:
+        """Find out now what would else stop the run after an hour."""
+        goal_of({**self.options, "curve": False})  # a curve needs no target
+        measure = self.measure
+        own = [task for task in self.tasks if task.endswith(".jsonl")]
+        folder = [self.beside(measure.tasks_folder)] if measure.tasks_folder else []
+        for name in (*own, *folder):
+            if not Path(name).exists():
+                raise InputError(f"{path}: nothing at {name}")
+        if measure.tasks:
+            check_tasks(self.tasks, folder=next(iter(folder), None))
+        if measure.prompts:
+            read_prompts(self.beside(measure.prompts))
+        if measure.transfer and len(self.text) < 2:
+            raise InputError(f"{path}: transfer compares texts; give two or more in [text]")
+
+    def beside(self, name: str) -> str:
+        """A path in the file, as seen from the current folder."""
+        return str(self.folder / Path(name).expanduser())
+
+    @property
+    def source(self) -> str:
+        """The model: a path beside the file, or a hub id."""
+        path = self.beside(self.model)
+        return path if Path(path).exists() or self.model[0] in "./~" else self.model
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks: paths of .jsonl files, or names."""
+        return [self.beside(t) if t.endswith(".jsonl") else t for t in self.measure.tasks]
+
+    @property
+    def target(self) -> Path:
+        """The folder that gets the checkpoint, the record and the reports."""
+        return self.folder / self.out
+
+    @property
+    def options(self) -> SearchOptions:
+        """What the search is asked for."""
+        options = {
+            **self.search.model_dump(exclude={"windows", "heldout", "repair", "repair_tokens"}),
+            "curve": True,
+            "text": [f"{name}={self._text(spec)}" for name, spec in self.text.items()],
+            "device": self.device,
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        return cast(SearchOptions, options)
+
+    def _text(self, spec: str) -> str:
+        return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
+
+    def keys(self) -> dict[str, str]:
+        """For each stage a hash of all that its result depends on."""
+        measure = self.measure
+        prune = [
+            self.source,
+            self.device,
+            self.dtype,
+            self.search.model_dump(),
+            self.options["text"],
+            *(_digest(parse_source(spec).location) for spec in self.options["text"]),
+        ]
+        own = {
+            "prune": [],
+            "similarity": [],
+            "tasks": [self.tasks, measure.tasks_folder, measure.limit, *map(_digest, self.tasks)],
+            "answers": [measure.new_tokens, _digest(self.beside(measure.prompts or ""))],
+            "speed": [measure.bench_quick],
+            "transfer": [],
+        }
+        return {
+            stage: hashlib.sha256(json.dumps([prune, needs]).encode()).hexdigest()
+            for stage, needs in own.items()
+        }
+
+
+def write_project(out: Path, model: str) -> None:
+    """Write a commented sleb.toml for ``model``."""
+    text = files("sleb.data").joinpath("sleb.toml").read_text(encoding="utf-8")
+    write_text(out, text.replace("MODEL", json.dumps(model, ensure_ascii=False)))
+
+
+def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -> RunRecord:
+    """Do all that the project file at ``path`` asks for and that is not done yet: search, cut,
+    prove, measure, check the gate, write the reports.
+
+    ``force`` starts anew where settings of the search have changed.
+
+    Raises:
+        InputError: the file or something that it names cannot be used, or its ``out`` is from
+            other settings.
+        VerificationFailed: no block may go, or the checkpoint is not exact. (A gate that fails
+            raises nothing: see the record's ``gate``.)
+    """
+    project = Project.load(path)
+    keys, out = project.keys(), project.target
+    record = _pruned(project, keys["prune"], force, progress)
+    session = _Session(project, record, progress)
+    for stage, wanted, work in session.stages():
+        if wanted and record.stages.get(stage) != keys[stage]:
+            done = {**record.stages, stage: keys[stage]}
+            record = RunRecord.update(out, stages=done, **{stage: work()})
+    session.close()
+    if project.gate is not None:
+        gate = Gate.parse(project.gate, f"{path}: gate").check(record)
+        record = RunRecord.update(out, gate=gate)
+    for lang in project.measure.reports:
+        write_report(out, out / f"report.{lang}.html", lang, force=True)
+    return record
+
+
+def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunRecord:
+    """The record of the search and the cut: done before, or now."""
+    out = project.target
+    if (out / "run.json").is_file() and not force:
+        record = RunRecord.load(out)
+        if record.stages.get("prune") == key:
+            return record
+        raise InputError(
+            f"{out} is from other settings or texts than now; give another out, or --force to "
+            "search again and replace it"
+        )
+    return prune(
+        project.source,
+        out,
+        windows=project.search.windows,
+        heldout=project.search.heldout,
+        repair=project.search.repair,
+        repair_tokens=project.search.repair_tokens,
+        force=force,
+        command="sleb run",
+        stages={"prune": key},
+        progress=progress,
+        **project.options,
+    ).record
+
+
+class _Session:
+    """The stages after the cut. The dense model is loaded once for those that need it."""
+
+    def __init__(self, project: Project, record: RunRecord, progress: Progress) -> None:
+        self.project, self.record, self.progress = project, record, progress
+        self._dense: LoadedModel | None = None
+
+    def stages(self) -> list[tuple[str, bool, Callable[[], Any]]]:
+        """Name of the record's section, whether it is wanted, and what makes it."""
+        measure = self.project.measure
+        return [
+            ("similarity", True, self.similarity),
+            ("tasks", bool(measure.tasks), self.tasks),
+            ("transfer", measure.transfer, self.transfer),
+            ("answers", measure.prompts is not None, self.answers),
+            ("speed", measure.bench, self.speed),
+        ]
+
+    @property
+    def dense(self) -> LoadedModel:
+        if self._dense is None:
+            options = self.project.options
+            self._dense = load(
+                self.project.source,
+                dtype=options["dtype"],
+                device=options["device"],
+                trust_remote_code=options["trust_remote_code"],
+                progress=self.progress,
+            )
+        return self._dense
+
+    def close(self) -> None:
+        """Give the dense model's memory back."""
+        self._dense = None
+        gc.collect()
+
+    def similarity(self) -> tuple[tuple[float, ...], ...]:
+        options, search = self.project.options, self.project.search
+        windows, _ = load_windows(
+            self.dense.tokenizer,
+            options["text"],
+            windows=search.windows,
+            length=search.length,
+            seed=search.seed,
+            heldout=search.heldout,
+        )
+        found = measure_similarity(self.dense, windows, progress=self.progress)
+        return tuple(tuple(spread.mean for spread in row) for row in found.pairs)
+
+    def tasks(self) -> tuple[TaskResult, ...]:
+        measure = self.project.measure
+        folder = measure.tasks_folder and self.project.beside(measure.tasks_folder)
+        plan = Plan.load(self.project.target / "plan.json")
+        fixed = stored_repair(plan, self.project.target, self.dense)
+        return run_tasks(
+            self.dense,
+            self.project.tasks,
+            removed=self.record.removed,
+            patch=partial(fixed.patch, self.dense.stack) if fixed else None,
+            folder=folder,
+            limit=measure.limit,
+            seed=self.project.search.seed,
+            progress=self.progress,
+        )
+
+    def transfer(self) -> Transfer:
+        options = self.project.options
+        options |= {"remove": len(self.record.removed), "curve": False}
+        for other in ("max_loss_increase", "speedup", "size"):
+            options[other] = None
+        text = options.pop("text")
+        return transfer(
+            self.dense, text, heldout=self.project.search.heldout, progress=self.progress, **options
+        )
+
+    def answers(self) -> Comparison:
+        self.close()
+        project, measure = self.project, self.project.measure
+        assert measure.prompts is not None
+        return compare(
+            project.source,
+            project.target,
+            read_prompts(project.beside(measure.prompts)),
+            max_new_tokens=measure.new_tokens,
+            device=project.device,
+            dtype=project.dtype,
+            trust_remote_code=project.trust_remote_code,
+            progress=self.progress,
+        )
+
+    def speed(self) -> Speed:
+        self.close()
+        project, quick = self.project, self.project.measure.bench_quick
+        return bench(
+            project.source,
+            [project.target],
+            quick=pick_device(project.device).type == "cpu" if quick is None else quick,
+            device=project.device,
+            dtype=project.dtype,
+            trust_remote_code=project.trust_remote_code,
+            progress=self.progress,
+        )
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of a file; empty for what is none, as a task's name."""
+    return file_sha256(Path(path)) if Path(path).is_file() else ""
+
+
+def _hint(error: ErrorDetails) -> str:
+    """What a misspelt key may have meant."""
+    if error["type"] != "extra_forbidden":
+        return ""
+    *tables, key = map(str, error["loc"])
+    known: dict[str, type[BaseModel]] = {"search": Search, "measure": Measure}
+    return did_you_mean(key, known.get(".".join(tables), Project).model_fields)

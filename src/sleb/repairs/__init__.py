@@ -1,0 +1,263 @@
+"""Closed-form repair of a cut: a few matrices around each gap are re-fitted to make up for it.
+
+    found = repair(model, plan.removed, windows, heldout)
+    found.record     # what was changed and gained on held-out windows: goes into the plan
+    found.tensors    # the new matrices, by their names in the checkpoint: go into the cut
+
+Nothing is added and no shape changes, so the result is as stock a checkpoint as the plain cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sleb.calibration import Windows
+from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, renamer, tensor_bytes
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.core.progress import Progress, silent
+from sleb.core.statistics import Values
+from sleb.models.load import LoadedModel
+from sleb.models.overrides import WeightOverrides
+from sleb.models.quantization_names import quant_method
+from sleb.models.stack import BlockStack
+from sleb.repairs.regression import REACH, Gap, Regression, gaps
+from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
+from sleb.repairs.self_generated import can_generate, with_self_generated
+from sleb.selection.metrics import NLL
+from sleb.selection.objective import BlockSet
+from sleb.selection.sweep import Sweep
+
+__all__ = ["RIDGES", "Repair", "can_repair", "repair", "repaired", "stored_repair"]
+
+RIDGES = (0.1, 1.0, 10.0)
+"""Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
+step away from the original weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Repair:
+    """New tensors by name in the original checkpoint, in its dtypes, on the CPU; and the record."""
+
+    record: RepairRecord
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    prefix: str
+
+    def patch(self, stack: BlockStack) -> AbstractContextManager[None]:
+        """The model of ``stack`` with the new tensors, until the context ends."""
+        return repaired(stack, self.tensors, self.prefix)
+
+
+def repair(
+    model: LoadedModel,
+    removed: Collection[int],
+    windows: Windows,
+    heldout: Windows,
+    *,
+    reach: int = REACH,
+    own: bool | None = None,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> Repair:
+    """Re-fit matrices around each gap of ``removed``, from the front to the back; the model itself
+    is left as it was.
+
+    The fit sees ``windows`` and, with ``own``, half as many that the model itself writes; by
+    default it does where :func:`sleb.repairs.self_generated.can_generate`. A gap's fit stays only
+    if on ``heldout`` windows the mean loss falls, and rises on none of their texts; else it is made
+    with a larger ridge, or left out.
+
+    Blocks may be fetched when they run, or split over processes. For each ridge tried, a fetched
+    block is read once to fit, from where the gap before ended to where this one ends; to judge,
+    each kept block is read once, or as often as the held-out windows' hidden states are more than
+    half of the free memory.
+
+    Raises:
+        UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
+            are quantized.
+        InputError: ``own`` text is asked for and cannot be written.
+    """
+    stack = model.stack
+    n = len(stack)
+    cut = gaps(removed, n, reach)
+    stored = _Stored(Checkpoint.open(model.source.path), stack)
+    if method := quant_method(stored.checkpoint.config):
+        raise UnsupportedModel(
+            f"{model.source.ref} is quantized ({method}), and a fitted matrix would not be: repair "
+            "the cut first and quantize it then, or use --no-repair"
+        )
+    branches: dict[int, ResidualWriters] = {}
+
+    def fitted(block: int) -> bool:
+        branches[block] = find_residual_writers(stack, block)
+        return branches[block].fitted
+
+    if not any(fitted(block) for gap in cut for block in gap.blocks):
+        raise UnsupportedModel(
+            f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
+            "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
+        )
+    if own or (own is None and can_generate(stack)):
+        windows = with_self_generated(model, windows, progress)
+    sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
+    fitter = Regression(stack, removed, windows.ids, sweep.batch, branches)
+
+    def losses() -> Values:
+        values: Values = sweep.values([BlockSet(removed)], 0, len(heldout.ids))[0]
+        return values
+
+    found: list[RepairedGap] = []
+    tensors: dict[str, Tensor] = {}
+    try:
+        before = losses()
+        with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as tick:
+            for turn, gap in enumerate(cut, 1):
+                tick(0, note=stack.reader.noted(f"gap {turn} of {len(cut)}"))
+                judge = _Judge(losses, before, heldout)
+                ridge = fitter.fit(gap, RIDGES, judge.accepts, stored.rounded, tick)
+                after = before if ridge is None else judge.last
+                changed = {} if ridge is None else stored.tensors(fitter, gap)
+                tensors |= changed
+                found.append(
+                    RepairedGap(
+                        removed=gap.removed,
+                        ridge=ridge,
+                        tensors=tuple(
+                            RepairedTensor(name=name, sha256=_digest(tensor))
+                            for name, tensor in changed.items()
+                        ),
+                        before=_by_text(before, heldout),
+                        after=_by_text(after, heldout),
+                    )
+                )
+                before = after
+    finally:
+        fitter.restore()
+    record = RepairRecord(
+        gaps=tuple(found), reach=reach, calibration=windows.record, heldout=heldout.record
+    )
+    return Repair(record=record, tensors=tensors, prefix=stored.prefix)
+
+
+def can_repair(model: LoadedModel) -> bool:
+    """Whether there is a block with a matrix that can be re-fitted."""
+    if quant_method(Checkpoint.open(model.source.path).config):
+        return False
+    stack = model.stack
+    return any(find_residual_writers(stack, block).fitted for block in range(len(stack)))
+
+
+def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair | None:
+    """The repair that ``plan`` records, with its tensors from the checkpoint in ``folder``; None if
+    it records none.
+
+    Raises:
+        InputError: the checkpoint is not there, or its tensors are not the plan's.
+    """
+    if plan.repair is None:
+        return None
+    stored = _Stored(Checkpoint.open(model.source.path), model.stack)
+    rename = renamer(stored.prefix, plan.removed)
+    hint = "give the plan that lies in its checkpoint's folder"
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(f"the plan is of a repaired cut, and {folder} has no checkpoint: {hint}")
+    checkpoint, tensors = Checkpoint.open(folder), {}
+    for name, digest in plan.repair.tensors.items():
+        new = rename(name) or ""
+        if not checkpoint.holds(new, digest):
+            raise InputError(f"{name} in {folder} is not the one that the plan records: {hint}")
+        tensors[name] = checkpoint.tensor(new)
+    return Repair(record=plan.repair, tensors=tensors, prefix=stored.prefix)
+
+
+@contextmanager
+def repaired(stack: BlockStack, tensors: Mapping[str, Tensor], prefix: str) -> Iterator[None]:
+    """The model with ``tensors`` in place, named as in the checkpoint, whose block tensors begin
+    with ``prefix``; afterwards it is as it was, bit for bit."""
+    changes = WeightOverrides(stack)
+    try:
+        for name, tensor in tensors.items():
+            block, _, rest = name.removeprefix(prefix).partition(".")
+            changes.put(int(block), rest, tensor)
+        yield
+    finally:
+        changes.undo()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+class _Stored:
+    """How the model's matrices are stored: their names and their precision."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: BlockStack) -> None:
+        self.checkpoint, self.stack = checkpoint, stack
+        self.prefix = checkpoint.block_prefix(len(stack), stack.path)
+
+    def name(self, block: int, path: str) -> str:
+        """Name in the checkpoint of a parameter of a block."""
+        return f"{self.prefix}{block}.{path}"
+
+    def dtype(self, block: int, path: str) -> torch.dtype:
+        name = self.name(block, path)
+        info = self.checkpoint.tensors.get(name)
+        if info is None or info.dtype not in TORCH_DTYPES:
+            stored = f"is stored as {info.dtype}" if info else "has another name in the checkpoint"
+            raise UnsupportedModel(f"{name} {stored}, so it cannot be repaired: use --no-repair")
+        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+        return dtype
+
+    def rounded(self, block: int, path: str, tensor: Tensor) -> Tensor:
+        """``tensor`` with the precision that the parameter is stored with."""
+        return tensor.to(self.dtype(block, path))
+
+    def tensors(self, fitter: Regression, gap: Gap) -> dict[str, Tensor]:
+        """What ``fitter`` has changed for ``gap``."""
+        return {
+            self.name(block, path): value.to(self.dtype(block, path))
+            for (block, path), value in fitter.changes.values.items()
+            if block in gap.blocks
+        }
+
+
+def _runs(cut: Collection[Gap], removed: Collection[int]) -> int:
+    """Block forwards of a window if every gap's first fit is accepted: each block once in the dense
+    model and once in the cut one from where they part, and twice more where something is fitted."""
+    fitted = [block for gap in cut for block in gap.blocks]
+    first, end = min(fitted), max(*fitted, *removed) + 1
+    return end + (end - first - len(removed)) + 2 * len(fitted)
+
+
+class _Judge:
+    """Accepts weights with which the mean loss falls, and on no text rises."""
+
+    def __init__(self, losses: Callable[[], Values], before: Values, heldout: Windows) -> None:
+        self.losses, self.before, self.heldout = losses, before, heldout
+        self.last = before
+
+    def accepts(self) -> bool:
+        """Measure the model as it is now."""
+        self.last = self.losses()
+        old, new = _by_text(self.before, self.heldout), _by_text(self.last, self.heldout)
+        falls = bool(self.last.mean() < self.before.mean())
+        return falls and all(new[text] <= old[text] for text in old)
+
+
+def _by_text(losses: Values, heldout: Windows) -> dict[str, float]:
+    """Mean loss on each text, nats/token."""
+    source = np.array(heldout.source)
+    return {
+        name: round(float(losses[source == i].mean()), 6)
+        for i, name in enumerate(heldout.names)
+        if (source == i).any()
+    }

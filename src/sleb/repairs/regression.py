@@ -1,0 +1,286 @@
+"""Closed-form re-fit of the matrices around each gap: the stream becomes the dense model's again.
+
+For every gap the last block before it takes over what the missing blocks added, as far as that is
+linear in what its matrices see; the ``reach`` blocks after the gap correct what is left. Each fit
+is ridge regression towards the original weights on the residual to the dense stream, in float64.
+Every token is weighted by the inverse of its mean square, as the next norm will divide by it; else
+the few tokens of massive activation would count for all. They may not be left out either: a fit
+that has not seen them ruins the attention sink that they are.
+
+Related: ReplaceMe (2505.02819), which fits one linear map per gap; here nothing is added, and
+shapes and runtime stay those of the plain cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sleb.core.process_group import group
+from sleb.models.overrides import WeightOverrides, whole
+from sleb.models.stack import BlockStack
+from sleb.repairs.post_norm import exact, fit_before_norm, gain_weight
+from sleb.repairs.residual_writers import (
+    Outputs,
+    ResidualWriters,
+    bias_of,
+    find_residual_writers,
+    stream_before,
+    weight_of,
+)
+
+__all__ = ["REACH", "Gap", "Regression", "gaps"]
+
+REACH = 2
+ROWS = 8192  # tokens that enter a product at once
+
+Rounded = Callable[[int, str, Tensor], Tensor]
+"""Gives new values of a block's parameter, by its path, the precision that it is stored with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A run of removed blocks, and the kept blocks that make up for it, in order."""
+
+    removed: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[Gap, ...]:
+    """The gaps of a cut. A kept block belongs to the gap right behind it, else to one before."""
+    gone = sorted(removed)
+    kept = [b for b in range(n_blocks) if b not in gone]
+    runs = [tuple(b for _, b in run) for _, run in groupby(enumerate(gone), lambda p: p[1] - p[0])]
+    ends = {run[0] - 1 for run in runs}
+    found = []
+    for run in runs:
+        before = [run[0] - 1] if run[0] else []
+        after = [b for b in kept if b > run[-1]][:reach]
+        nearer = takewhile(lambda b: b not in ends, after)  # the rest is the next gap's
+        found.append(Gap(removed=run, blocks=(*before, *nearer)))
+    return tuple(found)
+
+
+class Regression:
+    """Walks the dense and the cut model side by side over windows of tokens. ids [N, T].
+
+    Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
+    both streams, here and where the gap's fit began, and two targets of one block, [N, T, D] each;
+    and the Gram matrix of what the block's widest matrix sees. Of blocks that are fetched when they
+    run there are two, the one at hand and the next, and a third while the dense stream passes a
+    gap. The fit of a gap reads each of its blocks once for each ridge, those in front of it once.
+
+    In a job of several ranks each walks its share of the windows, and Gram matrices are summed.
+    Processes that hold a model together solve alike and write their own parts. ``branches``: what
+    is known already of what can be re-fitted; more is added.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        removed: Collection[int],
+        ids: Tensor,
+        batch: int,
+        branches: dict[int, ResidualWriters] | None = None,
+    ) -> None:
+        self.stack, self.removed = stack, frozenset(removed)
+        here = group()
+        ids = ids[len(ids) * here.rank // here.size : len(ids) * (here.rank + 1) // here.size]
+        self.parts = torch.split(ids, batch) if len(ids) else ()
+        entered = [stack.enter(part) for part in self.parts]
+        self.calls = [calls for _, calls in entered]
+        self.dense = [hidden for hidden, _ in entered]
+        self.cut = list(self.dense)
+        self.same = True  # whether the cut stream still is the dense one
+        self.at = 0  # the next block of both
+        self.end = 0  # the first block that the pass under way does not need
+        self.changes = WeightOverrides(stack)
+        self._branches = {} if branches is None else branches
+
+    def restore(self) -> None:
+        """Give every changed matrix its original values."""
+        self.changes.undo()
+
+    def module(self, block: int, name: str) -> nn.Module:
+        """A module of a block, by its path in it."""
+        return self.stack.blocks[block].get_submodule(name)
+
+    def branches(self, block: int) -> ResidualWriters:
+        """What of a block can be re-fitted."""
+        if block not in self._branches:
+            self._branches[block] = find_residual_writers(self.stack, block)
+        return self._branches[block]
+
+    def write(self, block: int, path: str, new: Tensor, rounded: Rounded) -> None:
+        """Give a parameter new values, with the precision that it is stored and computed with.
+        Matrices are [out, in]."""
+        name, _, _ = path.rpartition(".")
+        if isinstance(self.module(block, name), Conv1D) and new.dim() == 2:
+            new = new.T
+        old = whole(self.stack.blocks[block].get_parameter(path))
+        new = rounded(block, path, new).to(old.dtype)
+        if (block, path) in self.changes.values or not torch.equal(new, old):
+            self.changes.put(block, path, new)
+
+    @torch.inference_mode()
+    def fit(
+        self,
+        gap: Gap,
+        ridges: Sequence[float],
+        accept: Callable[[], bool],
+        rounded: Rounded,
+        tick: Callable[[int], None],
+    ) -> float | None:
+        """Re-fit the blocks of ``gap``, the next one in order, with the first of ``ridges`` that
+        ``accept()``, asked with the new weights in place, agrees to. ``rounded`` gives a tensor the
+        precision that it is stored with. Gives the ridge, or None if all were refused: then the
+        weights are as before. A gap without blocks of its own has nothing to fit.
+        """
+        if not gap.blocks:
+            return None
+        self.end = self._behind(gap.blocks[-1])
+        self._advance_to(gap.blocks[0], tick)
+        start, known = (self.dense, self.cut, self.same, self.at), len(self.changes)
+        for ridge in ridges:
+            for block in gap.blocks:
+                self._advance_to(block, tick)
+                self._fit_block(block, ridge, rounded, tick)
+            if accept():
+                return ridge
+            self.changes.undo(keep=known)
+            self.dense, self.cut, self.same, self.at = start
+        return None
+
+    @contextmanager
+    def _held(self, block: int) -> Iterator[None]:
+        """Hold a block for all that is done with it, while the next one of a pass is fetched."""
+        with self.stack.holding(block, block + 1 if block + 1 < self.end else None):
+            yield
+
+    def _behind(self, block: int) -> int:
+        """The next kept block."""
+        behind = block + 1
+        while behind in self.removed:
+            behind += 1
+        return behind
+
+    def _advance_to(self, block: int, tick: Callable[[int], None]) -> None:
+        """Take both streams to the input of ``block``."""
+        for i in range(self.at, block):
+            if i in self.removed:
+                self.same = False
+            with self._held(i):
+                self.dense = list(self.run(i, self.dense, tick))
+                if self.same:
+                    self.cut = list(self.dense)
+                elif i not in self.removed:
+                    self.cut = list(self.run(i, self.cut, tick))
+        self.at = max(self.at, block)
+
+    def run(
+        self, i: int, streams: Sequence[Tensor], tick: Callable[[int], None]
+    ) -> Iterator[Tensor]:
+        """The streams [B, T, D] behind block i."""
+        for hidden, calls in zip(streams, self.calls, strict=True):
+            yield self.stack.run(i, hidden, calls[i])
+            tick(len(hidden) * group().size)  # the others do as much meanwhile
+
+    def _fit_block(
+        self,
+        block: int,
+        ridge: float,
+        rounded: Rounded,
+        tick: Callable[[int], None],
+    ) -> None:
+        """Fit one block towards the dense stream at the next kept block, and step over it."""
+        with self._held(block):
+            branches = self.branches(block)
+            seen = Outputs(self.stack.blocks[block], [*branches.last])
+            before_last: list[Tensor] = []
+            after: list[Tensor] = []
+            with seen.recorded():
+                for out in self.run(block, self.dense, tick):
+                    before_last.append(stream_before(out, seen, branches.last))
+                    after.append(out)
+            self.dense = after
+            for gone in range(block + 1, self._behind(block)):
+                with self._held(gone):
+                    self.dense = list(self.run(gone, self.dense, tick))
+            if branches.inner and not (self.same and branches.final):  # nothing is lost yet
+                if not branches.final:  # attention has to make up for the gap as well
+                    before_last = [
+                        mid + (target.to(out.device) - out)
+                        for mid, target, out in zip(before_last, self.dense, after, strict=True)
+                    ]
+                self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
+            if branches.final:
+                self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
+            self.cut = list(self.run(block, self.cut, tick))
+        self.at, self.same = self._behind(block), False
+
+    def _solve(
+        self,
+        block: int,
+        branches: ResidualWriters,
+        maps: Mapping[str, float],
+        targets: Sequence[Tensor],
+        ridge: float,
+        rounded: Rounded,
+        tick: Callable[[int], None],
+    ) -> None:
+        """Ridge regression of the residual on the inputs of all ``maps`` together."""
+        inner = maps is branches.inner
+        for name in maps:
+            if name in branches.norms:
+                fit_before_norm(self, block, branches, name, targets, ridge, rounded, tick)
+        maps = {name: factor for name, factor in maps.items() if name not in branches.norms}
+        if not maps:
+            return
+        names = list(maps)
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *branches.last])])
+        weights = [weight_of(self.module(block, name)) for name in names]
+        seen_width = sum(weight.shape[1] for weight in weights) + 1
+        gram = torch.zeros((seen_width, seen_width), dtype=torch.float64, device=exact(weights[0]))
+        cross = gram.new_zeros((weights[0].shape[0], seen_width))
+        with seen.recorded():
+            for out, target in zip(self.run(block, self.cut, tick), targets, strict=True):
+                value = stream_before(out, seen, branches.last) if inner else out
+                for x, y in _weighted(seen, names, target, value):
+                    gram += (x.T @ x).to(gram)
+                    cross += (y.T @ x).to(gram)
+        group().sum_(gram, cross)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T  # [D, inputs + 1]
+        group().from_first_(change := change.contiguous())
+        column = 0
+        for name, factor in maps.items():
+            module = self.module(block, name)
+            weight, bias = weight_of(module), bias_of(module)
+            width = weight.shape[1]
+            new = weight.double() + (change[:, column : column + width] / factor).to(weight.device)
+            self.write(block, f"{name}.weight", new, rounded)
+            column += width
+            if bias is not None:
+                share = change[:, -1].to(bias.device) / (factor * len(maps))
+                self.write(block, f"{name}.bias", bias.double() + share, rounded)
+
+
+def _weighted(
+    seen: Outputs, names: Sequence[str], target: Tensor, value: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs with a one behind them [rows, inputs + 1] and residuals [rows, D], in float32, both
+    times the root of the token's weight; at most ``ROWS`` rows at a time."""
+    columns = [seen.given(name).flatten(0, -2) for name in names]
+    target, value = target.flatten(0, -2), value.flatten(0, -2)
+    for a in range(0, len(target), ROWS):
+        rows = slice(a, a + ROWS)
+        wanted = target[rows].to(value.device).float()
+        root = gain_weight(wanted)
+        x = torch.cat([c[rows].float() for c in columns] + [torch.ones_like(root)], -1)
+        yield x * root, (wanted - value[rows].float()) * root

@@ -1,0 +1,211 @@
+"""Text that the model writes itself, to fit a repair on beside the user's.
+
+A fit on a few kinds of text alone forgets the others. What a language model samples resembles all
+that it was trained on, so some of it in the fit keeps more of that, and costs nothing on the user's
+own text (docs/quality.md has the figures). Related: data-free calibration of quantizers (LLM-QAT,
+2305.17888, section 3.1) and of pruning (self-calibration, 2410.17170).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb.calibration import Windows
+from sleb.calibration.tokens import opening_tokens
+from sleb.calibration.windows import recount
+from sleb.core.errors import DataError, InputError
+from sleb.core.plan import SourceRecord
+from sleb.core.process_group import group
+from sleb.core.progress import Progress
+from sleb.models.load import LoadedModel
+from sleb.models.stack import BlockStack, decoder_config
+from sleb.selection.sweep import room_bytes
+
+__all__ = [
+    "GIVEN_ALONE",
+    "OWN",
+    "SHARE",
+    "SelfGenerated",
+    "can_generate",
+    "with_self_generated",
+    "write",
+]
+
+OWN = "the model's own text"
+GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
+SHARE = 3
+"""One window in so many is the model's own."""
+PIECE = 512
+"""Tokens that are written in one go. Longer windows are put together from several, as windows of
+the user's text are of documents: all begin at once, and there are few steps to wait for."""
+HOT = 1.3
+"""The temperature of every third piece, 1 that of the others: it strays further from what the model
+has read most, into other scripts for one (docs/quality.md)."""
+CACHE = 2**30
+"""Bytes of keys and values that are held at most, where that is not a GPU."""
+
+
+def can_generate(stack: BlockStack) -> bool:
+    """Whether the model writes at a bearable speed. Where blocks are fetched when they run, every
+    token would read all of them."""
+    return not stack.streamed
+
+
+def with_self_generated(model: LoadedModel, windows: Windows, progress: Progress) -> Windows:
+    """``windows`` and behind them half as many that the model has written.
+
+    Raises:
+        InputError: it cannot write.
+        DataError: what it predicts is NaN or infinite.
+    """
+    if not can_generate(model.stack):
+        raise InputError(
+            f"{model.source.ref} cannot write text to fit on, since every token would read all "
+            "blocks that are not in the device's memory: leave out own=True"
+        )
+    return SelfGenerated(model, windows, 0, progress).fitted()
+
+
+class SelfGenerated:
+    """What a model writes beside ``given`` windows of text: half as many to fit on, and ``n`` more
+    to judge by. All is written in one go when the first of it is asked for: how long that takes
+    depends on the length of windows more than on their number."""
+
+    def __init__(self, model: LoadedModel, given: Windows, n: int, progress: Progress) -> None:
+        self._model, self._given, self._progress = model, given, progress
+        self._fitted, self._judging = len(given.ids) // (SHARE - 1), n
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        record, n = self._given.record, self._fitted + self._judging
+        return write(self._model, n, record.length, record.seed, self._progress)
+
+    def judging(self) -> Tensor:
+        """Windows to judge by [n, T]."""
+        return self._ids[self._fitted :]
+
+    def fitted(self) -> Windows:
+        """What was given, and behind it what is to be fitted on."""
+        return _joined(self._given, self._ids[: self._fitted]) if self._fitted else self._given
+
+
+def _joined(windows: Windows, ids: Tensor) -> Windows:
+    """``windows`` and behind them ``ids`` [N, T], which the model has written."""
+    record = windows.record
+    source = SourceRecord(
+        spec=OWN,
+        sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
+        documents=len(ids),
+        tokens=ids.numel(),
+        windows=len(ids),
+    )
+    record = record.model_copy(update={"sources": (*record.sources, source)})
+    every = torch.cat((windows.ids, ids))
+    sources = windows.source + (len(windows.names),) * len(ids)
+    return replace(
+        windows,
+        ids=every,
+        source=sources,
+        names=(*windows.names, OWN),
+        record=recount(record, every, sources),
+    )
+
+
+@torch.inference_mode()
+def write(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Samples [n, length] on the CPU, each with what the tokenizer puts before a text. Every other
+    piece begins with a random word, as those that begin alike are of few kinds, and every third is
+    sampled at a higher temperature."""
+    device = model.stack.input_device
+    opening = opening_tokens(model.tokenizer)
+    room = length - len(opening)
+    piece = min(room, PIECE)
+    pieces = -(-n * room // piece)
+    heat = torch.ones(pieces, 1, device=device)
+    heat[2::3] = HOT
+    devices = [device] if device.type == "cuda" else []
+    with progress.stage("writing text", pieces) as tick, torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        parts, starts = [], _starts(model, opening, pieces, seed).to(device)
+        at_once = _at_once(model.stack, piece)
+        for prompts, heats in zip(
+            torch.split(starts, at_once), torch.split(heat, at_once), strict=True
+        ):
+            parts.append(_continued(model, prompts, heats, piece)[:, -piece:].cpu())
+            tick(len(prompts))
+    text = torch.cat(parts).flatten()[: n * room].view(n, room)
+    ids = torch.cat((torch.tensor(opening, dtype=text.dtype).expand(n, -1), text), 1)
+    group().from_first_(ids)
+    return ids
+
+
+def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor:
+    """What each piece begins with [n, S]: the same, but for the last token, the first of its text.
+    Half of these are sampled after the beginning of a text, if the tokenizer knows one.
+
+    Raises:
+        DataError: what it predicts is NaN or infinite.
+    """
+    tokenizer, network = model.tokenizer, model.model
+    draw = random.Random(f"own {seed}")
+    special = set(tokenizer.all_special_ids)
+    words = [t for t in range(len(tokenizer)) if t not in special]
+    begin = opening or [first for first in (tokenizer.bos_token_id,) if first is not None]
+    firsts = torch.tensor([draw.choice(words) for _ in range(n)])
+    ids = torch.tensor([begin or words[:1]], device=model.stack.input_device)
+    logits = network(input_ids=ids, use_cache=False).logits[0, -1].float()
+    share = logits[torch.tensor(words, device=logits.device)].softmax(0)
+    if share.isnan().any():
+        raise DataError(
+            f"{model.source.ref} cannot write text to fit on, since its scores of the next token "
+            "are NaN or infinite: try --dtype float32, or --no-repair"
+        )
+    if begin:
+        sampled = torch.multinomial(share, len(firsts[::2]), replacement=True).cpu()
+        firsts[::2] = torch.tensor(words)[sampled]
+    return torch.cat((torch.tensor(begin, dtype=firsts.dtype).expand(n, -1), firsts[:, None]), 1)
+
+
+def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) -> Tensor:
+    """Prompts [B, S] and behind them ``piece`` - 1 tokens, sampled at temperatures ``heat``
+    [B, 1]."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    def heated(_: Tensor, scores: Tensor) -> Tensor:
+        return scores / heat
+
+    network: Any = model.model
+    written: Tensor = network.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        logits_processor=LogitsProcessorList([heated]),
+        generation_config=GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=piece - 1,
+            min_new_tokens=piece - 1,
+            eos_token_id=network.generation_config.eos_token_id,
+            pad_token_id=0,
+        ),
+    )
+    return written
+
+
+def _at_once(stack: BlockStack, length: int) -> int:
+    """Sequences to write together: with another number, other tokens are sampled."""
+    config = decoder_config(stack.model.config)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    wide = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    each = 2 * length * shared * wide * len(stack) * stack.dtype.itemsize // group().tp
+    room = room_bytes(stack) if stack.input_device.type == "cuda" else CACHE
+    return max(1, room // max(1, each))

@@ -1,0 +1,243 @@
+"""What a runtime that is not installed here would make of a cut config, by its source code.
+
+The tables hold exceptions only: where a runtime finds a block's kind by its place, or by a field
+that transformers does not keep, although the config has a list for it. A verdict by these rules
+says what the cut changes: it supposes that the runtime takes the uncut model. It is no proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED, GGUFModel
+from sleb.checkpoints.gguf_file import GGUFFile
+
+__all__ = ["READ_LLAMA_CPP", "READ_VLLM", "Ruling", "llama_cpp", "transformers", "vllm"]
+
+READ_VLLM = "0.32.0"
+"""The release of vLLM whose vllm/model_executor/models and vllm/models were read."""
+READ_LLAMA_CPP = "0.3.36"
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruling:
+    """``verdict``: accepted, refused or undecided; and why."""
+
+    verdict: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """Of one runtime and some model types. ``reads(config)``: what the runtime takes each block
+    for, and ``means(config)``: what transformers does; or None where it does not apply. They must
+    be equal."""
+
+    what: str
+    reads: Callable[[Config], Any]
+    means: Callable[[Config], Any]
+
+
+def _sliding(config: Config) -> list[bool]:
+    return [kind == "sliding_attention" for kind in config["layer_types"]]
+
+
+def _sparse(config: Config) -> list[bool] | None:
+    kinds = config.get("mlp_layer_types")
+    return None if kinds is None else [kind == "sparse" for kind in kinds]
+
+
+def _even(config: Config) -> list[bool]:
+    return [i % 2 == 0 for i in range(config["num_hidden_layers"])]
+
+
+def _stepped_experts(config: Config) -> list[int]:
+    step = config.get("interleave_moe_layer_step") or 0
+    n = config["num_hidden_layers"]
+    return [i for i in range(n) if step > 0 and (i + 1) % step == 0]
+
+
+def _after_first(config: Config) -> list[bool] | None:
+    """Experts in all blocks but the first so many. Without the number, vLLM stops."""
+    dense = config.get("first_k_dense_replace")
+    if dense is None:
+        return None if _sparse(config) is None else []
+    return [i >= dense for i in range(config["num_hidden_layers"])]
+
+
+def _mimo(config: Config) -> Any:
+    return [bool(k) for k in config.get("hybrid_layer_pattern") or ()], [
+        bool(k) for k in config.get("moe_layer_freq") or ()
+    ]
+
+
+def _one_kind(config: Config) -> bool:
+    kinds = config.get("layer_types") or ()
+    return len(set(kinds)) < 2 or config.get("max_window_layers") == config["num_hidden_layers"]
+
+
+def _rotates_full(config: Config) -> bool:
+    """Whether vLLM rotates the queries of blocks with full attention."""
+    return "sliding_attention" not in config["layer_types"]
+
+
+_DENSE_FIRST = _Rule(
+    what="which blocks have experts is read from `first_k_dense_replace`, not `mlp_layer_types`",
+    reads=_after_first,
+    means=_sparse,
+)
+_ROTATION = _Rule(
+    what="without any sliding block, blocks with full attention get a rotary embedding, which they "
+    "were trained without",
+    reads=_rotates_full,
+    means=lambda config: config.get("sliding_window") is None,
+)
+_TWO_KINDS = _Rule(
+    what="sliding and full attention in one model is refused", reads=_one_kind, means=lambda _: True
+)
+
+VLLM: dict[str, _Rule] = {
+    "gpt_oss": _Rule(
+        what="every other block slides by its place, whatever `layer_types` says",
+        reads=_even,
+        means=_sliding,
+    ),
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        _Rule(
+            what="experts are in every `interleave_moe_layer_step`th block, whatever `moe_layers` "
+            "says",
+            reads=_stepped_experts,
+            means=lambda config: sorted(config.get("moe_layers") or ()),
+        ),
+    ),
+    **dict.fromkeys(("qwen2", "qwen3"), _TWO_KINDS),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "hy_v3"), _DENSE_FIRST),
+    **dict.fromkeys(("exaone4", "exaone_moe"), _ROTATION),
+    "mimo_v2_flash": _Rule(
+        what="kinds are read from `hybrid_layer_pattern` and `moe_layer_freq`, not `layer_types` "
+        "and `mlp_layer_types`",
+        reads=_mimo,
+        means=lambda config: (_sliding(config), _sparse(config)),
+    ),
+}
+
+# neither code of vLLM's own, nor a model that its transformers backend can take
+NOT_IN_VLLM = frozenset(
+    ["codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt", "rwkv", "xglm"]
+)
+
+
+def transformers(config: Config) -> Ruling:
+    """transformers reads every field that sleb re-indexes: they are its own."""
+    return Ruling(verdict="accepted", why="its own config and code")
+
+
+def vllm(config: Config) -> Ruling:
+    """Whether vLLM would take each block for what transformers does.
+
+    Args:
+        config: the text decoder's, with every per-block list written out.
+    """
+    kind, read = config["model_type"], f"as vLLM {READ_VLLM} is written"
+    if kind in NOT_IN_VLLM:
+        return Ruling(verdict="refused", why=f"{read}, it has no code for {kind}")
+    rule = VLLM.get(kind)
+    if rule is None:
+        listed = [name for name in ("layer_types", "mlp_layer_types") if config.get(name)]
+        why = f"reads {' and '.join(listed)} block by block" if listed else "blocks are alike"
+        return Ruling(verdict="accepted", why=f"{read}, {why}")
+    reads, means = rule.reads(config), rule.means(config)
+    if reads != means:
+        return Ruling(verdict="refused", why=f"{read}, {rule.what}{_first(reads, means)}")
+    return Ruling(verdict="accepted", why=f"{read}; this cut keeps what it needs ({rule.what})")
+
+
+def _first(reads: Any, means: Any) -> str:
+    """The first block that would change its kind, if both are lists of kinds."""
+    if not (isinstance(reads, list) and isinstance(means, list)) or len(reads) != len(means):
+        return ""
+    if not all(isinstance(kind, bool) for kind in (*reads, *means)):
+        return ""
+    return f": block {next(i for i, (a, b) in enumerate(zip(reads, means, strict=True)) if a != b)}"
+
+
+def llama_cpp(config: Config, cut: Path | None, blocks: int, removed: Sequence[int]) -> Ruling:
+    """Whether llama.cpp would take each block of the file ``cut`` for what transformers does.
+
+    Args:
+        config: as for :func:`vllm`.
+        cut: the GGUF file, if there is one.
+        blocks: of the uncut model.
+        removed: of these.
+
+    Raises:
+        DataError, UnsupportedModel: ``cut`` is no GGUF file of a language model.
+    """
+    read = f"as llama.cpp in llama-cpp-python {READ_LLAMA_CPP} is written"
+    kind = config["model_type"]
+    if cut is None:
+        return _without_file(kind, read)
+    model = GGUFModel.of(GGUFFile.open(cut))
+    if model.blocks != config["num_hidden_layers"]:
+        return Ruling(
+            verdict="refused",
+            why=f"{cut} has {model.blocks} blocks, not {config['num_hidden_layers']}",
+        )
+    if model.name not in ARCHITECTURES:
+        why = REFUSED.get(model.name, f"sleb does not know how it runs {model.name}")
+        return Ruling(verdict="undecided", why=f"{read}, {why}")
+    architecture = ARCHITECTURES[model.name]
+    kept = [block for block in range(blocks) if block not in removed]
+    for step in architecture.steps:
+        if (period := step.period(model)) > 1 and any(
+            ((old + 1) % period == 0) != ((new + 1) % period == 0) for new, old in enumerate(kept)
+        ):
+            why = f"{read}, it {step.what} in every {period}th block, by its place"
+            return Ruling(verdict="refused", why=why)
+    if architecture.depth(model, blocks) != architecture.depth(model, len(kept)):
+        why = f"{read}, it tells {architecture.depth_of} by the number of blocks"
+        return Ruling(verdict="refused", why=why)
+    return _windows(config, model, architecture.window(model), read)
+
+
+def _windows(config: Config, model: GGUFModel, period: int, read: str) -> Ruling:
+    """The sliding windows of a file against those of the config."""
+    kinds = config.get("layer_types")
+    stated = model.get(PATTERN)
+    if not kinds or not (period or stated is not None):
+        return Ruling(verdict="accepted", why=f"{read}, blocks are alike but for their tensors")
+    if isinstance(stated, list):
+        found: Sequence[bool] = [bool(one) for one in stated]
+    else:
+        step = int(period if stated is None else stated)
+        found = [step == 0 or i % step < step - 1 for i in range(model.blocks)]
+    if list(found) != _sliding(config):
+        return Ruling(
+            verdict="refused",
+            why=f"{read}, which blocks slide is told by "
+            + (f"{model.name}.{PATTERN}" if stated is not None else "their place")
+            + _first(list(found), _sliding(config)),
+        )
+    return Ruling(verdict="accepted", why=f"{read}, the file says which blocks slide")
+
+
+def _without_file(kind: str, read: str) -> Ruling:
+    name = next((name for name, a in ARCHITECTURES.items() if kind in a.types), None)
+    if name is None:
+        return Ruling(verdict="undecided", why=f"sleb does not know how llama.cpp runs {kind}")
+    architecture = ARCHITECTURES[name]
+    if architecture.steps or architecture.depth_of or architecture.window is not _NO_WINDOW:
+        return Ruling(
+            verdict="undecided",
+            why=f"{read}, places count in {name}: cut the GGUF file with sleb apply, and verify it",
+        )
+    return Ruling(verdict="accepted", why=f"{read}, blocks of {name} are alike but for tensors")
+
+
+_NO_WINDOW = ARCHITECTURES["llama"].window

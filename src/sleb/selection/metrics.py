@@ -1,0 +1,121 @@
+"""What makes a block redundant: a number that is lower the better the block can be spared.
+
+A *token metric* looks at the next-token logits of a model with blocks removed and gives one value
+per predicted token; search averages it. A *profile metric* ranks all blocks from one pass over
+the dense model. To add one, register it here: see docs/extending.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sleb.core.registry import Registry
+
+__all__ = ["METRICS", "Metric", "TokenMetric"]
+
+CACHE_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMetric:
+    """Value per predicted token from logits, or M of them.
+
+    ``tokens(logits [N, V], targets [N], dense logits [N, V] or None) -> float32 [N]`` or [N, M].
+    """
+
+    name: str
+    unit: str
+    tokens: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    needs_dense: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A user's choice of ``--metric``: what is measured, and whether it is measured again after
+    every removal (``greedy``) or once (``one-shot``). ``token`` is None for a profile metric.
+    ``repaired``: measured after a repair of the cut; see ``sleb.repairs.scoring``."""
+
+    token: TokenMetric | None
+    unit: str
+    strategy: str
+    source: str
+    repaired: bool = False
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def token_nll(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood, nats. logits [N, V], targets [N] -> float32 [N]."""
+
+    def nll(rows: slice) -> Tensor:
+        return cross_entropy(logits[rows].float(), targets[rows], reduction="none")
+
+    return _by_rows(nll, logits)
+
+
+def token_kl(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """KL(dense || pruned) of the next-token distributions, nats. [N, V], [N, V] -> float32 [N]."""
+    assert dense is not None
+
+    def kl(rows: slice) -> Tensor:
+        p = torch.log_softmax(dense[rows].float(), -1)
+        q = torch.log_softmax(logits[rows].float(), -1)
+        return (p.exp() * (p - q)).sum(-1)
+
+    return _by_rows(kl, logits)
+
+
+def token_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Loss and divergence in nats, and whether the likeliest token is the dense model's.
+    [N, V], [N], [N, V] -> float32 [N, 3]."""
+    assert dense is not None
+    same = (logits.argmax(-1) == dense.argmax(-1)).float()
+    return torch.stack((token_nll(logits, targets), token_kl(logits, targets, dense), same), -1)
+
+
+def _by_rows(value: Callable[[slice], Tensor], logits: Tensor) -> Tensor:
+    """``value`` of all rows of logits [N, V]; on a CPU a few rows at a time, so that float32
+    intermediates stay in its cache."""
+    n, vocab = logits.shape
+    rows = max(1, CACHE_BYTES // (4 * vocab)) if logits.device.type == "cpu" else n
+    return torch.cat([value(slice(a, a + rows)) for a in range(0, n, rows)])
+
+
+NLL = TokenMetric(name="loss", unit="nats/token", tokens=token_nll)
+KL = TokenMetric(name="kl", unit="nats/token", tokens=token_kl, needs_dense=True)
+QUALITY = TokenMetric(
+    name="quality", unit="nats/token, nats/token, share", tokens=token_quality, needs_dense=True
+)
+
+METRICS.register("loss")(
+    Metric(token=NLL, unit=NLL.unit, strategy="greedy", source="SLEB (2402.09025), metric 3")
+)
+METRICS.register("one-shot-loss")(
+    Metric(token=NLL, unit=NLL.unit, strategy="one-shot", source="SLEB (2402.09025), metric 2")
+)
+METRICS.register("kl")(
+    Metric(token=KL, unit=KL.unit, strategy="greedy", source="divergence from the dense model")
+)
+METRICS.register("repaired-loss")(
+    Metric(
+        token=NLL,
+        unit=NLL.unit,
+        strategy="greedy",
+        source="SLEB's metric 3, of the cut after its closed-form repair",
+        repaired=True,
+    )
+)
+METRICS.register("cosine")(
+    Metric(
+        token=None,
+        unit="1 - cosine",
+        strategy="one-shot",
+        source="SLEB (2402.09025), metric 1; Block Influence of ShortGPT (2403.03853)",
+    )
+)

@@ -1,0 +1,1 @@
+"""Cutting blocks out of files, proving the cut, and taking it back."""

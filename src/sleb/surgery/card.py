@@ -1,0 +1,209 @@
+"""The parts of a model card that every cut's card has: metadata, provenance, and how to check it.
+
+The metadata is what a hub shows, searches by, and takes the licence from. What is carried over from
+the original's card was written by others, so it is checked against the form that the hub documents
+for each field, and left out where it has another.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from sleb.core.plan import Plan
+
+__all__ = [
+    "changed",
+    "cut_card",
+    "fenced",
+    "front_matter",
+    "inherited",
+    "provenance",
+    "title",
+    "using",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_CARD = 2**20
+"""Longest card that is read, in bytes."""
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
+_LINK = re.compile(r"https?://[^\s<>\"'`]{1,500}|[A-Za-z0-9][\w.-]{0,127}")
+_LINE = re.compile(r"[^\x00-\x1f\x7f\u0085\u2028\u2029]{1,128}")
+_LICENCE_FILE = re.compile(r"(LICEN[CS]E|COPYING)(\.(txt|md))?", re.IGNORECASE)
+
+
+def front_matter(source: Path, model: str | None = None) -> str:
+    """Lines from ``---`` to ``---``, valid YAML. ``source`` is the original's folder, ``model``
+    the original as the user named it: it becomes the base model if it is an id on the hub.
+
+    The hub knows four relations to a base model (adapter, finetune, merge, quantized); a cut is
+    shown under the second, which is the one for changed weights.
+    """
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sleb", "pruned", "block-pruning"],
+        **inherited(source),
+    }
+    if base := _hub_id(model, source):
+        fields |= {"base_model": base, "base_model_relation": "finetune"}
+    data = ModelCardData(**fields)
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def inherited(source: Path) -> dict[str, Any]:
+    """Licence and language from the original's card, as far as they have the hub's form. Where it
+    names no licence, but a licence file lies beside it, that is what is named."""
+    stated = _stated(source / "README.md")
+    found: dict[str, Any] = {}
+    license = stated.get("license")
+    if isinstance(license, list) and len(license) == 1:
+        license = license[0]
+    if isinstance(license, str) and _LICENSE.fullmatch(license.lower()):
+        found["license"] = license.lower()
+    for key, form in (("license_name", _LINE), ("license_link", _LINK)):
+        if isinstance(value := stated.get(key), str) and form.fullmatch(value):
+            found[key] = value
+    if "license" not in found and (name := _licence_file(source)):
+        found = {"license": "other", "license_name": "see-license-file", "license_link": name}
+    languages = stated.get("language")
+    languages = languages if isinstance(languages, list) else [languages]
+    # to YAML, Norwegian is a way to say false
+    named = ["no" if one is False else one for one in languages]
+    if known := [one for one in named if isinstance(one, str) and _LANGUAGE.fullmatch(one)]:
+        found["language"] = known[:500]
+    return found
+
+
+def _stated(card: Path) -> dict[str, Any]:
+    """The metadata of a card; empty if it has none that can be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        if card.stat().st_size > MAX_CARD:
+            raise ValueError(f"larger than {MAX_CARD} bytes")
+        found: Any = metadata_load(card)
+    except Exception as error:  # missing, or not a card: no reason to lose a finished search
+        logger.info("no metadata from %s: %s", card, error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _licence_file(source: Path) -> str | None:
+    names = (path.name for path in source.iterdir() if path.is_file())
+    return min((name for name in names if _LICENCE_FILE.fullmatch(name)), default=None)
+
+
+def _hub_id(model: str | None, source: Path) -> str | None:
+    """The original's id on the hub: as it was given, or from the place of a snapshot in the cache,
+    ``models--OWNER--NAME/snapshots/REVISION``."""
+    if model and not Path(model).expanduser().exists() and _HUB_ID.fullmatch(model):
+        return model
+    home = source.absolute()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        name = home.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+        return name if _HUB_ID.fullmatch(name) else None
+    return None
+
+
+def cut_card(used: Plan, source: Path, *, how: str, kept: bool, model: str | None = None) -> str:
+    """README.md of a cut by ``used`` of which nothing was measured; ``source`` holds the original's
+    own card. ``how``: a sentence on how it came about. ``kept``: it has a side-car."""
+    gone, left = len(used.removed), used.model.blocks - len(used.removed)
+    name = title(model, used.model.architecture or used.model.model_type)
+    lines = [
+        front_matter(source, model),
+        "",
+        f"# {name} without {gone} of its {used.model.blocks} transformer blocks",
+        "",
+        f"Removed blocks (original numbering, first is 0): {', '.join(map(str, used.removed))}; "
+        f"{left} remain. {changed(used)} {how} The order of removal is in `plan.json`. It was not "
+        "measured: do so before you rely on it.",
+        "",
+        *provenance(used, source, model),
+        "",
+        *using(kept),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def title(model: str | None, otherwise: str) -> str:
+    """The original's name in one line: its last part, if it is a path."""
+    return " ".join(((Path(model).name if model else "") or otherwise).split())
+
+
+def changed(plan: Plan) -> str:
+    """Which weights are not the original's, in a sentence."""
+    if plan.repair is None or not plan.repair.tensors:
+        return "No weight was changed and nothing was trained."
+    names = plan.repair.tensors
+    return (
+        f"{len(names)} matrices around the gaps were re-fitted in closed form, to make up for the "
+        f"missing blocks ({', '.join(f'`{name}`' for name in names)}); nothing was trained."
+    )
+
+
+def provenance(plan: Plan, source: Path, model: str | None = None) -> list[str]:
+    """Lines of Markdown: what it was made from, with what, under which licence."""
+    base, licence = _hub_id(model, source), inherited(source).get("license")
+    link = f"[{base}](https://huggingface.co/{base})" if base else title(model, "see `plan.json`")
+    tools = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    rows = {
+        "original": link,
+        "architecture": f"{plan.model.architecture or plan.model.model_type}, "
+        f"{plan.model.blocks} blocks",
+        "SHA-256 of its tensors": f"`{plan.model.weights_sha256}`",
+        "blocks chosen by": f"{plan.strategy}, {plan.metric} ({plan.unit}), in {plan.dtype}",
+        "with": tools or "not recorded",
+        "licence": f"the original's: {licence}"
+        if licence
+        else "the original's; its card named none",
+    }
+    return [
+        "## Provenance",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
+    ]
+
+
+def using(kept: bool) -> list[str]:
+    """Lines of Markdown: how to check it, and with ``kept`` how to take the cut back."""
+    lines = [
+        "## Check",
+        "",
+        "```",
+        "sha256sum -c SHA256SUMS",
+        "sleb verify PATH --model ORIGINAL",
+        "```",
+        "",
+        "The second proves that it is the original without these blocks.",
+    ]
+    if kept:
+        lines += [
+            "",
+            "## Roll back",
+            "",
+            "The original is kept too: `sleb restore PATH -o ORIGINAL` rebuilds it bit for bit "
+            "from this folder and its `rollback/`, `--depth K` a smaller cut.",
+        ]
+    return lines
+
+
+def fenced(text: str) -> list[str]:
+    """Lines of a code block that ``text`` cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence, text, fence]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,225 @@
+"""Cut blocks out of a GGUF file: the twin of `sleb.surgery.apply` for what llama.cpp runs.
+
+Tensor bytes are copied, never decoded, so every quantization survives; `gguf_fields` says which
+fields change. Only a repair's tensors are quantized again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, block_of, recut
+from sleb.checkpoints.gguf_file import (
+    ARRAY,
+    INT32,
+    STRING,
+    GGUFFile,
+    NewTensor,
+    Value,
+    write_gguf,
+)
+from sleb.core.errors import InputError
+from sleb.core.files import enough_space, staged_files, writable_target
+from sleb.core.plan import Plan
+from sleb.core.progress import Progress, silent
+from sleb.models.source import resolve
+
+if TYPE_CHECKING:
+    from sleb.repairs import Repair
+    from sleb.surgery.gguf_repair import Requantized
+
+__all__ = ["CutGGUF", "check_gguf", "cut_gguf", "plan_beside"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutGGUF:
+    """What was written. ``nbytes``: size of the file. ``other_weights``: the plan's quality was
+    measured on other weights. ``requantized``: the repaired tensors, and what that cost."""
+
+    out: Path
+    plan: Path
+    removed: tuple[int, ...]
+    blocks: int
+    nbytes: int
+    other_weights: bool
+    requantized: tuple[Requantized, ...] = ()
+
+
+def plan_beside(out: Path) -> Path:
+    """Where the plan of a cut file goes: ``pruned.plan.json`` for ``pruned.gguf``."""
+    return out.with_suffix(".plan.json")
+
+
+def cut_gguf(
+    plan: Plan,
+    source: str | Path,
+    out: str | Path,
+    *,
+    depth: int | None = None,
+    repair: Repair | None = None,
+    repaired: str | Path | None = None,
+    other_weights: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> CutGGUF:
+    """Write the GGUF file ``source`` cut by ``plan`` (by its first ``depth`` removals) as ``out``,
+    with the plan as far as it was used beside it.
+
+    The plan must be of this very file, as sleb dequantizes it; with ``other_weights`` it may be of
+    another form of the model, such as the Hugging Face checkpoint that the file was made from: then
+    type and number of blocks are compared, and that is all that a plan knows besides hashes.
+    ``repair`` is a fit on the dequantized model; ``repaired`` is the checkpoint folder of a
+    repaired cut by the same plan, whose tensors must have the plan's hashes. Either is quantized
+    again, to the type that the tensor had if the gguf package can write it, else to Q8_0.
+    The source is only read; no tensor but the repaired is held in memory.
+
+    Raises:
+        InputError: the plan is of another model, ``out`` exists, ``depth`` is outside the plan, or
+            the repair is of another cut.
+        UnsupportedModel: llama.cpp would not run this cut exactly.
+        DataError: the file is corrupt.
+        ResourceError: the disk is full.
+    """
+    source, out = Path(source).expanduser(), Path(out)
+    removed = plan.at_depth(depth)
+    model, values = check_gguf(plan, source, out, depth=depth, force=force)
+    file, beside = model.file, plan_beside(out)
+    original = None
+    if not other_weights:
+        original = _check_identity(plan, model, source, progress)
+    elif repair:
+        original = Checkpoint.open(resolve(source, progress).path)
+    requantized: tuple[Requantized, ...] = ()
+    record = None
+    if repair or repaired is not None:
+        from sleb.surgery.gguf_repair import quantize_again, stored_tensors
+
+        if repair and repaired is not None:
+            raise InputError("a cut has one repair: fit it, or take it from a folder")
+        record = repair.record if repair else plan.repair
+        if record is None:
+            raise InputError("the plan records no repair; give the plan.json of the repaired cut")
+        if record.removed != removed:
+            raise InputError(
+                f"the repair is of a cut of blocks {list(record.removed)}, and this one is of "
+                f"{list(removed)}"
+            )
+        fitted = repair.tensors if repair else stored_tensors(record, Path(repaired or ""), model)
+        requantized = quantize_again(model, fitted, original)
+    used = plan.model_copy(
+        update={"removed": removed, "order": plan.order[: len(removed)], "repair": record}
+    )
+    tensors = _renumbered(file, removed, requantized)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    enough_space(out.parent, nbytes)
+    with staged_files(beside, out, force=force) as (staged_plan, staged):
+        with progress.stage(f"writing {out.name}", nbytes) as tick:
+            values |= _provenance(file, removed)
+            write_gguf(file, staged, values=values, tensors=tensors, tick=tick)
+        written = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
+        staged_plan.write_text(used.to_json(), encoding="utf-8")
+        size = staged.stat().st_size
+    return CutGGUF(
+        out=out,
+        plan=beside,
+        removed=removed,
+        blocks=written.blocks,
+        nbytes=size,
+        other_weights=other_weights,
+        requantized=requantized,
+    )
+
+
+def check_gguf(
+    plan: Plan, source: str | Path, out: str | Path, *, depth: int | None, force: bool
+) -> tuple[GGUFModel, dict[str, Value]]:
+    """All that `cut_gguf` checks without reading tensors: the model, and its fields as they will
+    be. Raises what `cut_gguf` raises."""
+    source, out = Path(source).expanduser(), Path(out)
+    for target in (out, plan_beside(out)):
+        writable_target(target, force=force, folder=False)
+    if out.exists() and source.exists() and os.path.samefile(out, source):
+        raise InputError(f"{out} is the model itself; choose another -o")
+    model = GGUFModel.of(GGUFFile.open(source))
+    _check_shape(plan, model, source)
+    return model, recut(model, plan.at_depth(depth))
+
+
+def _check_shape(plan: Plan, model: GGUFModel, source: Path) -> None:
+    """Raise InputError unless type and number of blocks are the plan's."""
+    types = architecture_of(model).types
+    for name, expected, found in (
+        ("model_type", plan.model.model_type, types),
+        ("blocks", plan.model.blocks, (model.blocks,)),
+    ):
+        if expected not in found:
+            of = f"{' or '.join(map(str, found))} in {source} ({model.name})"
+            raise InputError(
+                f"the plan was made for another model: {name} is {expected} in the plan and {of}; "
+                "search again on this model"
+            )
+
+
+def _check_identity(plan: Plan, model: GGUFModel, source: Path, progress: Progress) -> Checkpoint:
+    """The dequantized file; raises InputError unless it is what the plan was searched on."""
+    checkpoint = Checkpoint.open(resolve(source, progress).path)
+    with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
+        found = fingerprint(checkpoint, model.blocks, tick)
+    try:
+        check_fingerprint(plan.model, found, str(source))
+    except InputError as error:
+        raise InputError(
+            f"{error}, or pass --other-weights if the plan is of the same model in another form"
+        ) from None
+    return checkpoint
+
+
+def _renumbered(
+    file: GGUFFile, removed: Collection[int], requantized: Collection[Requantized]
+) -> list[NewTensor]:
+    """The tensors that stay, by their new names, in the file's order."""
+    rename = _renamer(removed)
+    again = {tensor.name: tensor for tensor in requantized}
+    tensors = []
+    for name, info in file.tensors.items():
+        new = rename(name)
+        if new is not None:
+            other = again.get(name)
+            tensors.append(
+                NewTensor(
+                    name=new,
+                    source=info,
+                    kind=other.kind if other else info.kind,
+                    content=other.content if other else None,
+                )
+            )
+    return tensors
+
+
+def _renamer(removed: Collection[int]) -> Callable[[str], str | None]:
+    gone = frozenset(removed)
+
+    def rename(name: str) -> str | None:
+        block = block_of(name)
+        if block is None:
+            return name
+        if block in gone:
+            return None
+        new = block - sum(other < block for other in gone)
+        return re.sub(r"^blk\.\d+\.", f"blk.{new}.", name)
+
+    return rename
+
+
+def _provenance(file: GGUFFile, removed: Collection[int]) -> dict[str, Value]:
+    """Fields of our own, which llama.cpp passes over."""
+    values = {"sleb.source_sha256": Value(kind=STRING, data=file.sha256())}
+    if removed:
+        values["sleb.removed_blocks"] = Value(kind=ARRAY, item=INT32, data=list(removed))
+    return values

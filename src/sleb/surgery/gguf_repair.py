@@ -1,0 +1,155 @@
+"""A repair's tensors in a GGUF file: found by name, proved to be the same, quantized again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sleb.checkpoints.checkpoint import Checkpoint, renamer
+from sleb.checkpoints.gguf_fields import GGUFModel
+from sleb.checkpoints.gguf_file import GGUFTensor
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import RepairRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Requantized", "quantize_again", "stored_tensors"]
+
+WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""Types that the gguf package writes as llama.cpp would, of those that a matrix may have."""
+INSTEAD = "Q8_0"
+ALIKE = 0.5
+"""Cosine of a repaired matrix and the original in the file, at least: a repair moves it less, and
+one that is stored transposed or permuted has a cosine near zero."""
+
+PLUS_ONE = ("gemma", "gemma2", "gemma3")
+"""Architectures whose files have the gains of norms, and checkpoints one less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requantized:
+    """A repaired tensor: its name in the uncut file, its type before and now, and the norm of the
+    rounding error over that of the tensor."""
+
+    name: str
+    was: str
+    type: str
+    error: float
+    kind: int = field(repr=False)
+    content: bytes = field(repr=False)
+
+
+def stored_tensors(record: RepairRecord, folder: Path, model: GGUFModel) -> dict[str, Tensor]:
+    """The repaired tensors of the checkpoint in ``folder``, by their names in the original.
+
+    Raises:
+        InputError: the folder is no checkpoint, or its tensors are not those of ``record``.
+    """
+    checkpoint = Checkpoint.open(folder)
+    prefix = checkpoint.block_prefix(model.blocks - len(record.removed), "")
+    rename = renamer(prefix, record.removed)
+    tensors = {}
+    for name, digest in record.tensors.items():
+        new = rename(name) or ""
+        if not checkpoint.holds(new, digest):
+            raise InputError(
+                f"{name} in {folder} is not the one that the plan records; give the folder that "
+                "the plan lies in"
+            )
+        tensors[name] = checkpoint.tensor(new)
+    return tensors
+
+
+def quantize_again(
+    model: GGUFModel, tensors: Mapping[str, Tensor], original: Checkpoint | None
+) -> tuple[Requantized, ...]:
+    """``tensors``, by their names in the checkpoint, as the file can store them. ``original`` is
+    the dequantized file; without it a tensor must still be much like the file's.
+
+    Raises:
+        UnsupportedModel: a tensor has no counterpart, or is stored in another form.
+    """
+    import gguf
+
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if model.name not in by_name:
+        raise UnsupportedModel(f"the gguf package does not know {model.name}: upgrade it")
+    names = gguf.get_tensor_name_map(by_name[model.name], model.blocks)
+    found: dict[str, Requantized] = {}
+    for name, tensor in tensors.items():
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        info = model.file.tensors.get(own or "")
+        if info is None or own in found:
+            raise UnsupportedModel(
+                f"{name} has no tensor of its own in {model.file.path}: cut without the repair"
+            )
+        shift = 1.0 if model.name in PLUS_ONE and info.name.endswith("norm.weight") else 0.0
+        _check_form(name, tensor, info, shift, model, original)
+        found[info.name] = _quantized(info, tensor.float() + shift)
+    return tuple(found.values())
+
+
+def _check_form(
+    name: str,
+    tensor: Tensor,
+    info: GGUFTensor,
+    shift: float,
+    model: GGUFModel,
+    original: Checkpoint | None,
+) -> None:
+    """Raise UnsupportedModel unless the file stores this tensor as the checkpoint does, ``shift``
+    higher: converters transpose some and permute the rows of others."""
+    import torch
+
+    same = tuple(tensor.shape) == info.shape[::-1]
+    if same:
+        content = model.file.content(info)
+        before = torch.from_numpy(_decoded(content, info.kind, tensor.shape)) - shift
+        if original is not None:
+            stored = original.tensor(name)
+            same = torch.equal(before.to(stored.dtype), stored)
+        else:
+            new = tensor.float()
+            norm = before.norm() * new.norm()
+            same = bool(norm == 0 or (before * new).sum() / norm >= ALIKE)
+    if not same:
+        raise UnsupportedModel(
+            f"{name} is stored in another form in {model.file.path} ({info.name}), so its repair "
+            "cannot go there: cut without the repair"
+        )
+
+
+def _quantized(info: GGUFTensor, tensor: Tensor) -> Requantized:
+    from gguf import GGMLQuantizationType, quants
+
+    values = tensor.float().numpy()
+    was = GGMLQuantizationType(info.kind)
+    fits = values.shape[-1] % 32 == 0
+    to = was if was.name in WRITABLE else GGMLQuantizationType[INSTEAD if fits else "F16"]
+    content = np.ascontiguousarray(quants.quantize(values, to)).tobytes()
+    back = _decoded(content, int(to), values.shape)
+    norm = float(np.linalg.norm(values))
+    return Requantized(
+        name=info.name,
+        was=was.name,
+        type=to.name,
+        error=float(np.linalg.norm(back - values)) / norm if norm else 0.0,
+        kind=int(to),
+        content=content,
+    )
+
+
+def _decoded(content: bytes, kind: int, shape: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Values of a tensor from its bytes, float32, of ``shape``."""
+    from gguf import GGMLQuantizationType, quants
+
+    to = GGMLQuantizationType(kind)
+    direct = {"F32": np.float32, "F16": np.float16}.get(to.name)
+    raw = np.frombuffer(content, dtype=direct or np.uint8)
+    values = raw.astype(np.float32) if direct else quants.dequantize(raw, to)
+    return np.asarray(values, dtype=np.float32).reshape(tuple(shape))

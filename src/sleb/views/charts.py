@@ -1,0 +1,294 @@
+"""Charts as inline SVG: matplotlib draws, and what a page does not need is taken away.
+
+The text stays text, in the page's own font. Labels stand above what they name, never beside it,
+because the page's font may be wider than the one that matplotlib measures with. The same chart
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from sleb.views.page import Bars, Chart, Dots, Heat, Line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw"]
+
+INK, FAINT, BLUE, ORANGE, EMPTY = "#1b1d21", "#d5d8dd", "#0b5c7a", "#b5541c", "#ececef"
+COLOURS = "YlGnBu"  # readable in grey and with any colour vision
+NARROW, WIDE = 5.4, 10.0  # inches; a unit of the SVG is 1/72
+LABELS = 32  # along a wide axis
+
+BEHIND: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # of text over lines
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sleb",
+    "text.parse_math": False,  # a name may hold a $
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11.0,
+    "axes.edgecolor": "#8a9099",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.0,
+    "axes.grid": False,
+}
+
+
+def draw(chart: Chart, name: str, alt: str) -> Markup:
+    """The chart as an ``<svg>`` element whose ids begin with ``name``; ``alt`` describes it."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # the page's font has the glyphs that matplotlib's lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        matplotlib.rcdefaults()  # not the user's matplotlibrc
+        matplotlib.rcParams.update(STYLE)
+        figure = _figure(chart)
+        file = io.StringIO()
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=empty)
+    return _inline(file.getvalue(), name, alt)
+
+
+def _inline(svg: str, name: str, alt: str) -> Markup:
+    """Only the element, without fixed size, fonts, styles and ids that the page may have too."""
+    svg = svg[svg.index("<svg") :].rstrip()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*(?:; )?", "", svg)
+    svg = re.sub(r"\bxlink:href=", "href=", svg)
+    svg = re.sub(r"(\bid=\"|\bhref=\"#|url\(#)", rf"\1{name}-", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box
+    head = f'<svg {view_box[0]} role="img" aria-label="{escape(alt)}">'
+    return Markup(re.sub(r"^<svg[^>]*>", lambda _: head, svg))
+
+
+@singledispatch
+def _figure(chart: Chart) -> Figure:
+    raise TypeError(type(chart))
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _numbers(axis: Any) -> None:
+    """Ticks with few, plain numbers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")
+
+
+@_figure.register(Heat)
+def _heat(chart: Heat) -> Figure:
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    values = np.ma.masked_invalid(np.array(chart.values, dtype=np.float64))
+    if chart.square:
+        width, height = NARROW, 0.88 * NARROW
+    else:
+        width, height = WIDE, 1.5 + 0.28 * len(chart.rows)
+    figure, axes = _axes(width, height)
+    low, high = float(values.min()), float(values.max())
+    norm = LogNorm(low, max(high, 10 * low)) if chart.log else Normalize(low, max(high, low + 1e-6))
+    image = axes.imshow(
+        values, cmap=COLOURS, norm=norm, interpolation="none", aspect=1 if chart.square else "auto"
+    )
+    axes.set_facecolor(EMPTY)
+    axes.spines[:].set_visible(False)
+    for axis, labels in ((axes.xaxis, chart.columns), (axes.yaxis, chart.rows)):
+        at = _ticks(labels, LABELS // 2 if chart.square else LABELS)
+        axis.set_ticks(at, [labels[i] for i in at])
+        axis.set_tick_params(length=0)
+    axes.set_title(chart.row_label)
+    axes.set_xlabel(chart.column_label)
+    dot: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 3,
+        "mfc": "white",
+        "mec": "#555555",
+        "mew": 0.5,
+    }
+    halo: dict[str, Any] = {"marker": "x", "markersize": 8, "mew": 3.5, "color": "white"}
+    cross: dict[str, Any] = {"marker": "x", "markersize": 7, "mew": 1.5, "color": INK}
+    for marks, style in ((chart.dots, dot), (chart.crosses, halo), (chart.crosses, cross)):
+        if marks:
+            rows, columns = zip(*marks, strict=True)
+            axes.plot(columns, rows, linestyle="none", **style)
+    shrink, pad = (0.8, 0.04) if chart.square else (1.0, 0.02)
+    bar = figure.colorbar(image, ax=axes, pad=pad, aspect=14, shrink=shrink)
+    bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
+    bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    bar.ax.set_title(chart.unit, fontsize=10, loc="left" if chart.square else "right")
+    return figure
+
+
+def _ticks(labels: tuple[str, ...], most: int) -> list[int]:
+    """Which of many labels to show: round numbers, and what is no number."""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 10_000) if len(labels) <= most * s)
+    first = 0 if labels[0].isdigit() or step == 1 else 1  # beside a name there is no room for 0
+    return [
+        i
+        for i, label in enumerate(labels)
+        if not label.isdigit() or (int(label) % step == 0 and int(label) >= first)
+    ]
+
+
+@_figure.register(Line)
+def _line(chart: Line) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(NARROW, 3.4)
+    if all(low is not None for low in chart.low):
+        axes.fill_between(
+            chart.x,
+            np.array(chart.low, dtype=float),
+            np.array(chart.high, dtype=float),
+            color=BLUE,
+            alpha=0.18,
+            linewidth=0,
+        )
+    axes.axhline(0, color="#8a9099", linewidth=0.8)
+    axes.plot(chart.x, chart.y, color=BLUE, marker="o", markersize=4)
+    if chart.chosen in chart.x:
+        at = chart.x.index(chart.chosen)
+        axes.plot(chart.chosen, chart.y[at], "o", color=ORANGE, markersize=8)
+        side = "right" if chart.chosen > (chart.x[0] + chart.x[-1]) / 2 else "left"
+        axes.annotate(
+            chart.chosen_label,
+            (chart.chosen, chart.y[at]),
+            xytext=(-8 if side == "right" else 8, 8 if side == "right" else -14),
+            textcoords="offset points",
+            ha=side,
+            color=ORANGE,
+        )
+    _numbers(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(chart.y_label)
+    axes.set_xlabel(chart.x_label)
+    return figure
+
+
+@_figure.register(Dots)
+def _dots(chart: Dots) -> Figure:
+    rows = len(chart.rows)
+    figure, axes = _axes(NARROW, 1.5 + 0.52 * rows)
+    at = np.arange(rows)
+    axes.axvline(1, color="#8a9099", linewidth=0.8)
+    for i, (value, low, high) in enumerate(zip(chart.values, chart.low, chart.high, strict=True)):
+        axes.plot([1, value], [i, i], color=FAINT, linewidth=1.2, zorder=1)
+        if low is not None and high is not None:
+            axes.plot([low, high], [i, i], color=BLUE, linewidth=4, solid_capstyle="butt", zorder=2)
+    axes.plot(chart.values, at, "o", color=BLUE, label=chart.measured, zorder=4)
+    for (name, values), marker in zip(chart.references, ("|", "D"), strict=True):
+        known = [(v, i) for i, v in enumerate(values) if v is not None]
+        if known:
+            axes.plot(
+                *zip(*known, strict=True),
+                linestyle="none",
+                marker=marker,
+                markersize=14 if marker == "|" else 6,
+                markeredgewidth=1.6,
+                markerfacecolor="none",
+                color=ORANGE if marker == "|" else INK,
+                label=name,
+                zorder=3,
+            )
+    _rows(axes, chart.rows, rows)
+    _numbers(axes.xaxis)
+    axes.set_xlabel(chart.label)
+    _legend(figure)
+    return figure
+
+
+@_figure.register(Bars)
+def _bars(chart: Bars) -> Figure:
+    groups, series = len(chart.groups), len(chart.series)
+    pitch = series + 1.1  # rows per group, one of them for its name
+    figure, axes = _axes(NARROW, 1.4 + 0.24 * pitch * groups)
+    most = max((max(values) for _, values in chart.series), default=1.0) or 1.0
+    marked = False
+    for s, (name, values) in enumerate(chart.series):
+        at = [g * pitch + s + 0.75 for g in range(groups)]
+        colour = (BLUE, "#8fb4c4")[s % 2]
+        axes.barh(at, [v / 1e6 for v in values], height=0.82, color=colour, label=name)
+        for y, value, text, mark in zip(at, values, chart.shown[s], chart.marks[s], strict=True):
+            end = max(value, mark or 0.0)
+            axes.annotate(
+                text,
+                (end / 1e6, y),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=10,
+            )
+            if mark is not None:
+                label = None if marked else chart.mark_label
+                axes.plot(
+                    [mark / 1e6] * 2, [y - 0.5, y + 0.5], color=ORANGE, linewidth=2, label=label
+                )
+                marked = True
+    axes.set_xlim(0, 1.25 * most / 1e6)
+    axes.set_ylim(groups * pitch - 0.3, -0.4)
+    axes.set_yticks([])
+    axes.spines.left.set_visible(False)
+    for g, name in enumerate(chart.groups):
+        axes.annotate(
+            name, (0, g * pitch), xycoords=("axes fraction", "data"), va="center", fontsize=10.5
+        )
+    _numbers(axes.xaxis)
+    axes.set_xlabel(chart.label)
+    _legend(figure)
+    return figure
+
+
+def _rows(axes: Axes, names: tuple[str, ...], rows: int) -> None:
+    """Name each row above its marks."""
+    axes.set_ylim(rows - 0.5, -0.75)
+    axes.set_yticks([])
+    axes.spines.left.set_visible(False)
+    axes.margins(x=0.08)
+    for i, name in enumerate(names):
+        axes.annotate(
+            name,
+            (0, i - 0.42),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=10.5,
+            bbox=BEHIND,
+        )
+
+
+def _legend(figure: Figure) -> None:
+    """Below the chart, one entry a line, so that no font makes entries overlap."""
+    figure.legend(loc="outside lower left", frameon=False, fontsize=10, ncols=1)
