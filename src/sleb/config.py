@@ -1,0 +1,469 @@
+"""Every option of every verb, declared once: its type, default, check and help.
+
+The command line, sleb.toml and the keywords of the Python functions are made from these classes. A
+class of a few options is a group: a panel of the help, a table of the file. A verb's configuration
+is the groups that it takes. Later values replace earlier ones: defaults, then a file, then the
+command line (:meth:`Options.replaced`). Needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from typing_extensions import Self
+
+from sleb.core.errors import InputError, did_you_mean
+
+__all__ = [
+    "ApplyConfig",
+    "BatchOptions",
+    "BenchConfig",
+    "CompareConfig",
+    "ComputeOptions",
+    "DepthOptions",
+    "DeviceOptions",
+    "EvalConfig",
+    "HealConfig",
+    "HeldoutOptions",
+    "KeepOptions",
+    "LengthOptions",
+    "LoadOptions",
+    "Options",
+    "OutputOptions",
+    "PruneConfig",
+    "PushConfig",
+    "QuantizeConfig",
+    "RepairOptions",
+    "RestoreConfig",
+    "SearchConfig",
+    "SelectionOptions",
+    "SimilarityConfig",
+    "TargetOptions",
+    "TextOptions",
+    "ThreadsOptions",
+    "TransferConfig",
+    "TrustOptions",
+    "VerifyConfig",
+    "option",
+    "takes",
+]
+
+
+def option(
+    default: Any, help: str, *, flag: str = "", metavar: str = "", hide: bool = False, **checks: Any
+) -> Any:
+    """A field of :class:`Options`.
+
+    ``flag`` is the name on the command line, where that is not the field's own with dashes
+    (``"--keep/--no-keep"``, ``"--out -o"``); ``hide`` leaves the default out of the help, where the
+    help says more than the value would; ``checks`` are pydantic's (``ge``, ``gt``, ...).
+    """
+    extra: dict[str, Any] = {"flag": flag, "metavar": metavar, "hide": hide}
+    return Field(default, description=help, json_schema_extra=extra, **checks)
+
+
+def like(kind: type[Options], name: str, default: Any = ..., help: str = "") -> Any:
+    """A field as that of another class, for a verb that takes only this one of its group, or has
+    another ``default`` or ``help`` for it."""
+    field = copy.copy(kind.model_fields[name])
+    field.default = field.default if default is ... else default
+    field.description = help or field.description
+    return field
+
+
+class Options(BaseModel):
+    """A frozen set of options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Checked ``values``; ``where`` begins the message, as the file that they are from.
+
+        Raises:
+            InputError: an unknown option, a value that is not possible, or two that exclude each
+                other.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(f"{where}{_said(error.errors()[0], cls)}") from None
+
+    def replaced(self, values: Mapping[str, Any]) -> Self:
+        """These options with ``values``, which come from nearer to the user, in place of theirs.
+
+        Raises:
+            InputError: as :meth:`of`.
+        """
+        return self.of({**self.model_dump(exclude_unset=True), **values})
+
+    def part(self, kind: type[O]) -> O:
+        """The options of ``kind`` among these, as those of another verb."""
+        return kind(**{k: v for k, v in self if k in kind.model_fields})
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741 (as in typing's own documentation)
+
+
+def _said(error: ErrorDetails, kind: type[Options]) -> str:
+    """One line for the first thing that pydantic found wrong."""
+    *tables, name = map(str, error["loc"]) if error["loc"] else ("options",)
+    if error["type"] == "extra_forbidden":
+        return f"there is no option {name}{did_you_mean(name, kind.model_fields)}"
+    flag = "".join(f"[{t}] " for t in tables) + f"--{name.replace('_', '-')}"
+    return f"{flag} {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For ``function(..., config, ...)``: take the fields of ``kind`` as keywords too.
+
+    ``search(model, remove=6)``, ``search(model, SearchConfig(remove=6))`` and
+    ``search(model, config, remove=6)`` are one call. ``config`` must follow the parameters that
+    are given by position.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            fields = {name: kwargs.pop(name) for name in [*kwargs] if name in kind.model_fields}
+            given = own.bind_partial(*args, **kwargs)
+            config = given.arguments.get("config")
+            config = kind.of(fields) if config is None else config.replaced(fields)
+            given.arguments["config"] = config
+            return function(*given.args, **given.kwargs)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(name, keyword, default=field.default, annotation=field.annotation)
+            for name, field in kind.model_fields.items()
+        ]
+        parameters = [
+            p.replace(default=None) if p.name == "config" else p for p in own.parameters.values()
+        ]
+        call.__signature__ = own.replace(parameters=[*parameters, *options])  # type: ignore[attr-defined]
+        return call
+
+    return wrap
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+class TargetOptions(Options):
+    """Target: give one."""
+
+    remove: int | str | None = option(None, "Blocks to remove, 6 or 20%.")
+    max_loss_increase: float | None = option(
+        None,
+        "As many blocks as keep the held-out loss within NATS per token of the dense model's (95 % "
+        "bound); 0.1 is 10.5 % more perplexity.",
+        metavar="NATS",
+    )
+    speedup: float | None = option(
+        None, "X times as fast at generating (estimated), say 1.25.", metavar="X"
+    )
+    size: int | str | None = option(None, "Weights of at most, say, 100MB.", metavar="BYTES")
+    curve: bool = option(
+        False, "Measure every depth on held-out text, for choosing one.", flag="--curve"
+    )
+
+
+class SelectionOptions(Options):
+    """Choice of blocks."""
+
+    metric: str = option(
+        "loss", "loss (SLEB), one-shot-loss, cosine, kl or repaired-loss. See docs/method.md."
+    )
+    strategy: str | None = option(
+        None,
+        "greedy, one-shot, window, beam, refine or greedy-or-window. Default: the metric's own; "
+        "the last one for prune --remove with a repair.",
+    )
+    exact: bool = option(
+        False,
+        "Score all candidates, as published; or give up early on those clearly worse.",
+        flag="--exact/--race",
+    )
+    protect: str = option("0,-1", "Blocks that stay: 0,5-7,-1; '' for none.")
+    min_similarity: float | str | None = option(
+        None, "Candidates are blocks at least this similar; or auto.", metavar="X"
+    )
+
+
+class TextOptions(Options):
+    """Text to measure on."""
+
+    text: tuple[str, ...] = option(
+        (),
+        "Text to measure on; repeat for several. A .txt, .jsonl or .parquet file, or "
+        "hub:DATASET/CONFIG:SPLIT; append @2 for twice the share. Default: an embedded sample.",
+        metavar="SPEC",
+    )
+    windows: int | None = option(None, "Number of token windows.", ge=1)
+    seed: int = option(0, "Choice of windows.")
+
+
+class LengthOptions(Options):
+    """Text to measure on."""
+
+    length: int = option(256, "Tokens per window.", ge=2)
+
+
+class HeldoutOptions(Options):
+    """Text to measure on."""
+
+    heldout: int = option(16, "Windows to set aside for quality.", ge=0)
+
+
+class TrustOptions(Options):
+    """Model and devices."""
+
+    trust_remote_code: bool = option(
+        False, "Run Python code that the model brings.", flag="--trust-remote-code"
+    )
+
+
+class DeviceOptions(TrustOptions):
+    """Model and devices."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto.")
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
+
+
+class BatchOptions(Options):
+    """Model and devices."""
+
+    batch: int | None = option(None, "Windows per forward pass. Default: what fits.", ge=1)
+
+
+class ThreadsOptions(Options):
+    """Model and devices."""
+
+    threads: int | None = option(None, "CPU threads. Default: one a core.", ge=1)
+
+
+class LoadOptions(DeviceOptions):
+    """Model and devices."""
+
+    stream: bool = option(
+        False, "Read blocks from disk as they run; one fits in memory.", flag="--stream"
+    )
+    device_map: str | None = option(
+        None,
+        "For a model larger than a device: auto spreads it over GPUs, memory and disk; or a JSON "
+        "file of places. See docs/distributed.md.",
+        metavar="MAP",
+    )
+    tp: int = option(1, "N processes of torchrun hold the model together.", metavar="N", ge=1)
+
+
+class ComputeOptions(BatchOptions, ThreadsOptions):
+    """Model and devices."""
+
+    max_memory: int | str | None = option(
+        None, "With --stream: hidden states to hold, say 8GB. Default: half free.", metavar="BYTES"
+    )
+    compile: bool = option(
+        False,
+        "Run blocks through torch.compile; for long searches on a GPU.",
+        flag="--compile",
+    )
+
+
+class RepairOptions(Options):
+    """Repair."""
+
+    repair: bool | None = option(
+        None,
+        "Re-fit matrices around the gaps to make up for them. Default: where possible.",
+        flag="--repair/--no-repair",
+    )
+    repair_tokens: int | None = option(
+        None,
+        "Tokens that a repair is fitted on, at most; one in three is the model's own. By default "
+        "100,000, on a GPU up to 400,000.",
+        ge=1,
+        hide=True,
+    )
+
+
+class OutputOptions(Options):
+    """Output."""
+
+    force: bool = option(False, "Replace an existing output.", flag="--force")
+
+
+class KeepOptions(OutputOptions):
+    """Output."""
+
+    keep: bool = option(
+        True,
+        "Keep in OUT/rollback what sleb restore needs to take the cut back.",
+        flag="--keep/--no-keep",
+    )
+
+
+class DepthOptions(Options):
+    """Plan."""
+
+    depth: int | None = option(None, "Use only the plan's first DEPTH removals.")
+
+
+# --- verbs -------------------------------------------------------------------------------------
+
+
+class SimilarityConfig(TextOptions, LengthOptions, LoadOptions, BatchOptions):
+    """`sleb similarity`."""
+
+    measure: str = option("cosine", "cosine, angular, correlation, cka or relative-l2.")
+
+
+class SearchConfig(
+    TargetOptions,
+    SelectionOptions,
+    TextOptions,
+    LengthOptions,
+    HeldoutOptions,
+    LoadOptions,
+    ComputeOptions,
+):
+    """`sleb search`."""
+
+
+class TransferConfig(SearchConfig):
+    """`sleb transfer`."""
+
+
+class PruneConfig(SearchConfig, RepairOptions, KeepOptions):
+    """`sleb prune`."""
+
+
+class ApplyConfig(DepthOptions, KeepOptions, LoadOptions):
+    """`sleb apply`."""
+
+    repair: bool = option(False, "Re-fit matrices around the gaps, on --text.", flag="--repair")
+    repair_tokens: int | None = like(RepairOptions, "repair_tokens")
+    text: tuple[str, ...] = like(TextOptions, "text")
+    length: int = like(LengthOptions, "length")
+    repaired: str | None = option(
+        None,
+        "From GGUF to GGUF: take the plan's repair from this checkpoint.",
+        metavar="FOLDER",
+    )
+    other_weights: bool = option(
+        False,
+        "From GGUF to GGUF: the plan is of the same model in another form, such as the "
+        "checkpoint that the file was made from.",
+        flag="--other-weights",
+    )
+
+
+class RestoreConfig(DepthOptions, OutputOptions, TrustOptions):
+    """`sleb restore`."""
+
+    depth: int | None = like(
+        DepthOptions,
+        "depth",
+        help="Cut again, by the plan's first DEPTH removals. Default: the original.",
+    )
+
+
+class VerifyConfig(DepthOptions, DeviceOptions):
+    """`sleb verify`."""
+
+    device: str = like(DeviceOptions, "device", "cpu")
+    dtype: str = like(DeviceOptions, "dtype", "float32")
+    stream: bool = like(LoadOptions, "stream")
+
+
+class EvalConfig(DepthOptions, TextOptions, LoadOptions, BatchOptions):
+    """`sleb eval`."""
+
+    length: int | None = like(
+        LengthOptions, "length", None, "Tokens per window. Default: 2048, or what the model reads."
+    )
+    plan: str | None = option(None, "Also score the model cut by this plan.")
+    task: tuple[str, ...] = option(
+        (),
+        "Score a task in place of text; repeat for several. Your own .jsonl of questions, or a "
+        "name that lm-evaluation-harness knows.",
+        metavar="NAME",
+    )
+    tasks_folder: str | None = option(
+        None, "Where further tasks are defined (YAML).", metavar="FOLDER"
+    )
+    limit: int | None = option(None, "Items per task.", ge=1)
+
+
+class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
+    """`sleb quantize`."""
+
+    scheme: str = option(
+        "w4a16", "w4a16 or w8a16 (GPTQ, calibrated on --text), awq (on a GPU), or int8."
+    )
+    windows: int | None = like(
+        TextOptions, "windows", help="Windows to calibrate on. Default: at most 32."
+    )
+    length: int = like(LengthOptions, "length", 512)
+
+
+class HealConfig(TextOptions, HeldoutOptions, OutputOptions, DeviceOptions):
+    """`sleb heal`."""
+
+    tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
+    length: int | None = like(
+        LengthOptions, "length", None, "Tokens per window. Default: 1024, or what the model reads."
+    )
+    lr: float = option(6e-4, "Highest learning rate.", gt=0)
+    batch: int = option(8, "Windows per optimizer step.", ge=1)
+    at_once: int | None = option(
+        None,
+        "Windows per pass; fewer need less memory. Default: 8192 tokens, on a CPU 1024.",
+        ge=1,
+    )
+    minutes: float | None = option(None, "Train for so long at most; fewer tokens then.", gt=0)
+    heldout: int = like(HeldoutOptions, "heldout", 32, "Windows to set aside for validation.")
+    lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
+    recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
+
+
+class CompareConfig(DeviceOptions):
+    """`sleb compare`."""
+
+    new_tokens: int = option(256, "Longest answer, in tokens.", ge=1)
+
+
+class BenchConfig(DeviceOptions, ThreadsOptions):
+    """`sleb bench`."""
+
+    runs: int = option(6, "Times each case is run.", ge=1)
+    quick: bool = option(False, "Smaller cases, for a CPU.", flag="--quick")
+    draft: bool = option(
+        False, "Time each OUT as the draft of MODEL, and nothing else.", flag="--draft"
+    )
+    draft_tokens: int = option(4, "Tokens drafted at a time.", ge=1)
+
+
+class PushConfig(Options):
+    """`sleb push`."""
+
+    private: bool = option(
+        False, "Make the repository private; refuse a public one.", flag="--private"
+    )
+    revision: str | None = option(
+        None, "Branch. Default: main.", flag="--revision --branch", metavar="NAME"
+    )
+    with_rollback: bool = option(
+        False, "Upload the removed blocks as well.", flag="--with-rollback"
+    )
+    dry_run: bool = option(
+        False, "Check the folder and list the files; send nothing.", flag="--dry-run"
+    )
