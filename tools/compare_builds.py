@@ -467,7 +467,7 @@ def compare_real(builds: list[Path], work: Path, model: str, times: int) -> list
             (homes[i] / "result.json").write_text(json.dumps([result]))
             if turn:
                 used[i].append(took)
-                print(f"{'old new'.split()[i]}: {took.seconds:.1f} s, {took.peak / 2**20:.0f} MiB")
+                print(f"{['old', 'new'][i]}: {took.seconds:.1f} s, {took.peak / 2**20:.0f} MiB")
     for what in ("seconds", "peak"):
         pairs = zip(*([getattr(u, what) for u in side] for side in used), strict=True)
         ratios = [new / old for old, new in pairs]
