@@ -8,13 +8,17 @@
     └── ResourceError            6   disk full, out of memory, hub not reachable
 
 Ctrl-C ends with 130. Any other exception is a bug and ends with 1 and a traceback.
-Every message is one line: what is wrong, where, and what to do next.
+Every message is one line: what is wrong, where, and what to do next. What it quotes from files is
+made visible (:mod:`sleb.core.printable`), and a very long message loses its middle.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from sleb.core.printable import LONGEST_MESSAGE, printable
 
 __all__ = [
     "DataError",
@@ -31,6 +35,10 @@ class SlebError(Exception):
     """Base of all errors that a user can cause or meet. ``exit_code`` is the process status."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = re.sub(r"\s*\n\s*", " ", message.strip())  # other libraries write paragraphs
+        super().__init__(printable(line, LONGEST_MESSAGE, ending=400))
 
 
 class InputError(SlebError):
