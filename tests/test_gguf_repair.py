@@ -127,9 +127,9 @@ def test_a_repair_comes_from_the_folder_of_the_repaired_cut(tmp_path):
         assert taken.out.read_bytes() == fitted.out.read_bytes()
     plain = sleb.apply(plan_for(dense, 3), model, tmp_path / "plain")
     for arguments, message in [
-        ({"plan": plan, "repaired": plain}, "is not the one that the plan records"),
-        ({"plan": plan_for(dense, 3), "repaired": folder}, "the plan records no repair"),
-        ({"plan": plan, "repaired": tmp_path / "none"}, "has no config.json"),
+        ({"plan": plan, "repaired": plain}, "is not the repaired tensor"),
+        ({"plan": plan_for(dense, 3), "repaired": folder}, "records no repair"),
+        ({"plan": plan, "repaired": tmp_path / "none"}, "holds no checkpoint"),
         ({"plan": plan, "repaired": folder, "repair": repair}, "a cut has one repair: fit it, or"),
         (
             {"plan": plan_for(dense, 3, 5), "repair": repair},

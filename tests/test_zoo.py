@@ -14,11 +14,12 @@ from torch import nn
 import sleb
 import zoo
 from sleb.checkpoints.checkpoint import INDEX, Checkpoint
+from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import RULES
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.models.load import strict_model
+from sleb.models.load import load_config, strict_model
 from sleb.models.pruned_config import pruned_config
-from sleb.models.stack import BlockStack
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.metrics import NLL
 from sleb.selection.sweep import Sweep
 from sleb.surgery.apply import cut_checkpoint
@@ -38,7 +39,9 @@ def saved(model, path: Path, shard: str = "1GB") -> Path:
 
 def cut(dense: Path, removed, path: Path) -> Path:
     path.mkdir()
-    cut_checkpoint(Checkpoint.open(dense), removed, path)
+    blocks = decoder_config(load_config(dense)).num_hidden_layers
+    removal = Cut(blocks=blocks, removed=tuple(sorted(removed)))
+    cut_checkpoint(Checkpoint.open(dense), removal, path)
     return path
 
 

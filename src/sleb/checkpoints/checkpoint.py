@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,6 @@ __all__ = [
     "identity",
     "read_json",
     "read_shard",
-    "renamer",
     "shard_head",
     "tensor_bytes",
     "tensor_lines",
@@ -199,25 +198,6 @@ class Checkpoint:
             return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
         return max(fits, key=lambda prefix: (shared(prefix), prefix))
-
-
-def renamer(prefix: str, removed: Collection[int]) -> Callable[[str], str | None]:
-    """New name of a tensor, or None if it goes. Blocks numbered past the last (multi-token
-    prediction) move down by the number removed."""
-    gone = frozenset(removed)
-
-    def rename(name: str) -> str | None:
-        if not name.startswith(prefix):
-            return name
-        match = re.match(r"(\d+)(\..*)", name[len(prefix) :])
-        if not match:
-            return name
-        block = int(match[1])
-        if block in gone:
-            return None
-        return f"{prefix}{block - sum(b < block for b in gone)}{match[2]}"
-
-    return rename
 
 
 def shard_head(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:

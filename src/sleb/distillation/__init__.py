@@ -19,6 +19,7 @@ import torch
 from sleb.calibration import Windows, check_sources
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.checksums import write_sums
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan
@@ -209,9 +210,8 @@ def heal(
         with staged_dir(out, force=force) as stage:
             cut_checkpoint(
                 checkpoint,
-                (),
+                Cut(blocks=blocks, removed=(), repair=tensors),
                 stage,
-                replaced=tensors,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

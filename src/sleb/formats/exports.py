@@ -7,15 +7,14 @@ write a model that computes something else, the export is refused.
 from __future__ import annotations
 
 import bisect
-import itertools
 import json
 import shlex
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, read_json
+from sleb.checkpoints.cut import Cut, consecutive_runs
 from sleb.checkpoints.depth_fields import depth_fields
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
@@ -41,19 +40,14 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """One export: the plan, the blocks of the cut, and the original as the user named it."""
+    """One export: the plan, the cut, and the original as the user named it."""
 
     plan: Plan
     place: Path
-    removed: tuple[int, ...]
+    cut: Cut
     model: str | None
     trust: bool
     progress: Progress
-
-    @property
-    def kept(self) -> list[int]:
-        gone = set(self.removed)
-        return [i for i in range(self.plan.model.blocks) if i not in gone]
 
 
 class _Format(Protocol):
@@ -89,12 +83,12 @@ def export_plan(
     asked = _Asked(
         plan=loaded,
         place=Path(plan).absolute().parent,
-        removed=loaded.at_depth(depth),
+        cut=Cut.of(loaded, depth),
         model=model,
         trust=trust_remote_code,
         progress=progress,
     )
-    if not asked.removed:
+    if not asked.cut.removed:
         raise InputError(f"{plan} removes no block, so there is nothing to export")
     return writer(asked)
 
@@ -133,7 +127,7 @@ def _mergekit(asked: _Asked) -> Export:
     name = json.dumps(asked.model, ensure_ascii=False)
     if {"@", "+"} & set(name):
         name = f"{{model: {{path: {name}}}}}"
-    for start, stop in _runs(asked.kept):
+    for start, stop in consecutive_runs(asked.cut.kept):
         lines += [
             "  - sources:",
             f"      - model: {name}",
@@ -162,7 +156,7 @@ def _llama_cpp(asked: _Asked) -> Export:
         notes.append(
             "give --model to have it checked whether llama-quantize can cut this architecture"
         )
-    numbers = ",".join(map(str, asked.removed))
+    numbers = ",".join(map(str, asked.cut.removed))
     return Export(text=f"--prune-layers {numbers}\n", notes=tuple(notes))
 
 
@@ -172,7 +166,7 @@ def _modelopt(asked: _Asked) -> Export:
     examples/post_training/modelopt, which hands them to NVIDIA Model Optimizer:
     ``modelopt.torch.prune.plugins.mcore_minitron.drop_mcore_language_model_layers(model, *,
     layers_to_drop: list[int])`` (nvidia-modelopt 0.47)."""
-    numbers = " ".join(str(block + 1) for block in asked.removed)
+    numbers = " ".join(str(block + 1) for block in asked.cut.removed)
     counted = "Model Optimizer counts layers from 1, sleb from 0"
     return Export(text=f"--layers-to-drop {numbers}\n", notes=(counted, *_repair_note(asked)))
 
@@ -188,7 +182,7 @@ def _vllm(asked: _Asked) -> Export:
             "vllm-args are of a checkpoint: give the plan inside it, OUT/plan.json; sleb apply "
             "writes one"
         )
-    if asked.removed != asked.plan.removed:
+    if asked.cut.removed != asked.plan.removed:
         raise InputError("--depth makes another checkpoint: cut it with sleb apply --depth first")
     checkpoint = Checkpoint.open(out)
     text = checkpoint.config.get("text_config", checkpoint.config)
@@ -223,10 +217,10 @@ def _layer_map(asked: _Asked) -> Export:
     """JSON for distillation. ``student_to_teacher[i]``: the teacher's block that student block i
     is. ``teacher_output[i]``: the teacher's block whose output stands where student block i's
     does, so behind a gap's removed blocks; what to compare hidden states with."""
-    kept, blocks = asked.kept, asked.plan.model.blocks
+    kept, blocks = asked.cut.kept, asked.plan.model.blocks
     ends = [*(old - 1 for old in kept[1:]), blocks - 1]
     gaps = []
-    for start, stop in _runs(asked.removed):
+    for start, stop in consecutive_runs(asked.cut.removed):
         behind = bisect.bisect_left(kept, start)
         gaps.append(
             {
@@ -249,13 +243,6 @@ def _layer_map(asked: _Asked) -> Export:
     return Export(text=json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def _runs(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Sorted block ids as half-open ranges, in order."""
-    for _, run in itertools.groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0]):
-        ids = [block for _, block in run]
-        yield ids[0], ids[-1] + 1
-
-
 def _rewritten(asked: _Asked, source: ModelSource, *, skip_uniform: bool = False) -> list[str]:
     """Config fields besides the number of blocks that the cut changes; with ``skip_uniform``
     without lists in which all entries are alike.
@@ -271,9 +258,10 @@ def _rewritten(asked: _Asked, source: ModelSource, *, skip_uniform: bool = False
     config = load_config(source.path, trust_remote_code=asked.trust)
     _check_config(asked, read_json(source.path / "config.json"), decoder_config(config))
     text, cut = (
-        decoder_config(found).to_dict() for found in (config, pruned_config(config, asked.removed))
+        decoder_config(found).to_dict()
+        for found in (config, pruned_config(config, asked.cut.removed))
     )
-    known = [*depth_fields(text, asked.plan.model.blocks), *depth_fields(cut, len(asked.kept))]
+    known = [*depth_fields(text, asked.plan.model.blocks), *depth_fields(cut, len(asked.cut.kept))]
     names = {field.name for field in known} - _HARMLESS
     changed = sorted(name for name in names if text.get(name) != cut.get(name))
     if skip_uniform:
@@ -299,8 +287,8 @@ def _uniform(value: Any) -> bool:
 
 def _repair_note(asked: _Asked) -> tuple[str, ...]:
     """That another tool cuts, but does not repair."""
-    repair = asked.plan.repair
-    if repair is None or asked.removed != asked.plan.removed or not repair.tensors:
+    repair = asked.cut.record
+    if repair is None or not repair.tensors:
         return ()
     return (
         f"the plan's repair ({len(repair.tensors)} matrices) is not part of this: the result is "

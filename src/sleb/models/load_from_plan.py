@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from sleb.checkpoints.checkpoint import (
     check_fingerprint,
     fingerprint,
     identity,
-    renamer,
 )
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress
@@ -56,7 +55,12 @@ def weights_from_plan(
             f"{source.ref} is quantized, and is not cut while it loads: write a checkpoint with "
             "sleb apply and load that"
         )
-    removed = plan.at_depth(depth)
+    cut = Cut.of(plan, depth, repaired)
+    if cut.record and cut.record.tensors and cut.repair is None:
+        raise InputError(
+            "the plan is of a repaired cut, and has only the hashes of the repaired tensors: give "
+            "repaired=FOLDER, the checkpoint that was written with it, or a smaller depth"
+        )
     n = decoder_config(config).num_hidden_layers
     if check:
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
@@ -67,39 +71,18 @@ def weights_from_plan(
     check_fingerprint(plan.model, found, source.ref)
 
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
-    cut = empty_model(pruned_config(config, removed), trust_remote_code=trust_remote_code)
-    check_structure(stack, [i for i in range(n) if i not in set(removed)], cut)
-    rename = renamer(checkpoint.block_prefix(n, stack.path), removed)
-    names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
-    wanted = plan.repair.tensors if plan.repair and removed == plan.removed else {}
-    others = _repaired({names[name]: digest for name, digest in wanted.items()}, repaired)
+    empty = empty_model(pruned_config(config, cut.removed), trust_remote_code=trust_remote_code)
+    check_structure(stack, cut.kept, empty)
+    prefix, others = checkpoint.block_prefix(n, stack.path), cut.repair or {}
+    names = {old: new for old in checkpoint.tensors if (new := cut.rename(old, prefix)) is not None}
     with ExitStack() as opened:
         files = {
             shard: opened.enter_context(safe_open(source.path / shard, framework="pt"))
             for shard in {checkpoint.tensors[name].shard for name in names}
         }
         tensors = {
-            new: others[new] if new in others else files[shard].get_tensor(name)
+            new: others[name] if name in others else files[shard].get_tensor(name)
             for name, new in names.items()
             if (shard := checkpoint.tensors[name].shard)
         }
-    return cut, tensors
-
-
-def _repaired(wanted: Mapping[str, str], folder: str | Path | None) -> dict[str, Tensor]:
-    """The tensors ``wanted``, by name and SHA-256, of the checkpoint in ``folder``."""
-    if not wanted:
-        return {}
-    if folder is None:
-        raise InputError(
-            "the plan is of a repaired cut, and has only the hashes of the repaired tensors: give "
-            "repaired=FOLDER, the checkpoint that was written with it, or a smaller depth"
-        )
-    checkpoint = Checkpoint.open(folder)
-    for name, digest in wanted.items():
-        if not checkpoint.holds(name, digest):
-            raise InputError(
-                f"{name} in {folder} is not the repaired tensor that the plan records: give the "
-                "checkpoint that was written with this plan"
-            )
-    return {name: checkpoint.tensor(name) for name in wanted}
+    return empty, tensors

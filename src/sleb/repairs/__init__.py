@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sleb.calibration import Windows
-from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, renamer, tensor_bytes
-from sleb.core.errors import InputError, UnsupportedModel
+from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
+from sleb.checkpoints.cut import Cut
+from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
@@ -163,20 +164,11 @@ def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair 
     Raises:
         InputError: the checkpoint is not there, or its tensors are not the plan's.
     """
-    if plan.repair is None:
+    cut = Cut.of(plan, folder=folder)
+    if cut.record is None or cut.repair is None:
         return None
     stored = _Stored(Checkpoint.open(model.source.path), model.stack)
-    rename = renamer(stored.prefix, plan.removed)
-    hint = "give the plan that lies in its checkpoint's folder"
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"the plan is of a repaired cut, and {folder} has no checkpoint: {hint}")
-    checkpoint, tensors = Checkpoint.open(folder), {}
-    for name, digest in plan.repair.tensors.items():
-        new = rename(name) or ""
-        if not checkpoint.holds(new, digest):
-            raise InputError(f"{name} in {folder} is not the one that the plan records: {hint}")
-        tensors[name] = checkpoint.tensor(new)
-    return Repair(record=plan.repair, tensors=tensors, prefix=stored.prefix)
+    return Repair(record=cut.record, tensors=cut.repair, prefix=stored.prefix)
 
 
 @contextmanager

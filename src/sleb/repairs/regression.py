@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sleb.checkpoints.cut import consecutive_runs
 from sleb.core.process_group import group
 from sleb.models.overrides import WeightOverrides, whole
 from sleb.models.stack import BlockStack
@@ -56,7 +57,7 @@ def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[G
     """The gaps of a cut. A kept block belongs to the gap right behind it, else to one before."""
     gone = sorted(removed)
     kept = [b for b in range(n_blocks) if b not in gone]
-    runs = [tuple(b for _, b in run) for _, run in groupby(enumerate(gone), lambda p: p[1] - p[0])]
+    runs = [tuple(range(start, stop)) for start, stop in consecutive_runs(gone)]
     ends = {run[0] - 1 for run in runs}
     found = []
     for run in runs:

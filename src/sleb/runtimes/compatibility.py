@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sleb.checkpoints.checkpoint import Checkpoint, renamer
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, SlebError, VerificationFailed, did_you_mean
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -244,12 +245,9 @@ def _reference(
     windows, _ = load_windows(loaded.tokenizer, (), windows=1, length=length, seed=0)
     ids = windows.ids[0].tolist()
     prefix = Checkpoint.open(loaded.source.path).block_prefix(len(loaded.stack), loaded.stack.path)
-    tensors = {}
-    if plan.repair and removed == plan.removed:
-        checkpoint, rename = Checkpoint.open(out), renamer(prefix, removed)
-        tensors = {old: checkpoint.tensor(rename(old) or "") for old in plan.repair.tensors}
+    cut = Cut.of(plan, len(removed) or None, folder=out)
     dense = _logprobs(loaded, ids)
-    with repaired(loaded.stack, tensors, prefix), loaded.stack.bypassed(removed):
+    with repaired(loaded.stack, cut.repair or {}, prefix), loaded.stack.bypassed(removed):
         return ids, dense, _logprobs(loaded, ids)
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,12 @@ from sleb.checkpoints.checkpoint import (
     Checkpoint,
     check_fingerprint,
     identity,
-    renamer,
     shard_head,
     tensor_bytes,
     tensor_lines,
 )
 from sleb.checkpoints.checksums import write_sums
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_dir
 from sleb.core.plan import Plan
@@ -37,7 +37,7 @@ from sleb.models.quantization_names import renumber_metadata, renumber_quantizat
 from sleb.models.source import resolve
 from sleb.surgery.card import cut_card
 from sleb.surgery.rollback_keep import keep_original
-from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Cut
+from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,10 @@ def apply(
     from sleb.models.stack import decoder_config
 
     out = Path(out)
-    used = used_plan(plan, depth, repair)
+    cut = Cut.of(plan, depth)
+    if repair:
+        cut = cut.with_repair(repair.record, repair.tensors)
+    used = cut.used(plan)
     source = resolve(model, progress)
     refuse_source(out, source.path)
     with staged_dir(out, force=force) as stage:
@@ -107,10 +110,10 @@ def apply(
         check_fingerprint(plan.model, identity(checkpoint, blocks, lines), source.ref)
         write_cut(
             checkpoint,
+            cut,
             used,
             stage,
             lines=lines if keep else None,
-            replaced=repair.tensors if repair else None,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -124,51 +127,29 @@ def apply(
     return out
 
 
-def used_plan(plan: Plan, depth: int | None, repair: Repair | None = None) -> Plan:
-    """``plan`` as far as a cut of its first ``depth`` removals uses it.
-
-    Raises:
-        InputError: ``depth`` is outside the plan, or ``repair`` is of another cut.
-    """
-    removed = plan.at_depth(depth)
-    if repair and repair.record.removed != removed:
-        raise InputError(
-            f"the repair is of a cut of blocks {list(repair.record.removed)}, and this one is of "
-            f"{list(removed)}"
-        )
-    return plan.model_copy(
-        update={
-            "removed": removed,
-            "order": plan.order[: len(removed)],
-            "repair": repair.record if repair else None,
-        }
-    )
-
-
 def write_cut(
     checkpoint: Checkpoint,
+    cut: Cut,
     used: Plan,
     stage: Path,
     *,
     lines: Mapping[str, str] | None,
-    replaced: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> None:
-    """Write ``checkpoint`` cut by the whole plan ``used``, and that plan, into the folder
+    """Write the ``cut`` of ``checkpoint`` and the plan as far as it was ``used`` into the folder
     ``stage``; and, given the checkpoint's :func:`tensor_lines`, what is needed to restore it."""
-    cut = cut_checkpoint(
+    written = cut_checkpoint(
         checkpoint,
-        used.removed,
+        cut,
         stage,
-        replaced=replaced,
         keep=lines is not None,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
     (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
     if lines is not None:
-        keep_original(checkpoint, cut, used, lines, stage, progress)
+        keep_original(checkpoint, written, used, lines, stage, progress)
 
 
 def refuse_source(out: Path, source: Path) -> None:
@@ -179,45 +160,44 @@ def refuse_source(out: Path, source: Path) -> None:
 
 def cut_checkpoint(
     checkpoint: Checkpoint,
-    removed: Collection[int],
+    cut: Cut,
     stage: Path,
     *,
-    replaced: Mapping[str, Tensor] | None = None,
     keep: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> Cut:
-    """Write ``checkpoint`` without the blocks ``removed``, and with the tensors ``replaced`` by
-    others of the same dtype and shape, into the folder ``stage``. ``keep`` asks for the disk space
-    that what was removed and replaced will need too."""
+) -> Written:
+    """Write the ``cut`` of ``checkpoint``, whose repaired tensors have the dtypes and shapes of the
+    original's, into the folder ``stage``. ``keep`` asks for the disk space that what was removed
+    and replaced will need too."""
     from sleb.models.load import empty_model, load_config
     from sleb.models.stack import BlockStack, decoder_config
 
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
     n = decoder_config(config).num_hidden_layers
-    cut = pruned_config(config, removed)
-    kept = [i for i in range(n) if i not in set(removed)]
-    check_structure(stack, kept, empty_model(cut, trust_remote_code=trust_remote_code))
+    after = pruned_config(config, cut.removed)
+    check_structure(stack, cut.kept, empty_model(after, trust_remote_code=trust_remote_code))
     prefix = checkpoint.block_prefix(n, stack.path)
-    rename = renamer(prefix, removed)
     if quantization := checkpoint.config.get("quantization_config"):
-        cut.quantization_config = _renumbered(quantization, checkpoint, stack, prefix, removed)
+        after.quantization_config = _renumbered(quantization, checkpoint, stack, prefix, cut)
+
+    def rename(name: str) -> str | None:
+        return cut.rename(name, prefix)
 
     metadata = {shard: renumber_metadata(m, rename) for shard, m in checkpoint.metadata.items()}
     renumbered = replace(checkpoint, metadata=metadata)
     names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
     kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
-    gone = set(checkpoint.tensors).difference(names).union(replaced or ()) if keep else ()
+    replaced = cut.repair or {}
+    gone = set(checkpoint.tensors).difference(names).union(replaced) if keep else ()
     spared = sum(checkpoint.tensors[name].nbytes for name in gone)
     enough_space(stage.parent, kept_bytes + spared)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
-        _write_shards(renumbered, names, replaced or {}, stage, tick)
-    cut.save_pretrained(stage)
+        _write_shards(renumbered, names, replaced, stage, tick)
+    after.save_pretrained(stage)
     carried = [name for path in sorted(checkpoint.path.iterdir()) for name in carry(path, stage)]
-    return Cut(
-        prefix=prefix, names=names, replaced=frozenset(replaced or ()), carried=tuple(carried)
-    )
+    return Written(prefix=prefix, names=names, replaced=frozenset(replaced), carried=tuple(carried))
 
 
 def _write_shards(
@@ -290,7 +270,7 @@ def _renumbered(
     checkpoint: Checkpoint,
     stack: BlockStack,
     prefix: str,
-    removed: Collection[int],
+    cut: Cut,
 ) -> dict[str, Any]:
     """The quantization config after the cut. It names modules as the model has them, or as the
     tensors are named on disk."""
@@ -301,7 +281,7 @@ def _renumbered(
     def rename(name: str) -> str | None:
         for path in paths:
             if name.startswith(path):
-                new = renamer(path, removed)(f"{name}.")  # a block itself has nothing behind it
+                new = cut.rename(f"{name}.", path)  # a block itself has nothing behind it
                 return None if new is None else new[:-1]
         return name
 

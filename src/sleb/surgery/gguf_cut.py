@@ -7,14 +7,14 @@ fields change. Only a repair's tensors are quantized again.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
-from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, block_of, recut
+from sleb.checkpoints.cut import Cut
+from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, recut
 from sleb.checkpoints.gguf_file import (
     ARRAY,
     INT32,
@@ -87,7 +87,7 @@ def cut_gguf(
         ResourceError: the disk is full.
     """
     source, out = Path(source).expanduser(), Path(out)
-    removed = plan.at_depth(depth)
+    cut = Cut.of(plan, depth)
     model, values = check_gguf(plan, source, out, depth=depth, force=force)
     file, beside = model.file, plan_beside(out)
     original = None
@@ -95,40 +95,36 @@ def cut_gguf(
         original = _check_identity(plan, model, source, progress)
     elif repair:
         original = Checkpoint.open(resolve(source, progress).path)
-    requantized: tuple[Requantized, ...] = ()
-    record = None
-    if repair or repaired is not None:
-        from sleb.surgery.gguf_repair import quantize_again, stored_tensors
-
-        if repair and repaired is not None:
-            raise InputError("a cut has one repair: fit it, or take it from a folder")
-        record = repair.record if repair else plan.repair
-        if record is None:
-            raise InputError("the plan records no repair; give the plan.json of the repaired cut")
-        if record.removed != removed:
+    if repair and repaired is not None:
+        raise InputError("a cut has one repair: fit it, or take it from a folder")
+    if repair:
+        cut = cut.with_repair(repair.record, repair.tensors)
+    elif repaired is not None:
+        cut = Cut.of(plan, depth, repaired)
+        if cut.record is None:
             raise InputError(
-                f"the repair is of a cut of blocks {list(record.removed)}, and this one is of "
-                f"{list(removed)}"
+                f"the plan records no repair of the cut of blocks {list(cut.removed)}; give the "
+                "plan.json of the repaired cut, as deep as it is"
             )
-        fitted = repair.tensors if repair else stored_tensors(record, Path(repaired or ""), model)
-        requantized = quantize_again(model, fitted, original)
-    used = plan.model_copy(
-        update={"removed": removed, "order": plan.order[: len(removed)], "repair": record}
-    )
-    tensors = _renumbered(file, removed, requantized)
+    requantized: tuple[Requantized, ...] = ()
+    if cut.repair is not None:
+        from sleb.surgery.gguf_repair import quantize_again
+
+        requantized = quantize_again(model, cut.repair, original)
+    tensors = _renumbered(file, cut, requantized)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     enough_space(out.parent, nbytes)
     with staged_files(beside, out, force=force) as (staged_plan, staged):
         with progress.stage(f"writing {out.name}", nbytes) as tick:
-            values |= _provenance(file, removed)
+            values |= _provenance(file, cut.removed)
             write_gguf(file, staged, values=values, tensors=tensors, tick=tick)
         written = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
-        staged_plan.write_text(used.to_json(), encoding="utf-8")
+        staged_plan.write_text(cut.used(plan).to_json(), encoding="utf-8")
         size = staged.stat().st_size
     return CutGGUF(
         out=out,
         plan=beside,
-        removed=removed,
+        removed=cut.removed,
         blocks=written.blocks,
         nbytes=size,
         other_weights=other_weights,
@@ -180,15 +176,12 @@ def _check_identity(plan: Plan, model: GGUFModel, source: Path, progress: Progre
     return checkpoint
 
 
-def _renumbered(
-    file: GGUFFile, removed: Collection[int], requantized: Collection[Requantized]
-) -> list[NewTensor]:
+def _renumbered(file: GGUFFile, cut: Cut, requantized: Collection[Requantized]) -> list[NewTensor]:
     """The tensors that stay, by their new names, in the file's order."""
-    rename = _renamer(removed)
     again = {tensor.name: tensor for tensor in requantized}
     tensors = []
     for name, info in file.tensors.items():
-        new = rename(name)
+        new = cut.rename(name, "blk.")
         if new is not None:
             other = again.get(name)
             tensors.append(
@@ -200,21 +193,6 @@ def _renumbered(
                 )
             )
     return tensors
-
-
-def _renamer(removed: Collection[int]) -> Callable[[str], str | None]:
-    gone = frozenset(removed)
-
-    def rename(name: str) -> str | None:
-        block = block_of(name)
-        if block is None:
-            return name
-        if block in gone:
-            return None
-        new = block - sum(other < block for other in gone)
-        return re.sub(r"^blk\.\d+\.", f"blk.{new}.", name)
-
-    return rename
 
 
 def _provenance(file: GGUFFile, removed: Collection[int]) -> dict[str, Value]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sleb.checkpoints.checkpoint import Checkpoint, renamer
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.checkpoints.gguf_file import GGUFTensor
-from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import RepairRecord
+from sleb.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Requantized", "quantize_again", "stored_tensors"]
+__all__ = ["Requantized", "quantize_again"]
 
 WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf package writes as llama.cpp would, of those that a matrix may have."""
@@ -42,27 +40,6 @@ class Requantized:
     error: float
     kind: int = field(repr=False)
     content: bytes = field(repr=False)
-
-
-def stored_tensors(record: RepairRecord, folder: Path, model: GGUFModel) -> dict[str, Tensor]:
-    """The repaired tensors of the checkpoint in ``folder``, by their names in the original.
-
-    Raises:
-        InputError: the folder is no checkpoint, or its tensors are not those of ``record``.
-    """
-    checkpoint = Checkpoint.open(folder)
-    prefix = checkpoint.block_prefix(model.blocks - len(record.removed), "")
-    rename = renamer(prefix, record.removed)
-    tensors = {}
-    for name, digest in record.tensors.items():
-        new = rename(name) or ""
-        if not checkpoint.holds(new, digest):
-            raise InputError(
-                f"{name} in {folder} is not the one that the plan records; give the folder that "
-                "the plan lies in"
-            )
-        tensors[name] = checkpoint.tensor(new)
-    return tensors
 
 
 def quantize_again(

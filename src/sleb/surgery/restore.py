@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
@@ -114,14 +115,16 @@ def _write_files(original: Original, folder: Path) -> None:
 def _write_cut(
     original: Original, depth: int, stage: Path, trust_remote_code: bool, progress: Progress
 ) -> None:
-    from sleb.surgery.apply import used_plan, write_cut
+    from sleb.surgery.apply import write_cut
     from sleb.surgery.rollback_card import shallow_card
 
-    used = used_plan(original.plan, depth)
+    cut = Cut(blocks=original.plan.model.blocks, removed=original.plan.at_depth(depth))
+    used = cut.used(original.plan)
     with tempfile.TemporaryDirectory(prefix="sleb-") as folder:
         _write_files(original, Path(folder))  # all of the original but its weights
         write_cut(
             replace(original.checkpoint, path=Path(folder)),
+            cut,
             used,
             stage,
             lines=original.lines,

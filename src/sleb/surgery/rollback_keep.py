@@ -22,8 +22,8 @@ from sleb.surgery.rollback_manifest import (
     REMOVED,
     REWRITTEN,
     TENSORS,
-    Cut,
     Manifest,
+    Written,
 )
 
 __all__ = ["keep_original"]
@@ -31,7 +31,7 @@ __all__ = ["keep_original"]
 
 def keep_original(
     original: Checkpoint,
-    cut: Cut,
+    cut: Written,
     used: Plan,
     lines: Mapping[str, str],
     stage: Path,

@@ -35,8 +35,8 @@ __all__ = [
     "REMOVED",
     "REWRITTEN",
     "TENSORS",
-    "Cut",
     "Manifest",
+    "Written",
     "shown",
 ]
 
@@ -107,7 +107,7 @@ def _shard(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Written:
     """What a cut did: ``names`` of the tensors that stay, old to new, in which ``prefix`` begins
     those of blocks; those ``replaced`` (old names), and the files ``carried`` over."""
 

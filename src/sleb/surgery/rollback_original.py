@@ -19,9 +19,9 @@ from sleb.checkpoints.checkpoint import (
     identity,
     read_json,
     read_shard,
-    renamer,
     tensor_lines,
 )
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import DataError, InputError
 from sleb.core.files import file_sha256
 from sleb.core.plan import Plan
@@ -91,14 +91,11 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
         metadata=metadata,
         headers=headers,
     )
-    rename = renamer(manifest.prefix, manifest.removed)
+    try:
+        Cut.of(plan, folder=out)
+    except InputError as error:
+        raise DataError(str(error)) from None
     with progress.stage("checking the original against the plan", checkpoint.nbytes) as tick:
-        for name, digest in manifest.repaired.items():
-            new = rename(name)
-            if new is None or not cut.holds(new, digest):
-                raise DataError(
-                    f"repaired tensor {shown(new or name)} in {out} is not the one in its plan"
-                )
         lines = tensor_lines(checkpoint, tick)
     kept = (side / TENSORS).read_bytes()
     if "".join(lines.values()).encode() != kept:
@@ -189,7 +186,7 @@ def _tensors(
     original's shards."""
     side = out / FOLDER
     removed, _, _ = read_shard(side / REMOVED)
-    rename = renamer(manifest.prefix, manifest.removed)
+    removal = Cut(blocks=manifest.model.blocks, removed=manifest.removed)
     tensors: dict[str, TensorInfo] = {}
     metadata, headers, layout = {}, {}, {}
     for file in sorted(name for name in manifest.files if name.startswith(HEADERS)):
@@ -201,7 +198,7 @@ def _tensors(
             stored, path = name, side / REMOVED
             info = removed.get(name)
             if info is None:
-                stored = rename(name) or ""
+                stored = removal.rename(name, manifest.prefix) or ""
                 info = cut.tensors.get(stored)
                 path = out / info.shard if info else out
             if info is None or name in tensors:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -26,14 +25,14 @@ from sleb.checkpoints.checkpoint import (
     check_fingerprint,
     identity,
     read_json,
-    renamer,
     tensor_bytes,
     tensor_lines,
 )
 from sleb.checkpoints.checksums import SUMS, check_sums
+from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import depth_fields
 from sleb.core.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
-from sleb.core.plan import Plan, RepairRecord
+from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import (
     LoadedModel,
@@ -123,7 +122,8 @@ def verify(
             f"{out} is healed: its weights were trained after the cut, so they are not the "
             f"original's, as {HEALED} records; verify the cut that it was made from"
         )
-    removed = plan.at_depth(depth)
+    cut = Cut.of(plan, depth)
+    removed = cut.removed
     target = pick_device(device)
     source = resolve(model, progress)
     resolve(out)
@@ -152,22 +152,19 @@ def verify(
     def load_again() -> LoadedModel:
         return load(model, dtype=dtype, device=device, stream=streams, trust_remote_code=trust)
 
-    repair = plan.repair if plan.repair and removed == plan.removed else None
-    tensors: dict[str, Tensor] = {}
+    if cut.record:
+        check, cut = _repair_check(cut, plan, Path(out))
+        checks.append(check)
     with progress.stage("original with the blocks bypassed", None):
         original = load_again()
         _align(original.model)
         stack = original.stack
         prefix = given.block_prefix(len(stack), stack.path)
-        if repair:
-            check, tensors = _repair_check(Path(out), repair, renamer(prefix, removed))
-            checks.append(check)
-        with repaired(stack, tensors, prefix):
+        with repaired(stack, cut.repair or {}, prefix):
             if streams:
-                changed = repair.tensors if repair else {}
-                weights = _stored_digests(lines, renamer(prefix, removed), changed)
+                weights = _stored_digests(lines, cut, prefix)
             else:
-                weights = _digests(original.model, stack.path, removed)
+                weights = _digests(original.model, cut, f"{stack.path}.")
             reference = _logits(original.model, probe, stack.bypassed(removed))
         del original, stack
         gc.collect()
@@ -191,7 +188,7 @@ def verify(
     left = plan.model.blocks - len(removed)
     checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
     stays = _stored_digests(tensor_lines(checkpoint)) if streams else _digests(pruned)
-    checks.append(_weight_check(stays, weights, len(repair.tensors) if repair else 0))
+    checks.append(_weight_check(stays, weights, len(cut.record.tensors) if cut.record else 0))
     if blocks == left:
         exact = checked_dtype == torch.float32 and target.type == "cpu" and not streams
         checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, exact))
@@ -201,22 +198,14 @@ def verify(
     return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
 
 
-def _repair_check(
-    out: Path, repair: RepairRecord, rename: Callable[[str], str | None]
-) -> tuple[Check, dict[str, Tensor]]:
-    """Whether the checkpoint has the plan's repaired tensors; and those that it has."""
+def _repair_check(cut: Cut, plan: Plan, out: Path) -> tuple[Check, Cut]:
+    """Whether the checkpoint has the plan's repaired tensors; and the cut with those, if so."""
     name, limit = "repaired tensors", "the hashes in the plan"
     try:
-        checkpoint = Checkpoint.open(out)
-    except DataError as error:
-        return _check(name, False, str(error), limit), {}
-    new = {old: rename(old) or "" for old in repair.tensors}
-    if lacking := sorted(old for old in new if new[old] not in checkpoint.tensors):
-        return _check(name, False, f"{lacking[0]} is missing", limit), {}
-    wrong = [o for o, digest in repair.tensors.items() if checkpoint.digest(new[o]) != digest]
-    measured = f"{len(wrong)} of {len(new)} differ, for example {wrong[0]}" if wrong else ""
-    found = {old: checkpoint.tensor(new[old]) for old in new if old not in wrong}
-    return _check(name, not wrong, measured or f"{len(new)} tensors are the plan's", limit), found
+        found = Cut.of(plan, len(cut.removed), out)
+    except (DataError, InputError) as error:
+        return _check(name, False, str(error), limit), cut
+    return _check(name, True, f"{len(found.repair or ())} tensors are the plan's", limit), found
 
 
 def _sums_check(out: Path, progress: Progress) -> Check:
@@ -262,11 +251,14 @@ def _align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _digests(model: nn.Module, path: str = "", removed: Collection[int] = ()) -> dict[str, str]:
-    """SHA-256 of every tensor of a loaded model, by the name that it has once the blocks
-    ``removed`` are cut out of the list at ``path``. So file layout and names do not matter."""
-    rename = renamer(path + ".", removed)
-    tensors = {new: t for name, t in model.state_dict().items() if (new := rename(name))}
+def _digests(model: nn.Module, cut: Cut | None = None, prefix: str = "") -> dict[str, str]:
+    """SHA-256 of every tensor of a loaded model, by the name that it has after the ``cut``, where
+    ``prefix`` begins the names of blocks. So file layout and names do not matter."""
+    tensors = {
+        new: tensor
+        for name, tensor in model.state_dict().items()
+        if (new := cut.rename(name, prefix) if cut else name)
+    }
 
     def digest(tensor: Tensor) -> str:
         sha = hashlib.sha256()
@@ -287,15 +279,13 @@ def _too_large(model: Checkpoint, dtype: torch.dtype, device: torch.device) -> b
 
 
 def _stored_digests(
-    lines: Mapping[str, str],
-    rename: Callable[[str], str | None] = str,
-    repaired: Mapping[str, str] = MappingProxyType({}),
+    lines: Mapping[str, str], cut: Cut | None = None, prefix: str = ""
 ) -> dict[str, str]:
     """Dtype, shape and SHA-256 of tensors in files, from their :func:`tensor_lines`, by the names
-    that they have in a cut; of those in ``repaired`` with that SHA-256 instead."""
-    found = {}
+    that they have after the ``cut``, and of those that it repairs with the record's SHA-256."""
+    found, repaired = {}, cut.record.tensors if cut and cut.record else {}
     for name, line in lines.items():
-        if (new := rename(name)) is not None:
+        if (new := cut.rename(name, prefix) if cut else name) is not None:
             *kind, digest = line.rstrip("\n").split("\t")[1:]
             found[new] = "\t".join([*kind, repaired.get(name, digest)])
     return found

@@ -1,0 +1,134 @@
+"""What a plan changes of a model at one depth, in whatever files the model is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import Self
+
+from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan, RepairRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Cut", "consecutive_runs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A model of ``blocks`` blocks without the blocks ``removed`` (sorted, original numbering).
+
+    ``record`` is the plan's repair, if it is of this very cut. ``repair`` are its tensors on the
+    CPU, by their names in the original checkpoint: their SHA-256 are those of the record, which is
+    checked when a cut is made. It is None where there is no repair or its tensors are not at hand.
+    """
+
+    blocks: int
+    removed: tuple[int, ...]
+    record: RepairRecord | None = field(default=None, repr=False)
+    repair: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.record is None or self.repair is None:
+            return
+        for name, digest in self.record.tensors.items():
+            tensor = self.repair.get(name)
+            if tensor is None or hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
+                raise InputError(
+                    f"{name} is not the repaired tensor that the plan records; give the checkpoint "
+                    "folder that was written with this plan"
+                )
+
+    @classmethod
+    def of(cls, plan: Plan, depth: int | None = None, folder: str | Path | None = None) -> Self:
+        """The cut by the first ``depth`` removals of ``plan``, or by all of them; with its repair's
+        tensors, if it has one, from the repaired checkpoint in ``folder``.
+
+        Raises:
+            InputError: ``depth`` is outside the plan; or ``folder`` holds no checkpoint, or not the
+                tensors that the plan records.
+            DataError: the checkpoint is damaged.
+        """
+        removed = plan.at_depth(depth)
+        record = plan.repair if removed == plan.removed else None
+        cut = cls(blocks=plan.model.blocks, removed=removed, record=record)
+        if record is None or folder is None:
+            return cut
+        if not (Path(folder) / "config.json").is_file():
+            raise InputError(
+                f"the plan is of a repaired cut, and {folder} holds no checkpoint with its "
+                "tensors; give the folder that was written with this plan"
+            )
+        checkpoint, found = Checkpoint.open(folder), {}
+        for name in record.tensors:
+            new = cut.rename(name, block_prefix_of(name)) or ""
+            if new not in checkpoint.tensors:
+                raise InputError(
+                    f"{folder} lacks {new or name}, a repaired tensor of the plan; give the folder "
+                    "that was written with this plan"
+                )
+            found[name] = checkpoint.tensor(new)
+        try:
+            return replace(cut, repair=found)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+
+    def with_repair(self, record: RepairRecord, tensors: Mapping[str, Tensor]) -> Self:
+        """The same cut with a repair that was fitted to it.
+
+        Raises:
+            InputError: it was fitted to another cut, or the tensors are not those of ``record``.
+        """
+        if record.removed != self.removed:
+            raise InputError(
+                f"the repair is of a cut of blocks {list(record.removed)}, and this one is of "
+                f"{list(self.removed)}"
+            )
+        return replace(self, record=record, repair=tensors)
+
+    @property
+    def kept(self) -> list[int]:
+        """The blocks that stay, in order."""
+        gone = frozenset(self.removed)
+        return [block for block in range(self.blocks) if block not in gone]
+
+    def rename(self, name: str, prefix: str) -> str | None:
+        """What a tensor or module called ``name`` is called after the cut; None if it goes. Names
+        of blocks are ``prefix``, their number, and a dot. Blocks numbered past the last
+        (multi-token prediction) move down by the number removed."""
+        if not name.startswith(prefix):
+            return name
+        match = re.match(r"(\d+)(\..*)", name[len(prefix) :], re.DOTALL)
+        if not match:
+            return name
+        block = int(match[1])
+        if block in self.removed:
+            return None
+        return f"{prefix}{block - sum(gone < block for gone in self.removed)}{match[2]}"
+
+    def used(self, plan: Plan) -> Plan:
+        """``plan`` as far as this cut uses it: its first removals, and the repair if it is made."""
+        order = plan.order[: len(self.removed)]
+        record = None if self.repair is None else self.record
+        return plan.model_copy(update={"removed": self.removed, "order": order, "repair": record})
+
+
+def block_prefix_of(name: str) -> str:
+    """What stands before the number of its block in a block tensor's name."""
+    match = re.match(r"(.*?\.|)\d+\.", name)
+    return match[1] if match else ""
+
+
+def consecutive_runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Sorted block ids as half-open ranges ``[start, stop)``, in order."""
+    runs = itertools.groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0])
+    ids = [[block for _, block in run] for _, run in runs]
+    return [(run[0], run[-1] + 1) for run in ids]
