@@ -275,7 +275,7 @@ def test_progress_is_a_stage_for_each_model_and_a_tick_for_each_answer(tiny_dir,
 @pytest.mark.usefixtures("no_weights")
 class TestMistakes:
     def test_a_chat_needs_a_template_that_takes_it(self, tiny_dir, out, copy):
-        with pytest.raises(InputError, match=r"prompt 'c' is a chat, but the tokenizer of .* no"):
+        with pytest.raises(InputError, match="prompt 'c' is a chat, but"):
             compare(tiny_dir, out, [plain("a"), chat("hi")], **CPU)
         model = copy("chat", TEMPLATE)
         with pytest.raises(InputError, match=r"prompt 'c' does not fit .* \(no robots\)"):

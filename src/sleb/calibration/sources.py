@@ -14,19 +14,24 @@ A reader yields documents in order, is given its location without the prefix, ra
 
 from __future__ import annotations
 
-import codecs
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sleb.core.errors import DataError, InputError, did_you_mean
+from sleb.calibration.rows import (
+    ROW_FILES,
+    decode,
+    existing_file,
+    file_rows,
+    read_document,
+    without_nulls,
+)
+from sleb.core.errors import InputError, did_you_mean
 from sleb.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,11 +44,9 @@ __all__ = [
     "check_sources",
     "parse_source",
     "read_documents",
-    "row_text",
 ]
 
 MAX_BYTES = 64 * 2**20
-MAX_LINE = 2 * MAX_BYTES
 DEFAULT = Path(__file__).parents[1] / "data" / "calibration.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -87,7 +90,11 @@ def parse_source(spec: str) -> Source:
         location = location[len(kind) :]
         name = name or location.partition(":")[0]
     return Source(
-        spec=spec, name=name or Path(location).stem, kind=kind, location=location, weight=weight
+        spec=spec,
+        name=name or (Path(location).name[: -len(kind)] if kind.startswith(".") else kind),
+        kind=kind,
+        location=location,
+        weight=weight,
     )
 
 
@@ -96,7 +103,7 @@ def read_documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[s
 
     At most the first ``MAX_BYTES`` (64 MiB of UTF-8) are read, and the last document is cut to
     fit; this is logged, and everything recorded about the source is about what was read.
-    ``tokenizer`` only serves its chat template, for rows with ``messages``.
+    ``tokenizer`` only serves its chat template, for rows that are chats.
 
     Raises:
         InputError: missing, unreadable, not UTF-8, without text, or a row of another form.
@@ -126,51 +133,6 @@ def read_documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[s
     return documents
 
 
-def row_text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """A row's document: its ``text``, or its ``messages`` through the chat template.
-
-    A leading BOS of the template is dropped: windows get theirs, and plain text has none between
-    documents.
-
-    Raises:
-        InputError: the row has neither, or no template takes the chat; starts with ``where``.
-    """
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    messages: Any = row.get("messages") if isinstance(row, dict) else None
-    if not _is_chat(messages):
-        raise InputError(
-            f"{where} has neither a `text` string nor `messages`, a list of "
-            '{"role": ..., "content": ...}; add one of them'
-        )
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{where} is a chat, but the model's tokenizer has no chat template; "
-            "give rows with `text`"
-        )
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is the checkpoint's own code
-        raise InputError(
-            f"{where} does not fit the tokenizer's chat template ({_first_line(error)}); "
-            "change its messages or remove it"
-        ) from error
-    return text.removeprefix(str(tokenizer.bos_token or ""))
-
-
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in messages
-        )
-    )
-
-
 def check_sources(specs: Sequence[str]) -> None:
     """Find mistakes in ``--text`` before a model is loaded: parses all, and looks for the files.
 
@@ -179,7 +141,7 @@ def check_sources(specs: Sequence[str]) -> None:
     """
     for source in map(parse_source, specs):
         if source.kind.startswith("."):
-            _file(source.location)
+            existing_file(source.location)
 
 
 def _weight(text: str, spec: str) -> float:
@@ -196,7 +158,8 @@ def _weight(text: str, spec: str) -> float:
 
 def _kind(location: str, spec: str) -> str:
     suffix = Path(location).suffix.lower()
-    for key in (location, location.partition(":")[0] + ":", suffix):
+    twice = "".join(Path(location).suffixes[-2:]).lower()
+    for key in (location, location.partition(":")[0] + ":", twice, suffix):
         if key in SOURCES:
             return key
     if os.path.isdir(location):
@@ -207,89 +170,27 @@ def _kind(location: str, spec: str) -> str:
     )
 
 
-def _file(location: str) -> Path:
-    path = Path(location)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it")
-    if not path.is_file():
-        if not path.parent.is_dir():
-            raise InputError(f"no file {path}: the folder {path.parent} does not exist")
-        hint = did_you_mean(path.name, os.listdir(path.parent))
-        raise InputError(f"no file {path}{hint}; give the path of a text file")
-    return path
+def _read_rows(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for row, where in file_rows(location):
+        yield read_document(row, tokenizer, where)
 
 
-def _decode(raw: bytes, location: str, *, start: int = 0, final: bool = True) -> str:
-    """UTF-8, less a byte order mark; with ``final`` false a character cut at the end is dropped."""
-    try:
-        return codecs.getincrementaldecoder("utf-8")().decode(raw, final).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{location} is not UTF-8: invalid byte at offset {start + error.start}; "
-            "convert it to UTF-8"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+for _suffix in ROW_FILES:
+    SOURCES.register(_suffix)(_read_rows)
 
 
 @SOURCES.register("default")
 def _read_default(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    return _read_jsonl(str(DEFAULT), tokenizer)
+    return _read_rows(str(DEFAULT), tokenizer)
 
 
 @SOURCES.register(".raw")
 @SOURCES.register(".md")
 @SOURCES.register(".txt")
 def _read_txt(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    with _file(location).open("rb") as stream:
+    with existing_file(location).open("rb") as stream:
         raw = stream.read(MAX_BYTES + 8)  # more than the limit by more than a cut character
-    yield _decode(raw, location, final=len(raw) < MAX_BYTES + 8)
-
-
-@SOURCES.register(".jsonl")
-def _read_jsonl(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    start = 0
-    with _file(location).open("rb") as stream:
-        for number, raw in enumerate(iter(partial(stream.readline, MAX_LINE), b""), 1):
-            where = f"{location} line {number}"
-            if len(raw) == MAX_LINE:
-                raise InputError(f"{where} is over {MAX_LINE >> 20} MiB; split it into rows")
-            line = _decode(raw, location, start=start)
-            start += len(raw)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                raise InputError(f"{where} is not JSON: {reason}; correct it") from None
-            yield row_text(row, tokenizer, where)
-
-
-@SOURCES.register(".parquet")
-def _read_parquet(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    path = _file(location)
-    try:
-        import pyarrow  # type: ignore[import-untyped, unused-ignore]
-        import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        raise InputError(f"{path} needs pyarrow: pip install 'sleb[hub]'") from None
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [c for c in ("text", "messages") if c in table.schema_arrow.names]
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row_text(row, tokenizer, f"{path} row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's error, not the file's
-            raise
-        raise DataError(
-            f"{path} is not a readable parquet file: {_first_line(error)}; fetch it again"
-        ) from error
+    yield decode(raw, location, final=len(raw) < MAX_BYTES + 8)
 
 
 @SOURCES.register("hub:")
@@ -297,4 +198,4 @@ def _read_hub(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
     from sleb.calibration.hub import hub_rows
 
     for number, row in enumerate(hub_rows(location), 1):
-        yield row_text(row, tokenizer, f"hub:{location} row {number}")
+        yield read_document(without_nulls(row), tokenizer, f"hub:{location} row {number}")

@@ -195,7 +195,7 @@ def compare(
             prompts, read, *answered, strict=True
         )
     )
-    rows = json.dumps([asdict(prompt) for prompt in prompts], ensure_ascii=False, sort_keys=True)
+    rows = json.dumps([_hashed(prompt) for prompt in prompts], ensure_ascii=False, sort_keys=True)
     return Comparison(
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
@@ -209,6 +209,11 @@ def compare(
         seconds_per_token_ratio=_speed_ratio(pairs),
         pairs=pairs,
     )
+
+
+def _hashed(prompt: Prompt) -> dict[str, Any]:
+    """The prompt as JSON; tools only where there are some, so that earlier hashes hold."""
+    return {k: v for k, v in asdict(prompt).items() if k != "tools" or v}
 
 
 def _answers(

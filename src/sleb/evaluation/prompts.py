@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from sleb.calibration.rows import (
+    FIELDS,
+    ROW_FILES,
+    Row,
+    decode,
+    existing_file,
+    file_rows,
+    parse_row,
+    render,
+)
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError
-from sleb.core.jsonl import numbered_lines
 from sleb.core.progress import Progress, silent
 from sleb.models.load import load_config, load_tokenizer
 from sleb.models.source import quiet_transformers, resolve
@@ -21,18 +29,18 @@ from sleb.models.stack import decoder_config
 __all__ = ["Prompt", "Read", "read_alike", "read_as", "read_prompts"]
 
 MAX_BYTES = 64 * 2**20
-_HINT = 'a row is {"prompt": ...} or {"messages": [...]}, with "id" and "json" if wanted'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A line of prompts.jsonl: ``prompt`` (plain text) or ``messages`` (chat), an ``id``, and
-    whether ``json`` is wanted."""
+    """One row of a file of prompts: plain ``text``, or the turns of a chat with its ``tools``, an
+    ``id``, and whether ``json`` is wanted."""
 
     id: str
     text: str | None
-    messages: tuple[dict[str, str], ...] | None
+    messages: tuple[dict[str, Any], ...] | None
     json: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,76 +52,71 @@ class Read:
     ids: list[int]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Turn(_Strict):
-    role: str
-    content: str
-
-
-class _Row(_Strict):
-    id: str | int | None = None
-    prompt: str | None = None
-    messages: list[_Turn] | None = Field(default=None, min_length=1)
-    wants_json: bool = Field(default=False, alias="json")
-
-
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """Read prompts from a .jsonl file, a row a line, or from a .txt file, a plain prompt a line.
+    """Read prompts from a file of rows, or from a .txt file, a plain prompt a line.
 
-    A row is ``{"prompt": "..."}`` or ``{"messages": [{"role": "user", "content": "..."}]}``, where
-    wanted with an ``id`` (else it is ``line 7``) and with ``"json": true`` if the answer has to be
-    JSON; or it is a string alone. Blank lines are passed over.
+    A row is a string alone, or of any form of :mod:`sleb.calibration.rows`; an answer that it has
+    is left out. Where wanted it has an ``id`` (else it is ``line 7``), and ``"json": true`` if the
+    answer has to be JSON.
 
     Raises:
         InputError: no such file, not UTF-8, no prompts, a row of another form, or an id used twice.
+        DataError: a corrupt file.
     """
-    path = Path(path)
     prompts: dict[str, Prompt] = {}
-    for number, line in _lines(path):
-        row = _row(line, f"{path}:{number}") if path.suffix == ".jsonl" else _Row(prompt=line)
-        name = f"line {number}" if row.id is None else str(row.id)
+    for found, where in _rows(Path(path)):
+        row = found if isinstance(found, dict) else {}
+        name = str(where.removeprefix(f"{path} ") if row.get("id") is None else row["id"])
         if name in prompts:
-            raise InputError(f"{path}:{number}: id '{name}' was there before; give each its own")
-        turns = row.messages and tuple(turn.model_dump() for turn in row.messages)
-        prompts[name] = Prompt(
-            id=name, text=row.prompt, messages=turns or None, json=row.wants_json
-        )
+            raise InputError(f"{where}: id '{name}' was there before; give each its own")
+        prompts[name] = _prompt(name, parse_row(found, where).asked, row, where)
     if not prompts:
         raise InputError(f"{path} has no prompts; give at least one")
     return tuple(prompts.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if path.suffix not in (".jsonl", ".txt"):
-        raise InputError(f"{path} is no file of prompts; give a .jsonl or .txt file")
-    return numbered_lines(path, "prompts", ".jsonl or .txt", MAX_BYTES)
+def _rows(path: Path) -> Iterator[tuple[Any, str]]:
+    name = path.name.lower()
+    if not name.endswith((*ROW_FILES, ".txt")):
+        raise InputError(
+            f"{path} is no file of prompts; give a {', '.join(ROW_FILES)} or .txt file"
+        )
+    if existing_file(str(path)).stat().st_size > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB; give fewer prompts")
+    if not name.endswith(".txt"):
+        return file_rows(str(path))
+    lines = decode(path.read_bytes(), str(path)).split("\n")
+    return ((line.strip(), f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip())
 
 
-def _row(line: str, where: str) -> _Row:
+def _prompt(name: str, asked: Row, row: dict[str, Any], where: str) -> Prompt:
+    wants_json = row.get("json") or False
+    if not isinstance(row.get("id", ""), (str, int, type(None))) or not isinstance(
+        wants_json, bool
+    ):
+        raise InputError(f"{where}: `id` is a text or a number, and `json` true or false")
+    # other fields are a data set's own, but this one would be missed
+    for key in {*map(str, row)} - {*FIELDS}:
+        if difflib.get_close_matches(key, ["json"], cutoff=0.75):
+            raise InputError(f"{where}: there is no `{key}`; did you mean `json`?")
+    if asked.text is not None and not asked.text.strip():
+        raise InputError(f"{where}: the prompt is empty; write one or remove the row")
+    if asked.text is None and not asked.messages:
+        raise InputError(f"{where}: no turn asks for anything; give a user's, or remove the row")
+    prompt = Prompt(
+        id=name,
+        text=asked.text,
+        messages=asked.messages or None,
+        json=wants_json,
+        tools=asked.tools,
+    )
     try:
-        found = json.loads(line)
-        json.dumps(found, ensure_ascii=False).encode()
-        row = _Row.model_validate({"prompt": found} if isinstance(found, str) else found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        raise InputError(f"{where}: {field}{first['msg']}; {_HINT}") from None
+        json.dumps(vars(prompt), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InputError(
             f"{where}: not text: it has half of a surrogate pair; remove that"
         ) from None
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)
-        raise InputError(f"{where}: not JSON ({reason}); {_HINT}") from None
-    if (row.prompt is None) == (row.messages is None):
-        both = "both `prompt` and" if row.messages else "neither `prompt` nor"
-        raise InputError(f"{where}: it has {both} `messages`; {_HINT}")
-    if row.prompt is not None and not row.prompt.strip():
-        raise InputError(f"{where}: the prompt is empty; write one or remove the row")
-    return row
+    return prompt
 
 
 def read_as(tokenizer: Any, prompts: Sequence[Prompt], ref: str | Path) -> list[Read]:
@@ -126,30 +129,14 @@ def read_as(tokenizer: Any, prompts: Sequence[Prompt], ref: str | Path) -> list[
     read = []
     with quiet_transformers():
         for prompt in prompts:
-            text = prompt.text if prompt.text is not None else _rendered(tokenizer, prompt, ref)
+            row = Row(text=prompt.text, messages=prompt.messages or (), tools=prompt.tools)
+            text = render(row, tokenizer, f"{ref}: prompt '{prompt.id}'", generate=True)
             # a template writes the special tokens itself
             ids = tokenizer(text, add_special_tokens=prompt.text is not None).input_ids
             if not ids:
                 raise InputError(f"prompt '{prompt.id}' has no tokens in {ref}; remove it")
             read.append(Read(text=text, ids=ids))
     return read
-
-
-def _rendered(tokenizer: Any, prompt: Prompt, ref: str | Path) -> str:
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"prompt '{prompt.id}' is a chat, but the tokenizer of {ref} has no chat template; "
-            "give rows with `prompt`"
-        )
-    turns = [dict(turn) for turn in prompt.messages or ()]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is the checkpoint's own code
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"prompt '{prompt.id}' does not fit the chat template of {ref} ({reason[:200]}); "
-            "change its messages or remove it"
-        ) from error
 
 
 def read_alike(

@@ -1,0 +1,459 @@
+"""Rows of text and chat sets in the forms that people have: reading them, and what a model reads.
+
+A row is of the first of these forms that it fits; a null is a field that is not there.
+
+    text                                    plain text
+    messages, conversations, conversation   turns of role/content (OpenAI) or from/value (ShareGPT)
+    instruction, input, output              Alpaca: a user's turn and the assistant's
+    question/answer, query/response, ...    likewise
+    prompt, completion                      plain text and what follows it, or turns of both
+
+Beside a chat, ``system`` is its first turn, ``history`` are pairs of turns before it, and ``tools``
+are the definitions that a chat template shows. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from sleb.core.errors import DataError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "ROW_FILES",
+    "Row",
+    "decode",
+    "existing_file",
+    "file_rows",
+    "first_line",
+    "parse_row",
+    "read_document",
+    "render",
+    "without_nulls",
+]
+
+ROW_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+"""Suffixes of files of rows."""
+MAX_ROW = 128 * 2**20
+CHUNK = 2**20
+
+CHATS = ("messages", "conversations", "conversation")
+ANSWERS = {
+    "instruction": ("output", "response"),
+    "question": ("answer", "response"),
+    "query": ("response", "answer"),
+    "input": ("output",),
+}
+FIELDS = (
+    *("id", "json", "text", *CHATS, "prompt", "completion", "tools", "history"),
+    *("system", "system_prompt", *ANSWERS, "output", "response", "answer"),
+)
+"""All that :func:`parse_row` looks at, and what names a prompt."""
+SHAREGPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    "system": "system",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Plain ``text`` with the ``completion`` that follows it, or a chat of ``messages``, each a
+    turn with its role, its content as one string, and whatever else a template may want of it.
+    Arguments of tool calls are objects."""
+
+    text: str | None = None
+    completion: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def asked(self) -> Row:
+        """The row without its answer: no completion, no assistant's turns at the end."""
+        turns = list(self.messages)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        return replace(self, completion="", messages=tuple(turns))
+
+
+# -- what a row means ------------------------------------------------------------------------------
+
+
+def parse_row(row: Any, where: str) -> Row:
+    """What a row of a file or of the hub means; a string alone is its text.
+
+    Raises:
+        InputError: it is of no known form, or a turn of it is not; starts with ``where``.
+    """
+    if isinstance(row, str):
+        return Row(text=row)
+    row = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
+    if isinstance(row.get("text"), str):
+        return Row(text=row["text"])
+    turns = _turns(row, where)
+    if turns is None:
+        prompt, completion = row.get("prompt"), row.get("completion", "")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Row(text=prompt, completion=completion)
+        has = f" (it has {', '.join(repr(str(k)[:40]) for k in [*row][:8])})" if row else ""
+        raise InputError(
+            f"{where} is of no form that sleb reads{has}; give `text`, "
+            "`messages`, `conversations`, `instruction` and `output`, or `prompt` and `completion`"
+        )
+    system = row.get("system", row.get("system_prompt"))
+    if isinstance(system, str) and system and turns[0].get("role") != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return Row(messages=tuple(turns), tools=_tools(row.get("tools"), where))
+
+
+def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The turns of a chat; None if the row is none."""
+    for field in CHATS:
+        if field in row:
+            return _chat(row[field], f"{where}: `{field}`")
+    prompt, completion = row.get("prompt"), row.get("completion", [])
+    if isinstance(prompt, list):
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return _chat([*prompt, *_listed(completion)], f"{where}: `prompt`")
+    for asked, answers in ANSWERS.items():
+        answer = next((row[name] for name in answers if isinstance(row.get(name), str)), None)
+        # a task without its answer is a prompt; of other fields that would be a guess
+        if isinstance(row.get(asked), str) and (answer is not None or asked == "instruction"):
+            task = [row[asked], *([row.get("input")] if asked == "instruction" else [])]
+            pairs = [*_listed(row.get("history")), ("\n".join(filter(None, task)), answer)]
+            return [
+                {"role": role, "content": str(content)}
+                for pair in pairs
+                for role, content in zip(("user", "assistant"), pair, strict=False)
+                if content is not None
+            ]
+    return None
+
+
+def _chat(value: Any, where: str) -> list[dict[str, Any]]:
+    turns = _listed(value)
+    if not turns:
+        raise InputError(
+            f"{where} is no list of turns; give some as {{'role': ..., 'content': ...}}"
+        )
+    return [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, 1)]
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, or the JSON text of one."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, list) else []
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where} is no object; give it a `role` and its `content`")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn = _sharegpt(turn, where)
+    if not isinstance(turn.get("role"), str):
+        raise InputError(f"{where} has no `role`; say who speaks")
+    if isinstance(turn.get("function_call"), dict):  # as the API had it before `tool_calls`
+        turn["tool_calls"] = [turn.pop("function_call")]
+    calls = _listed(turn.pop("tool_calls", None))
+    if calls:
+        turn["tool_calls"] = [_call(call, where) for call in calls]
+    return {**turn, "content": _content(turn.get("content", ""), where)}
+
+
+def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    speaker, said = str(turn.pop("from")), turn.pop("value", "")
+    if speaker not in SHAREGPT:
+        raise InputError(
+            f"{where} is from {speaker[:40]!a}{did_you_mean(speaker, SHAREGPT)}; known: "
+            f"{', '.join(SHAREGPT)}"
+        )
+    calls = _listed(said) or _listed(f"[{said}]") if speaker == "function_call" else []
+    spoken = {"content": "", "tool_calls": calls} if calls else {"content": said}
+    return {**turn, "role": SHAREGPT[speaker], **spoken}
+
+
+def _content(content: Any, where: str) -> str:
+    """A turn's text: a string, or all of its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InputError(f"{where}: `content` is neither text nor a list of parts; correct it")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
+            raise InputError(
+                f"{where} has a part of type {kind!a}, and sleb reads text alone; leave it out"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call as chat templates take it: its function within it, arguments as an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where} has a tool call without the name of a function; correct it")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    outer = {k: v for k, v in call.items() if v is not None and function is not call}
+    return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+
+
+def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Definitions of tools: a list, or JSON text of it or in it; bare functions are wrapped."""
+    found = []
+    for tool in _listed(value):
+        one = next(iter(_listed(f"[{tool}]")), None) if isinstance(tool, str) else tool
+        if not isinstance(one, dict):
+            raise InputError(f"{where}: `tools` holds what is no object; give their definitions")
+        found.append({"type": "function", "function": one} if "name" in one else one)
+    if value and not found and value != "[]":
+        raise InputError(f"{where}: `tools` is no list, nor the JSON text of one; correct it")
+    return tuple(found)
+
+
+# -- what a model reads ----------------------------------------------------------------------------
+
+
+def read_document(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A row's whole text, through the chat template if it is a chat.
+
+    A leading BOS of the template is dropped: windows get theirs, and plain text has none between
+    documents.
+
+    Raises:
+        InputError: see :func:`parse_row` and :func:`render`.
+    """
+    parsed = parse_row(row, where)
+    text = render(parsed, tokenizer, where)
+    return text if parsed.text is not None else text.removeprefix(str(tokenizer.bos_token or ""))
+
+
+def render(
+    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, *, generate: bool = False
+) -> str:
+    """The text of a row; of a chat by the chat template, which with ``generate`` is asked to open
+    the assistant's next turn.
+
+    Templates disagree on the form of a turn's content (a string, or parts) and of a call's
+    arguments (an object, or JSON text): the first pair counts that the template takes without
+    losing all that is said.
+
+    Raises:
+        InputError: no template, or none that takes the chat; starts with ``where``.
+    """
+    if row.text is not None:
+        return row.text + row.completion
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where} is a chat, but the model's tokenizer has no chat template; "
+            "give rows of plain text"
+        )
+    said = [turn["content"].strip() for turn in row.messages if turn["content"].strip()]
+    silent, wrong = None, None
+    for parts, encoded in itertools.product((False, True), repeat=2):
+        turns = [_formed(turn, parts, encoded) for turn in row.messages]
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns,
+                    tools=cast("Any", list(row.tools) or None),
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
+            )
+        except Exception as error:  # a template is the checkpoint's own code
+            wrong = wrong or error
+            continue
+        if not said or any(words in text for words in said):
+            return text
+        silent = text if silent is None else silent
+    if silent is not None:
+        return silent
+    assert wrong is not None
+    raise InputError(
+        f"{where} does not fit the tokenizer's chat template ({first_line(wrong)[:200]}); "
+        "change its messages or remove it"
+    ) from wrong
+
+
+def _formed(turn: Mapping[str, Any], parts: bool, encoded: bool) -> dict[str, Any]:
+    formed = dict(turn)
+    if parts:
+        formed["content"] = [{"type": "text", "text": turn["content"]}]
+    if encoded and "tool_calls" in turn:
+        formed["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
+            for call in turn["tool_calls"]
+        ]
+    return formed
+
+
+# -- files of rows ---------------------------------------------------------------------------------
+
+
+def file_rows(location: str) -> Iterator[tuple[Any, str]]:
+    """Each row of a file of one of ``ROW_FILES``, parsed, and where it stands, for messages. A
+    .json file is a list of rows, an object with one, or rows one after the other.
+
+    Raises:
+        InputError: no such file, not UTF-8, not JSON, or a row of over ``MAX_ROW`` bytes.
+        DataError: a corrupt archive or parquet file.
+    """
+    path = existing_file(location)
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+            yield from (_line_rows if lines else _json_rows)(cast(BinaryIO, stream), location)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} is not a readable gzip file ({first_line(error)}); fetch it again"
+        ) from None
+
+
+def _line_rows(stream: BinaryIO, location: str) -> Iterator[tuple[Any, str]]:
+    start = 0
+    for number, raw in enumerate(iter(partial(stream.readline, MAX_ROW), b""), 1):
+        where = f"{location} line {number}"
+        if len(raw) == MAX_ROW:
+            raise InputError(f"{where} is over {MAX_ROW >> 20} MiB; split it into rows")
+        line = decode(raw, location, start=start)
+        start += len(raw)
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line), where
+        except (ValueError, RecursionError) as error:
+            raise _not_json(where, error) from None
+
+
+def _json_rows(stream: BinaryIO, location: str) -> Iterator[tuple[Any, str]]:
+    """Rows of a JSON text, read as far as they are asked for."""
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text, more, count, ended = "", CHUNK, 0, False
+    listed: bool | None = None
+    while True:
+        text = text.lstrip(" \t\r\n," if count else " \t\r\n")
+        if listed is None and text:
+            listed = text[0] == "["
+            text = text[1:] if listed else text
+            continue
+        try:
+            if listed and text.startswith("]"):
+                return
+            row, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            where = f"{location} row {count + 1}"
+            if ended and not text and not listed:
+                return
+            if ended:
+                raise _not_json(where, error) from None
+            if len(text) > MAX_ROW:
+                raise InputError(f"{where} is over {MAX_ROW >> 20} MiB; split it") from None
+            raw = stream.read(more)
+            try:
+                text += utf8.decode(raw, not raw)
+            except UnicodeDecodeError:
+                raise InputError(f"{location} is not UTF-8; convert it to UTF-8") from None
+            ended, more = not raw, 2 * more
+            continue
+        text, more, count = text[end:], CHUNK, count + 1
+        lists = [v for v in row.values() if isinstance(v, list)] if isinstance(row, dict) else []
+        if not listed and count == 1 and len(lists) == 1 and not {*row} & {*FIELDS}:
+            yield from ((r, f"{location} row {n}") for n, r in enumerate(lists[0], 1))
+            return
+        yield row, f"{location} row {count}"
+
+
+def _not_json(where: str, error: Exception) -> InputError:
+    return InputError(f"{where} is not JSON: {getattr(error, 'msg', error)}; correct it")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    try:
+        import pyarrow  # type: ignore[import-untyped, unused-ignore]
+        import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        raise InputError(f"{path} needs pyarrow: pip install 'sleb[hub]'") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = [name for name in table.schema_arrow.names if name in FIELDS]
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield without_nulls(row), f"{path} row {number}"
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's error, not the file's
+            raise
+        raise DataError(
+            f"{path} is not a readable parquet file: {first_line(error)}; fetch it again"
+        ) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """``value`` without the nulls that columns of structs are filled with where a row's object
+    lacks a field that another's has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def existing_file(location: str) -> Path:
+    """Raise InputError, with what may have been meant, unless there is such a file."""
+    path = Path(location)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    if not path.is_file():
+        if not path.parent.is_dir():
+            raise InputError(f"no file {path}: the folder {path.parent} does not exist")
+        hint = did_you_mean(path.name, os.listdir(path.parent))
+        raise InputError(f"no file {path}{hint}; give the path of a text file")
+    return path
+
+
+def decode(raw: bytes, location: str, *, start: int = 0, final: bool = True) -> str:
+    """UTF-8, less a byte order mark; with ``final`` false a character cut at the end is dropped."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(raw, final).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{location} is not UTF-8: invalid byte at offset {start + error.start}; "
+            "convert it to UTF-8"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
