@@ -14,13 +14,13 @@ import typer
 
 import sleb
 from conftest import save_tiny
+from sleb.acceptance import Gate
 from sleb.calibration.sources import SOURCES
 from sleb.cli.main import app, main
 from sleb.cli.verbs import EXAMPLES
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
 from sleb.evaluation.answers import read_prompts
-from sleb.evaluation.gate import Gate
 from sleb.project import Project, write_project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS

@@ -135,6 +135,10 @@ def evaluate(
     )
     found = score(loaded, scored, removed=removed, patch=patch, batch=batch, progress=progress)
     render.result(found, json, render.evaluation)
-    note = f"{found.windows} windows of {length} tokens from {', '.join(text or ['default'])}"
-    save(record, json, evaluation=found, evaluation_note=note)
+    from sleb.record import EvaluationText
+
+    seen = EvaluationText(
+        windows=found.windows, length=length, source="given", texts=tuple(text or ["default"])
+    )
+    save(record, json, evaluation=found, evaluation_text=seen)
     return 0

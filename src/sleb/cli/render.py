@@ -321,6 +321,8 @@ def percent(share: Any) -> str:
 
 def record(console: Console, r: Any) -> None:
     """`sleb prune` and `sleb demo`: the summary. The plain cut and the repaired one stand apart."""
+    from sleb.views.card import evaluated_on, repair_told
+
     left = r.blocks - len(r.removed)
     e = r.evaluation
     cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
@@ -344,9 +346,9 @@ def record(console: Console, r: Any) -> None:
         console.print()
         domains(console, e)
         console.print()
-    console.print(f"removed blocks {_blocks(r.removed)}; perplexity: {r.evaluation_note}")
-    if r.repair_note:
-        console.print(f"repair: {r.repair_note}")
+    console.print(f"removed blocks {_blocks(r.removed)}; perplexity: {evaluated_on(r)}")
+    if told := repair_told(r):
+        console.print(f"repair: {told}")
     passed = sum(c.passed for c in r.verification.checks)
     console.print(f"verified: {passed} of {len(r.verification.checks)} gates passed")
     total = sum(r.seconds.values())

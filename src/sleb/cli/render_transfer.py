@@ -11,7 +11,7 @@ from sleb.cli.render import _blocks, _table
 
 if TYPE_CHECKING:
     from sleb.core.statistics import Interval
-    from sleb.evaluation.gate import GateResult
+    from sleb.record import GateResult
     from sleb.evaluation.transfer import Chosen, Transfer
 
 __all__ = ["gate", "transfer"]
@@ -71,15 +71,14 @@ def gate(console: Console, g: GateResult) -> None:
     table.columns[0].overflow = "fold"
     for row in g.rows:
         mark = Text("passed", "green") if row.passed else Text("FAILED", "red")
-        measured = "-" if row.measured is None else row.show(row.measured)
-        table.add_row(row.name, measured, row.allowed, mark)
+        name = ", ".join(filter(None, (row.name, row.of, row.path, row.runtime)))
+        measured = "-" if row.measured is None else f"{row.measured:,.5g} {row.unit}"
+        allowed = f"at {'most' if row.at_most else 'least'} {row.limit:,.5g} {row.unit}"
+        table.add_row(name, measured, allowed, mark)
     console.print(table)
-    lacking: dict[str, list[str]] = {}
     for row in g.rows:
         if row.missing:
-            lacking.setdefault(row.missing, []).append(row.name)
-    for reason, names in lacking.items():
-        console.print(f"{'; '.join(names)}: {reason}")
+            console.print(f"{row.name}: {row.missing.replace('-', ' ')}")
     kept = sum(row.passed for row in g.rows)
     console.print(
         f"gate: {kept} of {len(g.rows)} limits kept; of a 95 % interval the worse end counts"

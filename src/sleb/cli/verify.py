@@ -51,7 +51,7 @@ def verify(
     loaded = Plan.load(plan or beside)
     judged = None
     if gate:
-        from sleb.evaluation.gate import Gate
+        from sleb.acceptance import Gate
         from sleb.record import RunRecord
 
         judged = Gate.load(gate).check(RunRecord.load(out))

@@ -63,7 +63,8 @@ class Material:
     @property
     def heldout(self) -> bool:
         """Whether the evaluation is on what was set aside of the texts that chose the blocks."""
-        return "held-out windows" in self.record.evaluation_note.partition(" from ")[0]
+        seen = self.record.evaluation_text
+        return seen is not None and seen.source == "held-out"
 
     @property
     def repaired(self) -> bool:

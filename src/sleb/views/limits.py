@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
+from sleb.record import COMMANDS, GateRow
 from sleb.views.context import Material
 from sleb.views.locale import code
 from sleb.views.page import Table, Verdict
 
-if TYPE_CHECKING:
-    from sleb.evaluation.gate import GateRow
-
 __all__ = ["gate_table", "verdict"]
-
-UNKNOWN = re.compile(r"the record has no '(.+?)'(?:;|$)")
 
 
 def verdict(m: Material) -> Verdict:
@@ -44,23 +37,19 @@ def gate_table(m: Material, rows: Sequence[GateRow], told: bool = True) -> Table
     say = m.say
 
     def name(row: GateRow) -> str:
-        head, _, rest = row.name.partition(", ")
-        if head == "speed-up":
-            case, comma, model = rest.partition(", ")
-            rest = m.case(case) + comma + model
-        elif head == "answers" or rest == "all texts":
-            rest = say.named("limits", rest)
-        first = say.named("limits", head)
+        rest = m.case(row.of) if row.name.startswith("speed.") else row.of
+        if not row.of and row.name == "perplexity.max_ratio":
+            rest = say.plain("limits.all")
+        first = say.named("limits", row.name)
+        if row.path:
+            rest = say.plain("saved.under", case=rest or row.path, runtime=row.runtime)
         return say.plain("format.part", head=first, rest=rest) if rest else first
 
     def measured(row: GateRow) -> str:
         if row.measured is not None:
             return say.measured(row.measured, row.unit)
-        reason, _, command = row.missing.partition("; run: ")
-        unknown = UNKNOWN.match(reason)
-        if unknown:
-            reason = say.plain("gate.unknown", name=unknown[1])
-        reason = say.named("reasons", reason or "not measured")
+        reason = say(f"reasons.{row.missing or 'not-measured'}", name=row.of)
+        command = COMMANDS.get(row.name.partition(".")[0], "")
         return (
             say("gate.missing", reason=reason, command=_filled(m, command)) if command else reason
         )

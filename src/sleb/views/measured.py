@@ -71,7 +71,7 @@ def _texts(m: Material) -> list[Item]:
         windows=e.windows,
         length=e.length,
         tokens=say.number(e.tokens, 0),
-        source=m.record.evaluation_note.partition(" from ")[2],
+        source=", ".join(m.record.evaluation_text.texts) if m.record.evaluation_text else "",
     )
     return [
         Text(text=intro),
