@@ -78,7 +78,7 @@ class Limit:
                 yield self._row(figure, limit)
         for name in own:
             if name not in names:
-                near = next(iter(get_close_matches(name, names, 1)), "")
+                near = next(iter(get_close_matches(name, names, 1, 0.5)), "")
                 missing = "unknown-name" if names else "not-measured"
                 yield replace(self._row(_Figure(None, name, missing), own[name]), near=near)
 
@@ -178,6 +178,28 @@ def _size(record: RunRecord) -> Figures:
     yield _Figure(record.nbytes[1] / 1e6)
 
 
+def _drafts(name: str) -> Callable[[RunRecord], Figures]:
+    """A figure of each pruned model as a draft of the dense one."""
+
+    def figures(record: RunRecord) -> Figures:
+        drafts = record.draft.drafts if record.draft else ()
+        if not drafts:
+            yield _Figure(None)
+        for draft in drafts:
+            yield _Figure(getattr(draft, name), path=draft.path if len(drafts) > 1 else "")
+
+    return figures
+
+
+def _deviations(record: RunRecord) -> Figures:
+    """Mean deviation of log-probabilities from those of transformers, by runtime."""
+    verdicts = record.runtimes.verdicts if record.runtimes else ()
+    if not verdicts:
+        yield _Figure(None)
+    for verdict in verdicts:
+        yield _Figure(verdict.pruned, verdict.runtime)
+
+
 LIMITS = (
     Limit("perplexity.max_ratio", _ratios, "x", by_name="domains"),
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
@@ -189,6 +211,9 @@ LIMITS = (
     Limit("answers.max_switched", _answered("switched"), "%", Share),
     Limit("answers.min_json_valid", _answered("json_valid"), "%", Share),
     Limit("speed.min_speedup", _speedups, "x", by_name="cases"),
+    Limit("draft.min_speedup", _drafts("ratio"), "x"),
+    Limit("draft.min_acceptance", _drafts("acceptance"), "%", Share),
+    Limit("runtimes.max_deviation", _deviations, "nats/token", NotNegative, by_name="each"),
     Limit("memory.max_mb", _memory, "MB"),
     Limit("size.max_mb", _size, "MB"),
 )

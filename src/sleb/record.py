@@ -54,6 +54,8 @@ COMMANDS = {
     "tasks": "sleb eval MODEL --plan OUT/plan.json --task NAME --record OUT",
     "answers": "sleb compare MODEL OUT --prompts FILE --record OUT",
     "speed": "sleb bench MODEL OUT --record OUT",
+    "draft": "sleb bench MODEL OUT --draft --record OUT",
+    "runtimes": "sleb verify OUT --model MODEL --runtime NAME",
 }
 COMMANDS |= dict.fromkeys(("divergence", "agreement"), COMMANDS["perplexity"])
 COMMANDS |= {"memory": COMMANDS["speed"]}
