@@ -13,11 +13,10 @@ from report_plan import BLOCKS, HEX, ORDER
 from sleb.core.plan import Plan
 from sleb.core.statistics import Flips, Interval
 from sleb.evaluation.answers import Answer, Answers, Comparison, Pair
-from sleb.evaluation.gate import GateResult, GateRow
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
-from sleb.record import RunRecord
+from sleb.record import GateResult, GateRow, RunRecord
 from sleb.runtimes.bench import Case, Measured, Ratio, Runs, Speed
 from sleb.surgery.verification import Check, Verification
 

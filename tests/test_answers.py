@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
+from sleb.cli.render_answers import comparison
 
 import sleb
 from conftest import byte_tokenizer
-from sleb.cli.render_answers import comparison
 from sleb.core.errors import InputError
 from sleb.core.statistics import proportion
 from sleb.evaluation import answers

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 import typer
+from sleb.views.answers import SHOWN
+from sleb.views.summary import SERVERS
 
 import sleb
 from conftest import save_tiny
+from sleb.acceptance import Gate
 from sleb.calibration.sources import SOURCES
 from sleb.cli.main import app, main
 from sleb.cli.verbs import EXAMPLES
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
 from sleb.evaluation.answers import read_prompts
-from sleb.evaluation.gate import Gate
 from sleb.project import Project, write_project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import STRATEGIES
-from sleb.views.answers import SHOWN
-from sleb.views.summary import SERVERS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import rich.console
 from pydantic import TypeAdapter
-
 from sleb.cli.render_transfer import gate as draw
+from sleb.evaluation.gate import Gate, GateResult
+
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.statistics import Flips, Interval
 from sleb.core.toml import read_toml
 from sleb.evaluation.answers import Answers, Comparison
-from sleb.evaluation.gate import Gate, GateResult
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.record import RunRecord

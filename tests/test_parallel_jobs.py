@@ -145,7 +145,7 @@ def test_prune_repairs_a_model_that_is_split_or_streamed(place, way):
     out, errors = job.communicate(timeout=300)
     assert job.returncode == 0, errors[-2000:]
     record = json.loads(out)
-    assert "the model's own text" in record["repair_note"] or "--stream" in way
+    assert record["repair"]["self_generated"] or "--stream" in way
     assert main(["prune", "even", *options, "-o", "one"]) == 0
     plans = [json.loads((place / name / "plan.json").read_text()) for name in ("one", "two")]
     assert plans[0]["order"] == plans[1]["order"]

@@ -183,7 +183,7 @@ def test_a_quantized_model_is_not_repaired(quantized):
 
 def test_prune_of_a_quantized_model_says_why_it_is_not_repaired(packed, tmp_path):
     done = sleb.prune(packed, tmp_path / "out", heldout=4, **SEARCH)
-    assert done.record.repair_note.startswith(f"not possible: {packed} is quantized (compressed-")
+    assert done.record.repair.reason.startswith(f"{packed} is quantized (compressed-")
 
 
 def test_a_pruned_model_keeps_its_plan_but_not_what_it_is_restored_from(dense, tmp_path, capsys):

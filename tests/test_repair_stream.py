@@ -324,10 +324,8 @@ def test_prune_streams_repairs_and_verifies(learned, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["prune", str(learned / "model"), *rest, "--stream", "-o", str(out), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert (
-        "all of the given texts (blocks that are fetched when they run write none), and judged"
-        in (record["repair_note"])
-    )
+    assert record["repair"]["status"] == "repaired"
+    assert not record["repair"]["self_generated"]
     measured = record["evaluation"]
     plain = measured["unrepaired"]["pruned_loss"]["value"]
     assert measured["pruned_loss"]["value"] < plain

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from sleb.evaluation.gate import Gate
 from typer.main import get_command
 
 from report_plan import bare_plan, plan, repaired_plan, run_plan
@@ -18,7 +19,6 @@ from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.evaluation import limits
-from sleb.evaluation.gate import Gate
 from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import FINALS
 from sleb.surgery import verification as gates

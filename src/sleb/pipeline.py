@@ -22,12 +22,12 @@ from sleb.core.progress import Progress, silent
 from sleb.evaluation.perplexity import evaluate
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
-from sleb.record import RunRecord, Stopwatch, environment
+from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, can_repair
 from sleb.repairs import repair as fit_repair
 from sleb.repairs.data import default_tokens, repair_windows
 from sleb.repairs.scoring import self_generated_validation
-from sleb.repairs.self_generated import GIVEN_ALONE, OWN, SelfGenerated, can_generate
+from sleb.repairs.self_generated import OWN, SelfGenerated, can_generate
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
@@ -127,7 +127,7 @@ def prune(
     )
     material = _material(loaded, scored, aside, repair, repair_tokens, options)
     limit, own = None, None
-    if not isinstance(material, str) and can_repair(loaded):
+    if not isinstance(material, RepairStatus) and can_repair(loaded):
         if len(material[0].ids) > len(scored.ids):  # a search can see what a repair will leave
             if _compares(goal, options):
                 options = {**options, "strategy": FINALS}
@@ -149,16 +149,14 @@ def prune(
         progress=watch,
         **options,
     )
-    if isinstance(material, str):
-        fixed, repair_note = None, material
+    if isinstance(material, RepairStatus):
+        fixed, status = None, material
     else:
         if own:
             material = own.fitted(), material[1]
-        plan, fixed, repair_note = _within(
-            limit, aside, loaded, plan, material, repair, options, watch
-        )
+        plan, fixed, status = _within(limit, aside, loaded, plan, material, repair, options, watch)
     quality = None
-    note = "no text was left over to measure on: give more, or fewer --windows"
+    seen = None
     if aside is not None:
         quality = evaluate(
             loaded,
@@ -169,7 +167,7 @@ def prune(
             progress=watch,
         )
         length = aside.record.length
-        note = f"{quality.windows} held-out windows of {length} tokens from the calibration texts"
+        seen = EvaluationText(windows=quality.windows, length=length, source="held-out")
     setting = environment(str(loaded.stack.input_device), loaded.dtype)
     if group().several:
         setting |= {"processes": group().size * group().tp}
@@ -204,8 +202,8 @@ def prune(
                 parameters=(_elements(before), _elements(after)),
                 nbytes=(before.nbytes, after.nbytes),
                 evaluation=quality,
-                evaluation_note=note,
-                repair_note=repair_note,
+                evaluation_text=seen,
+                repair=status,
                 verification=checked,
                 environment=setting,
                 stages=stages or {},
@@ -243,10 +241,10 @@ def _material(
     wanted: bool | None,
     tokens: int | None,
     options: SearchOptions,
-) -> tuple[Windows, Windows] | str:
+) -> tuple[Windows, Windows] | RepairStatus:
     """What a repair is fitted on and judged by, or why there is to be none."""
     if wanted is False:
-        return "not asked for"
+        return RepairStatus(status="not-asked")
     try:
         return repair_windows(
             model.tokenizer,
@@ -261,7 +259,7 @@ def _material(
     except InputError as error:
         if wanted:
             raise
-        return f"not possible: {error}"
+        return RepairStatus(status="not-possible", reason=str(error))
 
 
 def _compares(goal: Goal, options: SearchOptions) -> bool:
@@ -279,23 +277,23 @@ def _within(
     wanted: bool | None,
     options: SearchOptions,
     progress: Progress,
-) -> tuple[Plan, Repair | None, str]:
-    """The plan with its repair, and what is to be said of that. Removals are taken back while the
+) -> tuple[Plan, Repair | None, RepairStatus]:
+    """The plan with its repair, and what became of that. Removals are taken back while the
     loss of ``aside`` is above a ``limit``, since the search has held that with quick repairs.
 
     Raises:
         VerificationFailed: it is so with a single removal.
     """
     while True:
-        fixed, said = _repaired(model, plan, material, wanted, options, progress)
+        fixed, status = _repaired(model, plan, material, wanted, options, progress)
         plan = plan.model_copy(update={"repair": fixed.record if fixed else None})
         if limit is None:
-            return plan, fixed, said
+            return plan, fixed, status
         assert aside is not None  # see search
         reached = _reached(model, plan, fixed, aside, options)
         if reached <= limit:
             target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
-            return plan.model_copy(update={"target": target}), fixed, said
+            return plan.model_copy(update={"target": target}), fixed, status
         if len(plan.order) == 1:
             raise nothing_within_limit(
                 limit, plan.order[0], reached, len(aside.ids), " after its repair"
@@ -323,8 +321,8 @@ def _repaired(
     wanted: bool | None,
     options: SearchOptions,
     progress: Progress,
-) -> tuple[Repair | None, str]:
-    """The repair of the plan's cut, and what is to be said of it."""
+) -> tuple[Repair | None, RepairStatus]:
+    """The repair of the plan's cut, and what became of it."""
     fitted, judges = material
     try:
         found = fit_repair(
@@ -339,18 +337,18 @@ def _repaired(
     except (InputError, UnsupportedModel) as error:
         if wanted:
             raise
-        return None, f"not possible: {error}"
+        return None, RepairStatus(status="not-possible", reason=str(error))
     if not found.tensors:
-        return None, "no fit was better on every text"
-    done = sum(gap.ridge is not None for gap in found.record.gaps)
+        return None, RepairStatus(status="no-gain")
     seen = found.record.calibration
-    texts = "" if can_generate(model.stack) else f"{GIVEN_ALONE}, "
-    if OWN in [source.spec for source in seen.sources]:
-        texts = "a third of them the model's own text, "
-    return found, (
-        f"{len(found.tensors)} matrices around {done} of {len(found.record.gaps)} gaps, fitted on "
-        f"{seen.windows * seen.length:,} tokens, {texts}and judged on {len(judges.ids)} other "
-        "windows"
+    return found, RepairStatus(
+        status="repaired",
+        tensors=len(found.tensors),
+        gaps=sum(gap.ridge is not None for gap in found.record.gaps),
+        gaps_total=len(found.record.gaps),
+        tokens=seen.windows * seen.length,
+        self_generated=OWN in [source.spec for source in seen.sources],
+        validation_windows=len(judges.ids),
     )
 
 

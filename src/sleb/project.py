@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from sleb.acceptance import Gate
 from sleb.calibration import load_windows
 from sleb.calibration.sources import parse_source
 from sleb.core.errors import InputError, did_you_mean
@@ -27,7 +28,6 @@ from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.toml import read_toml
 from sleb.evaluation.answers import Comparison, compare, read_prompts
-from sleb.evaluation.gate import Gate
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, pick_device

@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from typing_extensions import Self
 
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.files import write_text
 from sleb.core.progress import Progress, Tick
 from sleb.evaluation.answers import Comparison
-from sleb.evaluation.gate import GateResult
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Transfer
@@ -32,9 +33,117 @@ from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
 from sleb.surgery.verification import Verification
 
-__all__ = ["RunRecord", "Stopwatch", "environment"]
+__all__ = [
+    "COMMANDS",
+    "EvaluationText",
+    "GateResult",
+    "GateRow",
+    "RepairStatus",
+    "RunRecord",
+    "Stopwatch",
+    "check_key",
+    "environment",
+    "upgrade",
+]
 
 MAX_BYTES = 256 * 2**20
+SCHEMA = 2
+
+COMMANDS = {
+    "perplexity": "sleb eval MODEL --plan OUT/plan.json --text FILE --record OUT",
+    "tasks": "sleb eval MODEL --plan OUT/plan.json --task NAME --record OUT",
+    "answers": "sleb compare MODEL OUT --prompts FILE --record OUT",
+    "speed": "sleb bench MODEL OUT --record OUT",
+    "draft": "sleb bench MODEL OUT --draft --record OUT",
+    "runtimes": "sleb verify OUT --model MODEL --runtime NAME",
+}
+COMMANDS |= dict.fromkeys(("divergence", "agreement"), COMMANDS["perplexity"])
+COMMANDS |= {"memory": COMMANDS["speed"]}
+"""The command that measures what a table of limits is about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """What perplexity was measured on: ``windows`` of ``length`` tokens, held out of the texts that
+    chose the blocks, or given for it (the ``texts``, as they were named). ``note``: a sentence of
+    an older record from which none of this could be read."""
+
+    windows: int
+    length: int
+    source: Literal["held-out", "given"]
+    texts: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairStatus:
+    """What became of the repair: ``tensors`` re-fitted around ``gaps`` of ``gaps_total`` gaps, on
+    ``tokens`` tokens, a third of them ``self_generated`` text, validated on other windows.
+    ``reason``: the message that says why it was not possible. ``note``: see EvaluationText."""
+
+    status: Literal["repaired", "not-asked", "not-possible", "no-gain"]
+    reason: str = ""
+    tensors: int = 0
+    gaps: int = 0
+    gaps_total: int = 0
+    tokens: int = 0
+    self_generated: bool = False
+    validation_windows: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRow:
+    """One limit. ``name``: its key in the gate file, as ``perplexity.max_ratio``; ``of``: the text,
+    task or case that it is held against, empty for all together; ``path`` and ``runtime``: the
+    model, where there are several.
+
+    ``measured`` is null where nothing was measured, which fails; ``missing`` is then
+    ``not-measured``, ``no-interval``, ``not-paired``, ``dense-zero``, ``no-json-prompt`` or
+    ``unknown-name``, of which ``near`` is a name that the record has. ``unit``: x, %, MB,
+    nats/token; figures in % are shares in 0..1."""
+
+    name: str
+    of: str = ""
+    path: str = ""
+    runtime: str = ""
+    limit: float
+    at_most: bool
+    measured: float | None
+    unit: str
+    passed: bool
+    missing: str = ""
+    near: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """Every limit of a gate with what was measured."""
+
+    rows: tuple[GateRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit is kept."""
+        return all(row.passed for row in self.rows)
+
+    def require(self) -> None:
+        """Raise VerificationFailed, naming the first limit that failed, and how many did."""
+        failed = [row for row in self.rows if not row.passed]
+        if not failed:
+            return
+        row = failed[0]
+        name = f"{row.name}, {row.of}" if row.of else row.name
+        if row.measured is None:
+            why = row.missing.replace("-", " ")
+            why += f"; run: {COMMANDS.get(row.name.partition('.')[0], 'sleb prune')}"
+        else:
+            bound = "most" if row.at_most else "least"
+            unit = "" if row.unit == "%" else f" {row.unit}"
+            why = f"{row.measured:.5g}{unit}, allowed is at {bound} {row.limit:.5g}{unit}"
+        raise VerificationFailed(
+            f"the gate failed: {name}: {why} ({len(failed)} of {len(self.rows)} limits failed)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +152,9 @@ class RunRecord:
     what was measured on its result since, each null until then.
 
     The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
-    pruned). ``repair_note`` says what was repaired, or why nothing was. ``similarity[i][j]``: mean
-    cosine of the dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    pruned). ``evaluation_text`` is null where no text was left to measure on, ``repair`` in records
+    from before there was one. ``similarity[i][j]``: mean cosine of the dense model's states i and j
+    (0 is the embedding, i + 1 the output of block i).
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
 
@@ -57,10 +167,10 @@ class RunRecord:
     parameters: tuple[int, int]
     nbytes: tuple[int, int]
     evaluation: Evaluation | None
-    evaluation_note: str
+    evaluation_text: EvaluationText | None
     verification: Verification
     environment: dict[str, Any]
-    repair_note: str = ""
+    repair: RepairStatus | None = None
     similarity: tuple[tuple[float, ...], ...] | None = None
     tasks: tuple[TaskResult, ...] | None = None
     answers: Comparison | None = None
@@ -70,7 +180,7 @@ class RunRecord:
     runtimes: RuntimeReport | None = None
     draft: Drafting | None = None
     stages: dict[str, str] = field(default_factory=dict)
-    schema_version: int = 1
+    schema_version: int = SCHEMA
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
@@ -89,15 +199,20 @@ class RunRecord:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a run record")
         try:
-            found: Self = TypeAdapter(cls).validate_json(path.read_bytes())
+            given = from_json(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path} is not a run record: file: {error}") from None
+        version = given.get("schema_version", 1) if isinstance(given, dict) else 1
+        if isinstance(version, int) and version > SCHEMA:
+            raise InputError(
+                f"{path} has run schema {version}, this sleb reads {SCHEMA}: upgrade sleb"
+            )
+        try:
+            found: Self = TypeAdapter(cls).validate_python(upgrade(given))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
             raise InputError(f"{path} is not a run record: {where}: {first['msg']}") from None
-        if found.schema_version != 1:
-            raise InputError(
-                f"{path} has run schema {found.schema_version}, this sleb reads 1: upgrade sleb"
-            )
         return found
 
     @classmethod
@@ -144,3 +259,126 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+# -- records of schema 1, which held sentences ---------------------------------------------------
+
+_CHECKS = {
+    "files match SHA256SUMS": "checksums",
+    "repaired tensors": "repaired-tensors",
+    "depth-dependent config fields": "depth-fields",
+    "clean reload": "clean-reload",
+    "number of blocks": "blocks",
+    "weights equal the original's": "weights",
+    "weights equal the original's, but for the repaired": "weights-but-repaired",
+    "logits equal the original with blocks bypassed": "logits",
+    "generation with cache equals without": "generation",
+}
+_LIMITS = {
+    "perplexity ratio": "perplexity.max_ratio",
+    "divergence": "divergence.max",
+    "agreement": "agreement.min",
+    "score kept": "tasks.min_retention",
+    "speed-up": "speed.min_speedup",
+    "memory": "memory.max_mb",
+    "size of the weights": "size.max_mb",
+    "answers, repetitive": "answers.max_repetitive",
+    "answers, empty": "answers.max_empty",
+    "answers, unfinished": "answers.max_unfinished",
+    "answers, switched": "answers.max_switched",
+    "answers, json valid": "answers.min_json_valid",
+}
+_MISSING = {
+    "measured only once": "no-interval",
+    "dense and pruned were not compared": "not-paired",
+    "the dense model scores 0": "dense-zero",
+    "no prompt asks for JSON": "no-json-prompt",
+    "the record has no": "unknown-name",
+}
+
+
+def check_key(name: str) -> str:
+    """The key of a check of the verification; the name itself if it has none."""
+    return _CHECKS.get(name, name)
+
+
+def upgrade(record: Any) -> Any:
+    """A run record of any schema, as JSON gives it, in this one's form; what is no record, and what
+    has another form than schema 1 had, is left as it is, for the validation to find."""
+    if not isinstance(record, dict) or record.get("schema_version", 1) != 1:
+        return record
+    new = {**record, "schema_version": SCHEMA}
+    text, repair = str(new.pop("evaluation_note", "")), str(new.pop("repair_note", ""))
+    new["evaluation_text"] = _evaluation_text(text)
+    new["repair"] = _repair_status(repair) if repair else None
+    for section, rows, change in (
+        ("verification", "checks", _check),
+        ("gate", "rows", _gate_row),
+    ):
+        found = new.get(section)
+        if isinstance(found, dict) and isinstance(found.get(rows), list):
+            changed = [change(row) if isinstance(row, dict) else row for row in found[rows]]
+            new[section] = {**found, rows: changed}
+    return new
+
+
+def _evaluation_text(note: str) -> dict[str, Any] | None:
+    if not note or note.startswith("no text was left over"):
+        return None
+    found = re.fullmatch(r"(\d+) (held-out )?windows of (\d+) tokens from (.*)", note, re.DOTALL)
+    if not found:
+        return {"windows": 0, "length": 0, "source": "given", "note": note}
+    texts = [] if found[2] else found[4].split(", ")
+    source = "held-out" if found[2] else "given"
+    return {
+        "windows": int(found[1]),
+        "length": int(found[3]),
+        "source": source,
+        "texts": texts,
+    }
+
+
+def _repair_status(note: str) -> dict[str, Any]:
+    if note == "not asked for":
+        return {"status": "not-asked"}
+    if note.startswith("not possible: "):
+        return {"status": "not-possible", "reason": note.removeprefix("not possible: ")}
+    if note.startswith("no fit was better"):
+        return {"status": "no-gain"}
+    form = (
+        r"(\d+) matrices around (\d+) of (\d+) gaps, fitted on ([\d,]+) tokens(.*) on (\d+) other"
+    )
+    found = re.match(form, note, re.DOTALL)
+    if not found:
+        return {"status": "repaired", "note": note}
+    names = ("tensors", "gaps", "gaps_total", "tokens")
+    counts = {name: int(found[i].replace(",", "")) for i, name in enumerate(names, 1)}
+    return {
+        "status": "repaired",
+        **counts,
+        "self_generated": "the model's own text" in found[5],
+        "validation_windows": int(found[6]),
+    }
+
+
+def _check(row: dict[str, Any]) -> dict[str, Any]:
+    return {"key": check_key(str(row.get("name", ""))), **row}
+
+
+def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
+    name, _, of = str(row.get("name", "")).partition(", ")
+    if name == "answers":
+        name, of = f"answers, {of}", ""
+    new = {**row, "name": _LIMITS.get(name, name), "of": "" if of == "all texts" else of}
+    if (
+        of
+        and name in ("speed-up", "memory")
+        and (found := re.fullmatch(r"(?:(.*?), )?(.*) with ([\w.-]+)", of))
+    ):
+        new |= {"of": found[1] or "", "path": found[2], "runtime": found[3]}
+    if missing := str(row.get("missing", "")):
+        keys = (key for start, key in _MISSING.items() if missing.startswith(start))
+        new["missing"] = next(keys, "not-measured")
+        near = re.search(r"did you mean '([^']*)'", missing)
+        new["near"] = near[1] if near else ""
+    return new

@@ -10,7 +10,7 @@ from statistics import median
 
 from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.models.load import LoadedModel
@@ -55,11 +55,7 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
         texts = [_continue(m) for m in (original, pruned)]
         ratio = _speed_ratio(original, pruned)
 
-    render.plan(console, done.plan)
-    console.print()
-    render.verification(console, done.record.verification)
-    console.print()
-    render.record(console, done.record)
+    show.show((done.plan, done.record.verification, done.record))
     console.print(f"a prompt of 256 tokens: {ratio:.2f}x as fast here (median of 7 pairs of runs)")
     console.print(f"\n{PROMPT} …")
     console.print(f"  original: {texts[0]}", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.measure import check_record, save
 from sleb.cli.options import (
     Batch,
@@ -112,7 +112,6 @@ def evaluate(
         fixed = stored_repair(chosen, Path(plan).parent, loaded)
         patch = partial(fixed.patch, loaded.stack) if fixed else None
     if task:
-        from sleb.cli.render_tasks import tasks as draw
         from sleb.evaluation.tasks import run_tasks
 
         results = run_tasks(
@@ -126,7 +125,7 @@ def evaluate(
             seed=seed,
             progress=progress,
         )
-        render.result(results, json, draw)
+        show.result(results, json)
         save(record, json, tasks=results)
         return 0
     length = length or min(2048, loaded.stack.max_length or 2048)
@@ -134,7 +133,11 @@ def evaluate(
         loaded.tokenizer, text or (), windows=windows or "all", length=length, seed=seed
     )
     found = score(loaded, scored, removed=removed, patch=patch, batch=batch, progress=progress)
-    render.result(found, json, render.evaluation)
-    note = f"{found.windows} windows of {length} tokens from {', '.join(text or ['default'])}"
-    save(record, json, evaluation=found, evaluation_note=note)
+    show.result(found, json)
+    from sleb.record import EvaluationText
+
+    seen = EvaluationText(
+        windows=found.windows, length=length, source="given", texts=tuple(text or ["default"])
+    )
+    save(record, json, evaluation=found, evaluation_text=seen)
     return 0

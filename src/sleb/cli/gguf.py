@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.progress import terminal_progress
 from sleb.core.errors import InputError
 
@@ -120,25 +118,12 @@ def apply(
     }
     if repair:
         done["repair"] = repair.record.model_dump(mode="json")
-    render.result(done, json, _draw)
+    show.result(done, json)
     if cut.other_weights:
-        render.note(
+        show.note(
             "the plan's blocks were chosen, and their cost measured, on other weights of this "
             "model: measure this file before you ship it",
             json,
         )
-    render.note(f"plan as used: {cut.plan}; next: llama-cli -m {out}", json)
+    show.note(f"plan as used: {cut.plan}; next: llama-cli -m {out}", json)
     return 0
-
-
-def _draw(console: Console, done: Any) -> None:
-    render.applied(console, done)
-    console.print(f"{done['nbytes'] / 1e6:,.1f} MB; every other tensor is the original's bytes")
-    kinds = Counter((tensor["was"], tensor["type"]) for tensor in done["requantized"])
-    for (was, now), count in kinds.items():
-        errors = [t["error"] for t in done["requantized"] if (t["was"], t["type"]) == (was, now)]
-        stored = f"as {now}, as before" if was == now else f"as {now} instead of {was}"
-        console.print(
-            f"{count} repaired tensors are stored {stored}: "
-            f"rounding error {min(errors):.2%} to {max(errors):.2%} of their norm"
-        )

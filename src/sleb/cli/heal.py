@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.options import Device, Dtype, Force, Json, Seed, Text, Trust
 from sleb.cli.progress import terminal_progress
 
 if TYPE_CHECKING:
-    from sleb.distillation.record import Healed
+    pass
 
-__all__ = ["draw", "heal"]
+__all__ = ["heal"]
 
 
 def heal(
@@ -80,37 +79,6 @@ def heal(
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
-    render.result(done, json, draw)
-    render.note(f"checkpoint written to {out}", json)
+    show.result(done, json)
+    show.note(f"checkpoint written to {out}", json)
     return 0
-
-
-def draw(console: Console, h: Healed) -> None:
-    """Dense, cut and healed side by side, on every text."""
-    cut = "repaired" if h.repaired else "cut"
-    table = render._table(
-        "text", "windows", "dense", cut, "healed", "divergence", title="perplexity on held-out text"
-    )
-    for name, text in [*h.texts.items(), ("all", h.overall)]:
-        if name == "all" and len(h.texts) == 1:
-            continue
-        old, new = text.cut_divergence.value, text.healed_divergence.value
-        table.add_row(
-            name,
-            str(text.windows),
-            f"{text.perplexity.value:.2f}",
-            render.bounds(text.cut_ratio),
-            render.bounds(text.healed_ratio),
-            f"{old:.3f} to {new:.3f}",
-        )
-    console.print(table)
-    console.print(
-        f"{cut} and healed: ratio to dense with 95 % interval, paired; divergence from the dense "
-        f"model in nats/token. Windows of {h.heldout.length} tokens, none of them trained on"
-    )
-    more = f", {h.passes:.1f} times through the text" if h.passes > 1 else ""
-    best = "" if h.best_step == h.steps else f"; the weights are those of step {h.best_step}"
-    console.print(
-        f"trained {h.trained_parameters:,} parameters for {h.steps} steps in "
-        f"{h.seconds:,.0f} s on {h.tokens:,} tokens{more}; {h.stopped}{best}"
-    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.options import Device, Dtype, Force, Json, Model, Record, Threads, Trust, searching
 from sleb.cli.progress import terminal_progress
 from sleb.core.errors import InputError
@@ -31,7 +31,6 @@ def compare(
     trust_remote_code: Trust = False,
 ) -> int:
     """Your own prompts through both models: what changed in the answers."""
-    from sleb.cli.render_answers import comparison
     from sleb.evaluation.answers import compare as answer
     from sleb.evaluation.answers import read_prompts
 
@@ -47,7 +46,7 @@ def compare(
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
-    render.result(found, json, comparison)
+    show.result(found, json)
     save(record, json, answers=found)
     return 0
 
@@ -76,12 +75,10 @@ def bench(
     trust_remote_code: Trust = False,
 ) -> int:
     """Speed and memory, dense and pruned in turn, against what is possible."""
-    from sleb.cli.render_speed import speed
     from sleb.runtimes.bench import bench as measure
 
     check_record(record)
     if draft:
-        from sleb.cli.render_runtimes import drafting
         from sleb.evaluation.prompts import read_prompts
         from sleb.runtimes.speculative import draft as write
 
@@ -98,7 +95,7 @@ def bench(
             trust_remote_code=trust_remote_code,
             progress=terminal_progress(),
         )
-        render.result(drafted, json, drafting)
+        show.result(drafted, json)
         save(record, json, draft=drafted)
         return 0
     if prompts:
@@ -114,7 +111,7 @@ def bench(
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
-    render.result(found, json, speed)
+    show.result(found, json)
     save(record, json, speed=found)
     return 0
 
@@ -122,7 +119,6 @@ def bench(
 @searching
 def transfer(model: Model, record: Record = None, **options: Any) -> int:
     """Search on each --text and on all of them, and score every choice on every text."""
-    from sleb.cli.render_transfer import transfer as draw
     from sleb.evaluation.transfer import check_transfer
     from sleb.evaluation.transfer import transfer as measure
     from sleb.models.load import load
@@ -136,7 +132,7 @@ def transfer(model: Model, record: Record = None, **options: Any) -> int:
     names = ("dtype", "device", "stream", "device_map", "tp", "trust_remote_code")
     loaded = load(model, **{name: options[name] for name in names}, progress=progress)
     found = measure(loaded, options.pop("text"), progress=progress, **options)
-    render.result(found, json, draw)
+    show.result(found, json)
     save(record, json, transfer=found)
     return 0
 
@@ -153,7 +149,7 @@ def init(
     from sleb.project import write_project
 
     write_project(Path(out), model)
-    render.note(f"{out} written; set the model and the texts in it, then: sleb run {out}", False)
+    show.note(f"{out} written; set the model and the texts in it, then: sleb run {out}", False)
     return 0
 
 
@@ -163,17 +159,16 @@ def run(
     json: Json = False,
 ) -> int:
     """Do all that a project file asks for, from search to report. Exit code 3 if its gate fails."""
-    from sleb.cli.render_transfer import gate
     from sleb.project import Project
     from sleb.project import run as work
 
     asked = Project.load(project)
     done = work(project, force=force, progress=terminal_progress())
-    render.result(done, json, render.record)
+    show.result(done, json)
     if done.gate is not None and not json:
-        render.result(done.gate, json, gate)
+        show.result(done.gate, json)
     for lang in asked.measure.reports:
-        render.note(f"report written to {asked.target / f'report.{lang}.html'}", json)
+        show.note(f"report written to {asked.target / f'report.{lang}.html'}", json)
     if done.gate is not None:
         done.gate.require()
     return 0
@@ -189,7 +184,7 @@ def report(
     from sleb.views import write_report
 
     write_report(Path(run), Path(out), lang, force=force)
-    render.note(f"report written to {out}", False)
+    show.note(f"report written to {out}", False)
     return 0
 
 
@@ -214,4 +209,4 @@ def save(folder: str | None, json: bool, **sections: Any) -> None:
     from sleb.record import RunRecord
 
     RunRecord.update(folder, **sections)
-    render.note(f"recorded in {Path(folder) / 'run.json'}", json)
+    show.note(f"recorded in {Path(folder) / 'run.json'}", json)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.options import Force, Json, Model, Seed, Text, Trust
 from sleb.cli.progress import terminal_progress
 from sleb.core.files import writable_target
@@ -16,7 +15,7 @@ from sleb.core.files import writable_target
 if TYPE_CHECKING:
     from sleb.formats.quantize import Quantized
 
-__all__ = ["Scheme", "check_quantized", "draw", "quantize", "quantized"]
+__all__ = ["Scheme", "check_quantized", "quantize", "quantized"]
 
 Scheme = Annotated[
     str | None,
@@ -61,13 +60,13 @@ def quantize(
         progress=terminal_progress(),
     )
     if done.twice:
-        render.note(
+        show.note(
             f"{Path(model).name} is a GGUF file: its weights had been rounded before, and now are "
             "twice; a model in its original precision gives a better result",
             json,
         )
-    render.result(done, json, draw)
-    render.note(f"checkpoint written to {out}", json)
+    show.result(done, json)
+    show.note(f"checkpoint written to {out}", json)
     return 0
 
 
@@ -100,18 +99,3 @@ def quantized(out: str, scheme: str, options: dict[str, Any], *, force: bool) ->
 def _beside(out: str, scheme: str) -> Path:
     path = Path(out)
     return path.with_name(f"{path.name}-{scheme}")
-
-
-def draw(console: Console, q: Quantized) -> None:
-    """Sizes, and how it was made."""
-    table = render._table("", "before", "after", title=f"quantized to {q.scheme}")
-    table.add_row("weights, MB", *(f"{n / 1e6:,.1f}" for n in q.nbytes))
-    console.print(table)
-    how = f"in groups of {q.group} columns" if q.group else "row by row"
-    c = q.calibration
-    text = f", calibrated on {c.windows} windows of {c.length} tokens" if c else ""
-    console.print(f"{q.matrices} matrices in the blocks rounded {how}{text}, in {q.seconds:,.0f} s")
-    console.print(
-        f"read back, logits differ from those in memory by {q.difference:.2g} of the largest "
-        f"(at most {q.limit:.2g})"
-    )

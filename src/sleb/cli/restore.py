@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.options import Force, Json, Trust
 from sleb.cli.progress import terminal_progress
 from sleb.core.files import writable_target
 
 if TYPE_CHECKING:
-    from sleb.surgery.restore import Restored
+    pass
 
 __all__ = ["restore"]
 
@@ -44,18 +43,5 @@ def restore(
         trust_remote_code=trust_remote_code,
         progress=terminal_progress(),
     )
-    render.result(done, json, _draw)
+    show.result(done, json)
     return 0
-
-
-def _draw(console: Console, r: Restored) -> None:
-    """What was restored, and what is no longer in it."""
-    what = "the original, byte for byte"
-    if r.removed:
-        what = f"removed {', '.join(map(str, r.removed))}"
-    console.print(f"{r.path}: {r.blocks} blocks, {r.nbytes / 1e6:,.1f} MB; {what}")
-    if r.repair_undone and r.removed:
-        console.print(
-            "without the repair, which belongs to the full cut; fit one for this depth "
-            "with: sleb apply --repair"
-        )

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sleb.cli import render
+from sleb.cli import show
 from sleb.cli.options import Depth, Force, Json, PlanFile, Trust
 from sleb.cli.progress import terminal_progress
 from sleb.core.files import writable_target, write_text
 
 if TYPE_CHECKING:
-    from sleb.formats.hub import Pushed
+    pass
 
 __all__ = ["export", "push"]
 
@@ -54,7 +53,7 @@ def export(
     else:
         sys.stdout.write(done.text)
     for note in done.notes:
-        render.note(f"note: {note}", True)
+        show.note(f"note: {note}", True)
     return 0
 
 
@@ -88,15 +87,5 @@ def push(
         dry_run=dry_run,
         progress=terminal_progress(),
     )
-    render.result(done, json, _draw)
+    show.result(done, json)
     return 0
-
-
-def _draw(console: Console, done: Pushed) -> None:
-    for name in done.files:
-        console.print(name)
-    size = f"{len(done.files)} files, {done.nbytes / 1e6:,.1f} MB"
-    if done.commit is None:
-        console.print(f"{size} would go to {done.repo}, branch {done.revision}")
-    else:
-        console.print(f"{size} uploaded to {done.url}, commit {done.commit}")

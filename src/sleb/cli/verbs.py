@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sleb.cli import gguf, measure, render
+from sleb.cli import gguf, measure, show
 from sleb.cli.evaluate import evaluate
 from sleb.cli.heal import heal
 from sleb.cli.options import (
@@ -41,7 +41,6 @@ from sleb.cli.options import (
 )
 from sleb.cli.progress import terminal_progress
 from sleb.cli.quantize import Scheme, check_quantized, quantize, quantized
-from sleb.cli.quantize import draw as draw_quantized
 from sleb.cli.restore import restore
 from sleb.cli.share import export, push
 from sleb.cli.verify import verify
@@ -57,7 +56,7 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) 
     from sleb.models.describe import describe
 
     found = describe(model, trust_remote_code=trust_remote_code, progress=terminal_progress())
-    render.result(found, json, render.description)
+    show.result(found, json)
     return 0 if found.supported else 4
 
 
@@ -101,7 +100,7 @@ def similarity(
         loaded.tokenizer, text or (), windows=windows, length=length, seed=seed
     )
     found = measure_similarity(loaded, scored, measure=measure, batch=batch, progress=progress)
-    render.result(found, json, render.similarity)
+    show.result(found, json)
     return 0
 
 
@@ -119,8 +118,8 @@ def search(
     plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
     if group().is_main:
         plan.save(out)
-    render.result(plan, json, render.plan)
-    render.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
+    show.result(plan, json)
+    show.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
     return 0
 
 
@@ -200,7 +199,7 @@ def apply(
         )
         fixed = fit(dense, removed, fitted, judges, own=own, progress=progress)
         if not own:
-            render.note(f"the repair was fitted on {GIVEN_ALONE}", json)
+            show.note(f"the repair was fitted on {GIVEN_ALONE}", json)
         del dense
 
     if as_gguf:
@@ -220,8 +219,8 @@ def apply(
     done = {"out": out, "removed": removed, "blocks": left}
     if fixed:
         done["repair"] = fixed.record.model_dump(mode="json")
-    render.result(done, json, render.applied)
-    render.note(f"next: sleb verify {out} --model {model}", json)
+    show.result(done, json)
+    show.note(f"next: sleb verify {out} --model {model}", json)
     return 0
 
 
@@ -252,20 +251,21 @@ def prune(
 
     done = run(model, out, **asked, force=force, command=context.obj, progress=terminal_progress())
     if not json:
-        render.result(done.record, json, render.record)
-        render.result(done.plan, json, render.curve)
-    render.note(f"checkpoint written to {out}", json)
+        from sleb.views import depths
+
+        show.show((done.record, *depths(done.plan)))
+    show.note(f"checkpoint written to {out}", json)
     if quantize:
         if not main_process_first():
             return 0
         rounded = quantized(out, quantize, options, force=force)
         if not json:
-            render.result(rounded, json, draw_quantized)
-        render.note(f"quantized checkpoint written to {rounded.path}", json)
+            show.result(rounded, json)
+        show.note(f"quantized checkpoint written to {rounded.path}", json)
         if json:
-            render.result({"run": done.record, "quantized": rounded}, json, render.record)
+            show.result({"run": done.record, "quantized": rounded}, json)
     elif json:
-        render.result(done.record, json, render.record)
+        show.result(done.record, json)
     return 0
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sleb.cli import measure, render
+from sleb.cli import measure, show
 from sleb.cli.options import Depth, Device, Dtype, Json, Stream, Trust
 from sleb.cli.progress import terminal_progress
-from sleb.cli.render_runtimes import Python, Runtime, RuntimeDtype, asked_runtimes
-from sleb.cli.render_runtimes import runtimes as draw_runtimes
+from sleb.cli.runtimes import Python, Runtime, RuntimeDtype, asked_runtimes
 from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ def verify(
     loaded = Plan.load(plan or beside)
     judged = None
     if gate:
-        from sleb.evaluation.gate import Gate
+        from sleb.acceptance import Gate
         from sleb.record import RunRecord
 
         judged = Gate.load(gate).check(RunRecord.load(out))
@@ -87,20 +84,8 @@ def verify(
             progress=terminal_progress(),
         )
     parts = {"verification": found, "runtimes": ran, "gate": judged}
-    if json:
-        shown = {name: part for name, part in parts.items() if part}
-        render.result(found if set(shown) == {"verification"} else shown, json, _nothing)
-    else:
-        from sleb.cli.render_transfer import gate as draw_gate
-
-        drawn: tuple[Callable[[Console, Any], None], ...] = (
-            render.verification,
-            draw_runtimes,
-            draw_gate,
-        )
-        for part, draw in zip(parts.values(), drawn, strict=True):
-            if part:
-                render.result(part, json, draw)
+    shown = {name: part for name, part in parts.items() if part}
+    show.result(found if set(shown) == {"verification"} else shown, json)
     if found:
         found.require()
     if ran:
@@ -111,10 +96,6 @@ def verify(
         measure.save(out, json, gate=judged)
         judged.require()
     return 0
-
-
-def _nothing(console: Console, value: Any) -> None:
-    """JSON is not drawn."""
 
 
 def _plan_of(out: Path, running: bool) -> Path:

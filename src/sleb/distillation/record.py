@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sleb.core.card import with_section
 from sleb.core.plan import Calibration
 from sleb.distillation.validation import HealedText
 
@@ -56,14 +57,8 @@ class Healed:
 
 def card(cut: Path, done: Healed) -> str:
     """The card of ``cut``, if it has one, with a section on what was done to it since."""
-    before = cut / "README.md"
-    above = before.is_file()
-    lines = [before.read_text(encoding="utf-8").rstrip(), ""] if above else []
     how = f"LoRA of rank {done.settings['lora']}" if done.settings["lora"] else "AdamW"
-    lines += [
-        "## Healed",
-        "",
-        *(["What is said above is of the cut before that, weights and figures alike.", ""] * above),
+    lines = [
         f"After the cut, {done.trained_parameters:,} parameters were trained to predict what the "
         f"original predicts ({how}, {done.steps} steps, {done.tokens:,} tokens). Perplexity on "
         f"{done.overall.windows} held-out windows of {done.heldout.length} tokens, as a ratio to "
@@ -79,4 +74,4 @@ def card(cut: Path, done: Healed) -> str:
             f"{text.healed_ratio.value:.2f} | {old:.3f} to {new:.3f} |"
         )
     lines += ["", "Settings, texts and hashes are in `heal.json`."]
-    return "\n".join(lines) + "\n"
+    return with_section(cut, "Healed", lines)

@@ -22,6 +22,7 @@ from pathlib import Path
 from sleb.calibration import check_sources, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
+from sleb.core.card import with_section
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Calibration
@@ -231,18 +232,13 @@ def quantize(
 
 def _describe(source: ModelSource, done: Quantized, stage: Path) -> None:
     """The model's card, with a section on what was done to it."""
-    card = source.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
     how = f"in groups of {done.group} columns" if done.group else "row by row"
     before, after = (f"{nbytes / 1e6:,.1f} MB" for nbytes in done.nbytes)
     used = ", ".join(f"{name} {number}" for name, number in sorted(done.versions.items()))
     lines = [
-        "",
-        f"## Quantized: {done.scheme}",
-        "",
         f"The {done.matrices} matrices in the blocks were rounded to {SCHEMES[done.scheme].bits} "
         f"bits, {how}; embedding and head were not. Weights: {before} before, {after} after "
-        f"({used}). Figures above, if there are any, are of the checkpoint before that.",
+        f"({used}).",
     ]
     if done.calibration:
         c = done.calibration
@@ -255,4 +251,5 @@ def _describe(source: ModelSource, done: Quantized, stage: Path) -> None:
             "The plan (`plan.json`) says which blocks were cut. They can be put back in the "
             "checkpoint before quantization, with `sleb restore`, but not in this one.",
         ]
-    (stage / "README.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    card = with_section(source.path, f"Quantized: {done.scheme}", lines)
+    (stage / "README.md").write_text(card, encoding="utf-8")

@@ -28,6 +28,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
+from sleb.core.card import cut_card
 from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_dir
 from sleb.core.plan import Plan
@@ -35,7 +36,6 @@ from sleb.core.progress import Progress, Tick, silent
 from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import renumber_metadata, renumber_quantization
 from sleb.models.source import resolve
-from sleb.surgery.card import cut_card
 from sleb.surgery.rollback_keep import keep_original
 from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Written
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
+from sleb.core.card import cut_card
 from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
@@ -116,7 +117,6 @@ def _write_cut(
     original: Original, depth: int, stage: Path, trust_remote_code: bool, progress: Progress
 ) -> None:
     from sleb.surgery.apply import write_cut
-    from sleb.surgery.rollback_card import shallow_card
 
     cut = Cut(blocks=original.plan.model.blocks, removed=original.plan.at_depth(depth))
     used = cut.used(original.plan)
@@ -131,5 +131,10 @@ def _write_cut(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        (stage / "README.md").write_text(shallow_card(used, Path(folder)), encoding="utf-8")
+        how = (
+            f"Written by `sleb restore --depth {depth}` from a deeper cut and what it had kept of "
+            "the original."
+        )
+        card = cut_card(used, Path(folder), how=how, kept=True)
+        (stage / "README.md").write_text(card, encoding="utf-8")
     write_sums(stage, progress)

@@ -1,6 +1,7 @@
-"""The report: what a run measured, as one self-contained HTML page for managers and engineers.
+"""Results as people see them: one view model, drawn on a terminal, as a page and as Markdown.
 
-It reads run.json and plan.json only, so a figure that was not recorded cannot be in it.
+The report is one self-contained HTML page for managers and engineers. It reads run.json and
+plan.json only, so a figure that was not recorded cannot be in it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from pathlib import Path
 
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target, write_text
+from sleb.core.plan import Plan
+from sleb.record import RunRecord
+from sleb.views.card import model_card
+from sleb.views.html import render
+from sleb.views.locale import Locale
+from sleb.views.report import Report
+from sleb.views.results import depths, items, show
 
-__all__ = ["write_report"]
+__all__ = ["depths", "items", "model_card", "show", "write_report"]
 
 
 def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) -> Path:
@@ -32,18 +40,11 @@ def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) ->
             "a report needs jinja2 and matplotlib: pip install 'sleb[report]'"
         ) from None
     writable_target(out, force=force, folder=False)
-    from sleb.core.plan import Plan
-    from sleb.record import RunRecord
-    from sleb.views.context import Material
-    from sleb.views.html import render
-    from sleb.views.locale import Words
-    from sleb.views.report import view
-
     record, plan = RunRecord.load(run), Plan.load(run / "plan.json")
     digests = {
         name: hashlib.sha256((run / name).read_bytes()).hexdigest()
         for name in ("run.json", "plan.json")
     }
-    page = view(Material(record=record, plan=plan, say=Words(lang), digests=digests))
-    write_text(out, render(page))
+    t = Locale(lang, markup=True)
+    write_text(out, render(Report(record=record, plan=plan, t=t, digests=digests).page))
     return out

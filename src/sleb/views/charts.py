@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from sleb.views.page import Bars, Chart, Dots, Heat, Line
+from sleb.views.model import Bars, Chart, Dots, Heat, Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,11 +7,13 @@ from pathlib import Path
 from markupsafe import Markup
 
 from sleb.views.charts import draw
-from sleb.views.page import Figure, Page
+from sleb.views.model import Figure, Page
 
-__all__ = ["render"]
+__all__ = ["LONGEST", "START", "render", "split"]
 
 HERE = Path(__file__).parent
+START = 600  # characters of an answer that are shown without a click
+LONGEST = 8_000  # characters of one answer that the page holds at all
 
 
 def render(page: Page) -> str:
@@ -31,4 +33,16 @@ def render(page: Page) -> str:
 
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("template.html.j2")
-    return template.render(page=page, style=style, chart=chart)
+    return template.render(page=page, style=style, chart=chart, split=split)
+
+
+def split(text: str, cut: str) -> tuple[str, str]:
+    """A text in two parts, cut after a space if there is one; what is far too long is cut off, and
+    ``cut`` says how much."""
+    if len(text) <= START:
+        return text, ""
+    at = text.rfind(" ", START // 2, START) + 1 or START
+    rest = text[at:LONGEST]
+    if len(text) > LONGEST:
+        rest += "\n" + cut.format(characters=f"{len(text) - LONGEST:,}")
+    return text[:at], rest

@@ -1,32 +1,35 @@
-"""Every sentence of the report, in each language, and how that language writes numbers.
+"""Every sentence of the views, in each language, and how that language writes numbers.
 
-Sentences are in words/LANG.toml. ``{name}`` is filled in; ``[[term|shown]]`` links to a term of the
-glossary. What is filled in is escaped, so a model's name or an answer cannot become HTML.
+Sentences are in words/LANG.toml. ``{name}`` is filled in; ``[[term|shown]]`` is a term of the
+glossary, to which a page links. For a page, what is filled in is escaped, so a model's name or an
+answer cannot become HTML; for a terminal and for Markdown everything is plain text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from math import isfinite, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 from markupsafe import Markup, escape
 
 from sleb.core.errors import InputError, did_you_mean
+from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
+from sleb.views.model import Table
 
-if TYPE_CHECKING:
-    from sleb.core.statistics import Interval
-
-__all__ = ["LANGUAGES", "Words", "bounds", "check_language", "code"]
+__all__ = ["DASH", "LANGUAGES", "LINK", "Locale", "bounds", "check_language"]
 
 LANGUAGES = ("en", "ja")
 WHOLE = 20  # characters of a command's word that a line break does not cut
 UNIT = re.compile(r"[^\d∞–]*$")
-LINK = re.compile(r"\[\[([a-z-]+)\|([^\]]+)\]\]")
+LINK = re.compile(r"\[\[(\w+)\|(.+?)\]\]")
+DASH = "–"
+
+Row = TypeVar("Row")
 
 
 def check_language(lang: str) -> None:
@@ -36,13 +39,6 @@ def check_language(lang: str) -> None:
         raise InputError(f"--lang {lang!r} is not known{hint}; give {' or '.join(LANGUAGES)}")
 
 
-def code(text: str) -> Markup:
-    """Something to type, or an exact name."""
-    word = Markup("<span>{}</span>")
-    parts = (word.format(w) if len(w) <= WHOLE else escape(w) for w in text.split(" "))
-    return Markup("<code>{}</code>").format(Markup(" ").join(parts))
-
-
 def bounds(found: Interval) -> tuple[float, float] | None:
     """The ends of an interval that has them."""
     if found.low is None or found.high is None or isnan(found.low) or isnan(found.high):
@@ -50,25 +46,28 @@ def bounds(found: Interval) -> tuple[float, float] | None:
     return found.low, found.high
 
 
-class Words:
-    """The sentences of one language. Calling it gives a sentence by its key, ``table.name``.
+class Locale:
+    """The sentences of one language, for a page (``markup``) or as plain text. Calling it gives a
+    sentence by its key, ``table.name``.
 
     Raises:
         InputError: there is no such language.
     """
 
-    def __init__(self, lang: str) -> None:
+    def __init__(self, lang: str = "en", *, markup: bool = False) -> None:
         check_language(lang)
-        self.lang = lang
+        self.lang, self.markup = lang, markup
         path = Path(__file__).with_name("words") / f"{lang}.toml"
         self.tables = read_toml(path, "install sleb again")
 
-    def __call__(self, key: str, **values: Any) -> Markup:
-        """A sentence as HTML, with links to the glossary."""
+    def __call__(self, key: str, **values: object) -> str:
+        """A sentence; on a page with links to the glossary."""
+        if not self.markup:
+            return self.plain(key, **values)
         linked = LINK.sub(r'<a class="term" href="#term-\1">\2</a>', str(escape(self.raw(key))))
         return Markup(linked).format(**values)
 
-    def plain(self, key: str, **values: str) -> str:
+    def plain(self, key: str, **values: object) -> str:
         """A sentence as plain text, for charts and for attributes."""
         return LINK.sub(r"\2", self.raw(key)).format(**values)
 
@@ -79,21 +78,58 @@ class Words:
         return found
 
     def named(self, table: str, name: str) -> str:
-        """What a name of the record, such as that of a check, is called; itself if unknown."""
-        return str(self.tables[table].get(name, name))
+        """What a key of the record, such as that of a check, is called; itself if unknown."""
+        return self.plain(f"{table}.{name}") if name in self.tables[table] else name
 
-    def join(self, parts: Iterable[object]) -> Markup:
+    def join(self, parts: Iterable[object]) -> str:
         """A list within a sentence."""
-        return Markup(self.raw("format.comma")).join(parts)  # type: ignore[arg-type]
+        comma = self.raw("format.comma")
+        return Markup(comma).join(parts) if self.markup else comma.join(map(str, parts))  # type: ignore[arg-type]
+
+    def code(self, text: str) -> str:
+        """Something to type, or an exact name."""
+        if not self.markup:
+            return text
+        word = Markup("<span>{}</span>")
+        parts = (word.format(w) if len(w) <= WHOLE else escape(w) for w in text.split(" "))
+        return Markup("<code>{}</code>").format(Markup(" ").join(parts))
+
+    def table(
+        self,
+        name: str,
+        columns: Mapping[str, Callable[[Row], str]],
+        rows: Iterable[Row],
+        *,
+        words: Iterable[str] = (),
+        bad: Callable[[Row], bool] = lambda row: False,
+        caption: str | None = None,
+        note: str = "",
+    ) -> Table:
+        """A table whose caption and headings are sentences of the table ``name``: for each column
+        its key and what makes a cell of a row. ``words``: columns that are not figures, besides
+        the first; ``bad``: rows to point out."""
+        rows, keys = tuple(rows), list(columns)
+        return Table(
+            caption=self(f"{name}.caption") if caption is None else caption,
+            columns=tuple(self(f"{name}.{key}") for key in keys),
+            rows=tuple(tuple(cell(row) for cell in columns.values()) for row in rows),
+            words=frozenset({0, *(keys.index(key) for key in words)}),
+            bad=frozenset(i for i, row in enumerate(rows) if bad(row)),
+            note=note,
+        )
 
     # -- numbers ---------------------------------------------------------------------------------
 
     def number(self, value: float, digits: int = 2) -> str:
         """With thousands separators, a true minus sign, and never a negative zero."""
         if not isfinite(value):
-            return "–" if isnan(value) else "∞" if value > 0 else "−∞"
+            return DASH if isnan(value) else "∞" if value > 0 else "−∞"
         shown = f"{value:,.{digits}f}"
         return shown.lstrip("-") if not shown.strip("-0.,") else shown.replace("-", "−")
+
+    def count(self, value: int) -> str:
+        """A whole number."""
+        return self.number(value, 0)
 
     def signed(self, value: float, digits: int = 2) -> str:
         """A difference, with its sign."""
@@ -114,11 +150,12 @@ class Words:
 
     def times(self, ratio: float, digits: int = 2) -> str:
         """A ratio."""
-        return self._unit("times", self.number(ratio, digits))
+        shown = self.number(ratio, digits)
+        return self._unit("times", shown) if self.markup else f"{shown}x"
 
     def ratio(self, ratio: float) -> str:
-        """A ratio of perplexities, in which the third digit may matter."""
-        return self.times(ratio, 3 if ratio < 10 else 1)
+        """A ratio of perplexities; on a page with the third digit, which may matter."""
+        return self.times(ratio, 3 if ratio < 10 else 1) if self.markup else self.number(ratio)
 
     def nats(self, value: float) -> str:
         """A loss or a score, without its unit."""
@@ -139,27 +176,36 @@ class Words:
 
     def large(self, count: int) -> str:
         """A large count, such as that of parameters."""
+        if not self.markup:
+            return f"{self.number(count / 1e6, 1)} M"
         for scale, digits, pattern in self.tables["format"]["large"]:
             if count >= scale:
                 return str(pattern).format(value=self.number(count / scale, digits))
-        return self.number(count, 0)
+        return self.count(count)
 
-    def measured(self, value: float, unit: str) -> str:
+    def figure(self, value: float, unit: str) -> str:
         """A figure of a gate in its unit: x, %, MB, another one, or none."""
         if unit == "%":
             return self.percent(value)
         if unit == "MB":
             return f"{self.number(value, 1)}\u00a0MB"
         shown = f"{value:,.5g}".replace("-", "−")
-        return self._unit("times", shown) if unit == "x" else f"{shown}\u00a0{unit}".rstrip()
+        if unit == "x":
+            return self._unit("times", shown) if self.markup else f"{shown}x"
+        return f"{shown}\u00a0{unit}".rstrip()
 
-    def interval(self, found: Interval, show: Callable[[float], str]) -> str:
-        """A value and, where it has one, its interval; ``show`` writes one number."""
+    def interval(self, found: Interval | None, show: Callable[[float], str]) -> str:
+        """A value and, where it has one, its interval; ``show`` writes one number. A dash where
+        nothing was measured."""
+        if found is None:
+            return DASH
         shown, ends = show(found.value), bounds(found)
-        if ends is None:
-            return shown
+        return shown if ends is None else self.between(shown, *map(show, ends))
+
+    def between(self, shown: str, low: str, high: str) -> str:
+        """A value and its interval, each written with its unit, which then is said once."""
         unit = UNIT.search(shown)[0]  # type: ignore[index]
-        low, high = (show(end).removesuffix(unit) for end in ends)  # the unit is said once
+        low, high = low.removesuffix(unit), high.removesuffix(unit)
         return self.raw("format.interval").format(value=shown, low=low, high=high)
 
     def p_value(self, p: float) -> str:
@@ -173,6 +219,16 @@ class Words:
         except ValueError:
             return iso
         return self.raw("format.moment").format(at=at)
+
+    def reading(self, found: Interval, neutral: float, better: str) -> str:
+        """In words, whether ``found`` can be told from ``neutral``; ``better`` is high or low."""
+        ends = bounds(found)
+        if ends is None:
+            return self.plain("reading.single")
+        if ends[0] <= neutral <= ends[1]:
+            return self.plain("reading.noise")
+        good = (found.value > neutral) == (better == "high")
+        return self.plain("reading.better" if good else "reading.worse")
 
     def _unit(self, name: str, value: str) -> str:
         return self.raw(f"format.{name}").format(value=value)

@@ -1,38 +1,279 @@
-"""From a run's record and plan to a page: every figure and sentence of the report. Pure."""
+"""From a run's record and plan to a page: page one for who decides, then a section per subject.
+
+It is made from run.json and plan.json alone, so a figure that was not recorded cannot be in it.
+"""
 
 from __future__ import annotations
 
-from sleb.views.choice import choice
-from sleb.views.context import Material
-from sleb.views.limits import verdict
-from sleb.views.measured import measured
-from sleb.views.page import Page
-from sleb.views.provenance import proof, provenance
-from sleb.views.summary import summary
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
-__all__ = ["view"]
+from sleb.core.errors import InputError
+from sleb.core.plan import Plan
+from sleb.record import RunRecord
+from sleb.runtimes.bench import Ratio
+from sleb.views import proof, quality, selection, speed
+from sleb.views.locale import Locale
+from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Text, Verdict
+
+__all__ = ["Report"]
 
 
-def view(m: Material) -> Page:
-    """The whole page, in the order in which it is read."""
-    say, r = m.say, m.record
-    return Page(
-        lang=say.lang,
-        title=say.plain("page.title", model=m.model),
-        subtitle=say(
-            "page.subtitle",
-            k=len(r.removed),
-            n=r.blocks,
-            started=say.moment(r.started),
-            model=r.model,
-        ),
-        verdict=verdict(m),
-        summary=summary(m),
-        contents=say("page.contents"),
-        sections=(*choice(m), *measured(m), *proof(m), provenance(m)),
-        glossary_title=say("page.glossary"),
-        glossary=tuple(
-            (name, term, meaning) for name, (term, meaning) in say.tables["glossary"].items()
-        ),
-        colophon=say("page.colophon"),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run's record and plan, SHA-256 of their files by name, and the language to say it in.
+
+    Raises:
+        InputError: record and plan are not of the same run.
+    """
+
+    record: RunRecord
+    plan: Plan
+    t: Locale
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        of_record = (self.record.blocks, tuple(sorted(self.record.removed)))
+        if of_record != (self.plan.model.blocks, self.plan.removed):
+            raise InputError(
+                f"run.json removes blocks {list(self.record.removed)} of {self.record.blocks}, but "
+                f"plan.json beside it {list(self.plan.removed)} of {self.plan.model.blocks}: they "
+                "are not of the same run"
+            )
+
+    @property
+    def page(self) -> Page:
+        """The whole page, in the order in which it is read."""
+        t, r = self.t, self.record
+        return Page(
+            lang=t.lang,
+            title=t.plain("page.title", model=Path(r.model).name or r.model),
+            subtitle=t(
+                "page.subtitle",
+                k=len(r.removed),
+                n=r.blocks,
+                started=t.moment(r.started),
+                model=r.model,
+            ),
+            verdict=self._verdict(),
+            summary=self._panels(
+                "sum-{}",
+                "summary.{}",
+                {
+                    "removed": self._removed,
+                    "quality": self._quality,
+                    "saved": self._saved,
+                    "servers": lambda: speed.servers(t, r.speed, self._ratios),
+                    "untested": self._untested,
+                    "rollback": self._rollback,
+                },
+            ),
+            contents=t("page.contents"),
+            sections=self._sections(),
+            glossary_title=t("page.glossary"),
+            glossary=tuple((key, *entry) for key, entry in t.tables["glossary"].items()),
+            colophon=t("page.colophon"),
+        )
+
+    def _panels(
+        self, name: str, title: str, parts: dict[str, Callable[[], list[Item]]]
+    ) -> tuple[Panel, ...]:
+        return tuple(
+            Panel(name=name.format(key), title=self.t(title.format(key)), items=tuple(items()))
+            for key, items in parts.items()
+        )
+
+    # -- what several parts need ------------------------------------------------------------------
+
+    def _command(self, key: str) -> str:
+        """A command of this run, ready to be typed; ``key`` is in the table ``commands``."""
+        out = self.record.verification.checkpoint
+        words = {"model": self.record.model, "out": out, "plan": str(Path(out) / "plan.json")}
+        quoted = {name: shlex.quote(word) for name, word in words.items()}
+        return self.t.code(self.t.plain(f"commands.{key}", **quoted))
+
+    def _fill(self, command: str) -> str:
+        """A command with this run's model and folder in the places of MODEL and OUT."""
+        out = self.record.verification.checkpoint
+        known = {"MODEL": self.record.model, "OUT": out, "OUT/plan.json": f"{out}/plan.json"}
+        words = (shlex.quote(known[word]) if word in known else word for word in command.split())
+        return self.t.code(" ".join(words))
+
+    def _missing(self, key: str) -> list[Item]:
+        """That something was not measured, and the command that measures it."""
+        return [Missing(self.t(f"missing.{key}", command=self._command(key)))]
+
+    @property
+    def _repaired(self) -> int:
+        """How many matrices around the gaps are not the original's."""
+        return quality.changed(self.plan.repair.gaps) if self.plan.repair else 0
+
+    @property
+    def _plain_only(self) -> list[Item]:
+        """That the figures above are of cuts without repair, where this one has one."""
+        return [Text(self.t("repair.without"))] if self._repaired else []
+
+    @property
+    def _heldout(self) -> bool:
+        seen = self.record.evaluation_text
+        return seen is not None and seen.source == "held-out"
+
+    @property
+    def _ratios(self) -> tuple[Ratio, ...]:
+        return speed.ratios(self.record.speed, self.record.verification.checkpoint)
+
+    # -- page one --------------------------------------------------------------------------------
+
+    def _verdict(self) -> Verdict:
+        """Whether the gate's limits are kept, with the rows that are not."""
+        t, gate, checks = self.t, self.record.gate, self.record.verification.checks
+        broken = [check for check in checks if not check.passed]
+        rows = [row for row in gate.rows if not row.passed] if gate else []
+        if broken:
+            tone, key = "bad", "inexact"
+            text = t("verdict.inexact_text", failed=len(broken), total=len(checks))
+        elif gate is None:
+            tone, key = "none", "none"
+            text = t("verdict.none_text", command=self._command("gate"))
+        else:
+            tone, key = ("good", "passed") if gate.passed else ("bad", "failed")
+            text = t(f"verdict.{key}_text", failed=len(rows), total=len(gate.rows))
+        names = {"speed": self.record.speed, "fill": self._fill}
+        table = proof.gate_table(t, rows, told=False, **names) if rows else None  # type: ignore[arg-type]
+        return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=table)
+
+    def _removed(self) -> list[Item]:
+        t, r, repair = self.t, self.record, self.plan.repair
+        passed = sum(check.passed for check in r.verification.checks)
+        gone = len(r.removed)
+
+        def change(pair: tuple[int, int], show: Callable[[int], str]) -> str:
+            before, after = pair
+            share = t.percent((after - before) / before if before else 0.0)
+            return t("removed.change", before=show(before), after=show(after), share=share)
+
+        repaired = t("repair.none")
+        if repair and self._repaired:
+            done = sum(gap.ridge is not None for gap in repair.gaps)
+            repaired = t("repair.done", count=self._repaired, done=done, gaps=len(repair.gaps))
+        rows = {
+            "removed.blocks": t("removed.of", k=gone, n=r.blocks, share=t.percent(gone / r.blocks)),
+            "removed.which": t.join(r.removed),
+            "repair.name": repaired,
+            "removed.parameters": change(r.parameters, t.large),
+            "removed.size": change(r.nbytes, t.size),
+            "removed.exact": t("removed.checks", passed=passed, total=len(r.verification.checks)),
+        }
+        return [Facts(tuple((t(key), value) for key, value in rows.items()))]
+
+    def _quality(self) -> list[Item]:
+        t, e = self.t, self.record.evaluation
+        items = self._missing("evaluation")
+        if e and e.perplexity_ratio:
+            caption = t("quality.caption" if self._heldout else "quality.caption_other")
+            items = [quality.worst_texts(t, e, caption)]
+        tasks = [task for task in self.record.tasks or () if task.pruned is not None]
+        return [*items, *([quality.worst_tasks(t, tasks)] if tasks else self._missing("tasks"))]
+
+    def _saved(self) -> list[Item]:
+        found = self._ratios
+        if self.record.speed is None or not found:
+            return self._missing("speed")
+        return speed.saved(self.t, self.record.speed, found)
+
+    def _untested(self) -> list[Item]:
+        names = ("evaluation", "tasks", "answers", "speed", "transfer")
+        lacking = [name for name in names if not getattr(self.record, name)]
+        lines = [self.t(f"missing.{name}", command=self._command(name)) for name in lacking]
+        skipped = self.record.speed.skipped if self.record.speed else ()
+        lines += [self.t("untested.skipped", what=what) for what in skipped]
+        return [Listing((*lines, self.t("untested.other")))]
+
+    def _rollback(self) -> list[Item]:
+        t, depth = self.t, len(self.plan.order)
+        lines = [t("rollback.unchanged", model=self.record.model)]
+        if depth > 1:
+            lines.append(t("rollback.shallower", most=depth - 1, command=self._command("apply")))
+            lines += [t("rollback.unrepaired")] if self._repaired else []
+        return [Listing(tuple(lines))]
+
+    # -- the sections ----------------------------------------------------------------------------
+
+    def _sections(self) -> tuple[Panel, ...]:
+        t, r, plan = self.t, self.record, self.plan
+
+        def shown(key: str, value: object, items: Callable[[], list[Item]]) -> list[Item]:
+            return items() if value else self._missing(key)
+
+        def alike() -> list[Item]:
+            figure = selection.similarity(t, r.similarity)
+            return [figure] if figure else self._missing("similarity")
+
+        return self._panels(
+            "{}",
+            "{}.title",
+            {
+                "map": lambda: [selection.block_map(t, plan)],
+                "why": lambda: selection.reasons(t, plan, r.similarity),
+                "rounds": lambda: [selection.candidates(t, plan)],
+                "similarity": alike,
+                "curve": self._curve,
+                "texts": self._texts,
+                "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
+                "answers": lambda: (
+                    quality.answers(t, r.answers) if r.answers else self._missing("answers")
+                ),
+                "speed": lambda: speed.speed(t, r.speed) if r.speed else self._missing("speed"),
+                "draft": lambda: speed.drafting(t, r.draft) if r.draft else self._missing("draft"),
+                "transfer": lambda: (
+                    [*quality.transfer(t, r.transfer), *self._plain_only]
+                    if r.transfer
+                    else self._missing("transfer")
+                ),
+                "exact": lambda: proof.verification(t, r.verification, self._repaired),
+                "runtimes": lambda: (
+                    speed.runtimes(t, r.runtimes) if r.runtimes else self._missing("runtimes")
+                ),
+                "gate": self._gate,
+                "provenance": lambda: [*proof.provenance(t, r, plan, self.digests)],
+            },
+        )
+
+    def _curve(self) -> list[Item]:
+        c = self.plan.curve
+        if c is None or not c.points:
+            return self._missing("curve")
+        items = selection.curve(self.t, c, len(self.plan.order))
+        about = [] if c.fitted is not None else self._plain_only
+        return [*items, *selection.target(self.t, self.plan), *about]
+
+    def _texts(self) -> list[Item]:
+        t, e, repair = self.t, self.record.evaluation, self.plan.repair
+        gaps: list[Item] = [quality.by_gap(t, repair)] if repair else []
+        if e is None:
+            return [*self._missing("evaluation"), *gaps]
+        seen = self.record.evaluation_text
+        source = (seen.note or t.join(seen.texts)) if seen else ""
+        intro = t(
+            "texts.intro" if self._heldout else "texts.other",
+            windows=e.windows,
+            length=e.length,
+            tokens=t.count(e.tokens),
+            source=source,
+        )
+        items: list[Item] = [Text(intro)]
+        plain = e.unrepaired.perplexity_ratio if e.unrepaired else None
+        if plain and e.perplexity_ratio:
+            both = {"repaired": e.perplexity_ratio, "plain": plain}
+            shown = {key: t.interval(ratio, t.ratio) for key, ratio in both.items()}
+            items.append(Text(t("repair.ratios", **shown)))
+        return [*items, quality.by_text(t, e), *gaps]
+
+    def _gate(self) -> list[Item]:
+        t, gate = self.t, self.record.gate
+        if gate is None:
+            return [Missing(t("verdict.none_text", command=self._command("gate")))]
+        table = proof.gate_table(t, gate.rows, speed=self.record.speed, fill=self._fill)
+        return [Text(t("gate.text")), table]

@@ -1,4 +1,4 @@
-"""The parts of a model card that every cut's card has: metadata, provenance, and how to check it.
+"""The model card of every checkpoint that is written, and sections that are added to one.
 
 The metadata is what a hub shows, searches by, and takes the licence from. What is carried over from
 the original's card was written by others, so it is checked against the form that the hub documents
@@ -9,21 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sleb.core.plan import Plan
 
-__all__ = [
-    "changed",
-    "cut_card",
-    "fenced",
-    "front_matter",
-    "inherited",
-    "provenance",
-    "title",
-    "using",
-]
+__all__ = ["cut_card", "front_matter", "inherited", "with_section"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +27,86 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
 _LINK = re.compile(r"https?://[^\s<>\"'`]{1,500}|[A-Za-z0-9][\w.-]{0,127}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f\u0085\u2028\u2029]{1,128}")
 _LICENCE_FILE = re.compile(r"(LICEN[CS]E|COPYING)(\.(txt|md))?", re.IGNORECASE)
+
+_CARD = """{front}
+
+# {name} without {gone} of its {blocks} transformer blocks
+
+Removed blocks (original numbering, first is 0): {removed}; {left} remain. {changed} \
+{how}The order of removal, and the scores behind it, are in `plan.json`.
+
+{measured}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Provenance
+
+| | |
+| --- | --- |
+{provenance}
+
+## Check
+
+```
+sha256sum -c SHA256SUMS
+sleb verify PATH --model ORIGINAL
+```
+
+The second proves that it is the original without these blocks.
+{rollback}
+Method: SLEB (Song et al., ICML 2024, arXiv:2402.09025).
+"""
+_ROLLBACK = """
+## Roll back
+
+The original is kept too: `sleb restore PATH -o ORIGINAL` rebuilds it bit for bit from this \
+folder and its `rollback/`, `--depth K` a smaller cut.
+"""
+
+
+def cut_card(
+    plan: Plan,
+    source: Path,
+    *,
+    model: str | None = None,
+    how: str = "",
+    command: str = "",
+    measured: Sequence[str] = (),
+    kept: bool = False,
+) -> str:
+    """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
+    as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
+    ``measured``: lines of Markdown on what it costs; ``kept``: it has a side-car."""
+    of = plan.model
+    told = "\n".join(measured) or "It was not measured: do so before you rely on it."
+    return _CARD.format(
+        front=front_matter(source, model),
+        name=_title(model, of.architecture or of.model_type),
+        gone=len(plan.removed),
+        blocks=of.blocks,
+        removed=", ".join(map(str, plan.removed)),
+        left=of.blocks - len(plan.removed),
+        changed=_changed(plan),
+        how=f"{how} " if how else "",
+        measured="\n".join([*([*_fenced(command), ""] if command else []), told.rstrip()]),
+        provenance="\n".join(_provenance(plan, source, model)),
+        rollback=_ROLLBACK if kept else "",
+    )
+
+
+def with_section(folder: Path, title: str, lines: Iterable[str]) -> str:
+    """The card in ``folder``, if there is one, and below it a section on what was done since, of
+    which what is said above is not true."""
+    card = folder / "README.md"
+    above = [card.read_text(encoding="utf-8").rstrip(), ""] if card.is_file() else []
+    since = ["What is said above is of the checkpoint before that, weights and figures alike.", ""]
+    parts = [*above, f"## {title}", "", *(since if above else []), *lines]
+    return "\n".join(parts) + "\n"
 
 
 def front_matter(source: Path, model: str | None = None) -> str:
@@ -113,33 +185,12 @@ def _hub_id(model: str | None, source: Path) -> str | None:
     return None
 
 
-def cut_card(used: Plan, source: Path, *, how: str, kept: bool, model: str | None = None) -> str:
-    """README.md of a cut by ``used`` of which nothing was measured; ``source`` holds the original's
-    own card. ``how``: a sentence on how it came about. ``kept``: it has a side-car."""
-    gone, left = len(used.removed), used.model.blocks - len(used.removed)
-    name = title(model, used.model.architecture or used.model.model_type)
-    lines = [
-        front_matter(source, model),
-        "",
-        f"# {name} without {gone} of its {used.model.blocks} transformer blocks",
-        "",
-        f"Removed blocks (original numbering, first is 0): {', '.join(map(str, used.removed))}; "
-        f"{left} remain. {changed(used)} {how} The order of removal is in `plan.json`. It was not "
-        "measured: do so before you rely on it.",
-        "",
-        *provenance(used, source, model),
-        "",
-        *using(kept),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def title(model: str | None, otherwise: str) -> str:
+def _title(model: str | None, otherwise: str) -> str:
     """The original's name in one line: its last part, if it is a path."""
     return " ".join(((Path(model).name if model else "") or otherwise).split())
 
 
-def changed(plan: Plan) -> str:
+def _changed(plan: Plan) -> str:
     """Which weights are not the original's, in a sentence."""
     if plan.repair is None or not plan.repair.tensors:
         return "No weight was changed and nothing was trained."
@@ -150,60 +201,29 @@ def changed(plan: Plan) -> str:
     )
 
 
-def provenance(plan: Plan, source: Path, model: str | None = None) -> list[str]:
-    """Lines of Markdown: what it was made from, with what, under which licence."""
+def _provenance(plan: Plan, source: Path, model: str | None) -> Iterable[str]:
+    """Rows of Markdown: what it was made from, with what, under which licence."""
     base, licence = _hub_id(model, source), inherited(source).get("license")
-    link = f"[{base}](https://huggingface.co/{base})" if base else title(model, "see `plan.json`")
     tools = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    of = plan.model
     rows = {
-        "original": link,
-        "architecture": f"{plan.model.architecture or plan.model.model_type}, "
-        f"{plan.model.blocks} blocks",
-        "SHA-256 of its tensors": f"`{plan.model.weights_sha256}`",
+        "original": f"[{base}](https://huggingface.co/{base})"
+        if base
+        else _title(model, "see `plan.json`"),
+        "architecture": f"{of.architecture or of.model_type}, {of.blocks} blocks",
+        "SHA-256 of its tensors": f"`{of.weights_sha256}`",
         "blocks chosen by": f"{plan.strategy}, {plan.metric} ({plan.unit}), in {plan.dtype}",
         "with": tools or "not recorded",
         "licence": f"the original's: {licence}"
         if licence
         else "the original's; its card named none",
     }
-    return [
-        "## Provenance",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
-    ]
+    for name, value in rows.items():
+        yield f"| {name} | {' '.join(value.replace('|', chr(92) + '|').split())} |"
 
 
-def using(kept: bool) -> list[str]:
-    """Lines of Markdown: how to check it, and with ``kept`` how to take the cut back."""
-    lines = [
-        "## Check",
-        "",
-        "```",
-        "sha256sum -c SHA256SUMS",
-        "sleb verify PATH --model ORIGINAL",
-        "```",
-        "",
-        "The second proves that it is the original without these blocks.",
-    ]
-    if kept:
-        lines += [
-            "",
-            "## Roll back",
-            "",
-            "The original is kept too: `sleb restore PATH -o ORIGINAL` rebuilds it bit for bit "
-            "from this folder and its `rollback/`, `--depth K` a smaller cut.",
-        ]
-    return lines
-
-
-def fenced(text: str) -> list[str]:
+def _fenced(text: str) -> list[str]:
     """Lines of a code block that ``text`` cannot end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, text, fence]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

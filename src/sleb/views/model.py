@@ -1,7 +1,7 @@
-"""What a report is made of: plain values, in the order in which they are read. Needs no torch.
+"""What every result is shown as: plain values, which a renderer draws for its medium.
 
-Text is Markup (safe HTML, see :mod:`sleb.views.locale`) or a plain string, which the template
-escapes. Charts hold numbers and plain labels; :mod:`sleb.views.charts` draws them.
+Text is what a :class:`~sleb.views.locale.Locale` made for the medium: Markup (safe HTML) or a plain
+string. Charts hold numbers and plain labels; :mod:`sleb.views.charts` draws them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Bars:
 Chart = Heat | Line | Dots | Bars
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
@@ -106,7 +106,7 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Listing:
     """Sentences, one below the other."""
 
@@ -115,7 +115,7 @@ class Listing:
     numbered: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Facts:
     """Names and what goes with them."""
 
@@ -129,7 +129,7 @@ class Table:
     ``bad``: rows to point out. ``note``: a line below."""
 
     kind: ClassVar[str] = "table"
-    caption: str
+    caption: str = ""
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset({0})
@@ -150,7 +150,7 @@ class Figure:
     wide: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Missing:
     """Something that was not measured, and how to measure it."""
 
@@ -180,17 +180,17 @@ class BlockMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One model's answer: its ``start``, the ``rest`` if it is long, and remarks about it."""
+    """A prompt or an answer as it is, with remarks about it."""
 
     name: str
-    start: str
-    rest: str
-    remarks: tuple[str, ...]
+    text: str
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """A prompt with both answers."""
+    """A prompt with both answers. ``more`` opens what is too long, ``nothing`` stands for an empty
+    text, and ``cut`` for what is far too long, with its length in the place of {characters}."""
 
     kind: ClassVar[str] = "answers"
     title: str
@@ -199,6 +199,8 @@ class SideBySide:
     pruned: Answered
     note: str
     more: str
+    nothing: str
+    cut: str
 
 
 Item = Text | Listing | Facts | Table | Figure | Missing | BlockMap | SideBySide

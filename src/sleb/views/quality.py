@@ -1,0 +1,361 @@
+"""Quality: perplexity by text, the repair, tasks, answers to prompts, and choices on other text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sleb.core.plan import RepairedGap, RepairRecord
+from sleb.core.statistics import Flips, Interval
+from sleb.evaluation.answers import Answer, Comparison, Pair
+from sleb.evaluation.perplexity import Evaluation, Quality
+from sleb.evaluation.tasks import TaskResult
+from sleb.evaluation.transfer import Chosen, Transfer
+from sleb.views.locale import DASH, Locale
+from sleb.views.model import Answered, Item, Listing, SideBySide, Table, Text
+
+__all__ = [
+    "answers",
+    "by_gap",
+    "by_text",
+    "change",
+    "changed",
+    "evaluation",
+    "tasks",
+    "transfer",
+    "worst_tasks",
+    "worst_texts",
+]
+
+PAIRS = 6
+"""Pairs of answers on a page; a terminal shows half as many."""
+ROWS = 5  # of a table that page one has room for
+Columns = dict[str, Callable[[Any], str]]
+
+
+# -- perplexity ----------------------------------------------------------------------------------
+
+
+def evaluation(t: Locale, e: Evaluation) -> list[Item]:
+    """Loss and perplexity of all text, with what else was compared, and then by text."""
+    rows = [("original", e.loss, e.perplexity)]
+    if e.pruned_loss and e.pruned_perplexity and e.loss_increase and e.perplexity_ratio:
+        rows += [
+            (f"without {t.join(e.removed)}", e.pruned_loss, e.pruned_perplexity),
+            ("increase, ratio (paired)", e.loss_increase, e.perplexity_ratio),
+        ]
+    items: list[Item] = [
+        Table(
+            columns=("95 % intervals", "loss, nats/token", "perplexity"),
+            rows=tuple(
+                (name, t.interval(loss, t.nats), t.interval(level, t.level))
+                for name, loss, level in rows
+            ),
+        )
+    ]
+    if e.unrepaired:
+        ratio = t.interval(e.unrepaired.perplexity_ratio, t.ratio)
+        level = t.interval(e.unrepaired.pruned_perplexity, t.level)
+        about = f"the plain cut's perplexity is {level}, its ratio {ratio}"
+        items.append(Text(f"pruned is the cut with its repair; {about}"))
+    if e.divergence:
+        items.append(
+            Text(
+                f"divergence from the original {t.interval(e.divergence, t.nats)} nats/token; the "
+                f"likeliest token is the same for {t.interval(e.agreement, t.percent)}"
+            )
+        )
+    if len(e.domains) > 1:
+        items.append(by_text(t, e))
+    scored = f"{e.windows} windows of {e.length} tokens, {t.count(e.tokens)} tokens scored"
+    return [*items, Text(scored)]
+
+
+def by_text(t: Locale, e: Evaluation) -> Table:
+    """Perplexity by text and of all texts. What does not fit a terminal is on a page alone."""
+    plain = e.unrepaired
+    before: dict[str, Quality] = dict(plain.domains) if plain else {}
+    rows: list[tuple[str, Quality, Quality | None]] = [
+        (name, q, before.get(name)) for name, q in e.domains.items()
+    ]
+    if len(rows) != 1:
+        rows.append((t("quality.all"), e, plain))
+    columns: Columns = {
+        "text": lambda r: r[0],
+        "windows": lambda r: t.count(r[1].windows),
+        "dense": lambda r: t.interval(r[1].perplexity, t.level),
+    }
+    if e.removed:
+        columns["pruned"] = lambda r: t.interval(r[1].pruned_perplexity, t.level)
+        columns["ratio"] = lambda r: t.interval(r[1].perplexity_ratio, t.ratio)
+    if t.markup:
+        if plain:
+            columns["unrepaired"] = lambda r: t.interval(r[2] and r[2].perplexity_ratio, t.ratio)
+        columns["divergence"] = lambda r: t.interval(r[1].divergence, t.nats)
+        columns["agreement"] = lambda r: t.interval(r[1].agreement, t.percent)
+    return t.table("texts", columns, rows)
+
+
+def worst_texts(t: Locale, e: Evaluation, caption: str) -> Table:
+    """The ratio by text, of the worst texts and of all together."""
+    ratios = [(n, q.perplexity_ratio) for n, q in e.domains.items() if q.perplexity_ratio]
+    every = ratios if len(ratios) > 1 else []
+    shown = every
+    if len(every) >= ROWS:
+        shown = sorted(every, key=lambda r: -r[1].value)[: ROWS - 1]
+    left = len(every) - len(shown)
+    rows = [*shown, (t("quality.all"), e.perplexity_ratio)]
+    columns: Columns = {
+        "text": lambda r: r[0],
+        "ratio": lambda r: t.interval(r[1], t.ratio),
+        "reading": lambda r: t.reading(r[1], 1.0, "low"),
+    }
+    note = t("quality.more", count=left) if left else ""
+    return t.table("quality", columns, rows, words=["reading"], caption=caption, note=note)
+
+
+# -- repair --------------------------------------------------------------------------------------
+
+
+def changed(gaps: Sequence[RepairedGap]) -> int:
+    """How many matrices are not the original's. A matrix and the bias beside it count once."""
+    return len({tensor.name.rpartition(".")[0] for gap in gaps for tensor in gap.tensors})
+
+
+def by_gap(t: Locale, repair: RepairRecord) -> Table:
+    """A row per gap, with the loss on the windows that judged its fit, by text."""
+    texts = list(dict.fromkeys(name for gap in repair.gaps for name in gap.before))
+
+    def loss(gap: RepairedGap, text: str) -> str:
+        if text not in gap.before or text not in gap.after:
+            return DASH
+        return t("repair.change", before=t.nats(gap.before[text]), after=t.nats(gap.after[text]))
+
+    rows = tuple(
+        (
+            t.join(gap.removed),
+            t.count(changed([gap])),
+            t("repair.refused") if gap.ridge is None else f"{gap.ridge:g}",
+            *(loss(gap, text) for text in texts),
+        )
+        for gap in repair.gaps
+    )
+    heldout = repair.heldout
+    return Table(
+        caption=t("repair.caption"),
+        columns=(*(t(f"repair.{c}") for c in ("gap", "matrices", "ridge")), *texts),
+        rows=rows,
+        note=t("repair.note", windows=heldout.windows, length=heldout.length),
+    )
+
+
+# -- tasks ---------------------------------------------------------------------------------------
+
+
+def tasks(t: Locale, results: Sequence[TaskResult]) -> list[Item]:
+    """A line per task: scores, and what has changed item by item; side by side on a page."""
+    compared = any(r.pruned for r in results)
+    scores: Columns = {
+        "task": lambda r: r.name,
+        "metric": lambda r: r.metric,
+        "items": lambda r: t.count(r.items),
+        "chance": lambda r: DASH if r.chance is None else t.percent(r.chance),
+        "dense": lambda r: t.interval(r.dense, t.percent),
+    }
+    if compared or t.markup:
+        scores["pruned"] = lambda r: t.interval(r.pruned, t.percent)
+    flips: Columns = {
+        "difference": lambda r: _difference(t, r),
+        "lost_won": lambda r: (
+            t("tasks.counts", lost=r.flips.lost, won=r.flips.won) if r.flips else DASH
+        ),
+        "p": lambda r: t.p_value(r.flips.p_value) if r.flips else DASH,
+        "reading": lambda r: change(t, r.flips),
+    }
+    guesses = [
+        Text(t("tasks.guesses", task=r.name))
+        for r in results
+        if r.chance is not None and r.dense.low is not None and r.dense.low <= r.chance
+    ]
+    if t.markup:
+        both = t.table("tasks", {**scores, **flips}, results, words=["metric", "reading"])
+        return [Text(t("tasks.text")), both, *guesses]
+    items: list[Item] = [t.table("tasks", scores, results, words=["metric"])]
+    if compared:
+        named: Columns = {"task": scores["task"], **flips}
+        caption = t("tasks.flips_caption")
+        items += [
+            t.table("tasks", named, results, words=["reading"], caption=caption),
+            Text("lost: right before, wrong after; won: the reverse"),
+        ]
+    if any(r.flips and r.flips.within_noise for r in results):
+        items.append(
+            Text(
+                "within noise (p >= 0.05): these items cannot tell whether anything was lost or "
+                "won; use more"
+            )
+        )
+    return [*items, *guesses]
+
+
+def _difference(t: Locale, r: TaskResult) -> str:
+    if r.flips:
+        return t.interval(r.flips.difference, t.points)
+    return DASH if r.pruned is None else t.points(r.pruned.value - r.dense.value)
+
+
+def change(t: Locale, flips: Flips | None) -> str:
+    """In words, whether answers were lost or won."""
+    if flips is None:
+        return t.plain("reading.unpaired")
+    key = "noise" if flips.within_noise else "worse" if flips.lost > flips.won else "better"
+    return t.plain(f"reading.{key}")
+
+
+def worst_tasks(t: Locale, results: Sequence[TaskResult]) -> Table:
+    """Scores and flips of the tasks that lost most."""
+    worst = sorted(results, key=lambda r: r.flips.difference.value if r.flips else 0.0)[:ROWS]
+    left = len(results) - len(worst)
+    columns: Columns = {
+        "task": lambda r: r.name,
+        "score": lambda r: t(
+            "tasks.from_to", dense=t.percent(r.dense.value), pruned=t.percent(r.pruned.value)
+        ),
+        "flipped": lambda r: (
+            t("tasks.flips", lost=r.flips.lost, won=r.flips.won, items=r.flips.items)
+            if r.flips
+            else ""
+        ),
+        "reading": lambda r: change(t, r.flips),
+    }
+    caption, note = t("tasks.short_caption"), t("quality.more", count=left) if left else ""
+    return t.table("tasks", columns, worst, words=["reading"], caption=caption, note=note)
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def answers(t: Locale, c: Comparison) -> list[Item]:
+    """Both models' answers in sum, and the worst of them side by side."""
+    shown = c.worst(PAIRS if t.markup else PAIRS // 2)
+    items: list[Item] = [
+        Text(t("answers.text", prompts=c.prompts, tokens=c.max_new_tokens)),
+        _answer_table(t, c),
+        Listing(tuple(_together(t, c))),
+    ]
+    if not c.languages and not t.markup:
+        items.append(Text("to tell more languages apart: pip install 'sleb[lang]'"))
+    if not shown:
+        return [*items, Text(t("answers.same"))]
+    items.append(Text(t("answers.shown", shown=len(shown), prompts=c.prompts)))
+    return [*items, *(_pair(t, pair) for pair in shown)]
+
+
+def _together(t: Locale, c: Comparison) -> Iterator[str]:
+    """What is told of both models' answers together."""
+    yield t("answers.identical", share=t.interval(c.identical, t.percent))
+    yield t("answers.parted", tokens=t.count(round(c.agreed_median)))
+    key = "answers.switched_share" if c.languages else "answers.scripts_share"
+    yield t(key, share=t.interval(c.switched, t.percent))
+    if c.seconds_per_token_ratio is not None:
+        yield t("answers.faster", ratio=t.interval(c.seconds_per_token_ratio, t.times))
+
+
+def _answer_table(t: Locale, c: Comparison) -> Table:
+    names = ["ended", "empty", "repetitive"]
+    if c.dense.json_valid or c.pruned.json_valid:
+        names.append("json_valid")
+    names += ["seconds_median", "seconds_p90"]
+
+    def cell(of: Any, name: str) -> str:
+        found = getattr(of, name)
+        return t.seconds(found) if isinstance(found, float) else t.interval(found, t.percent)
+
+    columns: Columns = {
+        "what": lambda name: t(f"answers.{name}"),
+        "dense": lambda name: cell(c.dense, name),
+        "pruned": lambda name: cell(c.pruned, name),
+    }
+    return t.table("answers", columns, names)
+
+
+def _pair(t: Locale, pair: Pair) -> SideBySide:
+    note = t("answers.agreed", agreed=pair.agreed)
+    if pair.switched:  # to another writing system, or only to another language
+        moved = pair.pruned.script != pair.dense.script
+        other = (pair.pruned.script if moved else pair.pruned.language) or DASH
+        note += t("answers.switched", other=other)
+    return SideBySide(
+        title=t("answers.prompt", id=pair.id),
+        prompt=Answered(name=t("answers.question"), text=pair.prompt),
+        dense=Answered(
+            name=t("answers.dense"), text=pair.dense.text, remarks=_remarks(t, pair.dense)
+        ),
+        pruned=Answered(
+            name=t("answers.pruned"), text=pair.pruned.text, remarks=_remarks(t, pair.pruned)
+        ),
+        note=note,
+        more=t("answers.more"),
+        nothing=t("answers.nothing"),
+        cut=t.raw("answers.cut"),
+    )
+
+
+def _remarks(t: Locale, a: Answer) -> tuple[str, ...]:
+    said = [t("answers.tokens", tokens=a.tokens, seconds=t.seconds(a.seconds))]
+    if not a.ended:
+        said.append(t("answers.unended"))
+    if "repetitive" in a.faults:
+        said.append(t("answers.repeats", share=t.percent(a.repetition)))
+    if a.json_valid is not None:
+        said.append(t("answers.json_yes" if a.json_valid else "answers.json_no"))
+    return tuple(said)
+
+
+# -- transfer ------------------------------------------------------------------------------------
+
+
+def transfer(t: Locale, found: Transfer) -> list[Item]:
+    """What each choice of blocks costs on each text, what choices share, and which one to use."""
+
+    def source(name: str) -> str:
+        return t.plain("transfer.mix") if name == "mix" else name
+
+    def cost(plan: Chosen, domain: str, increase: Interval) -> str:
+        shown = t.interval(increase, t.nats)
+        return t("transfer.away", increase=shown) if domain in plan.away else shown
+
+    best = next(plan for plan in found.plans if plan.source == found.recommended)
+    heads = zip(found.domains, found.heldout, strict=True)
+    costs = Table(
+        caption=t("transfer.caption"),
+        columns=(
+            t("transfer.chosen_on"),
+            t("transfer.blocks"),
+            *(t("transfer.on", domain=d, windows=n) for d, n in heads),
+        ),
+        rows=tuple(
+            (
+                source(plan.source),
+                t.join(plan.removed),
+                *(cost(plan, *x) for x in zip(found.domains, plan.increase, strict=True)),
+            )
+            for plan in found.plans
+        ),
+        words=frozenset({0, 1}),
+        note=t("transfer.note"),
+    )
+    names = tuple(source(plan.source) for plan in found.plans)
+    overlap = Table(
+        caption=t("transfer.overlap"),
+        columns=(t("transfer.chosen_on"), *names),
+        rows=tuple(
+            (name, *map(t.percent, row)) for name, row in zip(names, found.overlap, strict=True)
+        ),
+    )
+    return [
+        Text(t("transfer.text", windows=found.windows, length=found.length)),
+        costs,
+        overlap,
+        Text(t("transfer.recommended", source=source(best.source))),
+    ]

@@ -1,0 +1,308 @@
+"""What every result of the library is shown as on a terminal, by its type."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from functools import singledispatch
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+from pydantic import BaseModel
+
+from sleb.core.plan import Plan, RepairRecord
+from sleb.distillation.record import Healed
+from sleb.evaluation.answers import Comparison
+from sleb.evaluation.perplexity import Evaluation
+from sleb.evaluation.tasks import TaskResult
+from sleb.evaluation.transfer import Transfer
+from sleb.formats.hub import Pushed
+from sleb.formats.quantize import Quantized
+from sleb.models.describe import Description
+from sleb.record import GateResult, RepairStatus, RunRecord
+from sleb.runtimes.bench import Speed
+from sleb.runtimes.compatibility import RuntimeReport
+from sleb.runtimes.speculative import Drafting
+from sleb.selection.similarity import Similarity
+from sleb.surgery.restore import Restored
+from sleb.surgery.verification import Verification
+from sleb.views import proof, quality, selection, speed, terminal
+from sleb.views.locale import Locale
+from sleb.views.model import Facts, Item, Table, Text
+
+__all__ = ["depths", "evaluated_on", "items", "repair_told", "show", "sizes"]
+
+T = Locale("en")
+
+
+def show(value: Any, *, json: bool = False) -> None:
+    """Print a result on stdout: as JSON, or as tables and sentences."""
+    if json:
+        sys.stdout.write(json_module.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n")
+    else:
+        terminal.draw(items(value), terminal.console())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+@singledispatch
+def items(value: Any) -> list[Item]:
+    """What to show of a result."""
+    raise TypeError(f"nothing shows a {type(value).__name__}")
+
+
+def _register(kind: type, view: Callable[[Locale, Any], list[Item]]) -> None:
+    items.register(kind, lambda value: view(T, value))
+
+
+_register(Evaluation, quality.evaluation)
+_register(Comparison, quality.answers)
+_register(Transfer, quality.transfer)
+_register(Speed, speed.speed)
+_register(Drafting, speed.drafting)
+_register(RuntimeReport, speed.runtimes)
+_register(Verification, proof.verification)
+_register(GateResult, lambda t, g: proof.gate(t, g.rows))
+for kind in get_args(Item):
+    _register(kind, lambda t, item: [item])
+
+
+@items.register
+def _(value: tuple) -> list[Item]:  # type: ignore[type-arg]
+    """Tasks, or results one after the other."""
+    if all(isinstance(one, TaskResult) for one in value):
+        return quality.tasks(T, value)
+    return [item for one in value for item in items(one)]
+
+
+@items.register
+def _(p: Plan) -> list[Item]:
+    return [*selection.plan_table(T, p), *depths(p)]
+
+
+def depths(p: Plan) -> list[Item]:
+    """The part of a plan about depths and its target; nothing without one."""
+    curve = selection.curve(T, p.curve, len(p.order)) if p.curve and p.curve.points else []
+    asked = selection.target(T, p) if p.target and p.target.kind != "remove" else []
+    return [*curve, *asked]
+
+
+@items.register
+def _(d: Description) -> list[Item]:
+    rows = {"model": d.model, "architecture": f"{d.architecture} ({d.model_type})"}
+    rows["supported"] = "yes" if d.supported else f"no: {d.reason}"
+    if d.supported:
+        low, high = T.size(min(d.block_bytes)), T.size(max(d.block_bytes))
+        each = low if low == high else f"{low} to {high}"
+        rows["blocks"] = f"{d.blocks} x {d.block_class} at {d.block_path}, {each} each"
+        stored = f"stored as {', '.join(d.dtypes)}, {T.size(d.nbytes or 0)}"
+        rows["parameters"] = f"{T.large(d.parameters or 0)} {stored}"
+        rows["tied weights"] = "yes: the head is the embedding" if d.tied_weights else "no"
+        rows |= {f"config {field.name}": field.kind for field in d.depth_fields}
+        if not d.depth_fields:
+            rows["config"] = "nothing depends on depth but the number of blocks"
+    found: list[Item] = [Facts(tuple(rows.items()))]
+    if d.savings:
+        heads = ("removed", "blocks", "parameters", "weights", "ideal speed-up")
+        savings = tuple(
+            (
+                f"{s.percent} %",
+                str(s.blocks),
+                T.large(s.parameters),
+                T.size(s.nbytes),
+                T.times(s.ideal_speedup),
+            )
+            for s in d.savings
+        )
+        found.append(Table(columns=heads, rows=savings))
+    return found
+
+
+@items.register
+def _(s: Similarity) -> list[Item]:
+    """Each block's input against its output, with a bar."""
+    middle = median(b.mean for b in s.blocks)
+    low = max(0.0, 1 - 5 * (1 - middle))  # blocks far below the others get no bar
+
+    def bar(mean: float) -> str:
+        return "█" * round(30 * max(0.0, (mean - low) / max(1e-9, 1 - low)))
+
+    def spread(value: float | None) -> str:
+        return "-" if value is None else T.nats(value)
+
+    rows = tuple(
+        (str(i), T.nats(b.mean), spread(b.token_std), spread(b.window_se), bar(b.mean))
+        for i, b in enumerate(s.blocks)
+    )
+    heads = ("block", s.measure, "token std", "window se", "")
+    caption = "input and output of each block"
+    words = frozenset({0, 4})
+    told = f"bars run from {low:.2f} to 1; every pair of states is in the output of --json"
+    return [Table(caption=caption, columns=heads, rows=rows, words=words), Text(told)]
+
+
+@items.register
+def _(r: RunRecord) -> list[Item]:
+    """The summary of a run."""
+    found: list[Item] = [sizes(T, r)]
+    if r.evaluation and len(r.evaluation.domains) > 1:
+        found.append(quality.by_text(T, r.evaluation))
+    lines = [f"removed blocks {T.join(r.removed)}; perplexity: {evaluated_on(r)}"]
+    if r.repair:
+        lines.append(f"repair: {repair_told(r.repair)}")
+    passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
+    lines.append(f"verified: {passed} of {checks} gates passed")
+    total, searching = sum(r.seconds.values()), r.seconds.get("searching", 0)
+    lines.append(f"took {total:.0f} s, of which searching {searching:.0f} s")
+    return [*found, *map(Text, lines)]
+
+
+def sizes(t: Locale, r: RunRecord) -> Table:
+    """Blocks, size and perplexity before and after. The plain cut and the repaired one stand
+    apart."""
+    left, e = r.blocks - len(r.removed), r.evaluation
+    cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
+    n = len(cuts)
+    rows = [
+        ("blocks", str(r.blocks), *[str(left)] * n),
+        ("parameters", t.large(r.parameters[0]), *[t.large(r.parameters[1])] * n),
+        ("weights", t.size(r.nbytes[0]), *[t.size(r.nbytes[1])] * n),
+    ]
+    if e and e.pruned_perplexity:
+        levels = (t.interval(cut.pruned_perplexity, t.level) for cut in cuts if cut)
+        ratios = (t.interval(cut.perplexity_ratio, t.ratio) for cut in cuts if cut)
+        rows.append(("perplexity, 95 % interval", t.interval(e.perplexity, t.level), *levels))
+        rows.append(("perplexity ratio", "1", *ratios))
+    rows.append(("ideal speed-up", "1", *[t.times(r.blocks / left)] * n))
+    heads = ("", "original", *(["cut", "repaired"] if n > 1 else ["pruned"]))
+    return Table(columns=heads, rows=tuple(rows))
+
+
+def evaluated_on(r: RunRecord) -> str:
+    """What perplexity was measured on, in words."""
+    text = r.evaluation_text
+    if text is None:
+        return "no text was left over to measure on: give more, or fewer --windows"
+    if text.note:
+        return text.note
+    if text.source == "held-out":
+        return f"{text.windows} held-out windows of {text.length} tokens from the calibration texts"
+    return f"{text.windows} windows of {text.length} tokens from {', '.join(text.texts)}"
+
+
+def repair_told(r: RepairStatus) -> str:
+    """What became of the repair, in words."""
+    if r.note:
+        return r.note
+    if r.status != "repaired":
+        words = {"not-asked": "not asked for", "no-gain": "no fit was better on every text"}
+        return words.get(r.status, f"not possible: {r.reason}")
+    texts = "a third of them the model's own text" if r.self_generated else "all of the given texts"
+    return (
+        f"{r.tensors} matrices around {r.gaps} of {r.gaps_total} gaps, fitted on {r.tokens:,} "
+        f"tokens, {texts}, and judged on {r.validation_windows} other windows"
+    )
+
+
+@items.register
+def _(h: Healed) -> list[Item]:
+    """Original, cut and healed side by side, on every text."""
+    cut = "repaired" if h.repaired else "cut"
+    texts = [*h.texts.items(), *([("all", h.overall)] if len(h.texts) != 1 else [])]
+    rows = tuple(
+        (
+            name,
+            str(text.windows),
+            T.interval(text.perplexity, T.level).partition(" ")[0],
+            T.interval(text.cut_ratio, T.ratio),
+            T.interval(text.healed_ratio, T.ratio),
+            f"{text.cut_divergence.value:.3f} to {text.healed_divergence.value:.3f}",
+        )
+        for name, text in texts
+    )
+    heads = ("text", "windows", "original", cut, "healed", "divergence")
+    about = (
+        f"{cut} and healed: ratio to the original with 95 % interval, paired; divergence from the "
+        f"original in nats/token. Windows of {h.heldout.length} tokens, none of them trained on"
+    )
+    more = f", {h.passes:.1f} times through the text" if h.passes > 1 else ""
+    best = "" if h.best_step == h.steps else f"; the weights are those of step {h.best_step}"
+    trained = (
+        f"trained {h.trained_parameters:,} parameters for {h.steps} steps in {h.seconds:,.0f} s on "
+        f"{h.tokens:,} tokens{more}; {h.stopped}{best}"
+    )
+    table = Table(caption="perplexity on held-out text", columns=heads, rows=rows)
+    return [table, Text(about), Text(trained)]
+
+
+@items.register
+def _(q: Quantized) -> list[Item]:
+    """Sizes, and how it was made."""
+    sizes = ("weights", *map(T.size, q.nbytes))
+    how = f"in groups of {q.group} columns" if q.group else "row by row"
+    c = q.calibration
+    text = f", calibrated on {c.windows} windows of {c.length} tokens" if c else ""
+    told = f"{q.matrices} matrices in the blocks rounded {how}{text}, in {q.seconds:,.0f} s"
+    read = (
+        f"read back, logits differ from those in memory by {q.difference:.2g} of the largest "
+        f"(at most {q.limit:.2g})"
+    )
+    heads, caption = ("", "before", "after"), f"quantized to {q.scheme}"
+    return [Table(caption=caption, columns=heads, rows=(sizes,)), Text(told), Text(read)]
+
+
+@items.register
+def _(done: Pushed) -> list[Item]:
+    size = f"{len(done.files)} files, {T.size(done.nbytes)}"
+    told = f"{size} uploaded to {done.url}, commit {done.commit}"
+    if done.commit is None:
+        told = f"{size} would go to {done.repo}, branch {done.revision}"
+    return [*map(Text, done.files), Text(told)]
+
+
+@items.register
+def _(r: Restored) -> list[Item]:
+    """What was restored, and what is no longer in it."""
+    what = f"removed {T.join(r.removed)}" if r.removed else "the original, byte for byte"
+    lines = [f"{r.path}: {r.blocks} blocks, {T.size(r.nbytes)}; {what}"]
+    if r.repair_undone and r.removed:
+        lines.append(
+            "without the repair, which belongs to the full cut; fit one for this depth with: "
+            "sleb apply --repair"
+        )
+    return list(map(Text, lines))
+
+
+@items.register
+def _(done: dict) -> list[Item]:  # type: ignore[type-arg]
+    """A cut of a checkpoint or of a GGUF file; or results by name, one after the other."""
+    if "out" not in done:
+        return [item for value in done.values() for item in items(value)]
+    found: list[Item] = [
+        Text(f"{done['out']}: {done['blocks']} blocks; removed {T.join(done['removed'])}")
+    ]
+    if "repair" in done:
+        found.append(quality.by_gap(T, RepairRecord.model_validate(done["repair"])))
+    if "nbytes" in done:
+        found.append(Text(f"{T.size(done['nbytes'])}; every other tensor is the original's bytes"))
+    tensors = done.get("requantized", [])
+    for (was, now), count in Counter((x["was"], x["type"]) for x in tensors).items():
+        errors = [x["error"] for x in tensors if (x["was"], x["type"]) == (was, now)]
+        stored = f"as {now}, as before" if was == now else f"as {now} instead of {was}"
+        told = f"{count} repaired tensors are stored {stored}: rounding error"
+        found.append(Text(f"{told} {min(errors):.2%} to {max(errors):.2%} of their norm"))
+    return found

@@ -1,0 +1,308 @@
+"""Which blocks were removed and why: the map, the candidates, similarity, and loss by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import exp, isfinite, nan
+from typing import Any
+
+from sleb.core.plan import Curve, FinalComparison, Plan, Point, Round, Score
+from sleb.views.locale import DASH, Locale
+from sleb.views.model import (
+    Block,
+    BlockMap,
+    Figure,
+    Heat,
+    Item,
+    Line,
+    Listing,
+    Missing,
+    Table,
+    Text,
+)
+
+__all__ = ["block_map", "candidates", "curve", "plan_table", "reasons", "similarity", "target"]
+
+FLOOR = 1e-4  # colours of smaller differences (nats/token) are not told apart
+Similarity = tuple[tuple[float, ...], ...]
+
+
+def plan_table(t: Locale, p: Plan) -> list[Item]:
+    """The removals in order, with the margin to the best candidate that stayed."""
+    more = len(p.order) - 1 if p.of_runs else 0
+
+    def named(block: int) -> str:
+        return f"blocks {block} to {block + more}" if more else f"block {block}"
+
+    rows = []
+    for r in p.rounds:
+        rival = r.runner_up()
+        for block in r.removed:
+            own = next(s for s in r.scores if s.block == block)
+            margin, noise = "-", ""
+            if rival is not None and block == r.removed[-1]:
+                margin = f"{t.nats(rival[1])} ({named(rival[0].block)})"
+                noise = "within noise" if rival[2] else ""
+            error = "-" if own.se is None else t.nats(own.se)
+            rows.append((named(block), t.nats(own.mean), error, margin, noise))
+    heads = ("removed", p.metric, "± se", "margin to the next", "")
+    dense = f"; dense {t.nats(p.baseline.mean)}" if p.baseline else ""
+    removed = f"removed {t.join(p.removed)} of {p.model.blocks} blocks"
+    items: list[Item] = [
+        Table(columns=heads, rows=tuple(rows)),
+        Text(f"{p.metric} in {p.unit}{dense}; {removed}"),
+    ]
+    if p.finals:
+        items.append(Text(_compared(t, p.finals)))
+    if c := p.calibration:
+        items.append(Text(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}"))
+    return items
+
+
+def _compared(t: Locale, f: FinalComparison) -> str:
+    best, other = f.sets[:2]
+    doubt = "" if other.excess_se is None else f" ± {t.nats(other.excess_se)}"
+    own = f", {f.own} of them the model's own text" if f.own else ""
+    return (
+        f"after a quick repair {best.strategy} {t.join(best.order)} costs {t.nats(best.increase)} "
+        f"nats/token, {other.strategy} {t.join(other.order)} costs {t.nats(other.increase)} "
+        f"({t.nats(other.excess)}{doubt} more), on {f.windows} windows{own}"
+    )
+
+
+def block_map(t: Locale, plan: Plan) -> BlockMap:
+    """All blocks, and what became of them."""
+    turns = {block: i for i, block in enumerate(plan.order, 1)}
+
+    def cell(b: int) -> Block:
+        state = "removed" if b in turns else "protected" if b in plan.protected else "kept"
+        label = t.plain(f"map.{state}_label", block=b, turn=turns.get(b, ""))
+        return Block(number=b, state=state, label=label, turn=turns.get(b))
+
+    blocks = tuple(cell(b) for b in range(plan.model.blocks))
+    present = [s for s in ("kept", "removed", "protected") if any(b.state == s for b in blocks)]
+    return BlockMap(blocks=blocks, legend=tuple((s, t(f"map.{s}")) for s in present))
+
+
+def reasons(t: Locale, plan: Plan, alike: Similarity | None) -> list[Item]:
+    """In plain sentences, why each block was removed."""
+
+    def why(block: int) -> str:
+        said = _score(t, plan, block)
+        if alike is not None and block + 1 < len(alike):
+            said += t("why.alike", cosine=t.number(alike[block][block + 1], 3))
+        return said
+
+    if plan.of_runs:
+        listed = Listing((_score(t, plan, plan.order[0]),))
+    else:
+        listed = Listing(tuple(map(why, plan.order)), numbered=True)
+    if not any(r.scores for r in plan.rounds):
+        return [listed]
+    known = plan.metric in t.tables["metrics"]
+    meaning = t(f"metrics.{plan.metric}") if known else plan.metric
+    items: list[Item] = [Text(t("why.score", meaning=meaning, unit=plan.unit))]
+    ordered = {s.block for s in plan.rounds[0].scores} == set(plan.order)
+    if ordered and plan.strategy.split(",")[0] == "refine":
+        items.append(Text(t("why.refined")))
+    elif plan.finals:
+        items.append(Text(_finals(t, plan.finals)))
+    return [*items, listed]
+
+
+def _finals(t: Locale, finals: FinalComparison) -> str:
+    """What other set was there in the end, and why it was not taken."""
+    best, other = finals.sets[:2]
+    noise = other.excess_se is None or other.excess < 2 * other.excess_se
+    return t(
+        "why.finals",
+        best=t.named("strategies", best.strategy),
+        other=t.named("strategies", other.strategy),
+        blocks=t.join(other.order),
+        increase=t.nats(best.increase),
+        instead=t.nats(other.increase),
+        windows=finals.windows,
+        own=finals.own,
+        difference=t("why.finals_noise" if noise else "why.finals_clear"),
+    )
+
+
+def _score(t: Locale, plan: Plan, block: int) -> str:
+    at = _round(plan, block)
+    found = plan.rounds[at] if at is not None else None
+    own = next((s for s in found.scores if s.block == block), None) if found else None
+    if at is None or found is None or own is None:
+        return t("why.unscored", block=block)
+    ranked = sorted(found.scores, key=lambda s: s.mean)
+    said = t(
+        "why.window" if plan.of_runs else "why.scored",
+        block=block,
+        last=block + len(plan.order) - 1,
+        round=at + 1,
+        rank=ranked.index(own) + 1,
+        candidates=len(ranked),
+        score=t.nats(own.mean),
+    )
+    if plan.baseline is not None:
+        said += t("why.above", above=t.signed(own.mean - plan.baseline.mean, 4))
+    return said + _rivalry(t, plan, found, block)
+
+
+def _round(plan: Plan, block: int) -> int | None:
+    """The round that removed ``block``, from 0."""
+    return next((i for i, r in enumerate(plan.rounds) if block in r.removed), None)
+
+
+def _rivalry(t: Locale, plan: Plan, found: Round, block: int) -> str:
+    """How close the best candidate that stayed was; said of a round's last removal."""
+    rival = found.runner_up()
+    last = max((s for s in found.scores if s.block in found.removed), key=lambda s: s.mean)
+    if rival is None or last.block != block:
+        return ""
+    score, margin, noise = rival
+    if margin >= 0:
+        key = "noise" if noise else "clear"
+    else:  # only an estimate can be better than what a round chose by itself
+        key = "estimated" if _raced_out(score, last.windows or 0) else "overruled"
+    key = f"run_{key}" if plan.of_runs else key
+    said = t(f"why.{key}", rival=score.block, margin=t.nats(abs(margin)))
+    later = None if plan.of_runs else _round(plan, score.block)
+    return said if later is None else said + t("why.later", rival=score.block, round=later + 1)
+
+
+def _raced_out(score: Score, longest: int) -> bool:
+    return score.windows is not None and score.windows < longest
+
+
+def candidates(t: Locale, plan: Plan) -> Item:
+    """What each candidate would have cost, round by round."""
+    scored = [r for r in plan.rounds if r.scores]
+    if not scored:
+        return Missing(t("rounds.none"))
+    values, crosses, dots = [], [], []
+    for i, r in enumerate(scored):
+        best = min(s.mean for s in r.scores)
+        longest = max((s.windows or 0) for s in r.scores)
+        row = [nan] * plan.model.blocks
+        for s in r.scores:
+            row[s.block] = max(s.mean - best, FLOOR)
+            if _raced_out(s, longest):
+                dots.append((i, s.block))
+        values.append(tuple(row))
+        crosses += [(i, b) for b in r.removed if isfinite(row[b])]
+    noisy = sum(bool(r.within_noise) for r in scored)
+    text = t("rounds.text")
+    if plan.of_runs:
+        text += t("rounds.window")
+    if dots:
+        text += t("rounds.raced", count=len(dots))
+    return Figure(
+        name="rounds",
+        title=t("rounds.chart"),
+        text=text + t("rounds.noise", noisy=noisy, rounds=len(scored)),
+        alt=t.plain("rounds.alt", rounds=len(scored), blocks=plan.model.blocks),
+        chart=Heat(
+            rows=tuple(str(i) for i in range(1, len(scored) + 1)),
+            columns=tuple(map(str, range(plan.model.blocks))),
+            values=tuple(values),
+            row_label=t.plain("rounds.row"),
+            column_label=t.plain("rounds.column"),
+            unit=t.plain("rounds.unit", unit=plan.unit),
+            crosses=tuple(crosses),
+            dots=tuple(dots),
+            log=True,
+        ),
+        wide=True,
+    )
+
+
+def similarity(t: Locale, alike: Similarity | None) -> Figure | None:
+    """How alike the states after blocks are; None where nothing was measured."""
+    steps = {i: row[i + 1] for i, row in enumerate((alike or ())[:-1]) if isfinite(row[i + 1])}
+    if not alike or not steps:
+        return None
+    names = (t.plain("similarity.embedding"), *map(str, range(len(alike) - 1)))
+    low, high = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+    words = {
+        "most": high,
+        "most_value": t.number(steps[high], 3),
+        "least": low,
+        "least_value": t.number(steps[low], 3),
+    }
+    return Figure(
+        name="similarity",
+        title=t("similarity.chart"),
+        text=t("similarity.text", **words),
+        alt=t.plain("similarity.alt", **words),
+        chart=Heat(
+            rows=names,
+            columns=names,
+            values=tuple(tuple(v if isfinite(v) else nan for v in row) for row in alike),
+            row_label=t.plain("similarity.axis"),
+            column_label=t.plain("similarity.axis"),
+            unit=t.plain("similarity.unit"),
+            square=True,
+        ),
+    )
+
+
+def curve(t: Locale, c: Curve, chosen: int) -> list[Item]:
+    """Loss, size and speed by depth, of which ``chosen`` is this model's."""
+    heldout = {"windows": c.heldout.windows, "length": c.heldout.length}
+    loss = t.nats(c.baseline.mean)
+    ends = {"first": t.nats(c.points[0].increase), "last": t.nats(c.points[-1].increase)}
+    figure = Figure(
+        name="curve",
+        title=t("curve.chart"),
+        text=t("curve.text", **heldout, loss=loss),
+        alt=t.plain("curve.alt", **ends, depth=c.points[-1].depth),
+        chart=Line(
+            x=tuple(p.depth for p in c.points),
+            y=tuple(p.increase for p in c.points),
+            low=tuple(p.low for p in c.points),
+            high=tuple(p.high for p in c.points),
+            chosen=chosen,
+            chosen_label=t.plain("curve.chosen"),
+            x_label=t.plain("curve.x"),
+            y_label=t.plain("curve.y"),
+        ),
+    )
+    about: list[Item] = [figure]
+    if not t.markup:
+        windows = f"{heldout['windows']} held-out windows of {heldout['length']} tokens"
+        about = [Text(f"on {windows}; dense {loss} nats/token")]
+    if c.fitted is not None:
+        about.append(Text(t("curve.quick", tokens=t.count(c.fitted))))
+    return [about[0], _depths(t, c, chosen), *about[1:]]
+
+
+def _depths(t: Locale, c: Curve, chosen: int) -> Table:
+    def increase(p: Point) -> str:
+        if p.low is None or p.high is None:
+            return t.nats(p.increase)
+        return t.between(t.nats(p.increase), t.nats(p.low), t.nats(p.high))
+
+    columns: dict[str, Callable[[Any], str]] = {
+        "depth": lambda p: t("curve.this", depth=p.depth) if p.depth == chosen else str(p.depth),
+        "block": lambda p: str(p.block),
+        "increase": increase,
+        "bound": lambda p: DASH if p.bound is None else t.nats(p.bound),
+        "ratio": lambda p: t.ratio(exp(p.increase)),
+        "size": lambda p: t.size(p.nbytes),
+        "speedup": lambda p: t.times(p.speedup),
+    }
+    return t.table("curve", columns, c.points, note=t("curve.note"))
+
+
+def target(t: Locale, plan: Plan) -> list[Item]:
+    """What was asked for, and what was reached."""
+    if plan.target is None:
+        return []
+    shows: dict[str, Callable[[float], str]] = {
+        "remove": lambda x: t.number(x, 0),
+        "size": t.size,
+        "speedup": t.times,
+    }
+    show, kind = shows.get(plan.target.kind, t.nats), plan.target.kind.replace("-", "_")
+    ends = {"limit": show(plan.target.limit), "reached": show(plan.target.reached)}
+    return [Text(t(f"curve.target_{kind}", **ends))]

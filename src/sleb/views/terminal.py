@@ -1,0 +1,133 @@
+"""Items as text: for a terminal, through rich, and as Markdown for model cards.
+
+What comes from files (names, texts, answers) reaches the terminal only through ``_visible``.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text as Words
+
+from sleb.evaluation.answer_checks import first_difference
+from sleb.views.model import Facts, Item, Listing, Missing, SideBySide, Table, Text
+
+__all__ = ["console", "draw", "markdown"]
+
+ANSWER, PROMPT, BEFORE = 280, 160, 60  # characters of what is shown of an answer or a prompt
+JOINERS = "\u200c\u200d"  # spelling in Persian, and within emoji
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which ends quietly; rich would exit with 1."""
+        raise BrokenPipeError
+
+
+def console() -> Console:
+    """On stdout; without markup, since names of models and folders may hold brackets."""
+    width = None if sys.stdout.isatty() else 100
+    return _Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def draw(items: Iterable[Item], out: Console) -> None:
+    """Print the items, with an empty line before each table but the first item. Charts and the
+    map of blocks are for a page alone."""
+    for i, item in enumerate(items):
+        if isinstance(item, (Text, Missing)):
+            out.print(_visible(item.text))
+        elif isinstance(item, Listing):
+            for line in item.lines:
+                out.print(_visible(f"- {line}"))
+        elif isinstance(item, (Table, Facts)):
+            if i:
+                out.print()
+            _table(item, out)
+        elif isinstance(item, SideBySide):
+            out.print()
+            _side_by_side(item, out)
+
+
+def _table(item: Table | Facts, out: Console) -> None:
+    if isinstance(item, Facts):
+        grid = Grid(box=None, pad_edge=False, show_header=False)
+        grid.add_column(overflow="fold")
+        grid.add_column(overflow="fold")
+        for name, value in item.rows:
+            grid.add_row(_visible(name), _visible(value))
+        out.print(grid)
+        return
+    title = Words(_plain(item.caption), "italic") if item.caption else None
+    grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(item.columns):
+        word = i in item.words
+        grid.add_column(_visible(name), justify="left" if word else "right", overflow="fold")
+    for i, row in enumerate(item.rows):
+        grid.add_row(*map(_visible, row), style="red" if i in item.bad else None)
+    out.print(grid)
+    if item.note:
+        out.print(_visible(item.note))
+
+
+def _side_by_side(pair: SideBySide, out: Console) -> None:
+    out.print(Words.assemble((_plain(pair.title), "bold"), f": {_plain(pair.note)}"))
+    prompt = _plain(pair.prompt.text)
+    out.print(Words(prompt if len(prompt) <= PROMPT else f"…{prompt[-PROMPT:]}", "dim"))
+    both = [_plain(answer.text) for answer in (pair.dense, pair.pruned)]
+    start = max(0, first_difference(*both) - BEFORE)
+    names = (pair.dense.name, pair.pruned.name)
+    grid = Grid(*names, box=None, pad_edge=False, expand=True, header_style="bold")
+    for column in grid.columns:
+        column.ratio, column.overflow = 1, "fold"
+    grid.add_row(*(_cut(text, start, pair.nothing) for text in both))
+    out.print(grid)
+
+
+def _cut(text: str, start: int, nothing: str) -> Words:
+    """A piece of an answer from ``start`` on; what is left out is marked."""
+    if not text.strip():
+        return Words(nothing, "dim")
+    piece = text[start : start + ANSWER]
+    return Words(("…" if start else "") + piece + ("…" if start + ANSWER < len(text) else ""))
+
+
+def _visible(text: str) -> Words:
+    return Words(_plain(text))
+
+
+def _plain(text: str) -> str:
+    """On one line, and without characters that steer a terminal or turn the reading direction."""
+    text = text.replace("\u2060", "")
+    return "".join(" " if c.isspace() else "\ufffd" if _steers(c) else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS
+
+
+def markdown(items: Iterable[Item]) -> list[str]:
+    """The items as lines of Markdown, each followed by an empty one. Charts, and what belongs to
+    charts, are left out."""
+    lines: list[str] = []
+    for item in items:
+        if isinstance(item, (Text, Missing)):
+            lines += [_plain(item.text), ""]
+        elif isinstance(item, Listing):
+            lines += [*(f"- {_plain(line)}" for line in item.lines), ""]
+        elif isinstance(item, Facts):
+            lines += ["| | |", "| --- | --- |", *map(_row, item.rows), ""]
+        elif isinstance(item, Table):
+            rules = (":---" if i in item.words else "---:" for i in range(len(item.columns)))
+            caption = [_plain(item.caption), ""] if item.caption else []
+            rule = f"| {' | '.join(rules)} |"
+            lines += [*caption, _row(item.columns), rule, *map(_row, item.rows), ""]
+            lines += [_plain(item.note), ""] if item.note else []
+    return lines
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(_plain(cell).replace('|', chr(92) + '|') for cell in cells)} |"
