@@ -17,17 +17,25 @@ import sleb
 from cli_tools import refused, run
 from conftest import byte_tokenizer, save_tiny
 from plan_tools import plan_of
+from runtime_tools import CPU, InProcess
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.statistics import Interval
 from sleb.evaluation.prompts import Prompt
-from sleb.runtimes import speculative as module
-from sleb.runtimes.speculative import Drafting, Tally, acceptance, draft
+from sleb.runtimes import worker
+from sleb.runtimes.speculative import Drafting, Tally, acceptance_rate, draft
+from sleb.runtimes.transformers import Transformers
+from sleb.runtimes.worker import Child
 from zoo import tiny
 
-CPU = {"dtype": "float32", "device": "cpu", "threads": 1}
 PROMPTS = tuple(
     Prompt(id=text, text=text, messages=None) for text in ("the block of", "passes its", "x")
 )
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    """Models are loaded by this process; one test has a child."""
+    monkeypatch.setattr(worker, "Child", InProcess)
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +92,15 @@ def test_answers_are_the_dense_models_and_counts_those_of_the_definition(pair, k
 
 
 def test_a_different_answer_is_counted(pair, monkeypatch):
-    answer = module._Work.answer
+    generate = Transformers.generate
 
-    def off(self, ids, writer):
-        made = answer(self, ids, writer)
-        return [*made[:-1], made[-1] + 1] if writer and len(ids) == 1 else made
+    def off(self, ids, new_tokens, draft, counted):
+        made = generate(self, ids, new_tokens, draft, counted)
+        if draft is not None and len(ids) == 1:
+            made["tokens"][-1] += 1
+        return made
 
-    monkeypatch.setattr(module._Work, "answer", off)
+    monkeypatch.setattr(Transformers, "generate", off)
     found = draft(pair[0], pair[1:], PROMPTS, new_tokens=4, runs=1, **CPU)
     assert found.drafts[0].identical == 2
 
@@ -122,19 +132,21 @@ def test_an_answer_ends_where_the_dense_model_ends_it(pair, tmp_path):
     assert found.drafts[0].identical == 1
 
 
-def test_rounds_take_turns_and_are_compared_in_pairs(pair, tmp_path, monkeypatch):
-    log: list[str] = []
-    pace = {"none": 1.0, "out": 0.5, "again": 2.0}
+def test_rounds_are_paired_and_take_turns(pair, tmp_path, monkeypatch):
+    log: list[int | None] = []
+    pace = {None: 1.0, 0: 0.5, 1: 2.0}
+    generate = Transformers.generate
 
-    def time(self, ids, writer):
-        name = Path(writer.source.ref).name if writer else "none"
-        log.append(name)
-        return pace[name] * (1 + len(log))  # a machine that becomes slower
+    def timed(self, ids, new_tokens, draft, counted):
+        if counted:
+            return generate(self, ids, new_tokens, draft, counted)
+        log.append(draft)
+        return {"seconds": pace[draft] * (1 + len(log))}  # a machine that becomes slower
 
-    monkeypatch.setattr(module._Work, "time", time)
+    monkeypatch.setattr(Transformers, "generate", timed)
     again = shutil.copytree(pair[1], tmp_path / "again")
     found = draft(pair[0], [pair[1], again], PROMPTS[:2], new_tokens=2, runs=6, **CPU)
-    there = ["none", "none", "out", "out", "again", "again"]
+    there = [None, None, 0, 0, 1, 1]
     assert log == (there + there[::-1]) * 3
     first, second = found.drafts
     each = np.array(found.seconds) / np.array(first.seconds)
@@ -143,10 +155,17 @@ def test_rounds_take_turns_and_are_compared_in_pairs(pair, tmp_path, monkeypatch
     assert first.ratio.low > 1 > second.ratio.high
     assert found.tokens_per_second == pytest.approx(4 / np.median(found.seconds))
     assert first.tokens_per_second == pytest.approx(4 / np.median(first.seconds))
-    assert first.says == "it pays"
-    assert "does not pay" in second.says
-    assert "no difference" in replace(first, ratio=Interval(value=1, low=0.9, high=1.1)).says
-    assert "too few" in replace(first, ratio=Interval(value=1, low=None, high=None)).says
+    ratios = [
+        first.ratio,
+        second.ratio,
+        Interval(value=1, low=0.9, high=1.1),
+        Interval(value=1, low=None, high=None),
+    ]
+    verdicts = [replace(first, ratio=ratio).says for ratio in ratios]
+    for verdict, words in zip(
+        verdicts, ("it pays", "does not pay", "no difference", "too few"), strict=True
+    ):
+        assert words in verdict
 
 
 def test_the_interval_of_acceptance():
@@ -155,7 +174,7 @@ def test_the_interval_of_acceptance():
     for _ in range(400):
         proposed = rng.integers(10, 60, 12)
         accepted = rng.binomial(proposed, np.clip(rng.normal(0.6, 0.1, 12), 0, 1))
-        found = acceptance(
+        found = acceptance_rate(
             [
                 Tally(proposed=int(p), accepted=int(a))
                 for p, a in zip(proposed, accepted, strict=True)
@@ -163,42 +182,39 @@ def test_the_interval_of_acceptance():
         )
         hits += found.low <= 0.6 <= found.high
     assert stats.binomtest(hits, 400, 0.95).pvalue > 1e-4
-    same = acceptance([Tally(proposed=10, accepted=5)] * 3)
+    same = acceptance_rate([Tally(proposed=10, accepted=5)] * 3)
     assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
-    alone = acceptance([Tally(proposed=4, accepted=1)])
+    alone = acceptance_rate([Tally(proposed=4, accepted=1)])
     assert (alone.value, alone.low) == (0.25, None)
-    assert acceptance([Tally(proposed=0, accepted=0)] * 2).value == 0
+    assert acceptance_rate([Tally(proposed=0, accepted=0)] * 2).value == 0
 
 
-def test_the_command(pair, tmp_path, capsys, monkeypatch):
+def test_the_command_drafts_in_a_child(pair, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench = ["bench", pair[0], pair[1], "--draft", "--quick", "--device", "cpu", "--threads", "1"]
     Path("p.txt").write_text("the block of\npasses its\n")
-    ran = run(capsys, *bench, "--runs", "1", "--prompts", "p.txt", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "Child", Child)
+        ran = run(capsys, *bench, "--runs", "1", "--prompts", "p.txt", "--json")
     assert (ran.code, ran.json["prompts"], ran.json["tokens"]) == (0, 2, 32)
     ran = run(capsys, *bench, "--runs", "1", "--prompts", "p.txt")
     assert ran.code == 0
     assert "2 of 2" in ran.out
-    assert "too few rounds" in ran.out
-    said = refused(capsys, 2, "bench", pair[0], "--draft")
-    assert "--draft needs a pruned checkpoint" in said
-    said = refused(capsys, 2, "bench", pair[0], pair[1], "--prompts", "p.txt")
-    assert "--prompts is for --draft" in said
+    assert "pruned checkpoint" in refused(capsys, 2, "bench", pair[0], "--draft")
+    assert "--draft" in refused(capsys, 2, "bench", pair[0], pair[1], "--prompts", "p.txt")
 
 
-def test_without_prompts_embedded_text_is_begun(pair, monkeypatch):
-    monkeypatch.setattr(module._Work, "time", lambda *_: 1.0)
+def test_without_prompts_embedded_text_is_begun(pair):
     found = draft(pair[0], pair[1:], new_tokens=1, runs=1, **CPU)
     assert (found.prompts, found.tokens) == (8, 8)
     assert all(t == Tally(proposed=0, accepted=0) for t in found.drafts[0].tallies)
-    assert torch.get_num_threads() >= 1
 
 
 def test_what_cannot_be_drafted(pair, tmp_path):
-    for numbers in ({"draft_tokens": 0}, {"runs": 0}, {"new_tokens": 0}, {"threads": 0}):
-        with pytest.raises(InputError, match="give at least 1"):
-            draft(pair[0], pair[1:], **{**CPU, **numbers})
-    with pytest.raises(InputError, match="more than the 256 tokens"):
+    for wrong in ({"draft_tokens": 0}, {"runs": 0}, {"new_tokens": 0}, {"threads": 0}):
+        with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):
+            draft(pair[0], pair[1:], **{**CPU, **wrong})
+    with pytest.raises(InputError, match="256 tokens"):
         draft(pair[0], pair[1:], new_tokens=200, **CPU)
     other = save_tiny(tmp_path / "other", blocks=3)
     tokenizer = byte_tokenizer()
@@ -213,5 +229,5 @@ def test_a_model_that_cannot_take_tokens_back(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     out = sleb.apply(plan_of(tmp_path / "dense", 2), tmp_path / "dense", tmp_path / "out")
-    with pytest.raises(UnsupportedModel, match="transformers cannot draft for Mamba"):
+    with pytest.raises(UnsupportedModel, match="draft for Mamba"):
         draft(tmp_path / "dense", [out], PROMPTS, new_tokens=4, runs=1, **CPU)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from gguf_tools import write_tiny
+from sleb.checkpoints.cut import Cut
 from sleb.runtimes import rules
 from zoo import tiny_config
 
 S, F = "sliding_attention", "full_attention"
 D, E = "dense", "sparse"
+CUT = Cut(blocks=6, removed=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_rules_of_vllm(fields, verdict, why):
     ruling = rules.vllm({"num_hidden_layers": 4, **fields})
     assert ruling.verdict == verdict
     assert why in ruling.why
-    assert rules.READ_VLLM in ruling.why
+    assert rules.READ["vllm"] in ruling.why
 
 
 def test_every_type_in_the_rules_is_one_of_transformers():
@@ -72,17 +74,18 @@ def test_rules_of_llama_cpp_read_the_file(tmp_path, pattern, verdict, why):
         fields["attention.sliding_window_pattern"] = pattern
     file = write_tiny(tmp_path / "a.gguf", "gemma3", 4, fields=fields)
     config = {"model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": [S, F, S, S]}
-    ruling = rules.llama_cpp(config, file, 6, (1, 2))
+    ruling = rules.llama_cpp(config, file, CUT)
     assert ruling.verdict == verdict
     assert why in ruling.why
-    assert rules.llama_cpp({**config, "num_hidden_layers": 3}, file, 6, (1, 2)).verdict == "refused"
-    assert rules.llama_cpp(config, None, 6, (1, 2)).verdict == "undecided"
+    assert rules.llama_cpp({**config, "num_hidden_layers": 3}, file, CUT).verdict == "refused"
+    assert rules.llama_cpp(config, None, CUT).verdict == "undecided"
+    deep = Cut(blocks=62, removed=tuple(range(58)))
     # the scale of attention is another at 62 blocks
-    assert "how attention is scaled" in rules.llama_cpp(config, file, 62, tuple(range(58))).why
+    assert "how attention is scaled" in rules.llama_cpp(config, file, deep).why
 
 
 @pytest.mark.parametrize(("removed", "verdict"), [((1, 2, 3, 4), "accepted"), ((1,), "refused")])
 def test_rules_of_llama_cpp_on_what_goes_by_place(tmp_path, removed, verdict):
     file = write_tiny(tmp_path / "b.gguf", "smollm3", 8 - len(removed))
     config = {"model_type": "smollm3", "num_hidden_layers": 8 - len(removed)}
-    assert rules.llama_cpp(config, file, 8, removed).verdict == verdict
+    assert rules.llama_cpp(config, file, Cut(blocks=8, removed=removed)).verdict == verdict

@@ -1,28 +1,33 @@
-"""Timing in turn: order, medians, what is possible, and what is left out with the reason."""
+"""Paired timing: order, medians, the bound, and what is left out with the reason."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
-from rich.console import Console
 
 import sleb
 from cli_tools import refused, run
-from sleb.cli.render_speed import speed as render
+from runtime_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Costs, bench_model, bench_of
 from sleb.core.errors import InputError, ResourceError
-from sleb.runtimes import bench as speed
-from sleb.runtimes import bench_runs as benching
-from sleb.runtimes.bench import Speed, bench
-from sleb.runtimes.bench_runs import fitting, median_ratio, possible
-from sleb.runtimes.paired import Entry, interleaved
+from sleb.runtimes import worker
+from sleb.runtimes.bench import (
+    FULL,
+    QUICK,
+    Skipped,
+    Speed,
+    amdahl_bound,
+    bench,
+    fitting,
+    gguf_file,
+    median_ratio,
+    random_prompts,
+)
 from sleb.runtimes.worker import Failed
-from speed_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Fake, bench_of, settings, subject
 
 
 @pytest.fixture(scope="module")
@@ -31,303 +36,240 @@ def out(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fakes(monkeypatch):
-    """No model is loaded: workers are fakes."""
-    Fake.log, Fake.out_of, Fake.at_load, Fake.live = [], {}, None, 0
-    monkeypatch.setattr(benching, "Worker", Fake)
+def costs(monkeypatch):
+    """No model is loaded: what is timed has known costs."""
+    for name, value in (("log", []), ("loaded", []), ("full", set()), ("fails", {})):
+        monkeypatch.setattr(Costs, name, value)
+    monkeypatch.setattr(Costs, "at_load", None)
+    monkeypatch.setattr(Costs, "live", 0)
+    monkeypatch.setattr(worker, "Child", Costs)
+    return Costs
 
 
-# -- turns -----------------------------------------------------------------------------------------
+# -- paired measurement ----------------------------------------------------------------------------
 
 
-def test_models_take_turns_there_and_back(fakes):
-    part = bench_of(*MODELS, runs=3).under("transformers", [PROMPT, WRITE])
-    there = [("dense", False), ("pruned", False), ("dense", True)]
-    rounds = [there, there[::-1], there, there[::-1]]
-    for case in ("prompt", "generate-2"):
-        order = [(name, short) for name, of, short, _ in Fake.log if of == case]
-        assert order == [turn for one in rounds for turn in one]
+def test_models_take_turns_there_and_back(costs):
+    found = bench_of(*MODELS, runs=3).run([PROMPT, WRITE])
+    there = [(10, False), (8, False), (10, True)]
+    rounds = [turn for one in [there, there[::-1]] * 2 for turn in one]
+    assert [(blocks, few) for blocks, _, few, _ in costs.log] == rounds * 2
     # memory is watched in the round that is not timed, and in no other
-    watched = [(name, case) for name, case, _, watched in Fake.log if watched]
-    assert watched == [(n, c) for c in ("prompt", "generate-2") for n in ("dense", "pruned")]
-    dense, pruned = part.models
-    assert [run.seconds for run in dense.runs] == [(6.0,) * 3] * 2
-    assert [run.seconds for run in pruned.runs] == [(5.0,) * 3] * 2
+    assert [(b, n) for b, n, _, watched in costs.log if watched] == [
+        (blocks, tokens) for tokens in (16, 16) for blocks in (10, 8)
+    ]
+    dense, pruned = found.models
+    assert [one.seconds for one in dense.runs] == [(6.0,) * 3] * 2
+    assert [one.seconds for one in pruned.runs] == [(5.0,) * 3] * 2
     assert (dense.peak_bytes, pruned.peak_bytes) == (10_000, 8_000)
-    assert [run.tokens_per_second for run in dense.runs] == [16 / 6, 24 / 6]
+    assert [one.tokens_per_second for one in dense.runs] == [16 / 6, 24 / 6]
 
 
-def test_ratio_ideal_and_possible_follow_from_the_costs(fakes):
-    ratios = bench_of(*MODELS).under("transformers", [WRITE]).ratios
-    (ratio,) = ratios
-    assert (ratio.path, ratio.runtime, ratio.case) == ("pruned", "transformers", "generate-2")
-    assert ratio.ratio.value == pytest.approx(6 / 5)
-    assert ratio.ideal == 10 / 8
-    assert ratio.possible == pytest.approx(6 / 5)  # what the costs of Fake are
-
-
-def test_every_pruned_model_is_held_against_the_first(fakes):
-    models = (*MODELS, subject("smaller", 4))
-    part = bench_of(*models).under("transformers", [PROMPT, WRITE])
-    assert [(r.path, r.case, r.ideal) for r in part.ratios] == [
+def test_ratios_are_against_the_first_model_and_follow_from_the_costs(costs):
+    found = bench_of(*MODELS, bench_model("smaller", 4)).run([PROMPT, WRITE])
+    assert [(r.path, r.case, r.ideal) for r in found.ratios] == [
         ("pruned", "prompt", 1.25),
         ("pruned", "generate-2", 1.25),
         ("smaller", "prompt", 2.5),
         ("smaller", "generate-2", 2.5),
     ]
-    assert part.ratios[-1].possible == pytest.approx(2.0)
+    for r in found.ratios:  # a machine without noise reaches the bound
+        expected = pytest.approx(6 / (5 if r.path == "pruned" else 3))
+        assert r.ratio.value == expected
+        assert r.possible == expected
 
 
-def test_one_model_has_no_ratios_and_is_not_shortened(fakes):
-    part = bench_of(MODELS[0]).under("transformers", [PROMPT])
-    assert part.ratios == ()
-    assert not any(short for _, _, short, _ in Fake.log)
+def test_one_model_has_no_ratios_and_no_bound(costs):
+    found = bench_of(MODELS[0]).run([PROMPT])
+    assert found.ratios == ()
+    assert not any(fewest for _, _, fewest, _ in costs.log)
 
 
 def test_a_median_ratio_has_an_interval_from_six_rounds_on():
-    dense = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
-    halves = [2.0] * 9
-    five = median_ratio(dense[:5], halves[:5])
-    assert (five.value, five.low, five.high) == (1.5, None, None)
-    six = median_ratio(dense[:6], halves[:6])
-    assert (six.value, six.low, six.high) == (1.75, 0.5, 3.0)  # all but 2 in 64 orders
-    nine = median_ratio(dense, halves)
-    assert (nine.value, nine.low, nine.high) == (2.5, 1.0, 4.0)  # second and second to last
+    dense, halves = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], [2.0] * 9
+    found = [median_ratio(dense[:n], halves[:n]) for n in (5, 6, 9)]
+    assert [(one.value, one.low, one.high) for one in found] == [
+        (1.5, None, None),
+        (1.75, 0.5, 3.0),  # all but 2 in 64 orders
+        (2.5, 1.0, 4.0),  # second and second to last
+    ]
     # paired: a machine at half its pace in some rounds changes nothing
     drift = median_ratio([3.0, 6.0, 3.0, 6.0, 3.0, 6.0], [2.0, 4.0, 2.0, 4.0, 2.0, 4.0])
     assert (drift.value, drift.low, drift.high) == (1.5, 1.5, 1.5)
 
 
-def test_what_is_possible():
-    def of(dense: list[float], shortened: list[float], removed: int) -> float | None:
-        return possible(dense, shortened, blocks=12, kept=2, removed=removed)
-
-    # 3 s for all else, 1 s a block
-    assert of([15.0], [5.0], 3) == pytest.approx(15 / 12)
-    assert of([15.0, 30.0, 15.0], [5.0, 10.0, 5.0], 3) == pytest.approx(15 / 12)
-    assert of([12.0], [2.0], 3) == pytest.approx(12 / 9)  # all else is free: ideal
-    assert of([12.0], [0.5], 3) == pytest.approx(12 / 9)  # never more than ideal
-    assert of([12.0], [12.0], 3) is None
-    assert of([12.0], [13.0], 3) is None
-    assert of([12.0], [float("nan")], 3) is None
-
-
-# -- memory that ends ------------------------------------------------------------------------------
-
-
-def test_a_case_without_memory_is_left_out_with_the_reason(fakes):
-    said: list[str] = []
-    Fake.out_of = {"dense": {"generate-2"}}
-    part = bench_of(*MODELS, note=said.append).under("transformers", [PROMPT, WRITE, ALONE])
-    assert [case.name for case in part.cases] == ["prompt", "generate-1"]
-    assert [run.case for run in part.models[0].runs] == ["prompt", "generate-1"]
-    assert {r.case for r in part.ratios} == {"prompt", "generate-1"}
-    assert "generate-2: out of memory with dense, though pruned had enough" in said
-    # and it is tried once, not in every round
-    assert len([1 for n, c, s, _ in Fake.log if (n, c, s) == ("pruned", "generate-2", False)]) == 1
+@pytest.mark.parametrize(
+    ("dense", "fewest", "bound"),
+    [  # 12 blocks of 1 s, 2 of which run in the shortest pass, 3 removed
+        ([15.0], [5.0], 15 / 12),  # 3 s of overhead
+        ([15.0, 30.0, 15.0], [5.0, 10.0, 5.0], 15 / 12),
+        ([12.0], [2.0], 12 / 9),  # no overhead: ideal
+        ([12.0], [0.5], 12 / 9),  # never more than ideal
+        ([12.0], [12.0], None),
+        ([12.0], [13.0], None),
+        ([12.0], [float("nan")], None),
+    ],
+)
+def test_the_bound_of_amdahls_law(dense, fewest, bound):
+    found = amdahl_bound(dense, fewest, blocks=12, ran=2, removed=3)
+    assert found == (bound if bound is None else pytest.approx(bound))
 
 
-def test_no_case_fits(fakes):
-    said: list[str] = []
-    Fake.out_of = {"dense": {"generate-2"}, "pruned": {"generate-2"}}
-    with pytest.raises(ResourceError, match="no case fits in memory; try --quick"):
-        bench_of(*MODELS, note=said.append).under("transformers", [WRITE])
-    assert "generate-2: out of memory with dense, pruned" in said
+# -- what is left out ------------------------------------------------------------------------------
+
+
+def test_a_case_without_memory_is_left_out_for_all_with_the_reason(costs):
+    skipped: list[Skipped] = []
+    costs.full = {(10, 8)}
+    models = (bench_model("dense", 10), bench_model("pruned", 8))
+    found = bench_of(*models, note=skipped.append).run([PROMPT, ALONE])
+    assert [case.name for case in found.cases] == ["prompt"]
+    assert [one.case for one in found.models[0].runs] == ["prompt"]
+    assert {r.case for r in found.ratios} == {"prompt"}
+    (memory,) = [one for one in skipped if one.reason == "out-of-memory"]
+    assert (memory.cases, memory.models, memory.others) == (
+        ("generate-1",),
+        ("dense",),
+        ("pruned",),
+    )
+    assert costs.log.count((8, 8, False, True)) == 1  # tried once, not in every round
+    costs.full |= {(8, 8)}
+    with pytest.raises(ResourceError, match="--quick"):
+        bench_of(*models, note=skipped.append).run([ALONE])
+    assert skipped[-1].models == ("dense", "pruned")
 
 
 @pytest.mark.parametrize("why", ["at load", "by size"])
-def test_models_that_do_not_fit_together_run_one_after_the_other(fakes, monkeypatch, why):
-    said: list[str] = []
+def test_models_that_do_not_fit_together_run_one_after_the_other(costs, why):
+    skipped: list[Skipped] = []
     models = MODELS
     if why == "at load":
-        Fake.at_load = 1
+        costs.at_load = 1
     else:
         models = tuple(replace(m, parameters=10**15) for m in MODELS)
-    part = bench_of(*models, note=said.append).under("transformers", [PROMPT])
-    assert [line for line in said if "one after the other" in line] == said
-    assert len(said) == 1
-    names = [name for name, *_ in Fake.log]
-    assert names == sorted(names)  # all of dense, then all of pruned
-    assert part.ratios[0].ratio.value == pytest.approx(6 / 5)
-    assert part.ratios[0].possible == pytest.approx(6 / 5)
-    assert Fake.live == 0
+    found = bench_of(*models, note=skipped.append).run([PROMPT])
+    assert [one.reason for one in skipped] == ["apart"]
+    blocks = [blocks for blocks, *_ in costs.log]
+    assert blocks == sorted(blocks, reverse=True)  # all of dense, then all of pruned
+    (ratio,) = found.ratios
+    assert (ratio.ratio.value, ratio.possible) == pytest.approx((6 / 5, 6 / 5))
+    assert costs.live == 0
 
 
-def test_a_model_that_does_not_fit_alone(fakes):
-    Fake.at_load = 0
-    with pytest.raises(ResourceError, match="dense: out of memory"):
-        bench_of(MODELS[0]).under("transformers", [PROMPT])
-    with pytest.raises(ResourceError, match="dense: out of memory"):
-        bench_of(*MODELS, note=lambda _: None).under("transformers", [PROMPT])
+def test_a_model_that_does_not_fit_alone(costs):
+    costs.at_load = 0
+    for models in (MODELS[:1], MODELS):
+        with pytest.raises(ResourceError, match="dense does not fit in memory"):
+            bench_of(*models, note=lambda _: None).run([PROMPT])
 
 
-def test_a_shortened_model_that_fails_costs_only_what_is_possible(fakes):
-    class Fragile(Fake):
-        def run(self, case, *, shortened=False, watched=False):
-            if shortened:
-                raise Failed("KeyError: 'no state'")
-            return super().run(case, watched=watched)
-
-    said: list[str] = []
-    one = Fragile("dense", settings(Path("x")))
-    entries = [Entry(model=0, worker=one), Entry(model=0, worker=one, shortened=True)]
-    found = interleaved(entries, PROMPT, 2, lambda *_: None, said.append)
-    assert set(found) == {(0, False)}
-    assert len(found[0, False].seconds) == 2
-    assert said == ["what is possible for prompt: not measured (KeyError: 'no state')"]
+def test_a_pass_with_fewest_blocks_that_fails_costs_only_the_bound(costs):
+    skipped: list[Skipped] = []
+    costs.fails = {"fewest": "KeyError: 'no state'"}
+    (ratio,) = bench_of(*MODELS, note=skipped.append).run([PROMPT]).ratios
+    assert (ratio.ratio.value, ratio.possible) == (6 / 5, None)
+    assert [(one.reason, one.detail) for one in skipped] == [("no-bound", "KeyError: 'no state'")]
 
 
-def test_a_failure_that_is_no_want_of_memory_ends_the_bench(fakes):
-    class Broken(Fake):
-        def run(self, case, *, shortened=False, watched=False):
-            raise Failed("ValueError: a bug")
+def test_another_runtime_that_fails_spoils_nothing_but_transformers_must_run(costs):
+    skipped: list[Skipped] = []
+    costs.fails = dict.fromkeys(("vllm", "transformers"), "RuntimeError: no kernel for this CPU")
+    assert bench_of(*MODELS, runtime="vllm", note=skipped.append).run([PROMPT]) is None
+    assert [(one.reason, one.runtime) for one in skipped] == [("unusable", "vllm")]
+    assert "no kernel" in str(skipped[0])
+    with pytest.raises(Failed, match="no kernel"):
+        bench_of(*MODELS).run([PROMPT])
 
-    entries = [Entry(model=0, worker=Broken("dense", settings(Path("x"))))]
-    with pytest.raises(Failed, match="a bug"):
-        interleaved(entries, PROMPT, 2, lambda *_: None, pytest.fail)
+
+def test_llama_cpp_needs_a_file_of_each_model_and_runs_one_sequence(costs, tmp_path):
+    skipped: list[Skipped] = []
+    assert bench_of(*MODELS, runtime="llama.cpp", note=skipped.append).run([PROMPT]) is None
+    assert [(one.reason, one.models) for one in skipped] == [("no-gguf", ("dense", "pruned"))]
+    (file := tmp_path / "m.gguf").write_bytes(b"12345")
+    models = [replace(model, gguf=file) for model in MODELS]
+    found = bench_of(*models, runtime="llama.cpp", note=skipped.append).run([PROMPT, WRITE])
+    assert found.cases == (PROMPT,)
+    assert [m.file_bytes for m in found.models] == [5, 5]
+    assert costs.loaded[0]["path"] == str(file)
+    assert (skipped[-1].reason, skipped[-1].cases) == ("one-sequence", ("generate-2",))
 
 
-# -- lengths ---------------------------------------------------------------------------------------
+def test_the_gguf_file_of_a_model(tmp_path):
+    (folder := tmp_path / "m").mkdir()
+    assert gguf_file(folder, folder) is None
+    (folder / "a.gguf").touch()
+    assert gguf_file("hub/name", folder) == gguf_file(folder, folder) == folder / "a.gguf"
+    (folder / "b.gguf").touch()
+    assert gguf_file(folder, folder) is None
+    (beside := tmp_path / "m.gguf").touch()
+    assert gguf_file(folder, folder) == gguf_file(beside, folder) == beside
 
 
 def test_cases_are_clipped_to_what_every_model_reads():
-    short = subject("short", 8, longest=100)
-    kept, notes = fitting(speed.FULL, [subject("long", 10, longest=4096), short])
-    assert [(c.name, c.prompt_tokens) for c in kept] == [("prompt", 99), ("first-token", 99)]
-    assert notes[0] == "prompt: prompts of 2048 tokens, shortened to 99, as short reads 100"
-    assert "generate-8: 128 new tokens are more than the 100 that short reads" in notes
-    assert len(notes) == 6
-    assert fitting(speed.FULL, [subject("any", 10, longest=None)]) == (list(speed.FULL), [])
-    assert fitting(speed.QUICK, [subject("long", 10, longest=4096)]) == (list(speed.QUICK), [])
-    exact = fitting([WRITE], [subject("exact", 10, longest=20)])
-    assert exact == ([WRITE], [])
-    with pytest.raises(InputError, match="tiny reads only 1 tokens; there is no case for it"):
-        fitting(speed.QUICK, [subject("tiny", 10, longest=1)])
+    models = [bench_model("long", 10, longest=4096), bench_model("short", 8, longest=100)]
+    fit, skipped = fitting(FULL, models)
+    assert [(c.name, c.prompt_tokens) for c in fit] == [("prompt", 99), ("first-token", 99)]
+    assert (skipped[0].reason, skipped[0].tokens) == ("shortened", (2048, 99, 100))
+    assert [one.reason for one in skipped].count("too-long") == 4
+    assert all(one.models == ("short",) and "short" in str(one) for one in skipped)
+    assert fitting(FULL, [bench_model("any", 10, longest=None)]) == (list(FULL), [])
+    assert fitting(QUICK, models[:1]) == (list(QUICK), [])
+    assert fitting([WRITE], [bench_model("exact", 10, longest=20)]) == ([WRITE], [])
+    with pytest.raises(InputError, match="tiny reads only 1 token"):
+        fitting(QUICK, [bench_model("tiny", 10, longest=1)])
 
 
-def test_cases_are_those_that_the_documentation_names():
-    sizes = {c.name: (c.batch, c.prompt_tokens, c.new_tokens) for c in speed.FULL}
-    assert sizes["prompt"] == (1, 2048, 0)
-    assert sizes["first-token"][2] == 1
-    for n in (1, 8, 32, 64):
-        assert sizes[f"generate-{n}"] == (n, 64, 128)
+def test_prompts_are_the_same_for_every_model():
+    case = replace(PROMPT, batch=64, prompt_tokens=64)
+    ids = random_prompts(case, 50)
+    assert ids == random_prompts(case, 50)
+    assert [len(row) for row in ids] == [64] * 64
+    assert {token for row in ids for token in row} == set(range(50))
 
 
-# -- other runtimes -------------------------------------------------------------------------------
+# -- the whole -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pretending(monkeypatch, tmp_path, fakes):
-    monkeypatch.setattr(
-        "sleb.runtimes.adapters.find_spec", lambda module: None if module == "vllm" else module
-    )
-
-
-def test_llama_cpp_needs_files_of_every_model(tiny_dir, out, pretending):
+def test_what_was_skipped_is_facts_and_older_records_are_read(costs, tiny_dir, out):
     found = bench(tiny_dir, [out], quick=True, **CPU)
-    assert f"llama.cpp: there is no .gguf file of {tiny_dir}, {out}" in found.skipped
-    assert {m.runtime for m in found.models} == {"transformers"}
+    given = json.loads(json.dumps(asdict(found)))
+    assert given["skipped"][0]["reason"] == "shortened"
+    assert TypeAdapter(Speed).validate_python(given) == found
+    given["skipped"] = ["prompt: words of an older record"]
+    assert str(TypeAdapter(Speed).validate_python(given).skipped[0]) == given["skipped"][0]
 
 
-def test_a_runtime_that_fails_is_said_and_spoils_nothing(fakes, monkeypatch):
-    class Broken(Fake):
-        def __init__(self, name, given):
-            if given.runtime == "vllm":
-                raise Failed("RuntimeError: no kernel for this CPU")
-            super().__init__(name, given)
-
-    monkeypatch.setattr(benching, "Worker", Broken)
-    said: list[str] = []
-    assert bench_of(*MODELS, note=said.append).under("vllm", [PROMPT]) is None
-    assert said == ["vllm: installed, but cannot be used: RuntimeError: no kernel for this CPU"]
-
-
-# -- mistakes --------------------------------------------------------------------------------------
+def test_the_dtype_is_the_dense_models_for_all(costs, tiny_dir, out):
+    bench(tiny_dir, [out], quick=True, dtype="bfloat16", device="cpu")
+    assert [one["dtype"] for one in costs.loaded] == ["bfloat16"] * 2
 
 
 def test_mistakes_are_found_before_anything_is_loaded(place, out, capsys, monkeypatch):
-    monkeypatch.setattr(benching, "Worker", lambda *_: pytest.fail("a model was loaded"))
-    said = refused(capsys, 2, "bench", "MODEL", "MODEL")
-    assert said == "MODEL is given twice; give each model once, the dense one first"
-    said = refused(capsys, 2, "bench", out, "MODEL")
-    assert said == (
-        f"MODEL has 6 blocks and {out} 3; give the dense model first, and then what was made of it"
-    )
+    monkeypatch.setattr(worker, "Child", lambda *_: pytest.fail("a model was loaded"))
+    assert "twice" in refused(capsys, 2, "bench", "MODEL", "MODEL")
+    assert "dense model first" in refused(capsys, 2, "bench", out, "MODEL")
     Path("empty").mkdir()
-    assert "empty has no config.json" in refused(capsys, 2, "bench", "MODEL", "empty")
-    assert "no model at ./gone" in refused(capsys, 2, "bench", "MODEL", "./gone")
+    assert "config.json" in refused(capsys, 2, "bench", "MODEL", "empty")
+    assert "./gone" in refused(capsys, 2, "bench", "MODEL", "./gone")
     config = json.loads((out / "config.json").read_text())
     shutil.copytree(out, "other")
     for field, value in (("vocab_size", 300), ("hidden_size", 64)):
         Path("other/config.json").write_text(json.dumps({**config, field: value}))
-        assert refused(capsys, 2, "bench", "MODEL", "other") == (
-            f"other is not MODEL with blocks removed: its {field} is {value}, not {config[field]}"
-        )
-    assert "is not a device" in refused(capsys, 2, "bench", "MODEL", "--device", "gpu")
-    assert "unknown dtype" in refused(capsys, 2, "bench", "MODEL", "--dtype", "float12")
-    for name in ("runs", "threads"):
-        with pytest.raises(InputError, match=f"--{name} 0 is not possible; give at least 1"):
-            bench("MODEL", **{**CPU, name: 0})
+        assert f"its {field} is {value}" in refused(capsys, 2, "bench", "MODEL", "other")
+    assert "device" in refused(capsys, 2, "bench", "MODEL", "--device", "gpu")
+    assert "dtype" in refused(capsys, 2, "bench", "MODEL", "--dtype", "float12")
+    for wrong in ({"runs": 0}, {"threads": 0}, {"draft": True}):
+        with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
+            bench("MODEL", **{**CPU, **wrong})
 
 
-def test_the_dtype_is_the_dense_models_for_all(tiny_dir, out, fakes, monkeypatch):
-    seen: list[str] = []
-
-    class Seeing(Fake):
-        def __init__(self, name, given):
-            seen.append(given.dtype)
-            super().__init__(name, given)
-
-    monkeypatch.setattr(benching, "Worker", Seeing)
-    bench(tiny_dir, [out], quick=True, dtype="bfloat16", device="cpu")
-    assert seen == ["bfloat16"] * 2
-
-
-# -- the terminal ----------------------------------------------------------------------------------
-
-
-def drawn(found: Speed, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    render(console, found)
-    return console.file.getvalue()
-
-
-def test_the_terminal_shows_everything_in_80_columns(fakes, tiny_dir, out):
-    found = bench(tiny_dir, [out], quick=True, **CPU)
-    text = drawn(replace(found, skipped=("generate-64: out of memory with [dense]",)))
-    lines = text.splitlines()
-    assert max(map(len, (line for line in lines if str(tiny_dir) not in line))) <= 80
-    assert f"dense: {tiny_dir}" in text
-    assert "- generate-64: out of memory with [dense]" in text
-    for line in (
-        "prompt of 255         dense           4       4 to 4      63.8",
-        "first token after 64  dense           4       4 to 4",
-        "4 x (32 + 16)         dense           4       4 to 4      16.0",
-        "4 x (32 + 16)         1.60 (1.60 to 1.60)      1.60   2.00",
-    ):
-        assert any(" ".join(line.split()) in " ".join(shown.split()) for shown in lines), line
-    assert "unsteady" not in text
-    wild = replace(found.models[0].runs[1], high=5.0)
-    model = replace(found.models[0], runs=(found.models[0].runs[0], wild))
-    said = " ".join(drawn(replace(found, models=(model, *found.models[1:]))).split())
-    assert "unsteady: quartiles of first token after 64 are more than 20% apart; repeat" in said
-    few = bench(tiny_dir, [out], quick=True, runs=3, **CPU)
-    assert "95 % interval from 6 runs on: --runs 6" in " ".join(drawn(few).split())
-    alone = drawn(bench(tiny_dir, quick=True, **CPU))
-    assert "times as fast" not in alone
-    assert "ratio" not in alone
-
-
-def test_several_pruned_models_are_numbered(fakes, tiny_dir, out, tmp_path):
-    other = shutil.copytree(out, tmp_path / "other")
-    text = drawn(bench(tiny_dir, [out, other], quick=True, **CPU))
-    assert f"pruned 1: {out}" in text
-    assert f"pruned 2: {other}" in text
-    assert "pruned 2, 4 x (32 + 16)" in text
-
-
-def test_the_command_line_prints_json(place, out, capsys, fakes):
-    ran = run(capsys, "bench", "MODEL", out, "--quick", "--runs", "2", "--device", "cpu", "--json")
+def test_the_command_line_shows_every_figure_or_prints_json(place, out, capsys, costs):
+    command = ["bench", "MODEL", out, "--quick", "--device", "cpu"]
+    ran = run(capsys, *command, "--runs", "2", "--json")
     assert ran.code == 0
     assert TypeAdapter(Speed).validate_python(ran.json).models[1].path == str(out)
     assert len(ran.json["models"][0]["runs"][0]["seconds"]) == 2
+    ran = run(capsys, *command)
+    assert ran.code == 0
+    for figure in (str(out), "1.60", "2.00", "63.8"):
+        assert figure in ran.out

@@ -1,4 +1,4 @@
-"""Models in processes of their own: what runs in them, their memory, and how they fail."""
+"""Children: what runs in them, their memory, and how they fail."""
 
 from __future__ import annotations
 
@@ -17,91 +17,88 @@ from pydantic import TypeAdapter
 
 import sleb
 from conftest import byte_tokenizer, save_tiny, tiny_llama
+from runtime_tools import CPU, PROMPT, WRITE, InProcess, settings, write_runtimes
 from sleb.core.errors import InputError, ResourceError
 from sleb.runtimes import worker
-from sleb.runtimes.adapters import engine, installed, tokens
-from sleb.runtimes.bench import Case, Speed, bench
-from sleb.runtimes.worker import Failed, Worker
-from speed_tools import CPU, PROMPT, WRITE, settings
+from sleb.runtimes.base import installed
+from sleb.runtimes.bench import Speed, bench, random_prompts
+from sleb.runtimes.llama_cpp import LlamaCpp
+from sleb.runtimes.transformers import Transformers
+from sleb.runtimes.vllm import VLLM
+from sleb.runtimes.worker import Failed, OutOfMemory, Worker
 from zoo import tiny
 
-
-@pytest.fixture(scope="module")
-def out(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
-    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+PROMPTS = {case: random_prompts(case, 128) for case in (PROMPT, WRITE)}
 
 
 # -- transformers ----------------------------------------------------------------------------------
 
 
-def test_shortened_generation_is_that_of_a_really_cut_checkpoint(tiny_dir, tiny_plan, tmp_path):
+def test_a_pass_with_fewest_blocks_is_that_of_a_really_cut_checkpoint(
+    tiny_dir, tiny_plan, tmp_path
+):
     gone = (1, 2, 3, 4)
     plan = tiny_plan.model_copy(update={"removed": gone, "order": gone, "rounds": ()})
     cut = sleb.apply(plan, tiny_dir, tmp_path / "cut")
-    whole = engine("transformers")(settings(tiny_dir))
-    assert (whole.bypassed, whole.kept) == (set(gone), 2)
-    ids = torch.tensor(tokens(WRITE, 259))
+    whole = Transformers(settings(tiny_dir))
+    assert (whole.bypassed, whole.fewest_blocks) == (set(gone), 2)
+    ids = torch.tensor(PROMPTS[WRITE])
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12}
     with whole.stack.bypassed(whole.bypassed):
         ours = whole.model.generate(ids, **given)
-    theirs = engine("transformers")(settings(cut, blocks=2)).model.generate(ids, **given)
+    theirs = Transformers(settings(cut)).model.generate(ids, **given)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, whole.model.generate(ids, **given))
     ran: set[int] = set()
     for i, block in enumerate(whole.stack.blocks):
         block.self_attn.register_forward_hook(lambda *_, i=i: ran.add(i))
-    whole.prepare(WRITE, True)()
+    whole.work(PROMPTS[WRITE], 12, True)()
     assert ran == {0, 5}
-    whole.prepare(WRITE, False)()
+    whole.work(PROMPTS[WRITE], 12, False)()
     assert ran == set(range(6))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2", "mixtral", "qwen3_5_text"])
-def test_shortened_generation_runs_in_other_families(family, monkeypatch):
+def test_fewest_blocks_run_in_other_families(family, monkeypatch):
     model, _ = tiny(family)
     stack = sleb.models.stack.BlockStack(model)
     monkeypatch.setattr(
         "sleb.models.load.load",
         lambda *_, **__: sleb.LoadedModel(model=model, tokenizer=None, stack=stack, source=None),
     )
-    one = engine("transformers")(settings(Path("x"), vocabulary=128))
-    assert 0 < one.kept < 8
+    one = Transformers(settings(Path("x")))
+    assert 0 < one.fewest_blocks < 8
     assert {0, 7} <= set(range(8)) - one.bypassed
     for case in (PROMPT, WRITE):
-        for shortened in (False, True):
-            one.prepare(case, shortened)()
+        for fewest in (False, True):
+            one.work(PROMPTS[case], case.new_tokens, fewest)()
 
 
 def test_generation_ignores_what_the_model_itself_would_do(tmp_path):
     path = save_tiny(tmp_path / "ends")
     ends = {"eos_token_id": list(range(259)), "do_sample": True, "max_length": 9, "num_beams": 3}
     (path / "generation_config.json").write_text(json.dumps(ends))
-    one = engine("transformers")(settings(path))
-    one.prepare(WRITE, False)()
+    one = Transformers(settings(path))
+    one.work(PROMPTS[WRITE], 12, False)()
     one.model.generate = lambda **given: given["input_ids"]
-    with pytest.raises(sleb.DataError, match="ended after 0 of 12 tokens, so it cannot be timed"):
-        one.prepare(WRITE, False)()
+    with pytest.raises(sleb.DataError, match="ended after 0 of 12 tokens"):
+        one.work(PROMPTS[WRITE], 12, False)()
 
 
 def test_a_prompt_fills_a_cache_and_computes_one_position(tiny_dir):
-    one = engine("transformers")(settings(tiny_dir))
+    one = Transformers(settings(tiny_dir))
     seen: list = []
     one.model.register_forward_hook(lambda *args: seen.append(args[-1]))
-    one.prepare(PROMPT, False)()
+    one.work(PROMPTS[PROMPT], 0, False)()
     assert seen[0].logits.shape == (1, 1, 259)
     assert seen[0].past_key_values.get_seq_length() == 16
 
 
-def test_prompts_are_the_same_for_every_model():
-    assert tokens(WRITE, 259) == tokens(WRITE, 259)
-    ids = torch.tensor(tokens(Case(name="x", batch=64, prompt_tokens=64, new_tokens=1), 50))
-    assert ids.shape == (64, 64)
-    assert set(ids.flatten().tolist()) == set(range(50))
-
+# -- processes -------------------------------------------------------------------------------------
 
 PEAK = """
 import time, torch
-from sleb.runtimes.adapters import Meter
+from sleb.runtimes.worker import Meter
 
 meter = Meter("cpu")
 with meter.watching(lambda: None) as seen:
@@ -116,9 +113,6 @@ def test_the_meter_sees_a_peak_that_is_gone_at_the_end():
     # in a process of its own, as benchmarks have it: in this one others give memory back meanwhile
     seen = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert int(seen.stdout) > 120e6
-
-
-# -- processes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,183 +131,148 @@ def big(tmp_path_factory) -> list[Path]:
     return made
 
 
-def test_memory_is_each_models_own_and_grows_with_it(big):
-    with Worker("small", settings(big[0])) as small, Worker("large", settings(big[1])) as large:
+def test_memory_is_each_models_own_and_a_child_that_dies_takes_nothing_with_it(big, tmp_path):
+    given = (PROMPTS[WRITE], WRITE.new_tokens)
+    with Worker("small") as small, Worker("large") as large:
+        with pytest.raises(InputError, match="has no config"):
+            small.load(settings(tmp_path))
+        small.load(settings(big[0]))
+        large.load(settings(big[1]))
         assert small.load_seconds > 0
-        peaks = [one.run(WRITE, watched=True).peak for one in (small, large)]
-        assert large.run(WRITE).peak == 0
+        peaks = [one.work(*given, watched=True).peak for one in (small, large)]
+        assert large.work(*given).peak == 0
         weights = [(path / "model.safetensors").stat().st_size for path in big]
         assert peaks[1] - peaks[0] > 0.7 * (weights[1] - weights[0])
         assert 0.7 * weights[1] < peaks[1] < 3 * weights[1] + 100e6
         # another library's failure is one line, and the process goes on
-        with pytest.raises(Failed, match=r"^[A-Za-z]+Error: "):
-            small.run(replace(WRITE, prompt_tokens=-1))
-        assert small.run(WRITE).seconds > 0
-        # a process that is killed takes nothing with it
+        with pytest.raises(Failed, match=r"^[A-Za-z]+Error: [^\n]+$"):
+            small.work([["no", "ids"]], 1)
+        assert small.work(*given).seconds > 0
         os.kill(small._child.pid, signal.SIGKILL)
-        with pytest.raises(ResourceError, match="small: the system killed the process that ran it"):
-            small.run(WRITE)
-        assert large.run(WRITE).seconds > 0
+        with pytest.raises(ResourceError, match="small: the system killed"):
+            small.work(*given)
+        assert large.work(*given).seconds > 0
 
 
-def test_a_child_that_cannot_load_says_why_and_is_gone(tmp_path):
-    with pytest.raises(InputError, match="has no config"):
-        Worker("none", settings(tmp_path))
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("sys.exit('no luck\\x1b[31m today')", "ended with 1: no luck"),
+        ("sys.exit(0)", "ended with 0"),
+        ("print('no JSON', flush=True); sys.stdin.read()", "something else"),
+        ("print('[[' * 10**5, flush=True); sys.stdin.read()", "something else"),
+        ("print('{\"found\": 1}', flush=True); sys.stdin.read()", "something else"),
+        ("print('x' * 3 * 2**20, end='', flush=True); sys.stdin.read()", "something else"),
+        ("sys.stdin.read()", "no answer in 1 seconds"),
+    ],
+)
+def test_a_child_that_dies_hangs_or_prints_garbage_is_one_clear_error(monkeypatch, code, reason):
+    monkeypatch.setattr(worker, "_START", f"import sys; {code} #")
+    monkeypatch.setattr(worker, "MAX_LINE", 2**20)
+    with Worker("none") as none:
+        with pytest.raises(Failed, match=reason) as error:
+            none.ask("version", runtime="vllm", limit=1 if reason.startswith("no answer") else 60)
+    assert "\n" not in str(error.value)
+    assert none._child._process.poll() is not None
 
 
-def test_a_child_that_dies_of_itself_says_its_last_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(worker, "_START", "import sys; sys.exit('no luck today') #")
-    with pytest.raises(Failed, match="its process ended with 1: no luck today"):
-        Worker("none", settings(tmp_path))
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+        (ResourceError("m does not fit on cuda; try --stream"), OutOfMemory),
+        (ResourceError("disk full"), ResourceError),
+        (InputError("no such thing"), InputError),
+        (ValueError("first line\nlast line"), Failed),
+    ],
+)
+def test_errors_keep_their_kind_across_processes(error, kind, monkeypatch):
+    class Broken(InProcess):
+        def __init__(self, python=None):
+            super().__init__()
+            self.session.model = self
+
+        def logprobs(self, ids):
+            raise error
+
+    monkeypatch.setattr(worker, "Child", Broken)
+    with pytest.raises(kind) as raised:
+        Worker("m").ask("logprobs", ids=[])
+    assert raised.type is kind
+    assert "\n" not in str(raised.value)
 
 
-LLAMA = """
-import os
-print("a line that is no answer", flush=True)
-def note(text):
-    with open(os.environ["FAKE_LOG"], "a") as stream: stream.write(text + "\\n")
-def llama_supports_gpu_offload(): return False
-class Llama:
-    def __init__(self, model_path, n_ctx, n_gpu_layers, **rest):
-        blocks = open(model_path).read()
-        self.metadata = {"general.architecture": "llama", "llama.block_count": blocks}
-        note(f"load {blocks} {n_ctx} {n_gpu_layers}")
-    def reset(self): note("reset")
-    def eval(self, ids): note(f"eval {len(ids)}")
-    def sample(self, temp): return 7
-"""
-VLLM = """
-import os
-class SamplingParams:
-    def __init__(self, **given): self.given = given
-class Made: pass
-class LLM:
-    def __init__(self, model, **options):
-        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-        assert options["enable_prefix_caching"] is False
-        assert "gpu_memory_utilization" not in options
-        assert options["max_model_len"] == 256
-        if os.environ.get("FAKE_VLLM"): raise RuntimeError(os.environ["FAKE_VLLM"])
-    def generate(self, prompts, asked, use_tqdm):
-        assert asked.given["ignore_eos"] and asked.given["temperature"] == 0
-        made = []
-        for _ in prompts:
-            one, answer = Made(), Made()
-            answer.token_ids = [0] * asked.given["max_tokens"]
-            one.outputs = [answer]
-            made.append(one)
-        return made
-"""
+# -- other runtimes --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_dir, out, tmp_path_factory):
-    """A bench of both tiny models in three runtimes, two of them pretending; and its log."""
-    place = tmp_path_factory.mktemp("whole")
-    (place / "llama_cpp.py").write_text(LLAMA)
-    (place / "vllm.py").write_text(VLLM)
-    refs = []
-    for path, blocks in ((tiny_dir, 6), (out, 3)):
-        refs.append(shutil.copytree(path, place / f"model-{blocks}"))
-        (refs[-1] / "m.gguf").write_text(str(blocks))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(place)
-        patch.setenv("FAKE_LOG", str(place / "log"))
-        assert installed() == ("transformers", "vllm", "llama.cpp")
-        found = bench(*refs[:1], refs[1:], quick=True, runs=6, **CPU)
-    return found, (place / "log").read_text().splitlines(), refs
+@pytest.fixture
+def pretending(monkeypatch, tmp_path) -> Path:
+    """vLLM and llama.cpp, for this process and its children; and what llama.cpp was asked for."""
+    modules = write_runtimes(tmp_path / "modules")
+    monkeypatch.syspath_prepend(modules)
+    for name in ("vllm", "llama_cpp"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    yield tmp_path / "log"
+    for name in ("vllm", "llama_cpp"):
+        sys.modules.pop(name, None)
 
 
-def test_a_bench_of_two_models(whole):
-    found, _, refs = whole
+def test_a_bench_in_three_runtimes(tiny_dir, tiny_plan, pretending, tmp_path, monkeypatch):
+    """Of both tiny models, in this process; nothing but the clock is real."""
+    monkeypatch.setattr(worker, "Child", InProcess)
+    assert installed() == ("transformers", "vllm", "llama.cpp")
+    out = sleb.apply(tiny_plan, tiny_dir, tmp_path / "cut")
+    refs = [
+        shutil.copytree(path, tmp_path / f"model-{i}") for i, path in enumerate((tiny_dir, out))
+    ]
+    for ref, blocks in zip(refs, (6, 3), strict=True):
+        (ref / "m.gguf").write_text(json.dumps({"blocks": blocks}))
+    found = bench(refs[0], refs[1:], quick=True, **CPU)
     assert (found.device, found.dtype, found.threads) == ("cpu", "float32", 1)
     assert [c.name for c in found.cases] == ["prompt", "first-token", "generate-1", "generate-4"]
     assert found.cases[0].prompt_tokens == 255  # of 256, as a first token needs room too
-    dense, pruned = found.models[:2]
-    assert (dense.path, pruned.path) == tuple(map(str, refs))
-    assert (dense.blocks, pruned.blocks) == (6, 3)
-    sizes = [sleb.describe(ref) for ref in refs]
-    assert [m.file_bytes for m in (dense, pruned)] == [d.nbytes for d in sizes]
-    assert [m.parameters for m in (dense, pruned)] == [d.parameters for d in sizes]
-    for m in (dense, pruned):
-        assert m.load_seconds > 0
-        assert m.peak_bytes > 0
-        for case, timed in zip(found.cases, m.runs, strict=True):
+    runtimes = ["transformers"] * 2 + ["vllm"] * 2 + ["llama.cpp"] * 2
+    assert [m.runtime for m in found.models] == runtimes
+    for m, ref, blocks in zip(found.models, refs * 3, (6, 3) * 3, strict=True):
+        known = sleb.describe(ref)
+        size = (ref / "m.gguf").stat().st_size if m.runtime == "llama.cpp" else known.nbytes
+        assert (m.path, m.blocks, m.parameters) == (str(ref), blocks, known.parameters)
+        assert m.file_bytes == size
+        cases = found.cases[:3] if m.runtime == "llama.cpp" else found.cases
+        for case, timed in zip(cases, m.runs, strict=True):
             assert timed.case == case.name
             assert len(timed.seconds) == 6
             assert min(timed.seconds) <= timed.low <= timed.median <= timed.high
             assert timed.tokens_per_second * timed.median == pytest.approx(
                 case.batch * (case.new_tokens or case.prompt_tokens)
             )
-    ratios = [r for r in found.ratios if r.runtime == "transformers"]
-    assert [r.case for r in ratios] == [c.name for c in found.cases]
-    for r, before, after in zip(ratios, dense.runs, pruned.runs, strict=True):
+    assert len(found.ratios) == 4 + 4 + 3
+    assert all(r.possible is None for r in found.ratios if r.runtime != "transformers")
+    dense, pruned = found.models[:2]
+    for r, before, after in zip(found.ratios[:4], dense.runs, pruned.runs, strict=True):
         each = [a / b for a, b in zip(before.seconds, after.seconds, strict=True)]
         assert (r.ratio.low, r.ratio.high) == pytest.approx((min(each), max(each)))
         assert r.ideal == 2
         assert r.possible is None or 1 < r.possible <= 2
-    assert any(r.possible for r in ratios)
     assert TypeAdapter(Speed).validate_json(json.dumps(asdict(found))) == found
+    # llama.cpp: one warm-up and six rounds of two models: each reads its whole prompt anew
+    log = pretending.read_text().splitlines()
+    assert log[:2] == ["load 6 256", "load 3 256"]
+    turns = {255: [], 64: [], 32: ["eval 1"] * 15}
+    expected = [2 * 7 * ["reset", f"eval {n}", *more] for n, more in turns.items()]
+    assert log[2:] == [line for case in expected for line in case]
 
 
-def test_other_runtimes_run_the_same_cases(whole):
-    found, log, _ = whole
-    assert [m.runtime for m in found.models] == [
-        *("transformers",) * 2,
-        *("vllm",) * 2,
-        *("llama.cpp",) * 2,
-    ]
-    names = {m.runtime: [run.case for run in m.runs] for m in found.models}
-    assert names["vllm"] == names["transformers"]
-    assert names["llama.cpp"] == ["prompt", "first-token", "generate-1"]
-    assert "llama.cpp: generate-4: it runs one sequence at a time here" in found.skipped
-    assert all(r.possible is None for r in found.ratios if r.runtime != "transformers")
-    assert len(found.ratios) == 4 + 4 + 3
-    gguf = [m for m in found.models if m.runtime == "llama.cpp"]
-    assert [m.file_bytes for m in gguf] == [1, 1]
-    assert log[:2] == ["load 6 256 0", "load 3 256 0"]
-    # one warm-up and six rounds of two models: each reads its whole prompt anew
-    prompt, first, write = (
-        2 * 7 * [["reset", f"eval {n}", *more]]
-        for n, more in ((255, ()), (64, ()), (32, ("eval 1",) * 15))
-    )
-    assert log[2:] == [line for turns in (prompt, first, write) for turn in turns for line in turn]
-
-
-def test_a_gguf_file_of_another_model_is_not_timed(monkeypatch, tmp_path):
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "llama_cpp.py").write_text(LLAMA)
-    monkeypatch.syspath_prepend(tmp_path / "fake")
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    (tmp_path / "m.gguf").write_text("30")
-    with pytest.raises(InputError, match=r"m\.gguf has 30 blocks and the checkpoint 24"):
-        engine("llama.cpp")(settings(tmp_path / "m.gguf", blocks=24))
-    with pytest.raises(InputError, match="the CPU only: use --device cpu"):
-        engine("llama.cpp").imports(settings(tmp_path / "m.gguf", device="cuda"))
-    sys.modules.pop("llama_cpp")
-
-
-def test_vllm_takes_only_the_first_gpu(tmp_path):
-    with pytest.raises(InputError, match="use --device cuda or cpu"):
-        engine("vllm").imports(settings(tmp_path, device="cuda:1"))
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (MemoryError(), "OutOfMemory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "OutOfMemory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OutOfMemory"),
-        (ResourceError("m does not fit on cuda; try --stream"), "OutOfMemory"),
-        (ResourceError("disk full"), "ResourceError"),
-        (InputError("no such thing"), "InputError"),
-        (ValueError("first line\nlast line"), "Failed"),
-    ],
-)
-def test_errors_keep_their_kind_across_processes(error, kind):
-    said = worker._described(error)
-    raised = worker._raised("m", said["error"], said["message"])
-    assert type(raised).__name__ == kind
-    assert "\n" not in str(raised)
-    if kind == "Failed":
-        assert str(raised) == "ValueError: last line"
+def test_what_other_runtimes_refuse(pretending, tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_text(json.dumps({"blocks": 30}))
+    given = settings(file, runtime="llama.cpp", blocks=24)
+    with pytest.raises(InputError, match="30 blocks and the checkpoint 24"):
+        LlamaCpp(given)
+    with pytest.raises(InputError, match="--device cpu"):
+        LlamaCpp.prepare(replace(given, device="cuda"))
+    with pytest.raises(InputError, match="--device cuda or cpu"):
+        VLLM.prepare(replace(given, device="cuda:1"))

@@ -1,16 +1,66 @@
-"""Speed and memory, dense and pruned in turn within one run, against what is possible."""
+"""Speed and memory, dense and pruned in turn within one run, against what Amdahl's law allows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from sleb.core.errors import InputError
-from sleb.core.progress import Progress, silent
+import numpy as np
+import psutil
+from pydantic import BeforeValidator
+from scipy import stats
+
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.depth_fields import refuse_unsupported
+from sleb.config import BenchConfig, takes
+from sleb.core.errors import InputError, ResourceError, SlebError, UnsupportedModel
+from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval
+from sleb.models.load import DTYPES, load_config, pick_device, pick_dtype
+from sleb.models.source import resolve
+from sleb.models.stack import decoder_config
+from sleb.runtimes.base import Prompts, Settings, installed
+from sleb.runtimes.worker import Failed, OutOfMemory, Run, Worker
 
-__all__ = ["Case", "Measured", "Ratio", "Runs", "Speed", "bench"]
+__all__ = [
+    "BenchModel",
+    "Case",
+    "Measured",
+    "Ratio",
+    "Runs",
+    "Skipped",
+    "Speed",
+    "bench",
+    "bench_models",
+    "gguf_file",
+    "median_ratio",
+    "resolved",
+    "there_and_back",
+]
+
+T = TypeVar("T")
+_DEFAULTS = BenchConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchModel:
+    """A model: ``ref`` as the user wrote it, the folder to load, stored elements and bytes of
+    weights. ``longest``: tokens that it reads, None without a limit. ``gguf``: see
+    :func:`gguf_file`."""
+
+    ref: str
+    path: Path
+    config: Any
+    blocks: int
+    parameters: int
+    nbytes: int
+    vocabulary: int
+    longest: int | None
+    gguf: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +106,9 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as fast a pruned model is as the first one: median over interleaved runs with
-    its 95 % interval, which needs six of them. ``ideal``: blocks / (blocks - removed).
-    ``possible``: what the measured time of one block, and of everything else, allows."""
+    """How many times as fast a pruned model is as the first one: median over paired runs with its
+    95 % interval, which needs six of them. ``ideal``: blocks / (blocks - removed). ``possible``:
+    the bound of :func:`amdahl_bound`."""
 
     path: str
     runtime: str
@@ -66,6 +116,50 @@ class Ratio:
     ratio: Interval
     ideal: float
     possible: float | None
+
+
+_REASONS = {
+    "too-long": "{cases}: {tokens[0]} new tokens are more than the {tokens[1]} that {models} reads",
+    "shortened": "{cases}: prompts of {tokens[0]} tokens, shortened to {tokens[1]}, as {models} "
+    "reads {tokens[2]}",
+    "no-gguf": "there is no .gguf file of {models}",
+    "one-sequence": "{cases}: it runs one sequence at a time here",
+    "unusable": "installed, but cannot be used: {detail}",
+    "apart": "the models do not fit in memory together and were timed one after the other, so a "
+    "machine that changes its pace shows in the ratios",
+    "no-bound": "what is possible for {cases}: not measured ({detail})",
+    "out-of-memory": "{cases}: out of memory with {models}{enough}",
+    "note": "{detail}",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """What was not run, or not as planned. ``reason``: a key of ``_REASONS``, which has it in
+    English; the rest is what that is about. ``detail``: another library's own words."""
+
+    reason: str
+    runtime: str = "transformers"
+    cases: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    detail: str = ""
+
+    def __str__(self) -> str:
+        given = {name: ", ".join(getattr(self, name)) for name in ("cases", "models", "others")}
+        said = _REASONS[self.reason].format(
+            **given,
+            tokens=self.tokens,
+            detail=self.detail,
+            enough=f", though {given['others']} had enough" if self.others else "",
+        )
+        return said if self.runtime == "transformers" else f"{self.runtime}: {said}"
+
+
+def _skipped(given: Any) -> Any:
+    """Older records have a sentence."""
+    return {"reason": "note", "detail": given} if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +172,7 @@ class Speed:
     cases: tuple[Case, ...]
     models: tuple[Measured, ...]
     ratios: tuple[Ratio, ...]
-    skipped: tuple[str, ...] = ()  # what was not run, with the reason, in words
+    skipped: tuple[Annotated[Skipped, BeforeValidator(_skipped)], ...] = ()
 
 
 FULL = (
@@ -94,18 +188,15 @@ QUICK = (
     Case(name="first-token", batch=1, prompt_tokens=64, new_tokens=1),
     *(Case(name=f"generate-{n}", batch=n, prompt_tokens=32, new_tokens=16) for n in (1, 4)),
 )
+WARM_UP = 1  # rounds; memory is measured in it, as watching costs time
 
 
+@takes(BenchConfig)
 def bench(
     model: str | Path,
     outs: Sequence[str | Path] = (),
+    config: BenchConfig = _DEFAULTS,
     *,
-    runs: int = 6,
-    quick: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Speed:
     """Time ``model`` and each of ``outs`` on every case, in turn.
@@ -117,48 +208,428 @@ def bench(
 
     A ratio is the median over rounds of dense seconds / pruned seconds. Its interval is that of the
     quantile test (from order statistics), which holds whatever the distribution; it needs six runs.
-    What is possible comes from the dense model, run as well with nearly all of its blocks bypassed:
-    the difference gives the time of one block, on average, and the rest is what no cut can save.
+    The bound of Amdahl's law comes from the dense model, run as well with nearly all of its blocks
+    bypassed: the difference gives the time of one block, on average, and the rest is overhead that
+    no cut can save.
 
     With vLLM or llama.cpp installed the same goes through these, where they can be used.
 
     Raises:
-        InputError: see :func:`sleb.runtimes.bench_models.subjects`; an option is not possible; or
-            no case fits the length that the models read.
+        InputError: see :func:`bench_models`; an option is not possible; or no case fits the length
+            that the models read.
         UnsupportedModel, DataError: see :func:`sleb.load`.
         ResourceError: a model does not fit in memory, or none of the cases do.
     """
-    from sleb.models.load import pick_device, pick_dtype
-    from sleb.runtimes.adapters import installed
-    from sleb.runtimes.bench_models import subjects
-    from sleb.runtimes.bench_runs import Bench, fitting
-
-    for name, given in (("runs", runs), ("threads", threads)):
-        if given is not None and given < 1:
-            raise InputError(f"--{name} {given} is not possible; give at least 1")
-    target = pick_device(device)
-    models = subjects(model, outs, trust_remote_code=trust_remote_code, progress=progress)
-    computed = str(pick_dtype(dtype, models[0].config, target)).removeprefix("torch.")
-    cases, skipped = fitting(QUICK if quick else FULL, models)
-    work = Bench(
-        models=models,
-        runs=runs,
-        device=str(target),
-        dtype=computed,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        note=skipped.append,
-        progress=progress,
-    )
-    main, *others = (work.under(runtime, cases) for runtime in installed())
-    assert main is not None  # transformers raises where others are passed over
-    parts = [main, *(part for part in others if part)]
+    if config.draft:
+        raise InputError("--draft times drafts and nothing else: from Python, use draft()")
+    trust = config.trust_remote_code
+    models = bench_models(model, outs, trust_remote_code=trust, progress=progress)
+    config = resolved(config, models[0])
+    cases, skipped = fitting(QUICK if config.quick else FULL, models)
+    found = []
+    for runtime in installed():
+        timed = Bench(
+            models=models, runtime=runtime, config=config, note=skipped.append, progress=progress
+        ).run(cases)
+        found += [timed] if timed else []
     return Speed(
-        device=main.device,
-        dtype=computed,
-        threads=main.threads,
-        cases=tuple(case for case in cases if any(case in part.cases for part in parts)),
-        models=tuple(m for part in parts for m in part.models),
-        ratios=tuple(r for part in parts for r in part.ratios),
+        device=found[0].device,
+        dtype=config.dtype,
+        threads=found[0].threads,
+        cases=tuple(case for case in cases if any(case in one.cases for one in found)),
+        models=tuple(m for one in found for m in one.models),
+        ratios=tuple(r for one in found for r in one.ratios),
         skipped=tuple(skipped),
     )
+
+
+# -- models and cases ------------------------------------------------------------------------------
+
+
+def bench_models(
+    model: str | Path,
+    outs: Sequence[str | Path],
+    *,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> list[BenchModel]:
+    """MODEL and each OUT, from configs and file headers.
+
+    Raises:
+        InputError: a model is not there, or given twice; an OUT is not MODEL with fewer blocks.
+        UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
+    """
+    refs = [str(ref) for ref in (model, *outs)]
+    for i, ref in enumerate(refs):
+        if ref in refs[:i]:
+            raise InputError(f"{ref} is given twice; give each model once, the dense one first")
+    dense, *pruned = (_bench_model(ref, trust_remote_code, progress) for ref in refs)
+    for one in pruned:
+        _check(dense, one)
+    return [dense, *pruned]
+
+
+def _bench_model(ref: str, trust_remote_code: bool, progress: Progress) -> BenchModel:
+    path = resolve(ref, progress).path
+    checkpoint = Checkpoint.open(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    text = decoder_config(config)
+    refuse_unsupported(text.to_dict(), text.num_hidden_layers)
+    return BenchModel(
+        ref=ref,
+        path=path,
+        config=config,
+        blocks=text.num_hidden_layers,
+        parameters=sum(info.numel for info in checkpoint.tensors.values()),
+        nbytes=checkpoint.nbytes,
+        vocabulary=text.vocab_size,
+        longest=getattr(text, "max_position_embeddings", None),
+        gguf=gguf_file(ref, path),
+    )
+
+
+def resolved(config: BenchConfig, model: BenchModel) -> BenchConfig:
+    """``config`` with a device and a dtype in place of auto: those of ``model`` are for all.
+
+    Raises:
+        InputError: see :func:`sleb.load`.
+    """
+    device = pick_device(config.device)
+    dtype = str(pick_dtype(config.dtype, model.config, device)).removeprefix("torch.")
+    return config.replaced({"device": str(device), "dtype": dtype})
+
+
+def gguf_file(ref: str | Path, folder: Path) -> Path | None:
+    """The .gguf file that the model ``ref`` is, or that has its folder's name and lies beside it,
+    or the only one in ``folder``, where its checkpoint is."""
+    path = Path(ref).expanduser()
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    beside = path.with_name(path.name + ".gguf")
+    if beside.is_file():
+        return beside
+    inside = sorted(folder.glob("*.gguf"))
+    return inside[0] if len(inside) == 1 else None
+
+
+def _check(dense: BenchModel, pruned: BenchModel) -> None:
+    """Refuse what is no pruned ``dense``: its ratio would say nothing about blocks."""
+    for field in ("model_type", "vocab_size", "hidden_size"):
+        theirs, ours = (getattr(decoder_config(one.config), field, None) for one in (pruned, dense))
+        if theirs != ours:
+            raise InputError(
+                f"{pruned.ref} is not {dense.ref} with blocks removed: its {field} is {theirs}, "
+                f"not {ours}"
+            )
+    if pruned.blocks >= dense.blocks:
+        raise InputError(
+            f"{pruned.ref} has {pruned.blocks} blocks and {dense.ref} {dense.blocks}; give the "
+            "dense model first, and then what was made of it"
+        )
+
+
+def fitting(
+    cases: Sequence[Case], models: Sequence[BenchModel]
+) -> tuple[list[Case], list[Skipped]]:
+    """The cases that every model has room for, prompts shortened where need be, and what was
+    changed or left out.
+
+    Raises:
+        InputError: none is left.
+    """
+    limits = {m.longest: m.ref for m in models if m.longest is not None}
+    if not limits:
+        return list(cases), []
+    most = min(limits)
+    reads = limits[most]
+    fit, skipped = [], []
+    for case in cases:
+        room = most - max(1, case.new_tokens)
+        if room < 1:
+            reason, tokens = "too-long", (case.new_tokens, most)
+        elif room < case.prompt_tokens:
+            reason, tokens = "shortened", (case.prompt_tokens, room, most)
+            fit.append(replace(case, prompt_tokens=room))
+        else:
+            fit.append(case)
+            continue
+        skipped.append(Skipped(reason=reason, cases=(case.name,), models=(reads,), tokens=tokens))
+    if not fit:
+        raise InputError(f"{reads} reads only {most} tokens; there is no case for it")
+    return fit, skipped
+
+
+def random_prompts(case: Case, vocabulary: int) -> Prompts:
+    """Random ids [batch, prompt tokens] below ``vocabulary``; the same for every model."""
+    shape = (case.batch, case.prompt_tokens)
+    ids: Prompts = np.random.default_rng(0).integers(0, vocabulary, shape).tolist()
+    return ids
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def median_ratio(dense: Sequence[float], pruned: Sequence[float]) -> Interval:
+    """Median over rounds of dense / pruned seconds, with its 95 % interval by the quantile test
+    (scipy): order statistics, whatever the distribution. Fewer than six rounds give none, as even
+    their extremes enclose the median too seldom."""
+    ratios = np.array(dense) / np.array(pruned)
+    found = stats.quantile_test(ratios, q=0, p=0.5).confidence_interval(0.95)
+    low, high = (None if isnan(bound) else float(bound) for bound in (found.low, found.high))
+    return Interval(value=float(np.median(ratios)), low=low, high=high)
+
+
+def amdahl_bound(
+    dense: Sequence[float], fewest: Sequence[float], *, blocks: int, ran: int, removed: int
+) -> float | None:
+    """How many times as fast a model gets at most when ``removed`` of ``blocks`` equal blocks go
+    (Amdahl's law), from seconds per round with all of them and with the ``fewest``, of which
+    ``ran``. The overhead stays, and takes no less than no time, so the bound is at most
+    blocks / (blocks - removed). None if fewer blocks took no less time."""
+    share = float(np.median(np.array(fewest) / np.array(dense)))  # paired, as ratios are
+    if not 0 < share < 1:
+        return None
+    block = (1 - share) / (blocks - ran)
+    overhead = max(0.0, 1 - blocks * block)
+    return (overhead + blocks * block) / (overhead + (blocks - removed) * block)
+
+
+def _runs(case: Case, seconds: tuple[float, ...]) -> Runs:
+    low, median, high = (float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    rate = case.batch * (case.new_tokens or case.prompt_tokens) / median
+    return Runs(
+        case=case.name, median=median, low=low, high=high, seconds=seconds, tokens_per_second=rate
+    )
+
+
+def _seconds(runs: Sequence[Run]) -> tuple[float, ...]:
+    """Of each round but the first, which warms up."""
+    return tuple(run.seconds for run in runs[WARM_UP:])
+
+
+# -- paired measurement ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What takes a turn in each round: model number ``model``, whole or with its ``fewest``
+    blocks."""
+
+    model: int
+    worker: Worker
+    fewest: bool = False
+
+
+Key = tuple[int, bool]
+"""Model, and whether it ran with its fewest blocks."""
+
+
+def there_and_back(turns: Sequence[T], number: int) -> list[T]:
+    """The turns of round ``number``: every other round goes backwards, so that a steady drift of
+    the machine cancels (A B, B A, ...)."""
+    return list(turns if number % 2 == 0 else reversed(turns))
+
+
+def paired(
+    turns: Sequence[Turn],
+    case: Case,
+    prompts: Prompts,
+    rounds: int,
+    *,
+    tick: Tick,
+    skip: Callable[..., None],
+) -> dict[Key, list[Run]]:
+    """Run ``case`` once per turn in each round, after a round to warm up, in which memory is
+    watched.
+
+    A case for which memory ends is left out for all models, and one with the fewest blocks that
+    does not run is left out alone; ``skip`` is told why, by the fields of :class:`Skipped`.
+    """
+    live, runs = list(turns), dict[Key, list[Run]]()
+    for number in range(WARM_UP + rounds):
+        lacking = set()
+        for turn in there_and_back(live, number):
+            key, worker = (turn.model, turn.fewest), turn.worker
+            watched = number < WARM_UP and not turn.fewest
+            try:
+                run = worker.work(prompts, case.new_tokens, fewest=turn.fewest, watched=watched)
+                runs.setdefault(key, []).append(run)
+            except (OutOfMemory, Failed, InputError, UnsupportedModel) as error:
+                if turn.fewest:
+                    live.remove(turn)
+                    runs.pop(key, None)
+                    skip(reason="no-bound", cases=(case.name,), detail=str(error))
+                elif isinstance(error, OutOfMemory):
+                    lacking.add(worker.name)
+                else:
+                    raise
+            tick(_effort(case), f"{case.name}, {worker.name}")
+        if lacking:
+            names = dict.fromkeys(turn.worker.name for turn in live)
+            without, enough = (
+                tuple(n for n in names if (n in lacking) is x) for x in (True, False)
+            )
+            skip(reason="out-of-memory", cases=(case.name,), models=without, others=enough)
+            tick(_effort(case) * len(live) * (WARM_UP + rounds - number - 1))
+            return {}
+    return runs
+
+
+def _effort(case: Case) -> int:
+    """Roughly how long a case takes, in steps of generation, for the progress bar alone."""
+    return 1 + case.new_tokens + case.batch * (case.prompt_tokens + case.new_tokens) // 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The models, the first one dense, and the runtime that they run in; ``config`` says where and
+    how often, ``note`` is told what is not run."""
+
+    models: Sequence[BenchModel]
+    runtime: str
+    config: BenchConfig
+    note: Callable[[Skipped], None]
+    progress: Progress
+
+    def skip(self, **fields: Any) -> None:
+        """Note something, by its fields."""
+        self.note(Skipped(runtime=self.runtime, **fields))
+
+    def run(self, cases: Sequence[Case]) -> Speed | None:
+        """Time all models; None if the runtime cannot be used, which is noted. transformers always
+        can, so there an error is raised.
+
+        Raises:
+            ResourceError: a model does not fit in memory, or no case does.
+            SlebError: as :func:`sleb.load`.
+        """
+        if self.runtime == "llama.cpp":
+            if lacking := tuple(m.ref for m in self.models if m.gguf is None):
+                self.skip(reason="no-gguf", models=lacking)
+                return None
+            if wide := tuple(case.name for case in cases if case.batch > 1):
+                self.skip(reason="one-sequence", cases=wide)
+            cases = [case for case in cases if case.batch == 1]
+        try:
+            return self._speed(cases)
+        except (Failed, SlebError) as error:
+            if self.runtime == "transformers":
+                raise
+            self.skip(reason="unusable", detail=str(error))
+            return None
+
+    def _speed(self, cases: Sequence[Case]) -> Speed:
+        everyone = range(len(self.models))
+        workers: dict[int, Worker] = {}
+        runs: dict[str, dict[Key, list[Run]]] = {case.name: {} for case in cases}
+        try:
+            if not self._fit_together():
+                raise OutOfMemory
+            self._time(everyone, cases, workers, runs)
+        except OutOfMemory:
+            if len(everyone) == 1:
+                raise
+            self.skip(reason="apart")
+            runs = {case.name: {} for case in cases}
+            for i in everyone:
+                self._time([i], cases, workers, runs)
+        cases = [case for case in cases if all((i, False) in runs[case.name] for i in everyone)]
+        if not cases:
+            raise ResourceError(
+                "no case fits in memory; try --quick, --dtype bfloat16 or fewer models at a time"
+            )
+        return Speed(
+            device=workers[0].device,
+            dtype=self.config.dtype,
+            threads=workers[0].threads,
+            cases=tuple(cases),
+            models=tuple(
+                self._measured(i, workers[i], {case: runs[case.name][i, False] for case in cases})
+                for i in everyone
+            ),
+            ratios=tuple(
+                self._ratio(i, case, runs[case.name], workers[0].fewest_blocks)
+                for i in everyone[1:]
+                for case in cases
+            ),
+        )
+
+    def _fit_together(self) -> bool:
+        """Whether memory has room for all weights at once: a system without any left would end a
+        process of its own choice. A GPU says so itself."""
+        if self.config.device != "cpu" or len(self.models) == 1:
+            return True
+        needed = sum(m.parameters for m in self.models) * DTYPES[self.config.dtype].itemsize
+        return bool(needed < psutil.virtual_memory().available)
+
+    def _time(
+        self,
+        members: Sequence[int],
+        cases: Sequence[Case],
+        workers: dict[int, Worker],
+        runs: dict[str, dict[Key, list[Run]]],
+    ) -> None:
+        """Load some of the models, time them in turn, and let go of them. Fills ``workers``, whose
+        attributes stay, and ``runs``."""
+        with ExitStack() as stack:
+            for i in members:
+                with self.progress.stage(f"loading {self.models[i].ref} ({self.runtime})", None):
+                    workers[i] = stack.enter_context(Worker(self.models[i].ref))
+                    workers[i].load(self._settings(i, len(members), cases))
+            turns = [Turn(model=i, worker=workers[i]) for i in members]
+            if members[0] == 0 and len(self.models) > 1 and workers[0].fewest_blocks is not None:
+                turns.append(Turn(model=0, worker=workers[0], fewest=True))
+            total = sum(map(_effort, cases)) * len(turns) * (WARM_UP + self.config.runs)
+            with self.progress.stage(f"timing with {self.runtime}", total) as tick:
+                for case in cases:
+                    prompts = random_prompts(case, self.models[0].vocabulary)
+                    runs[case.name] |= paired(
+                        turns, case, prompts, self.config.runs, tick=tick, skip=self.skip
+                    )
+
+    def _settings(self, i: int, together: int, cases: Sequence[Case]) -> Settings:
+        model = self.models[i]
+        return Settings(
+            runtime=self.runtime,
+            path=str(self._gguf(model) or model.path),
+            device=self.config.device,
+            dtype=self.config.dtype,
+            length=max(case.prompt_tokens + max(1, case.new_tokens) for case in cases),
+            batch=max(case.batch for case in cases),
+            threads=self.config.threads,
+            models=together,
+            blocks=model.blocks,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _gguf(self, model: BenchModel) -> Path | None:
+        return model.gguf if self.runtime == "llama.cpp" else None
+
+    def _measured(self, i: int, worker: Worker, runs: dict[Case, list[Run]]) -> Measured:
+        model = self.models[i]
+        file = self._gguf(model)
+        return Measured(
+            path=model.ref,
+            runtime=self.runtime,
+            blocks=model.blocks,
+            parameters=model.parameters,
+            file_bytes=file.stat().st_size if file else model.nbytes,
+            peak_bytes=max(run.peak for timed in runs.values() for run in timed),
+            load_seconds=worker.load_seconds,
+            runs=tuple(_runs(case, _seconds(timed)) for case, timed in runs.items()),
+        )
+
+    def _ratio(self, i: int, case: Case, runs: dict[Key, list[Run]], fewest: int | None) -> Ratio:
+        dense, pruned = self.models[0], self.models[i]
+        whole, bound = _seconds(runs[0, False]), None
+        if fewest is not None and (0, True) in runs:
+            least, removed = _seconds(runs[0, True]), dense.blocks - pruned.blocks
+            bound = amdahl_bound(whole, least, blocks=dense.blocks, ran=fewest, removed=removed)
+        return Ratio(
+            path=pruned.ref,
+            runtime=self.runtime,
+            case=case.name,
+            ratio=median_ratio(whole, _seconds(runs[i, False])),
+            ideal=dense.blocks / pruned.blocks,
+            possible=bound,
+        )

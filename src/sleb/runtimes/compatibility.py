@@ -8,10 +8,6 @@ what is known of the runtime's code (:mod:`sleb.runtimes.rules`), which proves n
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,31 +16,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from sleb.calibration import load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
+from sleb.config import VerifyConfig, takes
 from sleb.core.errors import InputError, SlebError, VerificationFailed, did_you_mean
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
+from sleb.core.statistics import Values
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
 from sleb.repairs import repaired
 from sleb.runtimes import rules
-from sleb.runtimes.probe import MODULES, release
+from sleb.runtimes.base import RUNTIMES, Settings, release
+from sleb.runtimes.bench import gguf_file
+from sleb.runtimes.worker import VERSION_S, Failed, Worker
 
-__all__ = ["NAMES", "RuntimeReport", "Verdict", "check_runtimes", "parse_pythons", "parse_runtimes"]
+__all__ = ["RuntimeReport", "Verdict", "check_runtimes", "parse_pythons", "parse_runtimes"]
 
-NAMES = tuple(MODULES)
 FACTOR = 3.0
 SLACK = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 """What a deviation may be beyond the dense model's, in nats: less than rounding in the dtype."""
 TOKENS, MAX_TOKENS = 256, 1040
-_PROBE = Path(__file__).with_name("probe.py")
-_SAID = 400  # characters of a runtime's own message
-
-Values = NDArray[np.float64]
+_DEFAULTS = VerifyConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +88,23 @@ class RuntimeReport:
 
 
 def parse_runtimes(names: str) -> tuple[str, ...]:
-    """``transformers,vllm`` as names, each once.
+    """``transformers,vllm`` as names, each once; ``llama-cpp`` is llama.cpp.
 
     Raises:
         InputError: empty, or an unknown name.
     """
-    asked = [name.strip().replace("llama.cpp", "llama-cpp") for name in names.split(",")]
+    asked = [_known(name) for name in names.split(",")]
     for name in asked:
-        if name not in NAMES:
+        if name not in RUNTIMES:
             raise InputError(
-                f"--runtime: unknown runtime '{name}'{did_you_mean(name, NAMES)}; known: "
-                f"{', '.join(NAMES)}"
+                f"--runtime: unknown runtime '{name}'{did_you_mean(name, RUNTIMES)}; known: "
+                f"{', '.join(RUNTIMES)}"
             )
     return tuple(dict.fromkeys(asked))
+
+
+def _known(name: str) -> str:
+    return name.strip().replace("llama-cpp", "llama.cpp")
 
 
 def parse_pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, str]:
@@ -117,7 +117,7 @@ def parse_pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, st
     found: dict[str, str] = {}
     for one in given:
         name, equals, path = one.partition("=")
-        name = name.strip().replace("llama.cpp", "llama-cpp")
+        name = _known(name)
         if not equals or not path:
             raise InputError(f"--python {one}: give RUNTIME=PATH, as vllm=/venv/bin/python")
         if name not in runtimes:
@@ -125,96 +125,124 @@ def parse_pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, st
                 f"--python {one}: {name} is not in --runtime {','.join(runtimes)}"
                 f"{did_you_mean(name, runtimes)}"
             )
-        answer = _ask({"runtime": name}, python=path)
-        if answer.get("error"):
-            raise InputError(f"--python {one}: {answer['error']}")
-        if answer["version"] is None:
-            raise InputError(f"--python {one}: that interpreter has no {MODULES[name]}")
+        try:
+            with Worker(path, path) as worker:
+                release = worker.ask("version", runtime=name, limit=VERSION_S)
+        except (Failed, SlebError) as error:
+            raise InputError(f"--python {one}: {error}") from None
+        if release is None:
+            raise InputError(f"--python {one}: that interpreter has no {RUNTIMES[name].module}")
         found[name] = path
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What one runtime is to load: the dense and the pruned model, by which interpreter."""
+
+    runtime: str
+    dense: Path | None
+    pruned: Path | None
+    python: str | None
+
+    @property
+    def lacking(self) -> str | None:
+        """Why the models are not loaded though the runtime is there."""
+        here = self.python or release(self.runtime)
+        return "no .gguf file of both models" if here and not (self.dense and self.pruned) else None
+
+    @property
+    def loadable(self) -> bool:
+        return bool((self.python or release(self.runtime)) and self.dense and self.pruned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """Token ids [T], and log-probabilities [T - 1] in nats of all but the first: of the dense
+    model, and with blocks bypassed."""
+
+    ids: list[int]
+    dense: Values
+    pruned: Values
+
+
+@takes(VerifyConfig)
 def check_runtimes(
     out: str | Path,
+    config: VerifyConfig = _DEFAULTS,
     *,
     model: str | Path,
     plan: Plan,
-    runtimes: Sequence[str] = NAMES,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
     pythons: Mapping[str, str] | None = None,
-    depth: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> RuntimeReport:
     """Judge the checkpoint ``out`` in each of ``runtimes``.
 
     The reference is ``model`` in transformers with the plan's blocks bypassed (and the repaired
-    tensors of ``out`` in place), on embedded text of 256 tokens, or up to 1,040 to pass a sliding
-    window. A runtime
-    computes in another order and with kernels of its own, so it deviates from that on the dense
-    model as well. That much is granted it: the mean absolute deviation of log-probabilities on the
-    pruned model must be at most ``3 * the dense model's + slack`` (0.001 nats in float32, 0.01 in
-    float16, 0.02 in bfloat16). llama.cpp runs the .gguf file that ``out`` and ``model`` are, or
-    OUT.gguf beside OUT, or the one in that folder, in its own types.
+    tensors of ``out`` in place, by their hashes those of the plan), on embedded text of 256 tokens,
+    or up to 1,040 to pass a sliding window. A runtime computes in another order and with kernels of
+    its own, so it deviates from that on the dense model as well. That much is granted it: the mean
+    absolute deviation of log-probabilities on the pruned model must be at most
+    ``3 * the dense model's + slack`` (0.001 nats in float32, 0.01 in float16, 0.02 in bfloat16).
+    llama.cpp runs the .gguf file that ``out`` and ``model`` are, or OUT.gguf beside OUT, or the one
+    in that folder, in its own types.
 
     Raises:
-        InputError: ``out`` is no checkpoint, or an unknown runtime.
+        InputError: ``out`` is no checkpoint, its repaired tensors are not the plan's, or an unknown
+            runtime.
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
     """
-    asked = parse_runtimes(",".join(runtimes))
-    removed = plan.at_depth(depth)
-    target = pick_device(device)
-    source, cut = resolve(model, progress), resolve(out, progress)
-    text = decoder_config(load_config(cut.path, trust_remote_code=trust_remote_code)).to_dict()
-    config = load_config(source.path, trust_remote_code=trust_remote_code)
-    computed = str(pick_dtype(dtype, config, target)).removeprefix("torch.")
-    files = {"llama-cpp": (_gguf(model), _gguf(out))}
-    jobs = {
-        name: (*files.get(name, (source.path, cut.path)), (pythons or {}).get(name))
-        for name in asked
-    }
-    loadable = {
-        name for name, (dense, own, python) in jobs.items()
-        if dense and own and (python or release(name))
-    }  # fmt: skip
-    reference: tuple[list[int], Values, Values] | None = None
-    if loadable:
+    names = parse_runtimes(",".join(runtimes))
+    cut = Cut.of(plan, config.depth)
+    device, trust = pick_device(config.device), config.trust_remote_code
+    dense, pruned = resolve(model, progress).path, resolve(out, progress).path
+    text = decoder_config(load_config(pruned, trust_remote_code=trust)).to_dict()
+    dtype = pick_dtype(config.dtype, load_config(dense, trust_remote_code=trust), device)
+    computed = str(dtype).removeprefix("torch.")
+    files = {"llama.cpp": (gguf_file(model, dense), gguf_file(out, pruned))}
+    jobs = []
+    for name in names:
+        ours, theirs = files.get(name, (dense, pruned))
+        python = (pythons or {}).get(name)
+        jobs.append(_Job(runtime=name, dense=ours, pruned=theirs, python=python))
+    reference = None
+    if any(job.loadable for job in jobs):
         with progress.stage("reference in transformers", None):
-            loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-            reference = _reference(loaded, cut.path, plan, removed)
-            del loaded
-            gc.collect()
+            reference = _reference(model, config, plan, pruned)
+        gc.collect()
     verdicts = []
-    for name, (dense, own, python) in jobs.items():
-        if name in loadable and reference and dense and own:
-            with progress.stage(f"loading in {name}", None):
-                request: dict[str, Any] = {"runtime": name, "ids": reference[0], "dtype": computed}
-                request |= {"device": str(target), "remote": trust_remote_code}
-                verdict = _loaded(request, (dense, own), python, reference[1:])
-                verdicts.append(_cautious(verdict, text, len(reference[0])))
+    for job in jobs:
+        if reference and job.loadable:
+            settings = Settings(
+                runtime=job.runtime,
+                purpose="score",
+                path="",
+                device=str(device),
+                dtype=computed,
+                length=len(reference.ids) + 1,
+                trust_remote_code=trust,
+            )
+            with progress.stage(f"loading in {job.runtime}", None):
+                verdict = _loaded(job, settings, reference)
+            verdicts.append(_cautious(verdict, text, len(reference.ids)))
         else:
-            lacking = None if dense and own else "no .gguf file of both models"
-            lacking = lacking if python or release(name) else None
-            verdicts.append(_by_rule(name, text, own, lacking, (plan.model.blocks, removed)))
-    moved = None
-    if reference:
-        moved = float(np.abs(reference[1] - reference[2]).mean())
+            verdicts.append(_by_rule(job, text, cut))
     return RuntimeReport(
         checkpoint=str(out),
-        removed=removed,
+        removed=cut.removed,
         dtype=computed,
-        device=str(target),
-        tokens=len(reference[0]) - 1 if reference else 0,
-        moved=moved,
+        device=str(device),
+        tokens=len(reference.ids) - 1 if reference else 0,
+        moved=float(np.abs(reference.dense - reference.pruned).mean()) if reference else None,
         verdicts=tuple(verdicts),
     )
 
 
 def _length(config: dict[str, Any]) -> int:
     """Tokens of the probe: twice a sliding window, so that half of them see what is beyond it."""
-    wanted = max(TOKENS, min(MAX_TOKENS, 2 * (_window(config) or 0)))
-    return min(wanted, (config.get("max_position_embeddings") or wanted + 1) - 1)
+    length = max(TOKENS, min(MAX_TOKENS, 2 * (_window(config) or 0)))
+    return min(length, (config.get("max_position_embeddings") or length + 1) - 1)
 
 
 def _window(config: dict[str, Any]) -> int | None:
@@ -223,32 +251,23 @@ def _window(config: dict[str, Any]) -> int | None:
     return config.get("sliding_window") if "sliding_attention" in kinds and len(kinds) > 1 else None
 
 
-def _gguf(ref: str | Path) -> Path | None:
-    """The .gguf file that a model is, or that has its folder's name, or the only one inside."""
-    path = Path(ref).expanduser()
-    if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    named = path.with_name(path.name + ".gguf")
-    if named.is_file():
-        return named
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return inside[0] if len(inside) == 1 else None
-
-
-def _reference(
-    loaded: LoadedModel, out: Path, plan: Plan, removed: tuple[int, ...]
-) -> tuple[list[int], Values, Values]:
-    """Token ids, and log-probabilities of all but the first: dense, and with blocks bypassed."""
-    from sleb.calibration import load_windows
-
+def _reference(model: str | Path, config: VerifyConfig, plan: Plan, pruned: Path) -> _Reference:
+    """What transformers computes; the model is gone afterwards."""
+    loaded = load(
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        stream=config.stream,
+        trust_remote_code=config.trust_remote_code,
+    )
     length = _length(decoder_config(loaded.model.config).to_dict())
     windows, _ = load_windows(loaded.tokenizer, (), windows=1, length=length, seed=0)
     ids = windows.ids[0].tolist()
     prefix = Checkpoint.open(loaded.source.path).block_prefix(len(loaded.stack), loaded.stack.path)
-    cut = Cut.of(plan, len(removed) or None, folder=out)
+    cut = Cut.of(plan, config.depth, pruned)
     dense = _logprobs(loaded, ids)
-    with repaired(loaded.stack, cut.repair or {}, prefix), loaded.stack.bypassed(removed):
-        return ids, dense, _logprobs(loaded, ids)
+    with repaired(loaded.stack, cut.repair or {}, prefix), loaded.stack.bypassed(cut.removed):
+        return _Reference(ids=ids, dense=dense, pruned=_logprobs(loaded, ids))
 
 
 @torch.inference_mode()
@@ -261,45 +280,38 @@ def _logprobs(loaded: LoadedModel, ids: list[int]) -> Values:
     return found
 
 
-def _loaded(
-    request: dict[str, Any],
-    paths: tuple[Path, Path],
-    python: str | None,
-    reference: tuple[Values, Values],
-) -> Verdict:
+def _loaded(job: _Job, settings: Settings, reference: _Reference) -> Verdict:
     """Both models in a runtime. One that cannot run the dense model decides nothing."""
-    name: str = request["runtime"]
     deviations: list[float] = []
-    for what, path, expected in zip(("dense", "pruned"), paths, reference, strict=True):
-        answer = _ask({**request, "path": str(path.absolute())}, python=python)
-        given: dict[str, Any] = {"runtime": name, "version": answer.get("version"), "how": "loaded"}
-        if not answer.get("error"):
-            got = np.array(answer["logprobs"])
+    known: dict[str, Any] = {"runtime": job.runtime, "version": None, "how": "loaded"}
+    models = {"dense": (job.dense, reference.dense), "pruned": (job.pruned, reference.pruned)}
+    for what, (path, expected) in models.items():
+        assert path is not None
+        try:
+            with Worker(f"the {what} model", job.python) as worker:
+                known["version"] = worker.ask("version", runtime=job.runtime, limit=VERSION_S)
+                worker.load(replace(settings, path=str(path.absolute())))
+                got = np.array(worker.ask("logprobs", ids=reference.ids))
             if got.shape != expected.shape or not np.isfinite(got).all():
-                answer["error"] = "its log-probabilities are not finite, or not one for each token"
-        if answer.get("error"):
-            verdict = "undecided" if what == "dense" else "refused"
-            why = f"it does not run the {what} model: {answer['error']}"
+                raise Failed("its log-probabilities are not finite, or not one for each token")
+        except (Failed, SlebError) as error:
             return Verdict(
-                **given, verdict=verdict, dense=deviations[0] if deviations else None, why=why
+                **known,
+                verdict="refused" if deviations else "undecided",
+                dense=deviations[0] if deviations else None,
+                why=f"it does not run the {what} model: {error}",
             )
         deviations.append(float(np.abs(got - expected).mean()))
     dense, pruned = deviations
-    limit = FACTOR * dense + SLACK[request["dtype"]]
+    limit = FACTOR * dense + SLACK[settings.dtype]
     why = ""
     if pruned > limit:
         why = (
             f"its log-probabilities deviate from transformers' by {pruned:.3g} nats per token, "
             f"and by {dense:.3g} on the dense model (at most {limit:.3g} is rounding)"
         )
-    return Verdict(
-        **given,
-        verdict="refused" if why else "accepted",
-        dense=dense,
-        pruned=pruned,
-        limit=limit,
-        why=why,
-    )
+    verdict = "refused" if why else "accepted"
+    return Verdict(**known, verdict=verdict, dense=dense, pruned=pruned, limit=limit, why=why)
 
 
 def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
@@ -313,55 +325,15 @@ def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
     )
 
 
-def _ask(request: dict[str, Any], *, python: str | None) -> dict[str, Any]:
-    """One answer of a child; ``error`` says why there is none."""
-    if python is None:
-        request = {**request, "path_of_modules": sys.path}
+def _by_rule(job: _Job, config: dict[str, Any], cut: Cut) -> Verdict:
     try:
-        done = subprocess.run(
-            [python or sys.executable, "-I", str(_PROBE)],
-            input=json.dumps(request) + "\n",
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            check=False,
-        )
-    except OSError as error:
-        return {"error": f"{python} does not run: {error.strerror}"}
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        said = done.stderr.strip().splitlines()
-        last = said[-1][:_SAID] if said else "it said nothing"
-        return {"error": f"its process ended with {done.returncode}: {last}"}
-    if not isinstance(answer, dict) or "version" not in answer:
-        return {"error": "it answered something else; give a Python interpreter"}
-    if "error" in answer:
-        answer["error"] = str(answer["error"])[:_SAID]
-    return answer
-
-
-def _by_rule(
-    name: str,
-    config: dict[str, Any],
-    own: Path | None,
-    lacking: str | None,
-    cut: tuple[int, tuple[int, ...]],
-) -> Verdict:
-    read = {"vllm": rules.READ_VLLM, "llama-cpp": rules.READ_LLAMA_CPP}
-    try:
-        ruling = {
-            "transformers": lambda: rules.transformers(config),
-            "vllm": lambda: rules.vllm(config),
-            "llama-cpp": lambda: rules.llama_cpp(config, own, *cut),
-        }[name]()
+        ruling = rules.judge(job.runtime, config, job.pruned, cut)
     except SlebError as error:  # the file is not one that could run
         ruling = rules.Ruling(verdict="refused", why=str(error))
     return Verdict(
-        runtime=name,
-        version=read.get(name) or version(name),
+        runtime=job.runtime,
+        version=rules.READ.get(job.runtime) or version(job.runtime),
         verdict=ruling.verdict,
         how="by rule",
-        why=ruling.why + (f"; not loaded: {lacking}" if lacking else ""),
+        why=ruling.why + (f"; not loaded: {job.lacking}" if job.lacking else ""),
     )

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED, GGUFModel
 from sleb.checkpoints.gguf_file import GGUFFile
 
-__all__ = ["READ_LLAMA_CPP", "READ_VLLM", "Ruling", "llama_cpp", "transformers", "vllm"]
+__all__ = ["READ", "Ruling", "judge", "llama_cpp", "vllm"]
 
-READ_VLLM = "0.32.0"
-"""The release of vLLM whose vllm/model_executor/models and vllm/models were read."""
-READ_LLAMA_CPP = "0.3.36"
+READ = {"vllm": "0.32.0", "llama.cpp": "0.3.36"}
+"""The releases whose code was read: vllm/model_executor/models and vllm/models; and llama.cpp as
+llama-cpp-python carries it."""
 
 Config = dict[str, Any]
 
@@ -133,8 +134,13 @@ NOT_IN_VLLM = frozenset(
 )
 
 
-def transformers(config: Config) -> Ruling:
-    """transformers reads every field that sleb re-indexes: they are its own."""
+def judge(runtime: str, config: Config, gguf: Path | None, cut: Cut) -> Ruling:
+    """What ``runtime`` makes of a cut: see :func:`vllm` and :func:`llama_cpp`. transformers reads
+    every field that sleb re-indexes: they are its own."""
+    if runtime == "vllm":
+        return vllm(config)
+    if runtime == "llama.cpp":
+        return llama_cpp(config, gguf, cut)
     return Ruling(verdict="accepted", why="its own config and code")
 
 
@@ -144,7 +150,7 @@ def vllm(config: Config) -> Ruling:
     Args:
         config: the text decoder's, with every per-block list written out.
     """
-    kind, read = config["model_type"], f"as vLLM {READ_VLLM} is written"
+    kind, read = config["model_type"], f"as vLLM {READ['vllm']} is written"
     if kind in NOT_IN_VLLM:
         return Ruling(verdict="refused", why=f"{read}, it has no code for {kind}")
     rule = VLLM.get(kind)
@@ -167,40 +173,39 @@ def _first(reads: Any, means: Any) -> str:
     return f": block {next(i for i, (a, b) in enumerate(zip(reads, means, strict=True)) if a != b)}"
 
 
-def llama_cpp(config: Config, cut: Path | None, blocks: int, removed: Sequence[int]) -> Ruling:
-    """Whether llama.cpp would take each block of the file ``cut`` for what transformers does.
+def llama_cpp(config: Config, gguf: Path | None, cut: Cut) -> Ruling:
+    """Whether llama.cpp would take each block of the cut file for what transformers does.
 
     Args:
         config: as for :func:`vllm`.
-        cut: the GGUF file, if there is one.
-        blocks: of the uncut model.
-        removed: of these.
+        gguf: the file, if there is one.
+        cut: of the original model.
 
     Raises:
-        DataError, UnsupportedModel: ``cut`` is no GGUF file of a language model.
+        DataError, UnsupportedModel: ``gguf`` is no GGUF file of a language model.
     """
-    read = f"as llama.cpp in llama-cpp-python {READ_LLAMA_CPP} is written"
+    read = f"as llama.cpp in llama-cpp-python {READ['llama.cpp']} is written"
     kind = config["model_type"]
-    if cut is None:
+    if gguf is None:
         return _without_file(kind, read)
-    model = GGUFModel.of(GGUFFile.open(cut))
+    model = GGUFModel.of(GGUFFile.open(gguf))
     if model.blocks != config["num_hidden_layers"]:
         return Ruling(
             verdict="refused",
-            why=f"{cut} has {model.blocks} blocks, not {config['num_hidden_layers']}",
+            why=f"{gguf} has {model.blocks} blocks, not {config['num_hidden_layers']}",
         )
     if model.name not in ARCHITECTURES:
         why = REFUSED.get(model.name, f"sleb does not know how it runs {model.name}")
         return Ruling(verdict="undecided", why=f"{read}, {why}")
     architecture = ARCHITECTURES[model.name]
-    kept = [block for block in range(blocks) if block not in removed]
     for step in architecture.steps:
         if (period := step.period(model)) > 1 and any(
-            ((old + 1) % period == 0) != ((new + 1) % period == 0) for new, old in enumerate(kept)
+            ((old + 1) % period == 0) != ((new + 1) % period == 0)
+            for new, old in enumerate(cut.kept)
         ):
             why = f"{read}, it {step.what} in every {period}th block, by its place"
             return Ruling(verdict="refused", why=why)
-    if architecture.depth(model, blocks) != architecture.depth(model, len(kept)):
+    if architecture.depth(model, cut.blocks) != architecture.depth(model, len(cut.kept)):
         why = f"{read}, it tells {architecture.depth_of} by the number of blocks"
         return Ruling(verdict="refused", why=why)
     return _windows(config, model, architecture.window(model), read)
