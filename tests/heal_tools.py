@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,12 @@ def cut_model(folder: Path, dtype: torch.dtype | None = None, **options) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """``MODEL``, ``OUT`` without 2 of its 6 blocks, and two texts."""
+    return cut_model(tmp_path_factory.mktemp("heal"))
+
+
 def healed(home: Path, out: Path, **options):
     texts = [str(home / "mail.txt"), str(home / "code.txt")]
     return heal(home / "OUT", home / "MODEL", out, **{"text": texts, **SMALL, **options})
@@ -61,13 +68,13 @@ class Stopping:
 
 
 def scripted(monkeypatch, values):
-    """Held-out divergences in place of measured ones; and the weights at each check."""
+    """Validation divergences in place of measured ones; and the weights at each check."""
     seen, script = [], iter(values)
 
-    def measured(student, teacher, judges, at_once):
+    def measured(student, teacher, windows, at_once):
         weights = {n: p.detach().clone() for n, p in student.model.named_parameters()}
         seen.append(weights)
         return np.full((8, 3), next(script))
 
-    monkeypatch.setattr(training, "measure", measured)
+    monkeypatch.setattr(training, "validate", measured)
     return seen

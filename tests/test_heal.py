@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import sys
@@ -13,26 +12,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import heal_tools
 import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.cli.heal import heal as verb
+from sleb.config import HealConfig
 from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
 from sleb.distillation import heal
-from sleb.distillation.data import heal_windows
-from sleb.distillation.state import Progressed
-from sleb.distillation.student import Student
-from sleb.distillation.training import Schedule, rows_of
+from sleb.distillation.distill import heal_windows
+from sleb.distillation.training import Schedule, Student, TrainingState, rows_of
 from sleb.evaluation.perplexity import evaluate
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """``MODEL``, ``OUT`` without 2 of its 6 blocks, and two texts."""
-    folder = tmp_path_factory.mktemp("heal")
-    return cut_model(folder)
+home = heal_tools.home
 
 
 # -- the result ------------------------------------------------------------------------------------
@@ -89,18 +82,14 @@ def test_the_figures_are_those_of_eval(home, tmp_path):
     done = healed(home, tmp_path / "H")
     dense = sleb.load(home / "MODEL", **CPU)
     texts = [str(home / "mail.txt"), str(home / "code.txt")]
-    trained, judges = heal_windows(
-        dense.tokenizer, texts, batch=8, wanted=96, judges=8, length=32, seed=0
-    )
-    rows = [set(map(tuple, w.ids.tolist())) for w in (trained, judges)]
-    assert len(judges.ids) == 8
-    fresh = [i for i, w in enumerate(judges.ids.tolist()) if tuple(w) not in rows[0]]
-    assert fresh, "the texts repeat themselves, but not everywhere"
-    wanted = evaluate(dense, judges, removed=done.removed)
+    config = HealConfig(text=texts, batch=8, heldout=8)
+    _, held = heal_windows(dense.tokenizer, config, wanted=96, length=32)
+    assert len(held.ids) == 8
+    wanted = evaluate(dense, held, removed=done.removed)
     assert done.overall.perplexity.value == pytest.approx(wanted.perplexity.value, rel=1e-5)
     assert done.overall.cut_ratio.value == pytest.approx(wanted.perplexity_ratio.value, rel=1e-5)
     assert done.overall.cut_divergence.low == pytest.approx(wanted.divergence.low, rel=1e-4)
-    own = evaluate(sleb.load(tmp_path / "H", **CPU), judges)
+    own = evaluate(sleb.load(tmp_path / "H", **CPU), held)
     ratio = own.perplexity.value / wanted.perplexity.value
     assert done.overall.healed_ratio.value == pytest.approx(ratio, rel=1e-5)
 
@@ -122,7 +111,7 @@ def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
 ):
     seen = scripted(monkeypatch, [0.09, 0.05, 0.06, 0.05, 0.07, 0.01, 0.01])
     done = healed(home, tmp_path / "H", tokens=10 * 256)
-    assert done.stopped == "no better on held-out text in 3 checks"
+    assert done.stopped == "no-gain"
     assert (done.steps, done.best_step) == (5, 2)
     assert len(seen) == 5
     found = load_file(tmp_path / "H/model.safetensors")
@@ -133,7 +122,7 @@ def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
 
 def test_a_run_that_makes_nothing_better_writes_nothing(home, tmp_path, monkeypatch):
     scripted(monkeypatch, [9.0] * 10)
-    with pytest.raises(VerificationFailed, match=r"did not bring .* nearer .* give a lower --lr"):
+    with pytest.raises(VerificationFailed, match="lower --lr"):
         healed(home, tmp_path / "H")
     assert tree(tmp_path) == {}
 
@@ -146,7 +135,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(home, tmp_path):
 
 def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     done = healed(home, tmp_path / "H", tokens=10**9, minutes=0.03)
-    assert done.stopped == "time is up"
+    assert done.stopped == "time"
     assert 1.8 <= done.seconds < 10
     assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
 
@@ -160,9 +149,9 @@ def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     timed = Schedule(steps=100, batch=8, lr=1.0, seconds=10)
     assert timed.rate(5, 5.0) == pytest.approx(0.5)
     assert timed.rate(5, 12.0) == 0
-    assert timed.over(Progressed(step=5, seconds=10)) == "time is up"
-    assert plain.over(Progressed(step=99)) is None
-    assert plain.over(Progressed(step=100)) == "all steps done"
+    assert timed.over(TrainingState(step=5, seconds=10)) == "time"
+    assert plain.over(TrainingState(step=99)) is None
+    assert plain.over(TrainingState(step=100)) == "steps"
 
 
 def test_every_window_is_taken_once_before_any_is_taken_again():
@@ -178,19 +167,23 @@ def test_windows_that_judge_are_of_every_text_and_never_trained_on(tmp_path):
 
     (tmp_path / "long.txt").write_text(letters(3000))
     (tmp_path / "short.txt").write_text(letters(100, start=9000))
-    specs = [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
-    options = {"batch": 4, "judges": 20, "length": 10, "seed": 0}
-    trained, judges = heal_windows(tokenizer(), specs, wanted=10_000, **options)
-    assert [judges.source.count(i) for i in (0, 1)] == [10, 2]
-    rows = [set(map(tuple, w.ids.tolist())) for w in (trained, judges)]
+    specs = (str(tmp_path / "long.txt"), str(tmp_path / "short.txt"))
+
+    def windows(wanted, text=specs, length=10):
+        config = HealConfig(text=text, batch=4, heldout=20)
+        return heal_windows(tokenizer(), config, wanted=wanted, length=length)
+
+    trained, held = windows(10_000)
+    assert [held.source.count(i) for i in (0, 1)] == [10, 2]
+    rows = [set(map(tuple, w.ids.tolist())) for w in (trained, held)]
     assert not rows[0] & rows[1]
     assert len(rows[0] | rows[1]) == 310, "nothing is left out"
-    few, same = heal_windows(tokenizer(), specs, wanted=40, **options)
+    few, same = windows(40)
     assert 30 <= len(few.ids) <= 40
     assert set(few.source) == {0, 1}
     assert not set(map(tuple, few.ids.tolist())) & set(map(tuple, same.ids.tolist()))
-    with pytest.raises(InputError, match=r"windows of 1000 tokens are left to train on, .* step"):
-        heal_windows(tokenizer(), specs[:1], wanted=40, **{**options, "length": 1000})
+    with pytest.raises(InputError, match="left to train on"):
+        windows(40, specs[:1], 1000)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -207,25 +200,26 @@ def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeyp
     text = {"text": [str(home / "mail.txt")]}
     out, model, cut = tmp_path / "H", home / "MODEL", home / "OUT"
     for arguments, options, message in [
-        ((cut, other, out), text, "made for another model: weights_sha256"),
-        ((tmp_path / "none", model, out), text, "no checkpoint folder at"),
-        ((bare, model, out), text, "has no plan.json"),
-        ((done, model, out), text, "is healed already"),
-        ((cut, model, bare), text, "exists; choose another -o"),
+        ((cut, other, out), text, "another model: weights_sha256"),
+        ((tmp_path / "none", model, out), text, "no checkpoint folder"),
+        ((bare, model, out), text, "no plan.json"),
+        ((done, model, out), text, "healed already"),
+        ((cut, model, bare), text, "exists"),
         ((cut, model, out), {"text": [str(tmp_path / "short.txt")]}, "a step takes 8"),
         ((cut, model, out), {"text": ["gone.txt"]}, "gone.txt"),
-        ((cut, model, out), {**text, "lr": 0.0}, "--lr 0.0 is not possible"),
-        ((cut, model, out), {**text, "at_once": 0}, "--at-once 0 is not possible"),
-        ((cut, model, out), {**text, "lora": 0}, "--lora 0 is not possible"),
-        ((cut, model, out), {**text, "minutes": -1}, "--minutes -1 is not possible"),
-        ((cut, model, out), {**text, "length": 300}, "300 tokens are longer than the 256"),
+        ((cut, model, out), {**text, "lr": 0.0}, "--lr"),
+        ((cut, model, out), {**text, "at_once": 0}, "--at-once"),
+        ((cut, model, out), {**text, "heldout": 0}, "--heldout"),
+        ((cut, model, out), {**text, "lora": 0}, "--lora"),
+        ((cut, model, out), {**text, "minutes": -1}, "--minutes"),
+        ((cut, model, out), {**text, "length": 300}, "300 tokens .* 256"),
     ]:
         with pytest.raises(InputError, match=message):
             heal(*arguments, **{**SMALL, **options})
-    with pytest.raises(InputError, match="is the model itself"):
+    with pytest.raises(InputError, match="itself"):
         heal(cut, model, cut, **SMALL, **text, force=True)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"--lora needs PEFT; .*'sleb\[heal\]'"):
+    with pytest.raises(InputError, match="PEFT"):
         healed(home, out, lora=2)
     assert tree(tmp_path) == before
 
@@ -235,7 +229,7 @@ def test_a_plan_of_another_depth_is_refused(home, tmp_path):
     plan = json.loads((other / "plan.json").read_text())
     plan["removed"], plan["order"] = plan["order"][:1], plan["order"][:1]
     (other / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match=r"has 4 blocks, and its plan leaves 6 - 1"):
+    with pytest.raises(InputError, match="4 blocks"):
         heal(other, home / "MODEL", tmp_path / "H", text=[str(home / "mail.txt")], **SMALL)
 
 
@@ -245,12 +239,10 @@ def test_weights_that_are_not_stored_as_such_are_refused(home):
     name = "model.layers.1.mlp.up_proj.weight"
     info = checkpoint.tensors[name]
     checkpoint.tensors[name] = type(info)(**{**vars(info), "dtype": "F8_E4M3"})
-    with pytest.raises(
-        UnsupportedModel, match=f"{name} is stored as F8_E4M3 .* before it is quant"
-    ):
+    with pytest.raises(UnsupportedModel, match=f"{name} .*F8_E4M3"):
         Student(model, checkpoint, rank=None, seed=0)
     del checkpoint.tensors[name]
-    with pytest.raises(UnsupportedModel, match=f"{name} has another name in"):
+    with pytest.raises(UnsupportedModel, match=f"{name} has another name"):
         Student(model, checkpoint, rank=None, seed=0)
 
 
@@ -282,11 +274,3 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     monkeypatch.setattr("sleb.cli.heal.terminal_progress", lambda: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")
     assert message.endswith(f"so far is in {tmp_path / 'N.heal'}: repeat the command to go on")
-
-
-def test_the_verbs_defaults_are_those_of_the_library():
-    ours, theirs = (inspect.signature(f).parameters for f in (verb, heal))
-    shared = (ours.keys() & theirs.keys()) - {"text"}
-    assert len(shared) == 17
-    for name in shared:
-        assert ours[name].default == theirs[name].default, name

@@ -1,59 +1,53 @@
-"""The loss of healing in pieces: values and gradients are those of one pass."""
+"""The chunked loss of healing: values and gradients are those of one pass."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import heal_tools
 import sleb
 import zoo
-from heal_tools import CPU, cut_model
+from heal_tools import CPU
 from sleb.calibration import load_windows
 from sleb.core.errors import UnsupportedModel
-from sleb.distillation import split_model as halves
-from sleb.distillation.split_model import SplitModel, backward, divergence
-from sleb.distillation.student import recomputed
-from sleb.distillation.validation import measure
+from sleb.distillation import loss
+from sleb.distillation.loss import SplitModel, backward_kl, chunks, kl, validate
+from sleb.distillation.training import recomputed
 from sleb.models.stack import BlockStack
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """``MODEL``, ``OUT`` without 2 of its 6 blocks, and two texts."""
-    folder = tmp_path_factory.mktemp("heal")
-    return cut_model(folder)
+home = heal_tools.home
 
 
 def test_the_divergence_is_that_of_its_definition():
     a, b = torch.randn(2, 3, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
     p, q = b.double().softmax(-1), a.double().softmax(-1)
-    assert float(divergence(a, b)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
-    assert float(divergence(a, a)) == 0
+    assert float(kl(a, b)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert float(kl(a, a)) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
 @pytest.mark.parametrize("positions", [1, 5, 100])
-def test_in_pieces_the_loss_and_its_gradients_are_those_of_one_pass(family, positions, monkeypatch):
+def test_in_chunks_the_loss_and_its_gradients_are_those_of_one_pass(family, positions, monkeypatch):
     teacher, _ = zoo.tiny(family)
     student, _ = zoo.tiny(family)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(0.9)
     ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(1))
-    whole = divergence(student(ids).logits, teacher(ids).logits.detach())
+    whole = kl(student(ids).logits, teacher(ids).logits.detach())
     (whole / 7).backward()
     wanted = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
 
     vocabulary = teacher(ids).logits.shape[-1]
-    monkeypatch.setitem(halves.PIECE_BYTES, "cpu", 4 * vocabulary * 3 * positions)
-    assert len([*halves.pieces(ids, vocabulary)]) == math.ceil(12 / positions)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * vocabulary * 3 * positions)
+    assert len([*chunks(ids, vocabulary)]) == math.ceil(12 / positions)
     end = student.get_output_embeddings().weight  # frozen, if it is not the embedding too
-    total = backward(SplitModel(student), SplitModel(teacher), ids, 1 / 7)
+    total = backward_kl(SplitModel(student), SplitModel(teacher), ids, 1 / 7)
     # what float32 loses where two distributions are nearly equal: one part in a thousand here
     assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
     for name, parameter in student.named_parameters():
@@ -73,40 +67,33 @@ def test_recomputing_changes_no_gradient(home):
         student, teacher = SplitModel(cut), SplitModel(dense)
         calls.clear()
         with recomputed(BlockStack(cut), wanted):
-            backward(student, teacher, ids, 1.0)
+            backward_kl(student, teacher, ids, 1.0)
         assert len(calls) == 1 + wanted
         found.append([p.grad.clone() for p in cut.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert "forward" not in vars(cut.model.layers[0])
 
 
-def test_a_model_whose_halves_are_not_the_whole_is_refused(home):
+def test_a_model_whose_parts_are_not_the_whole_is_refused(home):
     model = AutoModelForCausalLM.from_pretrained(home / "OUT")
 
-    class Twice(type(model)):
+    class Further(type(model)):  # its logits depend on more than the head's input
         def forward(self, *args, **kwargs):
             found = super().forward(*args, **kwargs)
-            found.logits = found.logits + self.model.layers[0].mlp.down_proj.weight.sum() * (
-                self.model.layers[0](torch.ones(1, 2, 32), **self.rope())[0].mean()
-            )
+            found.logits = found.logits + kwargs["input_ids"].sum()
             return found
 
-        def rope(self):
-            return {
-                "position_embeddings": self.model.rotary_emb(torch.ones(1), torch.arange(2)[None])
-            }
-
-    model.__class__ = Twice
-    with pytest.raises(UnsupportedModel, match="cannot be run in two halves"):
+    model.__class__ = Further
+    with pytest.raises(UnsupportedModel, match="split"):
         SplitModel(model)
 
 
-def test_measuring_in_pieces_is_measuring(home, monkeypatch):
+def test_validation_in_chunks_is_validation(home, monkeypatch):
     dense = sleb.load(home / "MODEL", **CPU)
     cut = SplitModel(AutoModelForCausalLM.from_pretrained(home / "OUT"))
     windows, _ = load_windows(
         dense.tokenizer, [str(home / "code.txt")], windows=5, length=24, seed=0
     )
-    whole = measure(cut, SplitModel(dense.model), windows, 5)
-    monkeypatch.setitem(halves.PIECE_BYTES, "cpu", 4 * 259 * 2 * 7)
-    assert measure(cut, SplitModel(dense.model), windows, 2) == pytest.approx(whole, rel=1e-5)
+    whole = validate(cut, SplitModel(dense.model), windows, 5)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 259 * 2 * 7)
+    assert validate(cut, SplitModel(dense.model), windows, 2) == pytest.approx(whole, rel=1e-5)

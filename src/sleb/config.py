@@ -415,8 +415,11 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
-class HealConfig(TextOptions, HeldoutOptions, OutputOptions, DeviceOptions):
+class HealConfig(HeldoutOptions, OutputOptions, DeviceOptions):
     """`sleb heal`."""
+
+    text: tuple[str, ...] = like(TextOptions, "text")
+    seed: int = like(TextOptions, "seed")
 
     tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
     length: int | None = like(

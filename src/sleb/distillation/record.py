@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from pydantic import TypeAdapter
+
+from sleb.calibration import Windows
 from sleb.core.card import with_section
 from sleb.core.plan import Calibration
-from sleb.distillation.validation import HealedText
+from sleb.core.statistics import Interval, Values, exponential, interval
 
-__all__ = ["Healed", "card"]
+__all__ = ["Healed", "HealedText", "Reason", "by_text", "card"]
+
+Reason = Literal["steps", "time", "no-gain"]
+"""Why a run ended: all steps done, its minutes spent, or no better several times on end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealedText:
+    """The dense model's perplexity on ``windows`` validation windows; before and after healing the
+    perplexity as a ratio to it, and the divergence from its predictions (KL, nats/token).
+    Intervals are Student's t over windows, paired."""
+
+    windows: int
+    perplexity: Interval
+    cut_ratio: Interval
+    healed_ratio: Interval
+    cut_divergence: Interval
+    healed_divergence: Interval
+
+    @classmethod
+    def of(cls, cut: Values, healed: Values) -> HealedText:
+        """From what :func:`sleb.distillation.loss.validate` found before and after, [N, 3]."""
+        return cls(
+            windows=len(cut),
+            perplexity=exponential(interval(cut[:, 0])),
+            cut_ratio=exponential(interval(cut[:, 1] - cut[:, 0])),
+            healed_ratio=exponential(interval(healed[:, 1] - healed[:, 0])),
+            cut_divergence=interval(cut[:, 2]),
+            healed_divergence=interval(healed[:, 2]),
+        )
+
+
+def by_text(cut: Values, healed: Values, windows: Windows) -> dict[str, HealedText]:
+    """The same for each text by its name."""
+    source = np.array(windows.source)
+    rows = {name: source == i for i, name in enumerate(windows.names)}
+    return {name: HealedText.of(cut[r], healed[r]) for name, r in rows.items() if r.any()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
-    """What :func:`heal` did, as heal.json records it.
+    """What :func:`sleb.heal` did, as heal.json records it.
 
-    ``texts``, ``overall``: before and after, on held-out windows. ``checks``: (step, held-out
+    ``texts``, ``overall``: before and after, on validation windows. ``checks``: (step, validation
     divergence in nats/token), of which the best one's weights were taken. ``passes``: how often
     the training windows were gone through. ``cut_sha256``, ``healed_sha256``: over all tensors of
     the checkpoint that was healed, and of the result. ``repaired``: whether the cut was.
@@ -36,7 +75,7 @@ class Healed:
     best_step: int
     tokens: int
     passes: float
-    stopped: str
+    stopped: Reason
     seconds: float
     trained_parameters: int
     checks: tuple[tuple[int, float], ...]
@@ -45,14 +84,11 @@ class Healed:
     heldout: Calibration
     cut_sha256: str
     healed_sha256: str
-    schema_version: int = 1
+    schema_version: int = 2
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        plain = asdict(self)
-        for name in ("calibration", "heldout"):
-            plain[name] = getattr(self, name).model_dump(mode="json")
-        path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_bytes(TypeAdapter(Healed).dump_json(self, indent=1) + b"\n")
 
 
 def card(cut: Path, done: Healed) -> str:
@@ -73,5 +109,6 @@ def card(cut: Path, done: Healed) -> str:
             f"| {name} | {text.windows} | {text.cut_ratio.value:.2f} | "
             f"{text.healed_ratio.value:.2f} | {old:.3f} to {new:.3f} |"
         )
-    lines += ["", "Settings, texts and hashes are in `heal.json`."]
-    return with_section(cut, "Healed", lines)
+    return with_section(
+        cut, "Healed", [*lines, "", "Settings, texts and hashes are in `heal.json`."]
+    )

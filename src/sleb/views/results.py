@@ -218,6 +218,13 @@ def repair_told(r: RepairStatus) -> str:
     )
 
 
+ENDS = {
+    "steps": "all steps done",
+    "time": "time is up",
+    "no-gain": "no better on held-out text in several checks",
+}
+
+
 @items.register
 def _(h: Healed) -> list[Item]:
     """Original, cut and healed side by side, on every text."""
@@ -243,7 +250,7 @@ def _(h: Healed) -> list[Item]:
     best = "" if h.best_step == h.steps else f"; the weights are those of step {h.best_step}"
     trained = (
         f"trained {h.trained_parameters:,} parameters for {h.steps} steps in {h.seconds:,.0f} s on "
-        f"{h.tokens:,} tokens{more}; {h.stopped}{best}"
+        f"{h.tokens:,} tokens{more}; {ENDS[h.stopped]}{best}"
     )
     table = Table(caption="perplexity on held-out text", columns=heads, rows=rows)
     return [table, Text(about), Text(trained)]

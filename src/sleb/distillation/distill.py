@@ -1,0 +1,329 @@
+"""Healing: the cut model learns from the dense one what it lost (recovery distillation).
+
+    done = sleb.heal("smaller", "MODEL", "healed", text=["mail.jsonl"])
+    done.texts["mail"].healed_ratio      # perplexity on held-out windows, as a ratio to the dense
+
+The cut itself needs no training; this does, and its result is a checkpoint of the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb.calibration import Windows, check_sources, load_windows
+from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.checksums import write_sums
+from sleb.checkpoints.cut import Cut
+from sleb.config import HealConfig, takes
+from sleb.core.errors import InputError, ResourceError, VerificationFailed
+from sleb.core.files import enough_space, staged_dir, writable_target
+from sleb.core.plan import Plan
+from sleb.core.progress import Progress, silent
+from sleb.core.statistics import Values
+from sleb.distillation.loss import SplitModel, agree, validate
+from sleb.distillation.record import Healed, HealedText, Reason, by_text, card
+from sleb.distillation.training import Schedule, Student, Training, check_adapters, recomputed
+from sleb.models.load import LoadedModel, load, load_config, strict_model
+from sleb.models.stack import decoder_config
+from sleb.surgery.apply import cut_checkpoint, refuse_source
+from sleb.surgery.verification import HEALED, probe_ids
+
+__all__ = ["heal", "heal_windows"]
+
+LENGTH = 1024
+TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 1024}
+
+
+@takes(HealConfig)
+def heal(
+    cut: str | Path,
+    model: str | Path,
+    out: str | Path,
+    config: HealConfig,
+    *,
+    save_every: float = 60.0,
+    progress: Progress = silent,
+) -> Healed:
+    """Train the checkpoint ``cut``, which a plan of ``model`` made, to predict what ``model``
+    predicts, and write the result as the checkpoint ``out``: same names, shapes and dtypes.
+
+    The loss is KL(dense || cut) over all positions (distillation, 1503.02531), in nats/token;
+    AdamW on float32 weights, gradients clipped to norm 1. All weights of the blocks and the norms
+    are trained, or with ``lora`` only adapters of that rank. The divergence of ``heldout`` windows
+    that are not trained on is measured ten times in a run; a run stops when it was no better three
+    times on end, and the weights of the best time are taken. Options: see :class:`HealConfig`.
+
+    What a stopped run needs to go on is in the file ``out``.heal, written every ``save_every``
+    seconds and at Ctrl-C; the same call again goes on, on a CPU to the same bits.
+
+    Raises:
+        InputError: ``cut`` holds no plan of ``model``, or is healed already; the text is too
+            short; ``out`` exists; the state is of other settings.
+        UnsupportedModel: weights are quantized or stored under other names.
+        VerificationFailed: healing made nothing better, or the result does not load as it was.
+        DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    cut, out = Path(cut), Path(out)
+    writable_target(out, force=config.force)
+    plan = _plan(cut, config)
+    refuse_source(out, cut)
+    dense = load(
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    refuse_source(out, dense.source.path)
+    job = _Healing(cut, out, plan, dense, config, progress)
+    try:
+        training, stopped = job.train(save_every)
+        done = job.write(training, stopped)
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"out of memory on {dense.stack.input_device} with --at-once {job.at_once}; give a "
+            "lower --at-once, --recompute, or --lora 16"
+        ) from None
+    job.state.unlink(missing_ok=True)
+    return done
+
+
+def _plan(cut: Path, config: HealConfig) -> Plan:
+    """Refuse what is wrong before anything is loaded; the plan of the cut."""
+    if not cut.is_dir():
+        raise InputError(f"no checkpoint folder at {cut}; make one with: sleb prune")
+    if (cut / HEALED).exists():
+        raise InputError(f"{cut} is healed already; heal the cut that it was made from")
+    if not (cut / "plan.json").is_file():
+        raise InputError(
+            f"{cut} has no plan.json, so it is not known what was cut from which model"
+        )
+    if not config.heldout:
+        raise InputError("--heldout 0 leaves nothing to validate on; give more than 0")
+    if config.lora:
+        check_adapters()
+    check_sources(config.text)
+    return Plan.load(cut / "plan.json")
+
+
+class _Healing:
+    """A healing with all that it starts from, checked: windows, schedule, teacher, settings."""
+
+    def __init__(
+        self,
+        cut: Path,
+        out: Path,
+        plan: Plan,
+        dense: LoadedModel,
+        config: HealConfig,
+        progress: Progress,
+    ) -> None:
+        self.cut, self.out, self.plan, self.dense = cut, out, plan, dense
+        self.config, self.progress = config, progress
+        self.checkpoint, source = Checkpoint.open(cut), Checkpoint.open(dense.source.path)
+        with progress.stage("checking the model against the plan", source.nbytes) as tick:
+            found = fingerprint(source, len(dense.stack), tick)
+            check_fingerprint(plan.model, found, dense.source.ref)
+        trust = config.trust_remote_code
+        self.blocks = decoder_config(load_config(cut, trust_remote_code=trust)).num_hidden_layers
+        if self.blocks != plan.model.blocks - len(plan.removed):
+            raise InputError(
+                f"{cut} has {self.blocks} blocks, and its plan leaves {plan.model.blocks} - "
+                f"{len(plan.removed)}: it is not of this plan"
+            )
+        length = _length(dense, config.length)
+        self.schedule = Schedule(
+            steps=max(1, math.ceil(config.tokens / (config.batch * length))),
+            batch=config.batch,
+            lr=config.lr,
+            seconds=None if config.minutes is None else 60 * config.minutes,
+        )
+        self.windows, self.validation = heal_windows(
+            dense.tokenizer, config, wanted=self.schedule.steps * config.batch, length=length
+        )
+        device = dense.stack.input_device.type
+        self.at_once = config.at_once or max(1, TOKENS_AT_ONCE.get(device, 1024) // length)
+        chosen = {"tokens", "batch", "lr", "minutes", "lora", "recompute", "seed"}
+        self.settings = {
+            "model": plan.model.weights_sha256,
+            "cut": fingerprint(self.checkpoint, self.blocks).weights_sha256,
+            "windows": self.windows.record.sha256,
+            "held-out windows": self.validation.record.sha256,
+            **config.model_dump(include=chosen),
+            "length": length,
+            "at_once": self.at_once,
+            "device": device,
+            "dtype": dense.dtype,
+        }
+        self.state = out.with_name(out.name + ".heal")
+        self.teacher = SplitModel(dense.model.requires_grad_(False))
+
+    def _load(self, path: Path, dtype: torch.dtype) -> nn.Module:
+        model: nn.Module = strict_model(path, dtype, self.config.trust_remote_code)
+        return model.to(self.dense.stack.input_device)
+
+    def _validated(self, path: Path) -> Values:
+        """A checkpoint on the validation windows, in the dtype of the dense model."""
+        student = SplitModel(self._load(path, self.dense.stack.dtype))
+        return validate(student, self.teacher, self.validation, self.at_once)
+
+    def train(self, save_every: float) -> tuple[Training, Reason]:
+        """Train the cut; why that ended.
+
+        Raises:
+            VerificationFailed: nothing got better.
+        """
+        with self.progress.stage("measuring the cut", None):
+            self.before = self._validated(self.cut)
+        dtype = self.dense.stack.dtype
+        model = self._load(self.cut, dtype if self.config.lora else torch.float32)
+        student = Student(model, self.checkpoint, rank=self.config.lora, seed=self.config.seed)
+        # of float32: weights, best, and two moments; and room to replace the file as a whole
+        enough_space(self.out.parent, self.checkpoint.nbytes + 2 * 16 * student.count)
+        training = Training(
+            student=student,
+            split=SplitModel(model, autocast=None if dtype == torch.float32 else torch.bfloat16),
+            teacher=self.teacher,
+            windows=self.windows,
+            validation=self.validation,
+            schedule=self.schedule,
+            at_once=self.at_once,
+            seed=self.config.seed,
+            settings=self.settings,
+            path=self.state,
+        )
+        with recomputed(training.split.stack, self.config.recompute):
+            stopped = training.run(float(self.before[:, 2].mean()), save_every, self.progress)
+        if training.where.best_step == 0:
+            self.state.unlink(missing_ok=True)
+            raise VerificationFailed(
+                f"healing did not bring {self.cut} nearer to the dense model on held-out text in "
+                f"{training.where.step} steps; nothing was written: give a lower --lr, or more "
+                "--text"
+            )
+        return training, stopped
+
+    def write(self, training: Training, stopped: Reason) -> Healed:
+        """Write the trained weights as a checkpoint, and load and validate it."""
+        where, count = training.where, training.student.count
+        tensors, logits = training.student.finish(), _probed(training.student.model)
+        training.release()
+        with staged_dir(self.out, force=self.config.force) as stage:
+            cut_checkpoint(
+                self.checkpoint,
+                Cut(blocks=self.blocks, removed=(), repair=tensors),
+                stage,
+                trust_remote_code=self.config.trust_remote_code,
+                progress=self.progress,
+            )
+            shutil.copyfile(self.cut / "plan.json", stage / "plan.json")
+            with self.progress.stage("reloading the checkpoint", None):
+                self._check_reload(stage, tensors, logits)
+                after = self._validated(stage)
+            done = Healed(
+                path=str(self.out),
+                model=self.dense.source.ref,
+                cut=str(self.cut),
+                removed=self.plan.removed,
+                repaired=self.plan.repair is not None,
+                texts=by_text(self.before, after, self.validation),
+                overall=HealedText.of(self.before, after),
+                steps=where.step,
+                best_step=where.best_step,
+                tokens=where.step * self.schedule.batch * self.windows.record.length,
+                passes=round(where.step * self.schedule.batch / len(self.windows.ids), 3),
+                stopped=stopped,
+                seconds=round(where.seconds, 1),
+                trained_parameters=count,
+                checks=where.checks,
+                settings=self.settings,
+                calibration=self.windows.record,
+                heldout=self.validation.record,
+                cut_sha256=self.settings["cut"],
+                healed_sha256=fingerprint(Checkpoint.open(stage), self.blocks).weights_sha256,
+            )
+            done.save(stage / HEALED)
+            (stage / "README.md").write_text(card(self.cut, done), encoding="utf-8")
+            write_sums(stage, self.progress)
+        return done
+
+    def _check_reload(self, stage: Path, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
+        """Raise VerificationFailed unless the new checkpoint is the trained model: its tensors in
+        form those of the cut, in value those trained, its logits those of the trained model."""
+        written = Checkpoint.open(stage)
+        new, old = (
+            {name: (info.dtype, info.shape) for name, info in c.tensors.items()}
+            for c in (written, self.checkpoint)
+        )
+        if new != old:
+            raise VerificationFailed("the healed checkpoint has other tensors than the cut")
+        for name, tensor in tensors.items():
+            if not torch.equal(written.tensor(name), tensor):
+                raise VerificationFailed(f"{name} was not written as it was trained")
+        if not agree(_probed(self._load(stage, torch.float32)), logits):
+            raise VerificationFailed(
+                "the healed checkpoint computes other logits than it was trained to"
+            )
+
+
+def _length(dense: LoadedModel, length: int | None) -> int:
+    """Tokens per window, as far as the model reads."""
+    longest = dense.stack.max_length
+    length = length or min(LENGTH, longest or LENGTH)
+    if longest and length > longest:
+        raise InputError(
+            f"windows of {length} tokens are longer than the {longest} that {dense.stack.name} "
+            f"reads: use --length {longest}"
+        )
+    return length
+
+
+@torch.no_grad()
+def _probed(model: nn.Module) -> Tensor:
+    """Logits on fixed token ids, float32 on the CPU [1, T, V]."""
+    ids = probe_ids(model.config).to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def heal_windows(
+    tokenizer: Any, config: HealConfig, *, wanted: int, length: int
+) -> tuple[Windows, Windows]:
+    """Up to ``wanted`` windows to train on, by the weights of the texts as far as each goes; and
+    about ``heldout`` others to validate on, spread evenly over every text, at most a quarter of it.
+
+    Raises:
+        InputError: not a whole step of ``batch`` windows is left to train on.
+    """
+    heldout, batch = config.heldout, config.batch
+    first, more = load_windows(
+        tokenizer,
+        config.text,
+        windows=None,
+        length=length,
+        seed=config.seed,
+        heldout=wanted + heldout,
+    )
+    pool = first + more if more is not None else first
+    texts = [[i for i, s in enumerate(pool.source) if s == k] for k in range(len(pool.names))]
+    each = max(1, heldout // len(texts))
+    aside = {i for rows in texts for i in _spread(rows, min(each, max(1, len(rows) // 4)))}
+    rest = [i for i in range(len(pool.ids)) if i not in aside]
+    rest = _spread(rest, min(len(rest), wanted))
+    if len(rest) < batch:
+        raise InputError(
+            f"{len(rest)} windows of {length} tokens are left to train on, and a step takes "
+            f"{batch}: give more --text, a shorter --length, or a smaller --batch"
+        )
+    return pool.take(rest), pool.take(sorted(aside))
+
+
+def _spread(rows: Sequence[int], n: int) -> list[int]:
+    return [rows[(2 * k + 1) * len(rows) // (2 * n)] for k in range(n)]
