@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.scoring import Repairs, fitting
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
-from sleb.selection.pace import ProgressEstimator
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
 from test_repair_choice import stopped_at
@@ -119,23 +117,23 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     sweep = Sweep(loaded.stack, judges, NLL, batch=6)
     dense = sweep.values([BlockSet()], 0, 14)[0].mean()
     by_hand = {}
-    for final in plan.finals.sets:
+    for final in plan.final_comparison.sets:
         fitter = Regression(loaded.stack, final.order, fitted, 6)
         for gap in gaps(final.order, 6):
             fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
         by_hand[final.strategy] = sweep.values([BlockSet(final.order)], 0, 14)[0].mean() - dense
         fitter.restore()
-    found = {final.strategy: final.increase for final in plan.finals.sets}
+    found = {final.strategy: final.increase for final in plan.final_comparison.sets}
     assert found == pytest.approx(by_hand, abs=1e-5)
     assert set(found) == {"greedy", "window"}
     winner = min(by_hand, key=by_hand.get)
-    assert plan.finals.sets[0].strategy == winner
+    assert plan.final_comparison.sets[0].strategy == winner
     assert plan.strategy == winner
     alone = sleb.search(loaded, strategy=winner, text=text, **SMALL, **APART)
     assert (plan.order, plan.rounds, plan.baseline) == (alone.order, alone.rounds, alone.baseline)
-    assert alone.finals is None
-    assert (plan.finals.windows, plan.finals.own) == (14, 8)
-    assert plan.finals.fitted == fitted.numel() > 8000
+    assert alone.final_comparison is None
+    assert (plan.final_comparison.windows, plan.final_comparison.self_generated) == (14, 8)
+    assert plan.final_comparison.fitted == fitted.numel() > 8000
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
@@ -143,7 +141,7 @@ def test_text_that_was_written_before_judges(loaded, learned, plan, monkeypatch)
     written = own.write(loaded, 8, 32, 1, silent)
     monkeypatch.setattr(choice, "write", None)
     assert find(loaded, learned, own=lambda: written) == plan
-    assert find(loaded, learned, own=lambda: written[:5]).finals.own == 5
+    assert find(loaded, learned, own=lambda: written[:5]).final_comparison.self_generated == 5
 
 
 def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
@@ -170,8 +168,8 @@ def test_the_model_is_left_as_it_was(loaded, learned, plan):
 def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
     other = find(loaded, learned, metric="kl")
     assert other.metric == "kl"
-    known = {frozenset(f.order): f.increase for f in plan.finals.sets}
-    same = [f for f in other.finals.sets if frozenset(f.order) in known]
+    known = {frozenset(f.order): f.increase for f in plan.final_comparison.sets}
+    same = [f for f in other.final_comparison.sets if frozenset(f.order) in known]
     assert same
     for final in same:
         assert final.increase == pytest.approx(known[frozenset(final.order)], abs=1e-5)
@@ -179,8 +177,10 @@ def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
 
 def test_where_blocks_are_fetched_the_given_text_judges(learned, plan):
     streamed = find(sleb.load(learned / "model", stream=True, **CPU), learned)
-    assert (streamed.finals.windows, streamed.finals.own) == (6, 0)
-    assert {f.order for f in streamed.finals.sets} == {f.order for f in plan.finals.sets}
+    assert (streamed.final_comparison.windows, streamed.final_comparison.self_generated) == (6, 0)
+    assert {f.order for f in streamed.final_comparison.sets} == {
+        f.order for f in plan.final_comparison.sets
+    }
 
 
 def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
@@ -214,8 +214,10 @@ def pruned(model, learned, out, **options):
 
 def test_prune_compares_where_it_repairs(learned, plan, tmp_path):
     ours = pruned(learned / "model", learned, tmp_path / "out")
-    assert ours.finals is not None
-    assert {f.order for f in ours.finals.sets} == {f.order for f in plan.finals.sets}
+    assert ours.final_comparison is not None
+    assert {f.order for f in ours.final_comparison.sets} == {
+        f.order for f in plan.final_comparison.sets
+    }
     assert ours.repair is not None
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -239,7 +241,11 @@ def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
     ours = pruned(learned / "model", learned, tmp_path / "out")
     ((ids,), (judges,)) = written, judging
     fitted = next(s for s in ours.repair.calibration.sources if s.spec == own.OWN)
-    assert (fitted.windows, ours.finals.own) == (len(ids) - len(judges), len(judges)) == (41, 8)
+    assert (
+        (fitted.windows, ours.final_comparison.self_generated)
+        == (len(ids) - len(judges), len(judges))
+        == (41, 8)
+    )
     assert torch.equal(ids[fitted.windows :], judges)
     assert fitted.sha256 == hashlib.sha256(ids[: fitted.windows].numpy().tobytes()).hexdigest()
     only_fitted = pruned(learned / "model", learned, tmp_path / "greedy", strategy="greedy")
@@ -264,7 +270,7 @@ def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, m
 
     monkeypatch.setattr(pipeline, "load", loading)
     monkeypatch.setattr(pipeline, "verify", verifying)
-    assert pruned(learned / "model", learned, tmp_path / "out").finals is not None
+    assert pruned(learned / "model", learned, tmp_path / "out").final_comparison is not None
     assert alive == [[False]]
 
 
@@ -280,7 +286,7 @@ def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, m
 )
 def test_prune_leaves_what_was_asked_for(learned, tmp_path, options):
     ours = pruned(learned / "model", learned, tmp_path / "out", **options)
-    assert ours.finals is None
+    assert ours.final_comparison is None
     assert ours.strategy == "greedy"
 
 
@@ -289,18 +295,18 @@ def test_prune_is_greedy_where_nothing_can_be_repaired(learned, tmp_path):
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     ours = pruned(tmp_path / "model", learned, tmp_path / "out", protect="0,-1", remove=1)
-    assert (ours.finals, ours.repair) == (None, None)
+    assert (ours.final_comparison, ours.repair) == (None, None)
 
 
 def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
     (tmp_path / "short.txt").write_text("the block of a model " * 10)
     text = {"text": [str(tmp_path / "short.txt")], "heldout": 0}
     ours = pruned(learned / "model", learned, tmp_path / "out", **text)
-    assert (ours.finals, ours.repair) == (None, None)
+    assert (ours.final_comparison, ours.repair) == (None, None)
     assert len(ours.order) == 2
     (tmp_path / "short.txt").write_text("the block of a model " * 11)  # one window more: it judges
     ours = pruned(learned / "model", learned, tmp_path / "other", **text)
-    assert (ours.finals, ours.repair.heldout.windows) == (None, 1)
+    assert (ours.final_comparison, ours.repair.heldout.windows) == (None, 1)
 
 
 def test_a_person_sees_what_was_compared(capsys):
@@ -330,35 +336,3 @@ def test_a_runs_rival_is_another_run(loaded, learned):
     assert rival == second
     assert margin == pytest.approx(second.mean - best.mean)
     assert margin > 0
-
-
-def test_the_last_round_does_not_race():
-    places = []
-    pace = ProgressEstimator(lambda n, note: places.append(n), [100, 100, 200], racing=True)
-    for _ in range(2):
-        pace.work(10)
-        pace.next_round()
-    pace.no_race()
-    pace.work(50)
-    assert sum(places) == 250
-
-
-def test_progress_leaves_room_for_the_fits(loaded, learned, plan):
-    seen = {"total": 0, "done": 0, "before": []}
-
-    class Counting:
-        @contextmanager
-        def stage(self, title, total):
-            def tick(n, note=""):
-                if title == "searching":
-                    seen["total"], seen["done"] = total, seen["done"] + n
-                    if note.startswith("greedy or window"):
-                        seen["before"].append(seen["done"])
-
-            yield tick
-
-    find(loaded, learned, progress=Counting())
-    # windows fitted on, twice, and scored, for two sets: about as many forwards of 6 blocks
-    fits = 2 * (2 * plan.finals.fitted // 32 + 14) * 6
-    assert seen["before"][0] == seen["total"] - fits
-    assert seen["before"][0] < seen["before"][-1] <= seen["total"]

@@ -112,7 +112,7 @@ def test_a_search_that_was_stopped_goes_on(loaded, text, split, limit, monkeypat
     journal = {"journal": tmp_path / "plan.json.journal", "after_repair": True}
     with pytest.raises(KeyboardInterrupt):
         searched(loaded, text, split, limit, **journal)
-    assert (tmp_path / "plan.json.journal.limit").exists()
+    assert (tmp_path / "plan.json.journal").exists()
     assert searched(loaded, text, split, limit, **journal) == plan
     assert len(calls) == len(set(calls)) + 1  # only what was stopped is done again
     assert list(tmp_path.iterdir()) == []

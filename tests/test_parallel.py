@@ -242,7 +242,7 @@ def test_streams_share_calls_within_a_bundle_only(metric, monkeypatch):
     monkeypatch.setattr("sleb.selection.sweep.groups", groups)
     monkeypatch.setattr(Sweep, "_score", score)
     ids = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr("sleb.selection.sweep._busy_tokens", lambda stack: 64)
+    monkeypatch.setattr("sleb.selection.sweep.busy_tokens", lambda stack: 64)
     sweep = Sweep(BlockStack(tiny_llama()), ids, metric, batch=32)
     bundles = sweep.bundles(SETS, 2)
     assert len(bundles) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -47,6 +48,27 @@ def test_save_and_load_is_the_identity(tiny_plan, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+def test_a_plan_of_schema_1_is_upgraded(tmp_path):
+    """A real one, and the parts that it has none of."""
+    old = json.loads((Path(__file__).parent / "data/plan-schema-1.json").read_text())
+    plan = Plan.load(write(tmp_path, old))
+    assert (old["strategy"], plan.strategy, plan.racing) == ("window, racing", "window", True)
+    assert not plan.compiled
+    assert plan.of_runs
+    assert plan.repair is not None
+    new = json.loads(plan.to_json())
+    changed = ("schema_version", "strategy", "racing", "compiled", "finals", "final_comparison")
+    rest = [{k: v for k, v in p.items() if k not in (*changed, "split")} for p in (old, new)]
+    assert rest[0] == rest[1]
+    assert (new["schema_version"], Plan.load(write(tmp_path, new))) == (2, plan)
+    pair = [{"strategy": "greedy", "order": [b], "increase": 0.1, "excess": 0.0} for b in (1, 2)]
+    finals = {"sets": pair, "fitted": 8192, "windows": 20, "own": 8}
+    old |= {"strategy": "greedy, compiled", "finals": finals}
+    plan = Plan.load(write(tmp_path, old))
+    assert plan.strategy_label == "greedy, compiled"
+    assert (plan.final_comparison.windows, plan.final_comparison.self_generated) == (20, 8)
+
+
 def test_a_score_is_one_line_so_that_plans_diff_well(tiny_plan):
     lines = tiny_plan.to_json().splitlines()
     scores = sum(len(r.scores) for r in tiny_plan.rounds)
@@ -82,7 +104,7 @@ def test_depth_is_the_first_removals():
         ({"protected": [2]}, r"removes protected blocks \[2\]"),
         ({"removed": [-1], "order": [-1]}, "removed.0: Input should be greater"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"schema_version": 2}, "has plan schema 2, this sleb reads 1: upgrade sleb"),
+        ({"schema_version": 3}, "has plan schema 3, this sleb reads 1 to 2: upgrade sleb"),
         ({"baseline": {"mean": float("nan")}}, "baseline.mean: Input should be a finite number"),
         ({"metric": "x" * 5000}, "metric: String should have at most 4096"),
         ({"model": None}, "model: Input should be"),

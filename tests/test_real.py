@@ -131,8 +131,6 @@ def test_two_removed_are_the_best_of_all_pairs(real_model):
     means = sweep.scores(pairs, 0, 8).mean(1)
     best = pairs[int(means.argmin())]
     for strategy, exact in (("greedy", True), ("greedy", False), ("beam", True), ("refine", True)):
-        objective = Objective(
-            lambda sets, a, b: sweep.scores(sets, a, b).numpy(), 8, step=sweep.step, exact=exact
-        )
+        objective = Objective(sweep.scorer, 8, exact=exact)
         found = STRATEGIES[strategy](objective, range(1, 29), 2)
         assert set(found.order) == best, strategy

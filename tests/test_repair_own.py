@@ -16,7 +16,7 @@ from sleb.repairs import data as material
 from sleb.repairs import repair
 from sleb.repairs import self_generated as own
 from sleb.repairs.self_generated import OWN, with_self_generated
-from sleb.selection import sweep
+from sleb.selection import resources
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
@@ -172,10 +172,10 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
 @pytest.mark.parametrize(("free", "room"), [(2**30, 2**28), (2**32, 2**29)])
 def test_a_gpu_has_room_by_its_size_unless_it_is_full(loaded, monkeypatch, free, room):
     monkeypatch.setattr(BlockStack, "input_device", torch.device("cuda"))
-    monkeypatch.setattr(sweep, "_free_bytes", lambda stack: free)
+    monkeypatch.setattr(resources, "free_bytes", lambda stack: free)
     size = SimpleNamespace(total_memory=2**32)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
-    assert sweep.room_bytes(loaded.stack) == room
+    assert resources.room_bytes(loaded.stack) == room
     assert own._at_once(loaded.stack, 32) == room // (768 * 32)
 
 

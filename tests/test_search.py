@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from conftest import BLOCKS, tiny_llama
 from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import METRICS, NLL
-from sleb.selection.objective import BlockSet, Journal, Objective
+from sleb.selection.objective import BlockSet, Objective, Scorer
 from sleb.selection.racing import rank
+from sleb.selection.resources import on_threads
+from sleb.selection.score_cache import ScoreCache
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, block_forwards
 
@@ -197,7 +200,7 @@ def test_an_objective_computes_nothing_twice():
         asked.extend((s, start) for s in sets)
         return toy([1, 2, 3])(sets, start, stop)
 
-    objective = Objective(score, 5, step=lambda sets: 2)
+    objective = Objective(Scorer(values=score, step=lambda sets: 2), 5)
     sets = [BlockSet({0}), BlockSet({1}), BlockSet({0})]
     once = objective.scores(sets)
     assert np.array_equal(objective.scores(sets), once)
@@ -210,7 +213,6 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
     weights, pairs = [9, 4, 3, 5, 2, 6, 7], {(4, 2): 8, (1, 3): -6}
 
     def run(path, fail_after=None, torn=False):
-        journal = Journal(path, "key")
         calls = [0]
 
         def score(sets, start, stop):
@@ -219,15 +221,15 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
             calls[0] += 1
             return toy(weights, pairs)(sets, start, stop)
 
-        done = False
         try:
-            objective = Objective(score, 5, step=lambda sets: 2, journal=journal, exact=exact)
-            found = STRATEGIES["greedy"](objective, range(7), 4)
-            done = True
-        finally:
-            journal.close(done=done)
-            if torn and not done:
+            with ScoreCache(path, "key") as cache:
+                scorer = Scorer(values=score, step=lambda sets: 2)
+                objective = Objective(scorer, 5, cache=cache.of("loss"), exact=exact)
+                found = STRATEGIES["greedy"](objective, range(7), 4)
+        except KeyboardInterrupt:
+            if torn:
                 path.write_bytes(path.read_bytes()[:-9])
+            raise
         return found, calls[0]
 
     whole, total = run(tmp_path / "whole")
@@ -243,14 +245,61 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
         assert rest == total - stop + (stop % 2)  # only what was not yet on disk
 
 
-def test_a_journal_of_another_search_is_not_used(tmp_path):
-    journal = Journal(tmp_path / "j", "one")
-    journal.append([BlockSet({1})], 0, np.ones((1, 2)))
-    journal.close(done=False)
-    assert len(Journal(tmp_path / "j", "one").replay()) == 1
-    assert Journal(tmp_path / "j", "two").replay() == []
+def test_scores_of_another_search_or_kind_are_not_used(tmp_path):
+    def known(key, kind):
+        with ScoreCache(tmp_path / "j", key, keep=True) as cache:
+            return cache.of(kind).replay()
+
+    with ScoreCache(tmp_path / "j", "one", keep=True) as cache:
+        cache.of("loss").append([BlockSet({1})], 0, np.ones((1, 2)))
+        cache.of("repaired").append([BlockSet({2})], 4, np.zeros((1, 2)))
+    ((sets, start, values),) = known("one", "repaired")
+    assert (sets, start, values.tolist()) == ([BlockSet({2})], 4, [[0.0, 0.0]])
+    assert known("one", "another") == []
+    assert known("two", "loss") == []
     (tmp_path / "j").write_text("not json\n")
-    assert Journal(tmp_path / "j", "two").replay() == []
+    assert known("two", "loss") == []
+    assert not (tmp_path / "j").exists()  # of nothing scored nothing is kept
+
+
+@pytest.mark.parametrize("left", [1, 3, 8])
+def test_each_round_moves_its_bar_to_the_end_whatever_a_race_saves(left):
+    """``left``: candidates that are not clearly worse."""
+    stages = []
+
+    class Bars:
+        @contextmanager
+        def stage(self, title, total):
+            stages.append([title, total, 0])
+
+            def tick(n=1, note=""):
+                assert n >= 0
+                stages[-1][2] += n
+
+            yield tick
+
+    noise = np.random.default_rng(0).normal(0, 0.01, (8, 40))
+    told = []
+
+    def score(sets, start, stop):
+        for _ in sets:
+            told[0](stop - start)
+        rows = [sorted(s)[-1] if s else 9 for s in sets]
+        return np.array([(0 if r < left else 5) + noise[r % 8, start:stop] for r in rows])
+
+    scorer = Scorer(values=score, on_work=lambda tick: told.__setitem__(slice(None), [tick]))
+    for exact in (True, False):
+        objective = Objective(scorer, 40, progress=Bars(), title="here", exact=exact)
+        objective.best([BlockSet({b}) for b in range(8)])
+    assert stages == [["here", 9 * 40, 9 * 40]] * 2
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    for threads in (before + 1, None):
+        with on_threads(threads):
+            assert torch.get_num_threads() == (threads or before)
+    assert torch.get_num_threads() == before
 
 
 def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch):
@@ -326,7 +375,7 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
     exact = sleb.search(tiny_dir, **options)
     raced = sleb.search(tiny_dir, exact=False, **options)
     assert raced.order == exact.order
-    assert raced.strategy == "greedy, racing"
+    assert (raced.strategy, raced.racing, raced.compiled) == ("greedy", True, False)
     winner, last = raced.rounds[0].scores[0], raced.rounds[-1].scores[0]
     assert winner.windows < 24 == last.windows
     assert winner.mean == pytest.approx(exact.rounds[0].scores[0].mean, abs=3 * winner.se)
@@ -339,7 +388,7 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
 def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
     plan = sleb.search(tiny_dir, remove=2, strategy=strategy, windows=3, length=16, **CPU)
     assert len(plan.removed) == 2
-    assert plan.strategy == f"{strategy}, racing"
+    assert (plan.strategy, plan.racing) == (strategy, True)
     with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
         sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)
 

@@ -251,6 +251,6 @@ def test_the_command_line_knows_strategies_and_racing(tiny_dir, tmp_path, capsys
     base = ["search", str(tiny_dir), "--remove", "2", "--windows", "5", "--length", "16"]
     out = tmp_path / "plan.json"
     assert main([*base, "-o", str(out), "--strategy", "beam", "--race"]) == 0
-    assert Plan.load(out).strategy == "beam, racing"
+    assert Plan.load(out).strategy_label == "beam, racing"
     assert main([*base, "-o", str(tmp_path / "x"), "--strategy", "beem"]) == 2
     assert "unknown strategy 'beem' (did you mean 'beam'?)" in capsys.readouterr().err

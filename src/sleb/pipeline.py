@@ -225,8 +225,7 @@ def prune(
             finish=finish,
             progress=watch,
         )
-        for suffix in ("", ".repaired", ".judged", ".limit"):
-            Path(f"{journal}{suffix}").unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
         return TypeAdapter(RunRecord).dump_json(record[0]).decode()
 
     written = group().broadcast_from_main(write)

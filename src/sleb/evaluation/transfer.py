@@ -26,9 +26,9 @@ from sleb.selection.goal import parse_bytes
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import SearchOptions, goal_of
+from sleb.selection.resources import on_threads
 from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, search
 from sleb.selection.sweep import Sweep, block_forwards
-from sleb.selection.tuning import running, tune
 
 __all__ = ["MIX", "Chosen", "Transfer", "check_transfer", "clearly_worse", "transfer"]
 
@@ -206,10 +206,8 @@ def _costs(
     work = len(ids) * (block_forwards(sets, len(model.stack)) + len(set(sets)))
     most = options.get("max_memory")
     most_bytes = None if most is None else parse_bytes(most, "--max-memory")
-    batch, threads = options.get("batch"), options.get("threads")
-    setting = tune(model.stack, ids, batch=batch, threads=threads)
-    sweep = Sweep(model.stack, ids, NLL, batch=setting.batch, max_bytes=most_bytes)
-    with running(setting), progress.stage("comparing", work) as tick:
+    sweep = Sweep(model.stack, ids, NLL, batch=options.get("batch"), max_bytes=most_bytes)
+    with on_threads(options.get("threads")), progress.stage("comparing", work) as tick:
         sweep.on_work(tick)
         losses = sweep.values(sets, 0, len(ids))
     ends = np.cumsum([len(part.ids) for part in aside])[:-1]

@@ -10,7 +10,7 @@ from sleb.core.errors import InputError
 from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.self_generated import SHARE
-from sleb.selection.sweep import room_bytes
+from sleb.selection.resources import room_bytes
 
 __all__ = ["JUDGES", "default_tokens", "repair_windows"]
 

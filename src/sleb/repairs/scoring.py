@@ -27,7 +27,7 @@ from sleb.repairs.data import repair_windows
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.residual_writers import ResidualWriters
 from sleb.repairs.self_generated import can_generate, write
-from sleb.selection.objective import DENSE, BlockSet, Objective, Values
+from sleb.selection.objective import DENSE, BlockSet, Objective, Scorer, Values
 from sleb.selection.sweep import Sweep
 
 __all__ = [
@@ -89,15 +89,14 @@ class Repairs:
             judging = torch.cat((judging, written))
         return cls(stack=model.stack, fitted=fitted, judging=judging, given=len(scored.ids))
 
-    def work(self, blocks: int) -> int:
-        """About how many block forwards of windows it takes to fit and score two sets."""
-        return 2 * (2 * len(self.fitted) + len(self.judging)) * blocks
-
     def record(self, sets: tuple[Finalist, ...]) -> FinalComparison:
         """The plan's record of ``sets`` that were compared."""
         windows = len(self.judging)
         return FinalComparison(
-            sets=sets, fitted=self.fitted.numel(), windows=windows, own=windows - self.given
+            sets=sets,
+            fitted=self.fitted.numel(),
+            windows=windows,
+            self_generated=windows - self.given,
         )
 
 
@@ -142,18 +141,36 @@ class RepairedScores:
     """Scores sets of blocks as a Sweep does, each after a repair fitted on ``ids`` [N, T].
 
     Blocks that are fetched when they run are read once to fit a set, up to where its last gap ends,
-    and once to score it. ``tick`` hears of block forwards of windows that fits take."""
+    and once to score it."""
 
-    def __init__(
-        self, sweep: Sweep, ids: Tensor, tick: Callable[[int], None] = lambda n: None
-    ) -> None:
-        self.sweep, self.ids, self.tick = sweep, ids, tick
+    def __init__(self, sweep: Sweep, ids: Tensor) -> None:
+        self.sweep, self.ids = sweep, ids
+        self._tick: Callable[[int], None] = lambda n: None
         self._branches: dict[int, ResidualWriters] = {}
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """See :meth:`Sweep.values`."""
         rows = [self._row(blocks, start, stop) for blocks in sets]
         return np.concatenate(rows)
+
+    @property
+    def scorer(self) -> Scorer:
+        """What an :class:`Objective` needs to score so."""
+        return Scorer(
+            values=self.values,
+            work=self._work,
+            on_work=self._on_work,
+            note=self.sweep.stack.reader.noted,
+        )
+
+    def _work(self, sets: Sequence[BlockSet]) -> int:
+        """About how many block forwards it takes to fit and score sets, for each scored window."""
+        n = len(self.sweep.ids)
+        return len(sets) * (2 * len(self.ids) + n) * len(self.sweep.stack) // n
+
+    def _on_work(self, tick: Callable[[int], None]) -> None:
+        self._tick = tick
+        self.sweep.on_work(tick)
 
     def _row(self, blocks: BlockSet, start: int, stop: int) -> Values:
         stack = self.sweep.stack
@@ -162,7 +179,7 @@ class RepairedScores:
         fitter = Regression(stack, blocks, self.ids, self.sweep.batch, self._branches)
         try:
             for gap in gaps(blocks, len(stack)):
-                fitter.fit(gap, (RIDGE,), lambda: True, lambda i, name, new: new, self.tick)
+                fitter.fit(gap, (RIDGE,), lambda: True, lambda i, name, new: new, self._tick)
             return self.sweep.values([blocks], start, stop)
         finally:
             fitter.restore()
@@ -172,7 +189,7 @@ class RepairedObjective(Objective):
     """Ranks by ``plain``, and scores the best of them anew; the rest have NaN everywhere."""
 
     def __init__(self, plain: Objective, scores: RepairedScores, **options: Any) -> None:
-        super().__init__(scores.values, plain.n_windows, **options)
+        super().__init__(scores.scorer, plain.n_windows, **options)
         self.plain = plain
 
     def best(

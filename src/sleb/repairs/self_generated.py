@@ -26,7 +26,7 @@ from sleb.core.process_group import group
 from sleb.core.progress import Progress
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.sweep import room_bytes
+from sleb.selection.resources import room_bytes
 
 __all__ = [
     "GIVEN_ALONE",

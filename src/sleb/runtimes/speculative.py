@@ -25,7 +25,7 @@ from sleb.models.load import LoadedModel, load
 from sleb.models.source import quiet_transformers
 from sleb.runtimes.bench_models import subjects
 from sleb.runtimes.bench_runs import median_ratio
-from sleb.selection.tuning import on_threads
+from sleb.selection.resources import on_threads
 
 __all__ = ["Draft", "Drafting", "Tally", "acceptance", "draft"]
 

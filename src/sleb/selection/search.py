@@ -30,19 +30,17 @@ from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel, load
-from sleb.selection.distributed import distribute
 from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.metrics import METRICS, NLL, Metric
+from sleb.selection.metrics import METRICS, NLL
 from sleb.selection.objective import Objective
-from sleb.selection.pace import ProgressEstimator, rounds_of_work
 from sleb.selection.racing import baseline, rank
 from sleb.selection.request import above, candidates_for, check_choice, check_request
-from sleb.selection.score_journals import ScoreJournals
+from sleb.selection.resources import default_batch, on_threads
+from sleb.selection.score_cache import ScoreCache
 from sleb.selection.similarity import measure_similarity
 from sleb.selection.strategies import FINALS, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
-from sleb.selection.tuning import running, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +52,7 @@ __all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
 DEFAULT_LENGTH = 256
 DEFAULT_HELDOUT = 16
 DEFAULT_PROTECT = "0,-1"
+HELDOUT = "measuring held-out loss"
 
 
 def search(
@@ -120,8 +119,8 @@ def search(
         min_similarity: only blocks whose output is at least this similar (cosine) to their input
             are candidates; ``auto`` picks the threshold (see :meth:`Similarity.auto_threshold`).
         seed: choice of windows. The result is a function of the inputs and the seed.
-        batch: windows per forward pass; by default measured, see ``sleb.selection.tuning``.
-        threads: CPU threads; likewise.
+        batch: windows per forward pass; see ``sleb.selection.resources``.
+        threads: CPU threads; by default torch's own choice.
         stream: leave blocks on disk and read each once per walk; see :func:`sleb.load`.
         device_map: place the model on several devices; likewise.
         tp: processes that hold one model together; likewise.
@@ -194,30 +193,39 @@ def search(
         candidates, gate = above(similarity, candidates, min_similarity, least)
 
     costs = Costs.of(checkpoint, stack)
-    setting = tune(stack, windows.ids, batch=batch, threads=threads)
+    batch = batch or default_batch(stack, windows.ids.shape[1])
     if compile:
-        stack = CompiledStack(stack.model, setting.batch)
-    sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
+        stack = CompiledStack(stack.model, batch)
+    sweeping = functools.partial(Sweep, stack, batch=batch, max_bytes=most_bytes)
     how = model.dtype + (", compiled" if compile else "")
-    books = ScoreJournals(
-        journal, _key(identity, windows.record, metric, how, exact), keep=keep_journal
-    )
+    key = _key(identity, windows.record, metric, how, exact)
     evidence, finals = None, None
-    with running(setting), books:
+    with on_threads(threads), ScoreCache(journal, key, keep=keep_journal) as cache:
         if aside is not None and measures_aside:
             if after_repair and goal.max_loss_increase is not None:
                 from sleb.repairs.scoring import FINAL_TOKENS, RepairedScores, fitting
 
                 ids = fitting(model, text, windows, aside, FINAL_TOKENS)
                 held = Sweep(  # of nothing that is compiled
-                    model.stack, aside.ids, NLL, batch=setting.batch, max_bytes=most_bytes
+                    model.stack, aside.ids, NLL, batch=batch, max_bytes=most_bytes
                 )
-                scores = RepairedScores(held, ids).values
-                book = books.open(".limit", about=digest(ids) + digest(aside.ids))
-                losses = Objective(scores, len(aside.ids), journal=book)
-                evidence = HeldoutEvaluation(held, aside, costs, losses, fitted=ids.numel())
+                kept = cache.of(f"heldout {digest(ids)} {digest(aside.ids)}")
+                losses = Objective(
+                    RepairedScores(held, ids).scorer,
+                    len(aside.ids),
+                    cache=kept,
+                    progress=progress,
+                    title=HELDOUT,
+                )
+                evidence = HeldoutEvaluation(losses, aside, costs, fitted=ids.numel())
             else:
-                evidence = HeldoutEvaluation(sweeping(aside.ids, NLL), aside, costs)
+                losses = Objective(
+                    sweeping(aside.ids, NLL).scorer,
+                    len(aside.ids),
+                    progress=progress,
+                    title=HELDOUT,
+                )
+                evidence = HeldoutEvaluation(losses, aside, costs)
         aim = StoppingRule(goal, costs, candidates, evidence)
         if chosen.token is None:
             assert similarity is not None
@@ -225,7 +233,7 @@ def search(
             found = SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
         else:
             ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
-            sweep = sweeping(ids, chosen.token, keep=exact)
+            sweep = sweeping(ids, chosen.token)
             repairs = None
             if chosen.repaired or named == FINALS:
                 from sleb.repairs.scoring import Repairs
@@ -235,13 +243,13 @@ def search(
                 )
             every = repairs if chosen.repaired else None
             last = repairs if named == FINALS else None
-            found = _Search(sweep, named, candidates, aim, exact, every, last).run(books, progress)
+            found = _Search(sweep, named, candidates, aim, exact, every, last).run(cache, progress)
             if repairs and found.finalists:
                 named = found.finalists[0].strategy
                 finals = repairs.record(found.finalists)
         order, target = aim.settle(found.order)
         tested = found.order if curve else found.order[: len(order) + 1]
-        points = evidence.curve(tested, progress) if evidence else None
+        points = evidence.curve(tested) if evidence else None
     return Plan(
         model=identity,
         removed=tuple(sorted(order)),
@@ -249,12 +257,14 @@ def search(
         protected=protected,
         metric=metric,
         unit=chosen.unit,
-        strategy=", ".join([named, *_manner(chosen, exact, compile)]),
+        strategy=named,
+        racing=chosen.token is not None and not exact,
+        compiled=chosen.token is not None and compile,
         dtype=model.dtype,
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
         rounds=rounds_behind(found.rounds, order),
-        finals=finals,
+        final_comparison=finals,
         similarity=gate,
         calibration=windows.record,
         curve=points,
@@ -275,83 +285,48 @@ class _Search:
     every: Repairs | None
     finals: Repairs | None
 
-    def run(self, books: ScoreJournals, progress: Progress) -> SearchResult:
-        """Find blocks, with one progress bar."""
+    def run(self, cache: ScoreCache, progress: Progress) -> SearchResult:
+        """Find blocks."""
         sweep, aim = self.sweep, self.aim
-        blocks, windows = len(sweep.stack), len(sweep.ids)
-        work = rounds_of_work(self.strategy, self.candidates, aim.most, blocks, windows)
+        objective = Objective(
+            sweep.scorer,
+            len(sweep.ids),
+            cache=cache.of("loss"),
+            progress=progress,
+            enough=aim.enough,
+            exact=self.exact,
+        )
+        if self.every:
+            objective = self._repaired(self.every, objective, cache, progress)
         if self.finals:
-            work.append(self.finals.work(blocks))
-        known = aim.known and not self.every  # how long fits of all candidates take is not
-        with progress.stage("searching", sum(work) if known else None) as tick:
-            pace = ProgressEstimator(tick, work, racing=not self.exact)
-            sweep.on_work(pace.work)
-
-            def enough(order: Sequence[int]) -> bool:
-                pace.next_round()
-                return aim.enough(order)
-
-            objective = Objective(
-                sweep.values,
-                windows,
-                step=sweep.step,
-                fill=sweep.fill,
-                deal=functools.partial(distribute, sweep),
-                journal=books.open(""),
-                note=lambda text: pace.note(sweep.stack.reader.noted(text)),
-                enough=enough,
-                exact=self.exact,
-            )
-            if self.every:
-                objective = self._repaired(self.every, objective, books, pace, enough)
-            if self.finals:
-                objective.judge = self._judge(self.finals, books, pace)
-            return STRATEGIES[self.strategy](objective, self.candidates, aim.most)
+            objective.judge = self._judge(self.finals, cache, progress)
+        return STRATEGIES[self.strategy](objective, self.candidates, aim.most)
 
     def _repaired(
-        self,
-        repairs: Repairs,
-        plain: Objective,
-        books: ScoreJournals,
-        pace: ProgressEstimator,
-        enough: Callable[[Sequence[int]], bool],
+        self, repairs: Repairs, plain: Objective, cache: ScoreCache, progress: Progress
     ) -> Objective:
         from sleb.repairs.scoring import RepairedObjective, RepairedScores
 
-        # of its own: what the other one keeps from round to round is of unrepaired blocks
         sweep = self.sweep
         other = Sweep(repairs.stack, sweep.ids, sweep.metric, batch=sweep.batch)
-        other.on_work(pace.work)
         return RepairedObjective(
             plain,
             RepairedScores(other, repairs.fitted),
-            journal=books.open(".repaired"),
-            note=pace.note,
-            enough=enough,
+            cache=cache.of(f"repaired {digest(repairs.fitted)}"),
+            progress=progress,
+            enough=self.aim.enough,
         )
 
-    def _judge(self, repairs: Repairs, books: ScoreJournals, pace: ProgressEstimator) -> Objective:
+    def _judge(self, repairs: Repairs, cache: ScoreCache, progress: Progress) -> Objective:
         """Scores what a strategy ends with: the loss after a repair, on the given text and the
         model's own."""
         from sleb.repairs.scoring import RepairedScores
 
-        def note(text: str) -> None:
-            pace.no_race()
-            pace.note(text)
-
         ids = repairs.judging
         other = Sweep(repairs.stack, ids, NLL, batch=self.sweep.batch)
-        other.on_work(pace.work)
-        scores = RepairedScores(other, repairs.fitted, pace.work)
-        book = books.open(".judged", about=digest(ids))
-        return Objective(scores.values, len(ids), journal=book, note=note)
-
-
-def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
-    """How sets were scored, as the plan says it behind the strategy's name."""
-    if metric.token is None:
-        return []
-    return ([] if exact else ["racing"]) + (["compiled"] if compile else [])
+        kept = cache.of(f"final {digest(repairs.fitted)} {digest(ids)}")
+        scores = RepairedScores(other, repairs.fitted)
+        return Objective(scores.scorer, len(ids), cache=kept, progress=progress)
 
 
 def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
