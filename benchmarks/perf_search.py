@@ -286,10 +286,12 @@ def repair(
         return True
 
     def fit() -> None:
-        fitter = Regression(stack, removed, ids, sweep.batch)
+        fitter = Regression(
+            stack, removed, ids, sweep.batch, rounded=lambda b, p, new: new.to(stack.dtype)
+        )
         try:
             for gap in cut:
-                fitter.fit(gap, RIDGES, accept, lambda b, p, t: t.to(stack.dtype), lambda n: None)
+                fitter.fit(gap, RIDGES, accept)
         finally:
             fitter.restore()
 

@@ -12,22 +12,21 @@ import sleb
 from conftest import byte_tokenizer
 from report_plan import plan as plan_of_report
 from report_plan import run_plan
+from search_tools import split_of, stopped_at, toy
 from sleb import pipeline
+from sleb.calibration.split import SELF_GENERATED
 from sleb.cli import render
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.pipeline import prune
-from sleb.repairs import scoring as choice
 from sleb.repairs import self_generated as own
 from sleb.repairs.regression import Regression, gaps
-from sleb.repairs.scoring import Repairs, fitting
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
+from sleb.selection.search import FINAL_TOKENS, SEARCH_TOKENS
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
-from test_repair_choice import stopped_at
-from test_search import toy
 from zoo import tiny
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -110,17 +109,16 @@ def plan(loaded, learned):
 
 def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     text = [str(learned / "text.txt")]
-    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
-    fitted = fitting(loaded, text, scored, None, choice.FINAL_TOKENS)
-    written = own.write(loaded, 8, 32, 1, silent)
-    judges = torch.cat((scored.ids, written))
+    split = split_of(loaded.tokenizer, text, windows=6)
+    fitted = split.candidate_fit(FINAL_TOKENS).ids
+    judges = torch.cat((split.search.ids, own.write(loaded, 8, 32, 1, silent)))
     sweep = Sweep(loaded.stack, judges, NLL, batch=6)
     dense = sweep.values([BlockSet()], 0, 14)[0].mean()
     by_hand = {}
     for final in plan.final_comparison.sets:
         fitter = Regression(loaded.stack, final.order, fitted, 6)
         for gap in gaps(final.order, 6):
-            fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
+            fitter.fit(gap, (0.1,))
         by_hand[final.strategy] = sweep.values([BlockSet(final.order)], 0, 14)[0].mean() - dense
         fitter.restore()
     found = {final.strategy: final.increase for final in plan.final_comparison.sets}
@@ -137,26 +135,27 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
-def test_text_that_was_written_before_judges(loaded, learned, plan, monkeypatch):
+def test_text_that_was_written_before_compares(loaded, learned, plan, monkeypatch):
     written = own.write(loaded, 8, 32, 1, silent)
-    monkeypatch.setattr(choice, "write", None)
-    assert find(loaded, learned, own=lambda: written) == plan
-    assert find(loaded, learned, own=lambda: written[:5]).final_comparison.self_generated == 5
+    monkeypatch.setattr(own, "write", None)
+    split = split_of(loaded.tokenizer, [str(learned / "text.txt")], windows=6)
+    for n in (8, 5):
+        ours = split.with_self_generated(lambda *_, n=n: written[:n], compare=True)
+        found = find(loaded, learned, split=ours)
+        assert found.final_comparison.self_generated == n
+        assert (found == plan) == (n == 8)
 
 
 def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(9000))))  # no two windows are alike
     text = [str(tmp_path / "text.txt")]
-    scored, aside = sleb.load_windows(
-        loaded.tokenizer, text, windows=6, length=32, seed=0, heldout=4
-    )
-    repairs = Repairs.of(loaded, text, scored, aside, silent, finals=True)
-    rows = [set(map(tuple, ids.tolist())) for ids in (repairs.fitted, repairs.judging, aside.ids)]
+    split = split_of(loaded.tokenizer, text, windows=6, heldout=4)
+    fitted = split.candidate_fit(FINAL_TOKENS).ids
+    rows = [set(map(tuple, w.tolist())) for w in (fitted, split.search.ids, split.heldout.ids)]
     assert not rows[0] & rows[1]
     assert not rows[0] & rows[2]
-    more = Repairs.of(loaded, text, scored, aside, silent)
-    assert more.fitted.numel() > repairs.fitted.numel()
-    assert torch.equal(more.judging, scored.ids)
+    assert split.candidate_fit(SEARCH_TOKENS).ids.numel() > fitted.numel()
+    assert torch.equal(split.final_comparison, split.search.ids)
 
 
 def test_the_model_is_left_as_it_was(loaded, learned, plan):
@@ -224,30 +223,21 @@ def test_prune_compares_where_it_repairs(learned, plan, tmp_path):
 
 def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
     """What is fitted on and what judges come from one go, and are not the same."""
-    written, judging = [], []
-    real, of = own.write, Repairs.of
+    written = []
+    real = own.write
 
     def write(*args):
         written.append(real(*args))
         return written[-1]
 
-    def repairs(*args, **options):
-        judging.append(options["own"]())
-        return of(*args, **options)
-
-    for module in (own, choice):
-        monkeypatch.setattr(module, "write", write)
-    monkeypatch.setattr(Repairs, "of", repairs)
+    monkeypatch.setattr(own, "write", write)
     ours = pruned(learned / "model", learned, tmp_path / "out")
-    ((ids,), (judges,)) = written, judging
-    fitted = next(s for s in ours.repair.calibration.sources if s.spec == own.OWN)
-    assert (
-        (fitted.windows, ours.final_comparison.self_generated)
-        == (len(ids) - len(judges), len(judges))
-        == (41, 8)
-    )
-    assert torch.equal(ids[fitted.windows :], judges)
-    assert fitted.sha256 == hashlib.sha256(ids[: fitted.windows].numpy().tobytes()).hexdigest()
+    (ids,) = written
+    fitted = next(s for s in ours.repair.calibration.sources if s.spec == SELF_GENERATED)
+    assert (fitted.windows, ours.final_comparison.self_generated) == (len(ids) - 8, 8) == (41, 8)
+    assert fitted.sha256 == hashlib.sha256(ids[:41].numpy().tobytes()).hexdigest()
+    assert ours.split["repair_fit"] == ours.repair.calibration.sha256
+    assert len({*ours.split.values()}) == 4
     only_fitted = pruned(learned / "model", learned, tmp_path / "greedy", strategy="greedy")
     assert only_fitted.repair is not None
     assert len(written) == 2

@@ -9,29 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plan_tools import minimal
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan, Round, Score, blocks_to_remove, parse_blocks
-
-ZEROS = "0" * 64
-
-
-def minimal(**changes) -> dict:
-    return {
-        "model": {
-            "model_type": "llama",
-            "architecture": "LlamaForCausalLM",
-            "blocks": 6,
-            "config_sha256": ZEROS,
-            "weights_sha256": ZEROS,
-        },
-        "removed": [1, 2, 4],
-        "order": [4, 1, 2],
-        "metric": "loss",
-        "unit": "nats/token",
-        "strategy": "greedy",
-        "dtype": "float32",
-        **changes,
-    }
 
 
 def write(tmp_path, value):
@@ -57,6 +37,7 @@ def test_a_plan_of_schema_1_is_upgraded(tmp_path):
     assert plan.of_runs
     assert plan.repair is not None
     new = json.loads(plan.to_json())
+    old["curve"]["fitted"] = None  # a field of later plans
     changed = ("schema_version", "strategy", "racing", "compiled", "finals", "final_comparison")
     rest = [{k: v for k, v in p.items() if k not in (*changed, "split")} for p in (old, new)]
     assert rest[0] == rest[1]

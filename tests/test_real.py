@@ -11,6 +11,7 @@ import torch
 
 import reference
 import sleb
+from sleb.calibration import CalibrationSplit
 from sleb.cli.main import main
 from sleb.models.source import resolve
 
@@ -30,7 +31,7 @@ def windows(loaded):
 
 @pytest.fixture(scope="module")
 def plan(loaded, windows):
-    return sleb.search(loaded, remove=2, windows=windows)
+    return sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows))
 
 
 def test_the_order_and_scores_are_the_published_algorithms(loaded, windows, plan):

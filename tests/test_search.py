@@ -12,6 +12,8 @@ import torch
 import reference
 import sleb
 from conftest import BLOCKS, tiny_llama
+from search_tools import split_of, toy
+from sleb.calibration import CalibrationSplit
 from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import METRICS, NLL
@@ -32,14 +34,21 @@ def loaded(tiny_dir):
 
 @pytest.fixture(scope="module")
 def windows(loaded):
-    return sleb.load_windows(loaded.tokenizer, (), windows=6, length=24, seed=3)[0]
+    return split_of(loaded.tokenizer, (), windows=6, length=24, seed=3).search
 
 
 @pytest.mark.parametrize(
     ("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)]
 )
 def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, metric, score):
-    plan = sleb.search(loaded, remove=4, metric=metric, exact=True, windows=windows, protect="")
+    plan = sleb.search(
+        loaded,
+        remove=4,
+        metric=metric,
+        exact=True,
+        split=CalibrationSplit(search=windows),
+        protect="",
+    )
     order, rounds = reference.greedy(loaded.model, windows.ids, 4, score)
     assert list(plan.order) == order
     for got, want in zip(plan.rounds, rounds, strict=True):
@@ -47,14 +56,18 @@ def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, 
 
 
 def test_one_shot_loss_is_the_first_round_alone(loaded, windows):
-    plan = sleb.search(loaded, remove=3, metric="one-shot-loss", windows=windows, protect="")
+    plan = sleb.search(
+        loaded, remove=3, metric="one-shot-loss", split=CalibrationSplit(search=windows), protect=""
+    )
     _, (scores,) = reference.greedy(loaded.model, windows.ids, 1)
     assert list(plan.order) == sorted(scores, key=scores.__getitem__)[:3]
     assert len(plan.rounds) == 1
 
 
 def test_cosine_ranks_by_the_angle_between_input_and_output(loaded, windows):
-    plan = sleb.search(loaded, remove=2, metric="cosine", windows=windows, protect="")
+    plan = sleb.search(
+        loaded, remove=2, metric="cosine", split=CalibrationSplit(search=windows), protect=""
+    )
     hidden = []
     hooks = [
         b.register_forward_hook(
@@ -74,16 +87,19 @@ def test_cosine_ranks_by_the_angle_between_input_and_output(loaded, windows):
 
 
 def test_protected_blocks_stay_and_are_not_scored(loaded, windows):
-    plan = sleb.search(loaded, remove=2, windows=windows, protect="0,2-3,-1")
+    plan = sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), protect="0,2-3,-1")
     assert {s.block for s in plan.rounds[0].scores} == {1, 4}
     assert plan.removed == (1, 4)
     assert plan.protected == (0, 2, 3, 5)
 
 
 def test_first_and_last_are_protected_by_default_and_too_many_is_refused(loaded, windows):
-    assert sleb.search(loaded, remove=1, windows=windows).protected == (0, BLOCKS - 1)
+    assert sleb.search(loaded, remove=1, split=CalibrationSplit(search=windows)).protected == (
+        0,
+        BLOCKS - 1,
+    )
     with pytest.raises(InputError, match="cannot remove 5 of 4 candidates"):
-        sleb.search(loaded, remove=5, windows=windows)
+        sleb.search(loaded, remove=5, split=CalibrationSplit(search=windows))
 
 
 def test_same_seed_same_plan_and_any_batch_size_the_same_order(tiny_dir):
@@ -97,7 +113,7 @@ def test_same_seed_same_plan_and_any_batch_size_the_same_order(tiny_dir):
 
 
 def test_dense_baseline_is_the_models_own_loss(loaded, windows):
-    plan = sleb.search(loaded, remove=1, windows=windows)
+    plan = sleb.search(loaded, remove=1, split=CalibrationSplit(search=windows))
     want = reference.loss(loaded.model, (), windows.ids)
     assert plan.baseline.mean == pytest.approx(want.mean().item(), abs=2e-6)
     assert plan.baseline.se == pytest.approx(want.std().item() / 6**0.5, abs=2e-6)
@@ -163,20 +179,6 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_scores():
 
 
 # -- strategies and the objective, without a model -----------------------------------------------
-
-
-def toy(weights, pairs=None):
-    """A score with interactions: the sum of the removed blocks' weights, plus pair terms."""
-
-    def score(sets, start, stop):
-        rows = []
-        for s in sets:
-            value = sum(weights[b] for b in s)
-            value += sum(v for pair, v in (pairs or {}).items() if set(pair) <= s)
-            rows.append([value + 0.01 * w for w in range(start, stop)])
-        return np.array(rows)
-
-    return score
 
 
 def test_ties_go_to_the_lower_block():
@@ -328,16 +330,20 @@ def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch)
 def test_similarity_threshold_limits_the_candidates(loaded, windows):
     values = [b.mean for b in sleb.measure_similarity(loaded, windows).blocks]
     middle = sorted(values[1:5])[2]
-    plan = sleb.search(loaded, remove=1, windows=windows, min_similarity=middle)
+    plan = sleb.search(
+        loaded, remove=1, split=CalibrationSplit(search=windows), min_similarity=middle
+    )
     allowed = {b for b in range(1, 5) if values[b] >= middle}
     assert {s.block for s in plan.rounds[0].scores} == allowed == set(plan.similarity.candidates)
     with pytest.raises(InputError, match=r"leaves 0 candidates for 2 removals; at most"):
-        sleb.search(loaded, remove=2, windows=windows, min_similarity=1.5)
+        sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), min_similarity=1.5)
     with pytest.raises(InputError, match="neither a number nor auto"):
-        sleb.search(loaded, remove=2, windows=windows, min_similarity="high")
+        sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), min_similarity="high")
     with pytest.raises(InputError, match="neither a number nor auto"):  # before any model is read
         sleb.search("nowhere", remove=2, min_similarity="high")
-    auto = sleb.search(loaded, remove=1, windows=windows, min_similarity="auto")
+    auto = sleb.search(
+        loaded, remove=1, split=CalibrationSplit(search=windows), min_similarity="auto"
+    )
     assert len(auto.similarity.candidates) == 2
 
 
@@ -397,7 +403,7 @@ def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypa
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("sleb.selection.search.load", load)
+    monkeypatch.setattr("sleb.repairs.search.load", load)
     monkeypatch.setattr("sleb.pipeline.load", load)
     for options, message in (
         ({"remove": 9}, "is 9 of the model's 6 blocks"),

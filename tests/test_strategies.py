@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from search_tools import toy
 from sleb.core.errors import InputError
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.racing import ERROR, Race, leaders, rank
 from sleb.selection.strategies import BEAM, STRATEGIES
-from test_search import toy
 
 WEIGHTS = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 

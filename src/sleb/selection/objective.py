@@ -17,9 +17,10 @@ from sleb.selection.prefixes import BlockSet
 from sleb.selection.racing import Race, Values
 from sleb.selection.score_cache import CachedScores
 
-__all__ = ["DENSE", "BlockSet", "Call", "Objective", "Scorer", "Values"]
+__all__ = ["DENSE", "BlockSet", "Call", "Objective", "Scorer", "ShortlistObjective", "Values"]
 
 DENSE = BlockSet()
+SHORTLIST = 8
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
 Call = tuple[Sequence[BlockSet], int, int]
 """Sets, and the range of windows to score them on."""
@@ -164,6 +165,39 @@ class Objective:
     def _learn(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
         for blocks, row in zip(sets, values, strict=True):
             self._of(blocks)[start : start + len(row)] = row
+
+
+class ShortlistObjective(Objective):
+    """For scores that are too dear for every candidate: ranks by ``plain``, and scores the best
+    ``SHORTLIST`` of a round anew; the rest have NaN everywhere."""
+
+    def __init__(
+        self,
+        plain: Objective,
+        scorer: Scorer,
+        *,
+        cache: CachedScores | None = None,
+        progress: Progress = silent,
+        enough: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        super().__init__(scorer, plain.n_windows, cache=cache, progress=progress, enough=enough)
+        self.plain = plain
+
+    def best(
+        self,
+        sets: Sequence[BlockSet],
+        k: int = 1,
+        note: str = "",
+        guides: Sequence[BlockSet] = (),
+    ) -> Values:
+        """See :meth:`Objective.best`."""
+        few = min(len(sets), max(k, SHORTLIST))
+        plain = self.plain.best(sets, k=few, note=f"{note}, by plain loss", guides=guides)
+        means = np.where(np.isfinite(plain).all(1), plain.mean(1), np.inf)
+        chosen = np.argsort(means, kind="stable")[:few]
+        values = np.full(plain.shape, np.nan)
+        values[chosen] = self.scores([sets[i] for i in chosen], f"{note}, {few} of them repaired")
+        return values
 
 
 class _Round:

@@ -17,9 +17,9 @@ from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
 from sleb.core.statistics import interval, standard_error
 from sleb.models.stack import BlockStack
-from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import baseline
+from sleb.selection.request import Goal, parse_bytes
 
 __all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
 
