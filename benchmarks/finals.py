@@ -22,13 +22,16 @@ from plot_quality import table
 from texts import prepare
 
 import sleb
+from sleb.calibration.split import CalibrationSplit
 from sleb.core.errors import SlebError
 from sleb.core.files import write_text
 from sleb.core.progress import silent
 from sleb.core.statistics import standard_error
-from sleb.repairs.scoring import RepairedScores, Repairs
+from sleb.repairs.scoring import RepairedScores
+from sleb.repairs.self_generated import writer
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.sweep import Sweep
 
 
@@ -41,14 +44,13 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     device = model.stack.input_device
     with tempfile.TemporaryDirectory() as folder:
         mix = [*prepare(options.data, Path(folder) / "texts", options.seed).calibration.values()]
-        scored, _ = sleb.load_windows(
+        split = CalibrationSplit.of(
             model.tokenizer, mix, windows=options.windows, length=options.length, seed=options.seed
-        )
-        work = functools.partial(Repairs.of, model, mix, scored, None, silent, finals=True)
-        repairs, writing, _ = measure(device, work)
-    n = len(repairs.judging)
-    sweep = Sweep(model.stack, repairs.judging, NLL, batch=options.batch)
-    scores = RepairedScores(sweep, repairs.fitted)
+        ).with_self_generated(writer(model, silent), compare=True)
+        judging, writing, _ = measure(device, lambda: split.final_comparison)
+    given, n, fitted = len(split.search.ids), len(judging), split.candidate_fit(FINAL_TOKENS).ids
+    sweep = Sweep(model.stack, judging, NLL, batch=options.batch)
+    scores = RepairedScores(sweep, fitted)
     dense = scores.values([DENSE], 0, n)[0]
     rows = []
     for found in zip(*(systems[name] for name in names), strict=True):
@@ -61,8 +63,8 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
             sets[name] = {
                 "blocks": measured["blocks"],
                 "increase": float(above[name].mean()),
-                "given": float(above[name][: repairs.given].mean()),
-                "own": float(above[name][repairs.given :].mean()),
+                "given": float(above[name][:given].mean()),
+                "own": float(above[name][given:].mean()),
                 "seconds": seconds,
                 "measured": {
                     "five": measured["repaired"]["geo"]["value"],
@@ -81,8 +83,8 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
         "result": options.result.name,
         "seed": options.seed,
         "setting": setting(device, model.stack.dtype),
-        "fitted_tokens": repairs.fitted.numel(),
-        "judges": {"given": repairs.given, "own": n - repairs.given, "length": options.length},
+        "fitted_tokens": fitted.numel(),
+        "judges": {"given": given, "own": n - given, "length": options.length},
         "writing_seconds": writing,
         "depths": rows,
     }

@@ -12,9 +12,8 @@ from perf_shapes import shape_of
 from perf_speed import speed
 
 import sleb
-from sleb.calibration import load_windows
-from sleb.repairs import repair
-from sleb.repairs.data import repair_windows
+from sleb.calibration import CalibrationSplit
+from sleb.repairs import given_tokens, repair
 
 __all__ = ["real"]
 
@@ -37,9 +36,10 @@ def real(
     model = sleb.load(path, device=str(run.device))
     shape = shape_of(model.stack.model.config)
     row |= {"model": path.name, "blocks": len(model.stack), "dtype": model.dtype}
-    scored, aside = load_windows(
+    split = CalibrationSplit.of(
         model.tokenizer, (), windows=windows, length=length, seed=0, heldout=16
     )
+    scored = split.search
     ids = scored.ids[torch.randperm(len(scored.ids), generator=torch.Generator().manual_seed(0))]
     row["searches"] = {}
     kinds = [("exact, states kept", True, False), ("racing", False, False)]
@@ -60,9 +60,8 @@ def real(
         run.write()
     order = row["searches"]["racing"]["order"]
     row["same_order"] = order == row["searches"]["exact, states kept"]["order"]
-    fitted, judged = repair_windows(
-        model.tokenizer, (), scored=scored, aside=aside, tokens=tokens, length=length, seed=0
-    )
+    split = split.with_repair(given_tokens(model.stack, tokens))
+    fitted, judged = split.repair_fit, split.repair_validation
     fixed, seconds, memory = run.measured(lambda: repair(model, order, fitted, judged))
     row["repair"] = {
         "removed": order,

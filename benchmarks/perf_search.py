@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from sleb.repairs.regression import Regression, gaps
 from sleb.selection.distributed import distribute
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Call, Objective
+from sleb.selection.resources import default_batch
 from sleb.selection.strategies import STRATEGIES
-from sleb.selection.sweep import Sweep, default_batch
-from sleb.selection.tuning import tune
+from sleb.selection.sweep import Sweep, block_forwards
 
 __all__ = ["block", "machine", "repair", "search"]
 
@@ -174,7 +175,7 @@ def search(
     matmul: float | None = None,
     max_bytes: int | None = None,
 ) -> None:
-    """A search as ``sleb search`` runs it: tuned batch, Sweep, Objective, greedy. ``seconds`` are
+    """A search as ``sleb search`` runs it: Sweep, Objective, greedy. ``seconds`` are
     without those that compiling took.
 
     With ``spread`` the model is scored, and the race is told losses drawn from it instead: random
@@ -183,18 +184,17 @@ def search(
     """
     n, length = len(stack), ids.shape[1]
     candidates = list(range(1, n - 1))
-    batch = tune(stack, ids, threads=torch.get_num_threads()).batch
+    batch = default_batch(stack, length)
     if compiled:
         torch.compiler.reset()  # else another section's graphs are used
         stack = CompiledStack(stack.model, batch)
         few = ids.repeat(-(-batch // len(ids)), 1)[:batch]
         row["compile_seconds"] = round(_compile(run, stack, few), 2)
-    sweep = Sweep(stack, ids, NLL, batch=batch, keep=exact, max_bytes=max_bytes)
+    sweep = Sweep(stack, ids, NLL, batch=batch, max_bytes=max_bytes)
     drawn = Losses(spread, n, len(ids)) if spread else None
     work = Work(run, sweep, drawn)
-    objective = Objective(
-        sweep.values, len(ids), step=sweep.step, fill=sweep.fill, deal=work.distribute, exact=exact
-    )
+    scorer = replace(sweep.scorer, distribute=work.distribute, on_work=lambda tick: None)
+    objective = Objective(scorer, len(ids), exact=exact)
     row |= {
         "blocks": n,
         "windows": len(ids),
@@ -251,15 +251,16 @@ def _extrapolate(
     seconds: float,
     forwards: int,
 ) -> None:
-    """Time of all rounds from that of the first: by block forwards with nothing kept, so an upper
-    estimate for a search that keeps states from round to round."""
-    from sleb.selection.pace import rounds_of_work
-
-    work = rounds_of_work("greedy", candidates, remove, n, windows)
+    """Time of all rounds from that of the first ones, by block forwards and heads."""
+    work = []
+    for done in range(remove):
+        start = (len(candidates) - done) // 2  # which blocks are gone hardly matters
+        gone = BlockSet(candidates[start : start + done])
+        sets = [gone | {b} for b in candidates if b not in gone]
+        work.append(windows * (block_forwards(sets, n) + len(sets)))
     row["extrapolated_seconds"] = round(seconds * sum(work) / sum(work[:rounds]), 1)
     row["extrapolated_by"] = (
-        f"{rounds} of {remove} rounds on {windows} windows; the rest by block forwards and heads, "
-        "with no states kept from round to round"
+        f"{rounds} of {remove} rounds on {windows} windows; the rest by block forwards and heads"
     )
 
 
@@ -285,10 +286,12 @@ def repair(
         return True
 
     def fit() -> None:
-        fitter = Regression(stack, removed, ids, sweep.batch)
+        fitter = Regression(
+            stack, removed, ids, sweep.batch, rounded=lambda b, p, new: new.to(stack.dtype)
+        )
         try:
             for gap in cut:
-                fitter.fit(gap, RIDGES, accept, lambda b, p, t: t.to(stack.dtype), lambda n: None)
+                fitter.fit(gap, RIDGES, accept)
         finally:
             fitter.restore()
 

@@ -21,7 +21,8 @@ from perf_shapes import Shape, llama_config
 import sleb
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.sweep import Sweep, default_batch
+from sleb.selection.resources import default_batch
+from sleb.selection.sweep import Sweep
 
 __all__ = ["fetched", "stream"]
 

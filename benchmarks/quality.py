@@ -28,6 +28,7 @@ from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
 from zeroshot import Tasks, local_tasks
 
 import sleb
+from sleb.calibration.split import SHARE, CalibrationSplit
 from sleb.core.errors import InputError, SlebError, UnsupportedModel
 from sleb.core.files import write_text
 from sleb.core.plan import Calibration, blocks_to_remove
@@ -35,7 +36,7 @@ from sleb.core.progress import silent
 from sleb.core.statistics import Interval, exponential
 from sleb.evaluation.tasks import check_tasks
 from sleb.repairs import Repair, repair
-from sleb.repairs.data import default_tokens, repair_windows
+from sleb.repairs.regression import default_tokens
 from sleb.repairs.self_generated import with_self_generated
 from sleb.selection.sweep import Patch
 
@@ -70,22 +71,22 @@ class Bench:
         self.depths = [blocks_to_remove(n, len(self.model.stack)) for n in options.removed]
         self.device = self.model.stack.input_device
         self.mix = [*texts.calibration.values()]
-        self.published = [texts.calibration[PUBLISHED]]
         cut = functools.partial(sleb.load_windows, self.model.tokenizer, seed=seed)
-        self.scored, _ = cut(self.mix, windows=options.windows, length=options.length)
-        self.narrow, _ = cut(
-            self.published, windows=options.published_windows, length=options.published_length
+        split = functools.partial(CalibrationSplit.of, self.model.tokenizer, seed=seed)
+        self.mixed = split(self.mix, windows=options.windows, length=options.length)
+        self.scored = self.mixed.search
+        self.narrow = split(
+            [texts.calibration[PUBLISHED]],
+            windows=options.published_windows,
+            length=options.published_length,
         )
         length = options.repair_length or options.length
-        self.fitted, self.judges = repair_windows(
-            self.model.tokenizer,
-            self.mix,
-            scored=self.scored if length == options.length else None,
-            tokens=options.repair_tokens or default_tokens(self.model.stack),
-            own=options.own,
-            length=length,
-            seed=seed,
-        )
+        known = length == options.length
+        tokens = options.repair_tokens or default_tokens(self.model.stack)
+        repaired = split(self.mix, windows=options.windows if known else None, length=length)
+        given = tokens - tokens // SHARE * options.own
+        repaired = repaired.with_repair(given, beside_search=not known)
+        self.fitted, self.judges = repaired.repair_fit, repaired.repair_validation
         self.writing = 0.0  # seconds
         if options.own:  # once for all cuts
             work = functools.partial(with_self_generated, self.model, self.fitted, silent)
@@ -114,7 +115,7 @@ class Bench:
             "search": _used(self.scored.record),
             "published": {
                 "note": "as much as the released code, which takes 128 rows of the training set",
-                **_used(self.narrow.record),
+                **_used(self.narrow.search.record),
             },
             "repair": {**_used(self.fitted.record), "writing_seconds": self.writing},
             "repair_judges": _used(self.judges.record),
@@ -150,8 +151,7 @@ class Bench:
         return sleb.search(
             self.model,
             remove=depth,
-            text=self.published if system.published else self.mix,
-            windows=self.narrow if system.published else self.scored,
+            split=self.narrow if system.published else self.mixed,
             seed=self.options.seed,
             **system.options,
         )
@@ -172,7 +172,9 @@ class Bench:
 
     def _repair(self, removed: tuple[int, ...]) -> tuple[Repair | None, dict[str, Any]]:
         """A repair, if it changes anything, and what is to be said of it."""
-        work = functools.partial(repair, self.model, removed, self.fitted, self.judges, own=False)
+        work = functools.partial(
+            repair, self.model, removed, self.fitted, self.judges, self_generated=False
+        )
         try:
             found, seconds, peak = measure(self.device, work)
         except UnsupportedModel as error:

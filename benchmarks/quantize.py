@@ -38,8 +38,7 @@ from sleb.core.plan import Plan
 from sleb.core.statistics import Values, exponential, interval
 from sleb.formats.quantize import quantize
 from sleb.models.source import resolve
-from sleb.repairs import repair
-from sleb.repairs.data import repair_windows
+from sleb.repairs import fit_repair
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
@@ -115,11 +114,15 @@ class Bench:
         out, o = self.work / "repaired", self.options
         if not out.exists():
             model = sleb.load(self.dense)
-            fitted, judges = repair_windows(
-                model.tokenizer, self.text, tokens=o.repair_tokens, length=o.length, seed=o.seed
-            )
             try:
-                found = repair(model, plan.removed, fitted, judges)
+                found = fit_repair(
+                    model,
+                    plan.removed,
+                    text=self.text,
+                    length=o.length,
+                    tokens=o.repair_tokens,
+                    seed=o.seed,
+                )
             except UnsupportedModel as error:
                 return None, f"not possible: {error}"
             if not found.tensors:

@@ -27,7 +27,7 @@ from perf_stream import fetched
 from race_model import Losses, Spread
 from scale_page import page
 
-from sleb.selection.objective import BlockSet, Call, Objective
+from sleb.selection.objective import BlockSet, Call, Objective, Scorer
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import BUNDLES
 from sleb.selection.sweep import block_forwards as counted_forwards
@@ -176,14 +176,13 @@ class Simulated:
                 self.steps.append(list(calls))
             return ((call, losses(*call)) for call in calls)
 
-        objective = Objective(
-            losses,
-            windows,
+        scorer = Scorer(
+            values=losses,
             step=lambda sets: batch,
             fill=lambda sets: max(1, batch // sets),
-            deal=distribute,
-            exact=False,
+            distribute=distribute,
         )
+        objective = Objective(scorer, windows, exact=False)
         found = STRATEGIES["greedy"](objective, range(1, blocks - 1), remove)
         best = sorted(range(1, blocks - 1), key=lambda b: losses.damage[b])[:remove]
         self.order = found.order
@@ -374,12 +373,14 @@ def figures(performance: Sequence[Path], seeds: int, gpus: Sequence[int]) -> dic
 
 
 def exact_forwards(blocks: int, remove: int) -> int:
-    """Of an exact search with nothing kept."""
-    from sleb.selection.pace import rounds_of_work
-
-    candidates = range(1, blocks - 1)
-    heads = WINDOWS * sum(len(candidates) - r for r in range(remove))
-    return sum(rounds_of_work("greedy", candidates, remove, blocks, WINDOWS)) - heads
+    """Of an exact search that removes the middle blocks."""
+    candidates, total = list(range(1, blocks - 1)), 0
+    for done in range(remove):
+        start = (len(candidates) - done) // 2
+        gone = BlockSet(candidates[start : start + done])
+        sets = [gone | {b} for b in candidates if b not in gone]
+        total += WINDOWS * counted_forwards(sets, blocks)
+    return total
 
 
 def main() -> None:

@@ -30,10 +30,9 @@ from torch import Tensor
 import sleb
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import NLL
-from sleb.selection.objective import BlockSet, Objective
+from sleb.selection.objective import BlockSet, Objective, Scorer
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep
-from sleb.selection.tuning import tune
 
 
 class Published:
@@ -70,15 +69,15 @@ def ours(
     calls: list[Any] | None = None,
 ) -> tuple[list[int], int]:
     """Order of removal and block forwards; ``calls`` collects what the sweep was asked for."""
-    batch = tune(stack, ids, threads=torch.get_num_threads()).batch
-    sweep = Sweep(stack, ids, NLL, batch=batch, keep=exact)
+    sweep = Sweep(stack, ids, NLL)
 
     def score(sets: Any, start: int, stop: int) -> Any:
         if calls is not None:
             calls.append([[sorted(s) for s in sets], start, stop])
         return sweep.values(sets, start, stop)
 
-    objective = Objective(score, len(ids), step=sweep.step, fill=sweep.fill, exact=exact)
+    scorer = Scorer(values=score, step=sweep.step, fill=sweep.fill)
+    objective = Objective(scorer, len(ids), exact=exact)
     found = STRATEGIES["greedy"](objective, candidates, n)
     return list(found.order), sweep.forwards
 
@@ -86,7 +85,7 @@ def ours(
 def replay(stack: BlockStack, ids: Tensor, calls: list[Any]) -> tuple[list[int], int]:
     """Do the work of a race that was run on another model: random weights make all blocks alike,
     so that a race on them would drop none."""
-    sweep = Sweep(stack, ids, NLL, batch=tune(stack, ids, threads=torch.get_num_threads()).batch)
+    sweep = Sweep(stack, ids, NLL)
     for sets, start, stop in calls:
         sweep.scores([BlockSet(s) for s in sets], start, stop)
     return [], sweep.forwards
@@ -166,7 +165,6 @@ def main() -> None:
     n_blocks = len(stack)
     candidates = list(range(1, n_blocks - 1))
     BlockStack.exit(stack, stack.enter(ids[:1])[0])  # warm up
-    tune(stack, ids, threads=torch.get_num_threads())
     weights = sum(p.nbytes for p in stack.model.parameters()) / 1e9
 
     rows: list[dict[str, Any]] = []

@@ -63,7 +63,7 @@ def found(folder: Path) -> dict[str, object]:
     alike = sleb.measure_similarity(model, windows, batch=2)
     out["similarity"] = alike.per_window.tolist()
     out["repair"] = told(repair(model, [2, 3], windows, aside, batch=2))
-    out["given text"] = told(repair(model, [2, 3], windows, aside, own=False, batch=2))
+    out["given text"] = told(repair(model, [2, 3], windows, aside, self_generated=False, batch=2))
     streamed = sleb.load(folder / "model", stream=True, **CPU)
     out["streamed repair"] = told(repair(streamed, [2, 3], windows, aside, batch=2))
     return out
@@ -129,13 +129,16 @@ def trouble(folder: Path) -> dict[str, str]:
 def split(folder: Path) -> object:
     """Losses of a model that two processes hold together."""
     import sleb
+    from sleb.calibration import CalibrationSplit
 
     model = sleb.load(folder / "wide", tp=2, **CPU)
     windows, _ = sleb.load_windows(
         model.tokenizer, [str(folder / "text.txt")], windows=4, length=32, seed=0
     )
     held = type(model.stack.blocks[0].self_attn.q_proj.weight).__name__
-    plan = sleb.search(model, windows=windows, remove=2, batch=2, tp=2, threads=1)
+    plan = sleb.search(
+        model, split=CalibrationSplit(search=windows), remove=2, batch=2, tp=2, threads=1
+    )
     return held, dataclasses.asdict(sleb.evaluate(model, windows, removed=plan.removed, batch=2))
 
 
@@ -154,11 +157,13 @@ def split_repair(path: Path, folder: Path, tp: int) -> dict[str, object]:
     )
     options = {"removed": [1, 3], "batch": 4}
     before = sleb.evaluate(model, aside, **options)
-    fixed = repair(model, [1, 3], windows, aside, own=False, batch=4)
+    fixed = repair(model, [1, 3], windows, aside, self_generated=False, batch=4)
     kept = [sleb.evaluate(model, aside, **options) == before]
-    fitter = Regression(model.stack, {1, 3}, windows.ids, 4)
+    fitter = Regression(
+        model.stack, {1, 3}, windows.ids, 4, rounded=lambda i, name, new: new.float()
+    )
     for gap in gaps({1, 3}, len(model.stack)):
-        fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new.float(), lambda n: None)
+        fitter.fit(gap, (0.1,))
     values = {f"{i}.{name}": value for (i, name), value in fitter.changes.values.items()}
     fitter.restore()
     kept.append(sleb.evaluate(model, aside, **options) == before)

@@ -9,6 +9,27 @@ from sleb.core.plan import Plan
 from sleb.models.load import load_config
 from sleb.models.stack import decoder_config
 
+ZEROS = "0" * 64
+
+
+def minimal(**changes) -> dict:
+    return {
+        "model": {
+            "model_type": "llama",
+            "architecture": "LlamaForCausalLM",
+            "blocks": 6,
+            "config_sha256": ZEROS,
+            "weights_sha256": ZEROS,
+        },
+        "removed": [1, 2, 4],
+        "order": [4, 1, 2],
+        "metric": "loss",
+        "unit": "nats/token",
+        "strategy": "greedy",
+        "dtype": "float32",
+        **changes,
+    }
+
 
 def plan_of(folder: Path, *order: int) -> Plan:
     """A plan that removes these blocks of a checkpoint, in this order."""

@@ -85,7 +85,8 @@ def plan(**changes) -> Plan:
         "protected": (0, 11),
         "metric": "loss",
         "unit": "nats/token",
-        "strategy": "greedy, racing",
+        "strategy": "greedy",
+        "racing": True,
         "dtype": "bfloat16",
         "target": Target(kind="max-loss-increase", limit=0.25, reached=0.198),
         "baseline": Baseline(mean=2.9, se=0.05),
@@ -165,5 +166,7 @@ def run_plan(rounds: tuple[Round, ...], excess: float = 0.2) -> Plan:
         removed=(7, 8, 9),
         strategy="window",
         rounds=rounds,
-        finals=FinalComparison(sets=(best, other), fitted=8192, windows=36, own=12),
+        final_comparison=FinalComparison(
+            sets=(best, other), fitted=8192, windows=36, self_generated=12
+        ),
     )

@@ -163,7 +163,10 @@ def test_a_compiled_search_finds_the_same_and_says_so(tiny_dir, monkeypatch):
     fused = sleb.search(tiny_dir, device="cpu", compile=True, **options)
     assert any(ran)
     assert fused.order == plain.order
-    assert (plain.strategy, fused.strategy) == ("greedy, racing", "greedy, racing, compiled")
+    assert (plain.strategy_label, fused.strategy_label) == (
+        "greedy, racing",
+        "greedy, racing, compiled",
+    )
 
 
 SPREAD = Spread(

@@ -304,8 +304,8 @@ def test_plans_that_cannot_be_used(place, capsys, verb, tiny_plan):
     assert said(json.dumps({**good, "odd": 1})).startswith(
         "bad.json is not a valid plan: odd: Extra"
     )
-    assert said(json.dumps({**good, "schema_version": 2})) == (
-        "bad.json has plan schema 2, this sleb reads 1: upgrade sleb"
+    assert said(json.dumps({**good, "schema_version": 3})) == (
+        "bad.json has plan schema 3, this sleb reads 1 to 2: upgrade sleb"
     )
     with open("bad.json", "r+b") as stream:
         stream.truncate(MAX_BYTES + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,23 +12,21 @@ import sleb
 from conftest import byte_tokenizer
 from report_plan import plan as plan_of_report
 from report_plan import run_plan
+from search_tools import split_of, stopped_at, toy
 from sleb import pipeline
+from sleb.calibration.split import SELF_GENERATED
 from sleb.cli import render
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.pipeline import prune
-from sleb.repairs import scoring as choice
 from sleb.repairs import self_generated as own
 from sleb.repairs.regression import Regression, gaps
-from sleb.repairs.scoring import Repairs, fitting
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
-from sleb.selection.pace import ProgressEstimator
+from sleb.selection.search import FINAL_TOKENS, SEARCH_TOKENS
 from sleb.selection.strategies import FINALS, STRATEGIES
 from sleb.selection.sweep import Sweep
-from test_repair_choice import stopped_at
-from test_search import toy
 from zoo import tiny
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -112,53 +109,53 @@ def plan(loaded, learned):
 
 def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     text = [str(learned / "text.txt")]
-    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
-    fitted = fitting(loaded, text, scored, None, choice.FINAL_TOKENS)
-    written = own.write(loaded, 8, 32, 1, silent)
-    judges = torch.cat((scored.ids, written))
+    split = split_of(loaded.tokenizer, text, windows=6)
+    fitted = split.candidate_fit(FINAL_TOKENS).ids
+    judges = torch.cat((split.search.ids, own.write(loaded, 8, 32, 1, silent)))
     sweep = Sweep(loaded.stack, judges, NLL, batch=6)
     dense = sweep.values([BlockSet()], 0, 14)[0].mean()
     by_hand = {}
-    for final in plan.finals.sets:
+    for final in plan.final_comparison.sets:
         fitter = Regression(loaded.stack, final.order, fitted, 6)
         for gap in gaps(final.order, 6):
-            fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
+            fitter.fit(gap, (0.1,))
         by_hand[final.strategy] = sweep.values([BlockSet(final.order)], 0, 14)[0].mean() - dense
         fitter.restore()
-    found = {final.strategy: final.increase for final in plan.finals.sets}
+    found = {final.strategy: final.increase for final in plan.final_comparison.sets}
     assert found == pytest.approx(by_hand, abs=1e-5)
     assert set(found) == {"greedy", "window"}
     winner = min(by_hand, key=by_hand.get)
-    assert plan.finals.sets[0].strategy == winner
+    assert plan.final_comparison.sets[0].strategy == winner
     assert plan.strategy == winner
     alone = sleb.search(loaded, strategy=winner, text=text, **SMALL, **APART)
     assert (plan.order, plan.rounds, plan.baseline) == (alone.order, alone.rounds, alone.baseline)
-    assert alone.finals is None
-    assert (plan.finals.windows, plan.finals.own) == (14, 8)
-    assert plan.finals.fitted == fitted.numel() > 8000
+    assert alone.final_comparison is None
+    assert (plan.final_comparison.windows, plan.final_comparison.self_generated) == (14, 8)
+    assert plan.final_comparison.fitted == fitted.numel() > 8000
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
-def test_text_that_was_written_before_judges(loaded, learned, plan, monkeypatch):
+def test_text_that_was_written_before_compares(loaded, learned, plan, monkeypatch):
     written = own.write(loaded, 8, 32, 1, silent)
-    monkeypatch.setattr(choice, "write", None)
-    assert find(loaded, learned, own=lambda: written) == plan
-    assert find(loaded, learned, own=lambda: written[:5]).finals.own == 5
+    monkeypatch.setattr(own, "write", None)
+    split = split_of(loaded.tokenizer, [str(learned / "text.txt")], windows=6)
+    for n in (8, 5):
+        ours = split.with_self_generated(lambda *_, n=n: written[:n], compare=True)
+        found = find(loaded, learned, split=ours)
+        assert found.final_comparison.self_generated == n
+        assert (found == plan) == (n == 8)
 
 
 def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(9000))))  # no two windows are alike
     text = [str(tmp_path / "text.txt")]
-    scored, aside = sleb.load_windows(
-        loaded.tokenizer, text, windows=6, length=32, seed=0, heldout=4
-    )
-    repairs = Repairs.of(loaded, text, scored, aside, silent, finals=True)
-    rows = [set(map(tuple, ids.tolist())) for ids in (repairs.fitted, repairs.judging, aside.ids)]
+    split = split_of(loaded.tokenizer, text, windows=6, heldout=4)
+    fitted = split.candidate_fit(FINAL_TOKENS).ids
+    rows = [set(map(tuple, w.tolist())) for w in (fitted, split.search.ids, split.heldout.ids)]
     assert not rows[0] & rows[1]
     assert not rows[0] & rows[2]
-    more = Repairs.of(loaded, text, scored, aside, silent)
-    assert more.fitted.numel() > repairs.fitted.numel()
-    assert torch.equal(more.judging, scored.ids)
+    assert split.candidate_fit(SEARCH_TOKENS).ids.numel() > fitted.numel()
+    assert torch.equal(split.final_comparison, split.search.ids)
 
 
 def test_the_model_is_left_as_it_was(loaded, learned, plan):
@@ -170,8 +167,8 @@ def test_the_model_is_left_as_it_was(loaded, learned, plan):
 def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
     other = find(loaded, learned, metric="kl")
     assert other.metric == "kl"
-    known = {frozenset(f.order): f.increase for f in plan.finals.sets}
-    same = [f for f in other.finals.sets if frozenset(f.order) in known]
+    known = {frozenset(f.order): f.increase for f in plan.final_comparison.sets}
+    same = [f for f in other.final_comparison.sets if frozenset(f.order) in known]
     assert same
     for final in same:
         assert final.increase == pytest.approx(known[frozenset(final.order)], abs=1e-5)
@@ -179,8 +176,10 @@ def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
 
 def test_where_blocks_are_fetched_the_given_text_judges(learned, plan):
     streamed = find(sleb.load(learned / "model", stream=True, **CPU), learned)
-    assert (streamed.finals.windows, streamed.finals.own) == (6, 0)
-    assert {f.order for f in streamed.finals.sets} == {f.order for f in plan.finals.sets}
+    assert (streamed.final_comparison.windows, streamed.final_comparison.self_generated) == (6, 0)
+    assert {f.order for f in streamed.final_comparison.sets} == {
+        f.order for f in plan.final_comparison.sets
+    }
 
 
 def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
@@ -214,34 +213,31 @@ def pruned(model, learned, out, **options):
 
 def test_prune_compares_where_it_repairs(learned, plan, tmp_path):
     ours = pruned(learned / "model", learned, tmp_path / "out")
-    assert ours.finals is not None
-    assert {f.order for f in ours.finals.sets} == {f.order for f in plan.finals.sets}
+    assert ours.final_comparison is not None
+    assert {f.order for f in ours.final_comparison.sets} == {
+        f.order for f in plan.final_comparison.sets
+    }
     assert ours.repair is not None
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_prune_lets_the_model_write_once(learned, tmp_path, monkeypatch):
     """What is fitted on and what judges come from one go, and are not the same."""
-    written, judging = [], []
-    real, of = own.write, Repairs.of
+    written = []
+    real = own.write
 
     def write(*args):
         written.append(real(*args))
         return written[-1]
 
-    def repairs(*args, **options):
-        judging.append(options["own"]())
-        return of(*args, **options)
-
-    for module in (own, choice):
-        monkeypatch.setattr(module, "write", write)
-    monkeypatch.setattr(Repairs, "of", repairs)
+    monkeypatch.setattr(own, "write", write)
     ours = pruned(learned / "model", learned, tmp_path / "out")
-    ((ids,), (judges,)) = written, judging
-    fitted = next(s for s in ours.repair.calibration.sources if s.spec == own.OWN)
-    assert (fitted.windows, ours.finals.own) == (len(ids) - len(judges), len(judges)) == (41, 8)
-    assert torch.equal(ids[fitted.windows :], judges)
-    assert fitted.sha256 == hashlib.sha256(ids[: fitted.windows].numpy().tobytes()).hexdigest()
+    (ids,) = written
+    fitted = next(s for s in ours.repair.calibration.sources if s.spec == SELF_GENERATED)
+    assert (fitted.windows, ours.final_comparison.self_generated) == (len(ids) - 8, 8) == (41, 8)
+    assert fitted.sha256 == hashlib.sha256(ids[:41].numpy().tobytes()).hexdigest()
+    assert ours.split["repair_fit"] == ours.repair.calibration.sha256
+    assert len({*ours.split.values()}) == 4
     only_fitted = pruned(learned / "model", learned, tmp_path / "greedy", strategy="greedy")
     assert only_fitted.repair is not None
     assert len(written) == 2
@@ -264,7 +260,7 @@ def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, m
 
     monkeypatch.setattr(pipeline, "load", loading)
     monkeypatch.setattr(pipeline, "verify", verifying)
-    assert pruned(learned / "model", learned, tmp_path / "out").finals is not None
+    assert pruned(learned / "model", learned, tmp_path / "out").final_comparison is not None
     assert alive == [[False]]
 
 
@@ -280,7 +276,7 @@ def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, m
 )
 def test_prune_leaves_what_was_asked_for(learned, tmp_path, options):
     ours = pruned(learned / "model", learned, tmp_path / "out", **options)
-    assert ours.finals is None
+    assert ours.final_comparison is None
     assert ours.strategy == "greedy"
 
 
@@ -289,18 +285,18 @@ def test_prune_is_greedy_where_nothing_can_be_repaired(learned, tmp_path):
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     ours = pruned(tmp_path / "model", learned, tmp_path / "out", protect="0,-1", remove=1)
-    assert (ours.finals, ours.repair) == (None, None)
+    assert (ours.final_comparison, ours.repair) == (None, None)
 
 
 def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
     (tmp_path / "short.txt").write_text("the block of a model " * 10)
     text = {"text": [str(tmp_path / "short.txt")], "heldout": 0}
     ours = pruned(learned / "model", learned, tmp_path / "out", **text)
-    assert (ours.finals, ours.repair) == (None, None)
+    assert (ours.final_comparison, ours.repair) == (None, None)
     assert len(ours.order) == 2
     (tmp_path / "short.txt").write_text("the block of a model " * 11)  # one window more: it judges
     ours = pruned(learned / "model", learned, tmp_path / "other", **text)
-    assert (ours.finals, ours.repair.heldout.windows) == (None, 1)
+    assert (ours.final_comparison, ours.repair.heldout.windows) == (None, 1)
 
 
 def test_a_person_sees_what_was_compared(capsys):
@@ -330,35 +326,3 @@ def test_a_runs_rival_is_another_run(loaded, learned):
     assert rival == second
     assert margin == pytest.approx(second.mean - best.mean)
     assert margin > 0
-
-
-def test_the_last_round_does_not_race():
-    places = []
-    pace = ProgressEstimator(lambda n, note: places.append(n), [100, 100, 200], racing=True)
-    for _ in range(2):
-        pace.work(10)
-        pace.next_round()
-    pace.no_race()
-    pace.work(50)
-    assert sum(places) == 250
-
-
-def test_progress_leaves_room_for_the_fits(loaded, learned, plan):
-    seen = {"total": 0, "done": 0, "before": []}
-
-    class Counting:
-        @contextmanager
-        def stage(self, title, total):
-            def tick(n, note=""):
-                if title == "searching":
-                    seen["total"], seen["done"] = total, seen["done"] + n
-                    if note.startswith("greedy or window"):
-                        seen["before"].append(seen["done"])
-
-            yield tick
-
-    find(loaded, learned, progress=Counting())
-    # windows fitted on, twice, and scored, for two sets: about as many forwards of 6 blocks
-    fits = 2 * (2 * plan.finals.fitted // 32 + 14) * 6
-    assert seen["before"][0] == seen["total"] - fits
-    assert seen["before"][0] < seen["before"][-1] <= seen["total"]

@@ -9,17 +9,18 @@ from scipy import stats
 import sleb
 from report_plan import plan as plan_of_report
 from report_tools import put, seen
+from search_tools import split_of, stopped_at
 from sleb import pipeline
 from sleb.cli import render
 from sleb.core.errors import VerificationFailed
 from sleb.pipeline import prune
 from sleb.repairs import self_generated as own
 from sleb.repairs.regression import Regression, gaps
-from sleb.repairs.scoring import FINAL_TOKENS, RIDGE, fitting
+from sleb.repairs.scoring import RIDGE
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.sweep import Sweep
-from test_repair_choice import stopped_at
 
 CPU = {"dtype": "float32", "device": "cpu"}
 SMALL = {"exact": True, "batch": 6, **CPU}
@@ -38,9 +39,7 @@ def loaded(learned):
 
 @pytest.fixture(scope="module")
 def split(loaded, text):
-    return sleb.load_windows(
-        loaded.tokenizer, text, windows=SCORED, length=LENGTH, seed=0, heldout=HELDOUT
-    )
+    return split_of(loaded.tokenizer, text, windows=SCORED, length=LENGTH, heldout=HELDOUT)
 
 
 def losses(stack, ids, removed):
@@ -56,9 +55,9 @@ def bound(increase):
 def bounds(loaded, text, split):
     """Greedy's order, upper bounds for its depths as plain cuts and repaired, and the tokens that
     the repairs saw."""
-    scored, aside = split
-    order = sleb.search(loaded, remove=4, text=text, windows=scored, **SMALL).order
-    fitted = fitting(loaded, text, scored, aside, FINAL_TOKENS)
+    aside = split.heldout
+    order = sleb.search(loaded, remove=4, split=split, **SMALL).order
+    fitted = split.candidate_fit(FINAL_TOKENS).ids
     dense = losses(loaded.stack, aside.ids, DENSE)
     plain, repaired = [], []
     for depth in range(1, 5):
@@ -66,7 +65,7 @@ def bounds(loaded, text, split):
         plain.append(bound(losses(loaded.stack, aside.ids, removed) - dense))
         fitter = Regression(loaded.stack, removed, fitted, 6)
         for gap in gaps(removed, 6):
-            fitter.fit(gap, (RIDGE,), lambda: True, lambda i, name, new: new, lambda n: None)
+            fitter.fit(gap, (RIDGE,))
         repaired.append(bound(losses(loaded.stack, aside.ids, removed) - dense))
         fitter.restore()
     return order, plain, repaired, fitted.numel()
@@ -82,16 +81,14 @@ def limit(bounds):
     return first
 
 
-def searched(model, text, split, limit, **options):
-    scored, aside = split
-    given = {"text": text, "windows": scored, "heldout": aside, **SMALL, **options}
-    return sleb.search(model, max_loss_increase=limit, **given)
+def searched(model, split, limit, **options):
+    return sleb.search(model, max_loss_increase=limit, split=split, **SMALL, **options)
 
 
-def test_every_depth_is_measured_after_a_quick_repair(loaded, text, split, bounds, limit):
+def test_every_depth_is_measured_after_a_quick_repair(loaded, split, bounds, limit):
     order, plain, repaired, tokens = bounds
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
-    plan = searched(loaded, text, split, limit, after_repair=True)
+    plan = searched(loaded, split, limit, after_repair=True)
     kept = sum(b <= limit for b in repaired)
     assert kept > sum(b <= limit for b in plain) > 0
     assert plan.order == order[:kept]
@@ -99,25 +96,25 @@ def test_every_depth_is_measured_after_a_quick_repair(loaded, text, split, bound
     assert plan.target.reached == pytest.approx(repaired[kept - 1], abs=1e-4)
     assert plan.curve.fitted == tokens
     assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
-    alone = searched(loaded, text, split, limit)
+    alone = searched(loaded, split, limit)
     assert alone.curve.fitted is None
     assert [p.bound for p in alone.curve.points] == pytest.approx(
         plain[: len(alone.order) + 1], abs=1e-4
     )
 
 
-def test_a_search_that_was_stopped_goes_on(loaded, text, split, limit, monkeypatch, tmp_path):
-    plan = searched(loaded, text, split, limit, after_repair=True)
+def test_a_search_that_was_stopped_goes_on(loaded, split, limit, monkeypatch, tmp_path):
+    plan = searched(loaded, split, limit, after_repair=True)
     calls = stopped_at(monkeypatch, 3)  # the second depth's; the first is the dense model's
     journal = {"journal": tmp_path / "plan.json.journal", "after_repair": True}
     with pytest.raises(KeyboardInterrupt):
-        searched(loaded, text, split, limit, **journal)
-    assert (tmp_path / "plan.json.journal.limit").exists()
-    assert searched(loaded, text, split, limit, **journal) == plan
+        searched(loaded, split, limit, **journal)
+    assert (tmp_path / "plan.json.journal").exists()
+    assert searched(loaded, split, limit, **journal) == plan
     assert len(calls) == len(set(calls)) + 1  # only what was stopped is done again
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(VerificationFailed):
-        searched(loaded, text, split, 1e-9, **journal)
+        searched(loaded, split, 1e-9, **journal)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +129,7 @@ def test_prune_removes_more_than_a_plain_cut_could(learned, text, split, limit, 
     plain = pruned(learned, tmp_path / "plain", text, limit, repair=False)
     assert len(plan.order) > len(plain.order)
     assert (plan.curve.fitted is None, plain.curve.fitted) == (False, None)
-    ids = split[1].ids
+    ids = split.heldout.ids
     dense = losses(sleb.load(learned / "model", **CPU).stack, ids, DENSE)
     cut = losses(sleb.load(tmp_path / "out", **CPU).stack, ids, DENSE)
     assert plan.target.reached == pytest.approx(bound(cut - dense), abs=1e-4)
@@ -181,10 +178,8 @@ def test_if_no_removal_keeps_it_nothing_is_written(learned, text, limit, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_all_that_were_chosen_at_once_stay_one_round(loaded, text, split):
-    plan = sleb.search(
-        loaded, remove=3, metric="one-shot-loss", text=text, windows=split[0], **SMALL
-    )
+def test_all_that_were_chosen_at_once_stay_one_round(loaded, split):
+    plan = sleb.search(loaded, remove=3, metric="one-shot-loss", split=split, **SMALL)
     less = plan.without_last()
     assert less.order == plan.order[:2]
     assert [r.removed for r in less.rounds] == [plan.order[:2]]

@@ -15,6 +15,7 @@ import sleb
 import zoo
 from conftest import byte_tokenizer, save_tiny, tiny_llama
 from parallel_tools import CPU, HERE, SEARCHES, found, launch, split_repair
+from sleb.calibration import CalibrationSplit
 from sleb.core import process_group as parallel
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
@@ -128,7 +129,7 @@ def test_a_model_held_by_two_processes_scores_the_same(job):
     windows, _ = sleb.load_windows(
         model.tokenizer, [str(folder / "text.txt")], windows=4, length=32, seed=0
     )
-    plan = sleb.search(model, windows=windows, remove=2, batch=2, threads=1)
+    plan = sleb.search(model, split=CalibrationSplit(search=windows), remove=2, batch=2, threads=1)
     own = sleb.evaluate(model, windows, removed=plan.removed, batch=2)
     assert tuple(split["removed"]) == own.removed
     assert split["loss"]["value"] == pytest.approx(own.loss.value, abs=1e-5)
@@ -242,7 +243,7 @@ def test_streams_share_calls_within_a_bundle_only(metric, monkeypatch):
     monkeypatch.setattr("sleb.selection.sweep.groups", groups)
     monkeypatch.setattr(Sweep, "_score", score)
     ids = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr("sleb.selection.sweep._busy_tokens", lambda stack: 64)
+    monkeypatch.setattr("sleb.selection.sweep.busy_tokens", lambda stack: 64)
     sweep = Sweep(BlockStack(tiny_llama()), ids, metric, batch=32)
     bundles = sweep.bundles(SETS, 2)
     assert len(bundles) > 2

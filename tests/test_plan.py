@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plan_tools import minimal
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan, Round, Score, blocks_to_remove, parse_blocks
-
-ZEROS = "0" * 64
-
-
-def minimal(**changes) -> dict:
-    return {
-        "model": {
-            "model_type": "llama",
-            "architecture": "LlamaForCausalLM",
-            "blocks": 6,
-            "config_sha256": ZEROS,
-            "weights_sha256": ZEROS,
-        },
-        "removed": [1, 2, 4],
-        "order": [4, 1, 2],
-        "metric": "loss",
-        "unit": "nats/token",
-        "strategy": "greedy",
-        "dtype": "float32",
-        **changes,
-    }
 
 
 def write(tmp_path, value):
@@ -45,6 +26,28 @@ def test_save_and_load_is_the_identity(tiny_plan, tmp_path):
     assert again == tiny_plan
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_a_plan_of_schema_1_is_upgraded(tmp_path):
+    """A real one, and the parts that it has none of."""
+    old = json.loads((Path(__file__).parent / "data/plan-schema-1.json").read_text())
+    plan = Plan.load(write(tmp_path, old))
+    assert (old["strategy"], plan.strategy, plan.racing) == ("window, racing", "window", True)
+    assert not plan.compiled
+    assert plan.of_runs
+    assert plan.repair is not None
+    new = json.loads(plan.to_json())
+    old["curve"]["fitted"] = None  # a field of later plans
+    changed = ("schema_version", "strategy", "racing", "compiled", "finals", "final_comparison")
+    rest = [{k: v for k, v in p.items() if k not in (*changed, "split")} for p in (old, new)]
+    assert rest[0] == rest[1]
+    assert (new["schema_version"], Plan.load(write(tmp_path, new))) == (2, plan)
+    pair = [{"strategy": "greedy", "order": [b], "increase": 0.1, "excess": 0.0} for b in (1, 2)]
+    finals = {"sets": pair, "fitted": 8192, "windows": 20, "own": 8}
+    old |= {"strategy": "greedy, compiled", "finals": finals}
+    plan = Plan.load(write(tmp_path, old))
+    assert plan.strategy_label == "greedy, compiled"
+    assert (plan.final_comparison.windows, plan.final_comparison.self_generated) == (20, 8)
 
 
 def test_a_score_is_one_line_so_that_plans_diff_well(tiny_plan):
@@ -82,7 +85,7 @@ def test_depth_is_the_first_removals():
         ({"protected": [2]}, r"removes protected blocks \[2\]"),
         ({"removed": [-1], "order": [-1]}, "removed.0: Input should be greater"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"schema_version": 2}, "has plan schema 2, this sleb reads 1: upgrade sleb"),
+        ({"schema_version": 3}, "has plan schema 3, this sleb reads 1 to 2: upgrade sleb"),
         ({"baseline": {"mean": float("nan")}}, "baseline.mean: Input should be a finite number"),
         ({"metric": "x" * 5000}, "metric: String should have at most 4096"),
         ({"model": None}, "model: Input should be"),

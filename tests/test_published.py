@@ -27,9 +27,7 @@ def test_order_and_scores_are_those_of_the_published_algorithm(family):
     order, rounds = reference.greedy(model, ids, 3, protected=(0, 7))
 
     sweep = Sweep(BlockStack(model), ids, NLL, batch=2)
-    objective = Objective(
-        lambda sets, a, b: sweep.scores(sets, a, b).numpy(), 5, step=lambda sets: 2
-    )
+    objective = Objective(sweep.scorer, 5)
     found = STRATEGIES["greedy"](objective, range(1, 7), 3)
 
     assert list(found.order) == order

@@ -11,6 +11,7 @@ import torch
 
 import reference
 import sleb
+from sleb.calibration import CalibrationSplit
 from sleb.cli.main import main
 from sleb.models.source import resolve
 
@@ -30,7 +31,7 @@ def windows(loaded):
 
 @pytest.fixture(scope="module")
 def plan(loaded, windows):
-    return sleb.search(loaded, remove=2, windows=windows)
+    return sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows))
 
 
 def test_the_order_and_scores_are_the_published_algorithms(loaded, windows, plan):
@@ -131,8 +132,6 @@ def test_two_removed_are_the_best_of_all_pairs(real_model):
     means = sweep.scores(pairs, 0, 8).mean(1)
     best = pairs[int(means.argmin())]
     for strategy, exact in (("greedy", True), ("greedy", False), ("beam", True), ("refine", True)):
-        objective = Objective(
-            lambda sets, a, b: sweep.scores(sets, a, b).numpy(), 8, step=sweep.step, exact=exact
-        )
+        objective = Objective(sweep.scorer, 8, exact=exact)
         found = STRATEGIES[strategy](objective, range(1, 29), 2)
         assert set(found.order) == best, strategy

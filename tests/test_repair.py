@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch import nn
 
 import sleb
 import zoo
+from search_tools import fit_windows, split_of
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
 from sleb.repairs import RIDGES, repair
-from sleb.repairs.data import repair_windows
 from sleb.repairs.regression import Gap, Regression, gaps
 from sleb.repairs.residual_writers import find_residual_writers
 from sleb.surgery.verification import verify
@@ -38,6 +39,11 @@ OUTPUTS = {
     "gemma2": ({"mlp.down_proj": 1.0}, {"self_attn.o_proj": 1.0}),  # norms behind them
     "olmo2": ({"mlp.down_proj": 1.0}, {"self_attn.o_proj": 1.0}),
 }
+
+
+def in_float32(block, path, new):
+    """The precision that weights are stored with."""
+    return new.float()
 
 
 @pytest.mark.parametrize("family", OUTPUTS)
@@ -91,9 +97,9 @@ def distance(stack, removed, ids) -> float:
 
 
 def fit_all(stack, removed, ids, ridge=0.01, reach=2, batch=8):
-    fitter = Regression(stack, removed, ids, batch)
+    fitter = Regression(stack, removed, ids, batch, rounded=in_float32)
     for gap in gaps(removed, len(stack), reach):
-        fitter.fit(gap, (ridge,), lambda: True, lambda block, name, t: t.float(), lambda n: None)
+        fitter.fit(gap, (ridge,))
     return fitter
 
 
@@ -121,8 +127,7 @@ def test_a_fit_is_weighted_ridge_regression():
     fitter = Regression(stack, {2}, ids, 5)
     stack.blocks[1].self_attn.o_proj.register_forward_hook(lambda m, a, out: out)
     # without attention's matrix, the fit of the last one stands alone
-    fitter._branches[1] = find_residual_writers(stack, 1)
-    fitter._branches[1].inner.clear()
+    fitter.writers(1).inner.clear()
     with torch.inference_mode():
         hidden, calls = stack.enter(ids)
         hidden = stack.run(0, hidden, calls[0])
@@ -130,9 +135,7 @@ def test_a_fit_is_weighted_ridge_regression():
         out = stack.run(1, hidden, calls[1])
         handle.remove()
         target = stack.run(2, out, calls[2])
-    fitter.fit(
-        Gap(removed=(2,), blocks=(1,)), (ridge,), lambda: True, lambda b, n, t: t, lambda n: None
-    )
+    fitter.fit(Gap(removed=(2,), blocks=(1,)), (ridge,))
     x = seen[0].flatten(0, 1).double()
     w = 1 / target.flatten(0, 1).double().square().mean(-1)
     e = (target - out).flatten(0, 1).double()
@@ -187,12 +190,11 @@ def test_what_is_refused_leaves_no_trace():
         asked.append({n for n, t in model.state_dict().items() if not torch.equal(t, before[n])})
         return len(asked) == 2
 
-    fitter = Regression(stack, {1, 4}, ids, 8)
+    fitter = Regression(stack, {1, 4}, ids, 8, rounded=in_float32)
     first, second = gaps({1, 4}, len(stack), 1)
-    store = lambda block, name, t: t.float()  # noqa: E731
-    assert fitter.fit(first, RIDGES, only_the_second, store, lambda n: None) == RIDGES[1]
+    assert fitter.fit(first, RIDGES, only_the_second) == RIDGES[1]
     kept = {n: t.clone() for n, t in model.state_dict().items()}
-    assert fitter.fit(second, RIDGES, lambda: False, store, lambda n: None) is None
+    assert fitter.fit(second, RIDGES, lambda: False) is None
     assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
     assert len(asked) == 2
     assert asked[0]
@@ -208,9 +210,7 @@ def loaded(learned):
 
 @pytest.fixture(scope="module")
 def material(learned, loaded):
-    return repair_windows(
-        loaded.tokenizer, [str(learned / "text.txt")], tokens=12_000, length=32, seed=0
-    )
+    return fit_windows(loaded.tokenizer, [str(learned / "text.txt")], 8_000)
 
 
 def test_a_repair_gives_loss_back_and_a_stock_checkpoint(learned, loaded, material, tmp_path):
@@ -276,13 +276,17 @@ def test_a_text_that_the_repair_would_harm_is_protected(loaded, material, monkey
     fitted, judges = material
     half = tuple(int(i >= len(judges.ids) // 2) for i in range(len(judges.ids)))
     two = replace(judges, source=half, names=("one", "two"))
-    from sleb.repairs import _Judge
+    from sleb.repairs import _Validation
+
+    def accepts(new):
+        sweep = SimpleNamespace(values=lambda *_: [new])
+        return _Validation(sweep, (2,), two).better_than(old)()
 
     old = torch.zeros(len(judges.ids)).double().numpy()
     better_in_one = old - 2.0 * (1 - torch.tensor(half).double().numpy()) + 0.5
-    assert not _Judge(lambda: better_in_one, old, two).accepts()
-    assert _Judge(lambda: old - 0.1, old, two).accepts()
-    assert not _Judge(lambda: old, old, two).accepts()
+    assert not accepts(better_in_one)
+    assert accepts(old - 0.1)
+    assert not accepts(old)
     random = replace(fitted, ids=torch.randint(3, 250, fitted.ids.shape))
     found = repair(loaded, (2,), random, judges)
     for gap in found.record.gaps:
@@ -291,19 +295,9 @@ def test_a_text_that_the_repair_would_harm_is_protected(loaded, material, monkey
 
 def test_what_judges_was_not_fitted_and_measures_neither(learned, loaded):
     text = [str(learned / "text.txt")]
-    scored, aside = sleb.load_windows(
-        loaded.tokenizer, text, windows=8, length=32, seed=3, heldout=9
-    )
-    fitted, judges = repair_windows(
-        loaded.tokenizer,
-        text,
-        scored=scored,
-        aside=aside,
-        tokens=3200,
-        length=32,
-        seed=3,
-        own=False,
-    )
+    split = split_of(loaded.tokenizer, text, windows=8, seed=3, heldout=9).with_repair(3200)
+    scored, aside = split.search, split.heldout
+    fitted, judges = split.repair_fit, split.repair_validation
     assert torch.equal(fitted.ids[:8], scored.ids)
     assert 90 <= len(fitted.ids) <= 102
     rows = [set(map(tuple, w.ids.tolist())) for w in (fitted, judges, aside)]

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import sleb
+from search_tools import split_of, stopped_at
 from sleb.core.errors import InputError
-from sleb.repairs import scoring as choice
-from sleb.repairs.data import repair_windows
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.scoring import RepairedScores
+from sleb.selection import objective
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
+from sleb.selection.search import SEARCH_TOKENS
 from sleb.selection.sweep import Sweep
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -41,21 +42,13 @@ def plan(loaded, learned):
 
 def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
     text = [str(learned / "text.txt")]
-    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=6, length=32, seed=0)
-    fitted, _ = repair_windows(
-        loaded.tokenizer,
-        text,
-        scored=scored,
-        tokens=choice.SEARCH_TOKENS + 6 * 32,
-        own=False,
-        length=32,
-        seed=0,
-    )
+    split = split_of(loaded.tokenizer, text, windows=6)
+    scored, fitted = split.search, split.candidate_fit(SEARCH_TOKENS)
     by_hand = {}
     for block in range(1, 5):
-        fitter = Regression(loaded.stack, {block}, fitted.ids[6:], 6)
+        fitter = Regression(loaded.stack, {block}, fitted.ids, 6)
         for gap in gaps({block}, 6):
-            fitter.fit(gap, (0.1,), lambda: True, lambda i, name, new: new, lambda n: None)
+            fitter.fit(gap, (0.1,))
         sweep = Sweep(loaded.stack, scored.ids, NLL, batch=6)
         by_hand[block] = float(sweep.values([BlockSet([block])], 0, 6).mean())
         fitter.restore()
@@ -94,7 +87,7 @@ def test_the_model_is_left_as_it_was(loaded, learned):
 
 
 def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
-    monkeypatch.setattr(choice, "SHORTLIST", 2)
+    monkeypatch.setattr(objective, "SHORTLIST", 2)
     asked = []
     real = RepairedScores.values
 
@@ -110,20 +103,6 @@ def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
     best = {score.block for score in plain.rounds[0].scores[:2]}
     assert {score.block for score in plan.rounds[0].scores} == best
     assert len([s for s in asked if s]) == 4
-
-
-def stopped_at(monkeypatch, n) -> list:
-    """Repairs are stopped at the n-th; the sets of all that are asked for."""
-    real, calls = RepairedScores._row, []
-
-    def row(self, blocks, start, stop):
-        calls.append(blocks)
-        if len(calls) == n:
-            raise KeyboardInterrupt
-        return real(self, blocks, start, stop)
-
-    monkeypatch.setattr(RepairedScores, "_row", row)
-    return calls
 
 
 def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):

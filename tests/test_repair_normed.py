@@ -8,10 +8,9 @@ import torch
 import sleb
 import zoo
 from conftest import byte_tokenizer, teach
+from search_tools import fit_windows
 from sleb.models.stack import BlockStack
 from sleb.repairs import repair
-from sleb.repairs.data import repair_windows
-from sleb.repairs.post_norm import fit_before_norm
 from sleb.repairs.regression import Regression
 from sleb.repairs.residual_writers import Norm, find_residual_writers
 from sleb.surgery.verification import verify
@@ -41,9 +40,9 @@ def place():
     """A stack, and a Regression at its block 2 with equal streams."""
     stack = BlockStack(zoo.tiny("gemma2")[0])
     ids = torch.randint(3, 90, (24, 24), generator=torch.Generator().manual_seed(0))
-    fitter = Regression(stack, {3}, ids, 8)
+    fitter = Regression(stack, {3}, ids, 8, rounded=lambda b, n, t: t.float())
     with torch.inference_mode():
-        fitter._advance_to(2, lambda n: None)
+        fitter._advance_to(2)
     return stack, fitter
 
 
@@ -55,20 +54,18 @@ def planted(stack, fitter, changes) -> tuple[list[torch.Tensor], float, float]:
     with torch.inference_mode():
         for name, change in changes.items():
             modules[name].weight.add_(change)
-        targets = list(fitter.run(2, fitter.cut, lambda n: None))
+        targets = list(fitter.run(2, fitter.cut))
         for name, module in modules.items():
             module.weight.copy_(old[name])
 
     def distance() -> float:
         with torch.inference_mode():
-            now = list(fitter.run(2, fitter.cut, lambda n: None))
+            now = list(fitter.run(2, fitter.cut))
         return float(sum((a - b).norm() for a, b in zip(now, targets, strict=True)))
 
     before = distance()
     with torch.inference_mode():
-        branches = fitter.branches(2)
-        store = (2, branches, MATRIX, targets, 1e-4, lambda b, n, t: t.float(), lambda n: None)
-        fit_before_norm(fitter, *store)
+        fitter.fit_before_norm(2, MATRIX, targets, 1e-4)
     return targets, before, distance()
 
 
@@ -129,9 +126,9 @@ def test_a_repair_gives_loss_back_and_a_stock_checkpoint(taught, tmp_path):
     model = sleb.load(taught / "model", **CPU)
     text = [str(taught / "text.txt")]
     plan = sleb.search(model, remove=2, text=text, windows=8, length=32, exact=True)
-    material = repair_windows(model.tokenizer, text, tokens=9_000, length=32, seed=0)
+    material = fit_windows(model.tokenizer, text, 6_000)
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    found = repair(model, plan.removed, *material, own=False)
+    found = repair(model, plan.removed, *material, self_generated=False)
     assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
     first, last = found.record.gaps[0].before["text"], found.record.gaps[-1].after["text"]
     with torch.no_grad():

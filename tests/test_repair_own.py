@@ -9,14 +9,15 @@ import torch
 from transformers import PretrainedConfig
 
 import sleb
+from search_tools import fit_windows, split_of
+from sleb.calibration.split import SELF_GENERATED
 from sleb.calibration.tokens import opening_tokens
 from sleb.core.progress import silent
 from sleb.models.stack import BlockStack
-from sleb.repairs import data as material
-from sleb.repairs import repair
+from sleb.repairs import given_tokens, regression, repair
 from sleb.repairs import self_generated as own
-from sleb.repairs.self_generated import OWN, with_self_generated
-from sleb.selection import sweep
+from sleb.repairs.self_generated import with_self_generated
+from sleb.selection import resources
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
@@ -44,12 +45,13 @@ def both(loaded, windows):
 
 def test_the_tokens_of_a_fit_count_it(learned, loaded):
     text = [str(learned / "text.txt")]
-    scored, _ = sleb.load_windows(loaded.tokenizer, text, windows=8, length=32, seed=3)
-    options = {"scored": scored, "tokens": 3200, "length": 32, "seed": 3}
-    less, _ = material.repair_windows(loaded.tokenizer, text, **options)
-    more, _ = material.repair_windows(loaded.tokenizer, text, **options, own=False)
-    assert len(less.ids) == pytest.approx(67, abs=3)
-    assert len(more.ids) == pytest.approx(100, abs=3)
+    split = split_of(loaded.tokenizer, text, windows=8, seed=3)
+    tokens = given_tokens(loaded.stack, 3200)
+    assert tokens == pytest.approx(3200 * 2 / 3, abs=1)
+    fit = split.with_repair(tokens).with_self_generated(own.writer(loaded, silent)).repair_fit
+    assert len(fit.ids) == pytest.approx(100, abs=3)
+    assert fit.source.count(1) == pytest.approx(33, abs=1)
+    assert torch.equal(fit.ids[:8], split.search.ids)
 
 
 @pytest.mark.parametrize(
@@ -74,18 +76,18 @@ def test_a_fit_sees_more_on_a_gpu_with_room(monkeypatch, kind, streamed, room, o
         dtype=torch.float32,
         model=SimpleNamespace(config=PretrainedConfig(hidden_size=64)),
     )
-    monkeypatch.setattr(material, "room_bytes", lambda stack: room)
-    monkeypatch.setattr(material, "group", Ranks)
-    assert material.default_tokens(stack) == expected
+    monkeypatch.setattr(regression, "room_bytes", lambda stack: room)
+    monkeypatch.setattr(regression, "group", Ranks)
+    assert regression.default_tokens(stack) == expected
 
 
 def test_half_as_many_windows_are_added_and_recorded(windows, both):
     assert torch.equal(both.ids[:12], windows.ids)
     assert both.ids.shape == (18, 32)
     assert both.source[12:] == (1,) * 6
-    assert both.names == (*windows.names, OWN)
+    assert both.names == (*windows.names, SELF_GENERATED)
     record = both.record
-    assert [(s.spec, s.windows) for s in record.sources][1:] == [(OWN, 6)]
+    assert [(s.spec, s.windows) for s in record.sources][1:] == [(SELF_GENERATED, 6)]
     assert record.windows == 18
     assert record.sha256 != windows.record.sha256
     assert both.take(range(12)).record.sha256 == windows.record.sha256
@@ -136,18 +138,18 @@ def test_it_depends_on_the_seed_alone_and_leaves_other_random_numbers(loaded, wi
 
 
 def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
-    fitted, judges = material.repair_windows(
-        loaded.tokenizer, [str(learned / "text.txt")], tokens=3200, length=32, seed=0
-    )
+    fitted, judges = fit_windows(loaded.tokenizer, [str(learned / "text.txt")], 2134)
     texts = len(fitted.ids)
-    with_it, without = (repair(loaded, (2,), fitted, judges, own=own) for own in (True, False))
+    with_it, without = (
+        repair(loaded, (2,), fitted, judges, self_generated=own) for own in (True, False)
+    )
     named = [s.spec for s in with_it.record.calibration.sources]
-    assert OWN in named
+    assert SELF_GENERATED in named
     assert with_it.record.calibration.windows == texts + texts // 2
     assert without.record.calibration.windows == texts
-    assert OWN not in [s.spec for s in without.record.calibration.sources]
+    assert SELF_GENERATED not in [s.spec for s in without.record.calibration.sources]
     assert with_it.record.tensors != without.record.tensors
-    assert OWN not in [s.spec for s in with_it.record.heldout.sources]
+    assert SELF_GENERATED not in [s.spec for s in with_it.record.heldout.sources]
 
 
 def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch):
@@ -172,10 +174,10 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
 @pytest.mark.parametrize(("free", "room"), [(2**30, 2**28), (2**32, 2**29)])
 def test_a_gpu_has_room_by_its_size_unless_it_is_full(loaded, monkeypatch, free, room):
     monkeypatch.setattr(BlockStack, "input_device", torch.device("cuda"))
-    monkeypatch.setattr(sweep, "_free_bytes", lambda stack: free)
+    monkeypatch.setattr(resources, "free_bytes", lambda stack: free)
     size = SimpleNamespace(total_memory=2**32)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
-    assert sweep.room_bytes(loaded.stack) == room
+    assert resources.room_bytes(loaded.stack) == room
     assert own._at_once(loaded.stack, 32) == room // (768 * 32)
 
 

@@ -13,6 +13,8 @@ import torch
 import sleb
 import zoo
 from conftest import byte_tokenizer
+from search_tools import fit_windows
+from sleb.calibration.split import SELF_GENERATED
 from sleb.cli.main import main
 from sleb.core.errors import InputError
 from sleb.evaluation.perplexity import evaluate
@@ -20,9 +22,7 @@ from sleb.models.load import load_config, stream_places, strict_model
 from sleb.models.overrides import WeightOverrides
 from sleb.models.stack import BlockStack
 from sleb.repairs import RIDGES, repair, repaired
-from sleb.repairs.data import repair_windows
 from sleb.repairs.regression import Regression, gaps
-from sleb.repairs.self_generated import OWN
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
@@ -30,6 +30,11 @@ from sleb.selection.sweep import Sweep
 CPU = {"dtype": "float32", "device": "cpu"}
 REMOVED = {1, 4}
 FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral"]
+
+
+def in_float32(block, path, new):
+    """The precision that weights are stored with."""
+    return new.float()
 
 
 def ids(n=24, length=20, seed=0):
@@ -67,9 +72,9 @@ def pair(family, folder, dtype=torch.float32, places=None):
 
 
 def fit(stack, accept=lambda: True, removed=frozenset(REMOVED), ridges=(0.1,)):
-    fitter = Regression(stack, removed, ids(), 8)
+    fitter = Regression(stack, removed, ids(), 8, rounded=in_float32)
     for gap in gaps(removed, len(stack)):
-        fitter.fit(gap, ridges, accept, lambda block, name, t: t.float(), lambda n: None)
+        fitter.fit(gap, ridges, accept)
     return fitter
 
 
@@ -169,10 +174,10 @@ def test_a_fit_that_breaks_off_leaves_no_trace(tmp_path, monkeypatch):
             raise RuntimeError("stop")
 
     monkeypatch.setattr(WeightOverrides, "put", failing)
-    fitter = Regression(streamed, REMOVED, ids(), 8)
+    fitter = Regression(streamed, REMOVED, ids(), 8, rounded=in_float32)
     first, _ = gaps(REMOVED, len(streamed))
     with pytest.raises(RuntimeError, match="stop"):
-        fitter.fit(first, (0.1,), lambda: True, lambda b, n, t: t.float(), lambda n: None)
+        fitter.fit(first, (0.1,))
     fitter.restore()
     assert torch.equal(losses(streamed), before)
 
@@ -180,25 +185,18 @@ def test_a_fit_that_breaks_off_leaves_no_trace(tmp_path, monkeypatch):
 def test_each_block_is_read_once_for_every_ridge(tmp_path, monkeypatch):
     _, streamed = pair("llama", tmp_path / "m")
     fit(streamed).restore()  # the first forward pass of all learns what blocks return
-    branches = {}
+    writers = {}
     first, second = gaps(REMOVED, len(streamed))
     with reads(monkeypatch) as counted:
-        fitter = Regression(streamed, REMOVED, ids(), 8, branches)
-        take = lambda b, n, t: t.float()  # noqa: E731
-        fitter.fit(first, (0.1,), lambda: True, take, lambda n: None)
+        fitter = Regression(streamed, REMOVED, ids(), 8, writers, in_float32)
+        fitter.fit(first, (0.1,))
         assert set(counted.values()) == {1}, counted
         assert {key.split(".")[2] for key in counted} == {*"0123"[: second.blocks[0]]}
         tried = []
-        fitter.fit(
-            second,
-            (0.1, 1.0),
-            lambda: bool(tried.append(1)) or len(tried) == 2,
-            take,
-            lambda n: None,
-        )
+        fitter.fit(second, (0.1, 1.0), lambda: bool(tried.append(1)) or len(tried) == 2)
     by_block = {int(key.split(".")[2]): n for key, n in counted.items()}
     assert by_block == {b: 2 if b >= second.blocks[0] else 1 for b in range(second.blocks[-1] + 1)}
-    assert set(branches) == {*first.blocks, *second.blocks}
+    assert set(writers) == {*first.blocks, *second.blocks}
 
 
 def test_never_more_than_three_blocks_are_in_memory(tmp_path):
@@ -284,16 +282,14 @@ def test_a_block_that_is_held_changes_and_changes_back_at_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def material(learned):
-    return repair_windows(
-        byte_tokenizer(), [str(learned / "text.txt")], tokens=8_000, length=32, seed=0, own=False
-    )
+    return fit_windows(byte_tokenizer(), [str(learned / "text.txt")], 8_000)
 
 
 def test_a_repair_is_the_same_record_and_the_model_scores_as_before(learned, material):
     loaded = sleb.load(learned / "model", **CPU)
     streamed = sleb.load(learned / "model", stream=True, **CPU)
     before = evaluate(streamed, material[1], removed=(1, 4))
-    want = repair(loaded, (1, 4), *material, own=False)
+    want = repair(loaded, (1, 4), *material, self_generated=False)
     found = repair(streamed, (1, 4), *material)
     assert found.record == want.record
     assert [gap.ridge for gap in found.record.gaps] == [RIDGES[0]] * 2
@@ -311,8 +307,10 @@ def test_a_repair_is_the_same_record_and_the_model_scores_as_before(learned, mat
 def test_a_streamed_model_writes_no_text_and_that_is_said(learned, material):
     streamed = sleb.load(learned / "model", stream=True, **CPU)
     with pytest.raises(InputError, match="cannot write text to fit on, since every token would"):
-        repair(streamed, (2,), *material, own=True)
-    assert OWN not in [s.spec for s in repair(streamed, (2,), *material).record.calibration.sources]
+        repair(streamed, (2,), *material, self_generated=True)
+    assert SELF_GENERATED not in [
+        s.spec for s in repair(streamed, (2,), *material).record.calibration.sources
+    ]
 
 
 PRUNE = ("--remove", "2", "--windows", "8", "--length", "32", "--heldout", "6", "--text", "TEXT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ import torch
 import reference
 import sleb
 from conftest import BLOCKS, tiny_llama
+from search_tools import split_of, toy
+from sleb.calibration import CalibrationSplit
 from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import METRICS, NLL
-from sleb.selection.objective import BlockSet, Journal, Objective
+from sleb.selection.objective import BlockSet, Objective, Scorer
 from sleb.selection.racing import rank
+from sleb.selection.resources import on_threads
+from sleb.selection.score_cache import ScoreCache
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, block_forwards
 
@@ -29,14 +34,21 @@ def loaded(tiny_dir):
 
 @pytest.fixture(scope="module")
 def windows(loaded):
-    return sleb.load_windows(loaded.tokenizer, (), windows=6, length=24, seed=3)[0]
+    return split_of(loaded.tokenizer, (), windows=6, length=24, seed=3).search
 
 
 @pytest.mark.parametrize(
     ("metric", "score"), [("loss", reference.loss), ("kl", reference.divergence)]
 )
 def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, metric, score):
-    plan = sleb.search(loaded, remove=4, metric=metric, exact=True, windows=windows, protect="")
+    plan = sleb.search(
+        loaded,
+        remove=4,
+        metric=metric,
+        exact=True,
+        split=CalibrationSplit(search=windows),
+        protect="",
+    )
     order, rounds = reference.greedy(loaded.model, windows.ids, 4, score)
     assert list(plan.order) == order
     for got, want in zip(plan.rounds, rounds, strict=True):
@@ -44,14 +56,18 @@ def test_order_and_scores_are_those_of_the_published_algorithm(loaded, windows, 
 
 
 def test_one_shot_loss_is_the_first_round_alone(loaded, windows):
-    plan = sleb.search(loaded, remove=3, metric="one-shot-loss", windows=windows, protect="")
+    plan = sleb.search(
+        loaded, remove=3, metric="one-shot-loss", split=CalibrationSplit(search=windows), protect=""
+    )
     _, (scores,) = reference.greedy(loaded.model, windows.ids, 1)
     assert list(plan.order) == sorted(scores, key=scores.__getitem__)[:3]
     assert len(plan.rounds) == 1
 
 
 def test_cosine_ranks_by_the_angle_between_input_and_output(loaded, windows):
-    plan = sleb.search(loaded, remove=2, metric="cosine", windows=windows, protect="")
+    plan = sleb.search(
+        loaded, remove=2, metric="cosine", split=CalibrationSplit(search=windows), protect=""
+    )
     hidden = []
     hooks = [
         b.register_forward_hook(
@@ -71,16 +87,19 @@ def test_cosine_ranks_by_the_angle_between_input_and_output(loaded, windows):
 
 
 def test_protected_blocks_stay_and_are_not_scored(loaded, windows):
-    plan = sleb.search(loaded, remove=2, windows=windows, protect="0,2-3,-1")
+    plan = sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), protect="0,2-3,-1")
     assert {s.block for s in plan.rounds[0].scores} == {1, 4}
     assert plan.removed == (1, 4)
     assert plan.protected == (0, 2, 3, 5)
 
 
 def test_first_and_last_are_protected_by_default_and_too_many_is_refused(loaded, windows):
-    assert sleb.search(loaded, remove=1, windows=windows).protected == (0, BLOCKS - 1)
+    assert sleb.search(loaded, remove=1, split=CalibrationSplit(search=windows)).protected == (
+        0,
+        BLOCKS - 1,
+    )
     with pytest.raises(InputError, match="cannot remove 5 of 4 candidates"):
-        sleb.search(loaded, remove=5, windows=windows)
+        sleb.search(loaded, remove=5, split=CalibrationSplit(search=windows))
 
 
 def test_same_seed_same_plan_and_any_batch_size_the_same_order(tiny_dir):
@@ -94,7 +113,7 @@ def test_same_seed_same_plan_and_any_batch_size_the_same_order(tiny_dir):
 
 
 def test_dense_baseline_is_the_models_own_loss(loaded, windows):
-    plan = sleb.search(loaded, remove=1, windows=windows)
+    plan = sleb.search(loaded, remove=1, split=CalibrationSplit(search=windows))
     want = reference.loss(loaded.model, (), windows.ids)
     assert plan.baseline.mean == pytest.approx(want.mean().item(), abs=2e-6)
     assert plan.baseline.se == pytest.approx(want.std().item() / 6**0.5, abs=2e-6)
@@ -162,20 +181,6 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_scores():
 # -- strategies and the objective, without a model -----------------------------------------------
 
 
-def toy(weights, pairs=None):
-    """A score with interactions: the sum of the removed blocks' weights, plus pair terms."""
-
-    def score(sets, start, stop):
-        rows = []
-        for s in sets:
-            value = sum(weights[b] for b in s)
-            value += sum(v for pair, v in (pairs or {}).items() if set(pair) <= s)
-            rows.append([value + 0.01 * w for w in range(start, stop)])
-        return np.array(rows)
-
-    return score
-
-
 def test_ties_go_to_the_lower_block():
     assert rank([7, 3, 5], np.ones((3, 2)), 2).removed == (3, 5)
 
@@ -197,7 +202,7 @@ def test_an_objective_computes_nothing_twice():
         asked.extend((s, start) for s in sets)
         return toy([1, 2, 3])(sets, start, stop)
 
-    objective = Objective(score, 5, step=lambda sets: 2)
+    objective = Objective(Scorer(values=score, step=lambda sets: 2), 5)
     sets = [BlockSet({0}), BlockSet({1}), BlockSet({0})]
     once = objective.scores(sets)
     assert np.array_equal(objective.scores(sets), once)
@@ -210,7 +215,6 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
     weights, pairs = [9, 4, 3, 5, 2, 6, 7], {(4, 2): 8, (1, 3): -6}
 
     def run(path, fail_after=None, torn=False):
-        journal = Journal(path, "key")
         calls = [0]
 
         def score(sets, start, stop):
@@ -219,15 +223,15 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
             calls[0] += 1
             return toy(weights, pairs)(sets, start, stop)
 
-        done = False
         try:
-            objective = Objective(score, 5, step=lambda sets: 2, journal=journal, exact=exact)
-            found = STRATEGIES["greedy"](objective, range(7), 4)
-            done = True
-        finally:
-            journal.close(done=done)
-            if torn and not done:
+            with ScoreCache(path, "key") as cache:
+                scorer = Scorer(values=score, step=lambda sets: 2)
+                objective = Objective(scorer, 5, cache=cache.of("loss"), exact=exact)
+                found = STRATEGIES["greedy"](objective, range(7), 4)
+        except KeyboardInterrupt:
+            if torn:
                 path.write_bytes(path.read_bytes()[:-9])
+            raise
         return found, calls[0]
 
     whole, total = run(tmp_path / "whole")
@@ -243,14 +247,61 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
         assert rest == total - stop + (stop % 2)  # only what was not yet on disk
 
 
-def test_a_journal_of_another_search_is_not_used(tmp_path):
-    journal = Journal(tmp_path / "j", "one")
-    journal.append([BlockSet({1})], 0, np.ones((1, 2)))
-    journal.close(done=False)
-    assert len(Journal(tmp_path / "j", "one").replay()) == 1
-    assert Journal(tmp_path / "j", "two").replay() == []
+def test_scores_of_another_search_or_kind_are_not_used(tmp_path):
+    def known(key, kind):
+        with ScoreCache(tmp_path / "j", key, keep=True) as cache:
+            return cache.of(kind).replay()
+
+    with ScoreCache(tmp_path / "j", "one", keep=True) as cache:
+        cache.of("loss").append([BlockSet({1})], 0, np.ones((1, 2)))
+        cache.of("repaired").append([BlockSet({2})], 4, np.zeros((1, 2)))
+    ((sets, start, values),) = known("one", "repaired")
+    assert (sets, start, values.tolist()) == ([BlockSet({2})], 4, [[0.0, 0.0]])
+    assert known("one", "another") == []
+    assert known("two", "loss") == []
     (tmp_path / "j").write_text("not json\n")
-    assert Journal(tmp_path / "j", "two").replay() == []
+    assert known("two", "loss") == []
+    assert not (tmp_path / "j").exists()  # of nothing scored nothing is kept
+
+
+@pytest.mark.parametrize("left", [1, 3, 8])
+def test_each_round_moves_its_bar_to_the_end_whatever_a_race_saves(left):
+    """``left``: candidates that are not clearly worse."""
+    stages = []
+
+    class Bars:
+        @contextmanager
+        def stage(self, title, total):
+            stages.append([title, total, 0])
+
+            def tick(n=1, note=""):
+                assert n >= 0
+                stages[-1][2] += n
+
+            yield tick
+
+    noise = np.random.default_rng(0).normal(0, 0.01, (8, 40))
+    told = []
+
+    def score(sets, start, stop):
+        for _ in sets:
+            told[0](stop - start)
+        rows = [sorted(s)[-1] if s else 9 for s in sets]
+        return np.array([(0 if r < left else 5) + noise[r % 8, start:stop] for r in rows])
+
+    scorer = Scorer(values=score, on_work=lambda tick: told.__setitem__(slice(None), [tick]))
+    for exact in (True, False):
+        objective = Objective(scorer, 40, progress=Bars(), title="here", exact=exact)
+        objective.best([BlockSet({b}) for b in range(8)])
+    assert stages == [["here", 9 * 40, 9 * 40]] * 2
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    for threads in (before + 1, None):
+        with on_threads(threads):
+            assert torch.get_num_threads() == (threads or before)
+    assert torch.get_num_threads() == before
 
 
 def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch):
@@ -279,16 +330,20 @@ def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch)
 def test_similarity_threshold_limits_the_candidates(loaded, windows):
     values = [b.mean for b in sleb.measure_similarity(loaded, windows).blocks]
     middle = sorted(values[1:5])[2]
-    plan = sleb.search(loaded, remove=1, windows=windows, min_similarity=middle)
+    plan = sleb.search(
+        loaded, remove=1, split=CalibrationSplit(search=windows), min_similarity=middle
+    )
     allowed = {b for b in range(1, 5) if values[b] >= middle}
     assert {s.block for s in plan.rounds[0].scores} == allowed == set(plan.similarity.candidates)
     with pytest.raises(InputError, match=r"leaves 0 candidates for 2 removals; at most"):
-        sleb.search(loaded, remove=2, windows=windows, min_similarity=1.5)
+        sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), min_similarity=1.5)
     with pytest.raises(InputError, match="neither a number nor auto"):
-        sleb.search(loaded, remove=2, windows=windows, min_similarity="high")
+        sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows), min_similarity="high")
     with pytest.raises(InputError, match="neither a number nor auto"):  # before any model is read
         sleb.search("nowhere", remove=2, min_similarity="high")
-    auto = sleb.search(loaded, remove=1, windows=windows, min_similarity="auto")
+    auto = sleb.search(
+        loaded, remove=1, split=CalibrationSplit(search=windows), min_similarity="auto"
+    )
     assert len(auto.similarity.candidates) == 2
 
 
@@ -326,7 +381,7 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
     exact = sleb.search(tiny_dir, **options)
     raced = sleb.search(tiny_dir, exact=False, **options)
     assert raced.order == exact.order
-    assert raced.strategy == "greedy, racing"
+    assert (raced.strategy, raced.racing, raced.compiled) == ("greedy", True, False)
     winner, last = raced.rounds[0].scores[0], raced.rounds[-1].scores[0]
     assert winner.windows < 24 == last.windows
     assert winner.mean == pytest.approx(exact.rounds[0].scores[0].mean, abs=3 * winner.se)
@@ -339,7 +394,7 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
 def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
     plan = sleb.search(tiny_dir, remove=2, strategy=strategy, windows=3, length=16, **CPU)
     assert len(plan.removed) == 2
-    assert plan.strategy == f"{strategy}, racing"
+    assert (plan.strategy, plan.racing) == (strategy, True)
     with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
         sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)
 
@@ -348,7 +403,7 @@ def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypa
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("sleb.selection.search.load", load)
+    monkeypatch.setattr("sleb.repairs.search.load", load)
     monkeypatch.setattr("sleb.pipeline.load", load)
     for options, message in (
         ({"remove": 9}, "is 9 of the model's 6 blocks"),

@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from search_tools import toy
 from sleb.core.errors import InputError
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.racing import ERROR, Race, leaders, rank
 from sleb.selection.strategies import BEAM, STRATEGIES
-from test_search import toy
 
 WEIGHTS = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
@@ -251,6 +251,6 @@ def test_the_command_line_knows_strategies_and_racing(tiny_dir, tmp_path, capsys
     base = ["search", str(tiny_dir), "--remove", "2", "--windows", "5", "--length", "16"]
     out = tmp_path / "plan.json"
     assert main([*base, "-o", str(out), "--strategy", "beam", "--race"]) == 0
-    assert Plan.load(out).strategy == "beam, racing"
+    assert Plan.load(out).strategy_label == "beam, racing"
     assert main([*base, "-o", str(tmp_path / "x"), "--strategy", "beem"]) == 2
     assert "unknown strategy 'beem' (did you mean 'beam'?)" in capsys.readouterr().err

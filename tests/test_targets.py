@@ -12,10 +12,12 @@ from scipy import stats
 import reference
 import sleb
 from conftest import save_tiny
+from search_tools import split_of
+from sleb.calibration import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Plan
-from sleb.selection.goal import Goal, parse_bytes
+from sleb.selection.request import Goal, parse_bytes
 from sleb.selection.targets import Costs, StoppingRule
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -31,14 +33,16 @@ def loaded(tiny_dir):
 def split(loaded):
     """Windows to score and to hold out, of text that the model itself wrote: so its loss is low,
     and every removal raises it."""
-    parts = sleb.load_windows(loaded.tokenizer, (), windows=6, length=24, seed=0, heldout=8)
+    parts = split_of(loaded.tokenizer, (), windows=6, length=24, heldout=8)
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 259, (14, 1), generator=draw)
     while ids.shape[1] < 24:
         with torch.no_grad():
             odds = (1.5 * loaded.model(input_ids=ids).logits[:, -1]).softmax(-1)
         ids = torch.cat((ids, torch.multinomial(odds, 1, generator=draw)), 1)
-    return replace(parts[0], ids=ids[:6]), replace(parts[1], ids=ids[6:])
+    return CalibrationSplit(
+        search=replace(parts.search, ids=ids[:6]), heldout=replace(parts.heldout, ids=ids[6:])
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,21 +96,21 @@ def test_as_few_blocks_go_as_the_size_allows(loaded, split):
     costs = Costs.of(Checkpoint.open(loaded.source.path), loaded.stack)
     for n in (1, 2, 3):
         limit = costs.total - n * costs.blocks[1]
-        plan = sleb.search(loaded, size=limit, windows=split[0])
+        plan = sleb.search(loaded, size=limit, split=split)
         assert (len(plan.removed), plan.target.reached) == (n, limit)
-        assert len(sleb.search(loaded, size=limit + 1, windows=split[0]).removed) == n
-        assert plan.order == sleb.search(loaded, remove=n, windows=split[0]).order
+        assert len(sleb.search(loaded, size=limit + 1, split=split).removed) == n
+        assert plan.order == sleb.search(loaded, remove=n, split=split).order
     with pytest.raises(InputError, match="without all 4 candidates the weights still take"):
-        sleb.search(loaded, size=limit // 2, windows=split[0])
+        sleb.search(loaded, size=limit // 2, split=split)
 
 
 def test_as_few_blocks_go_as_the_speed_up_needs(loaded, split):
-    plan = sleb.search(loaded, speedup=1.4, windows=split[0])
+    plan = sleb.search(loaded, speedup=1.4, split=split)
     costs = Costs.of(Checkpoint.open(loaded.source.path), loaded.stack)
     assert plan.target.kind == "speedup"
     assert plan.target.reached >= 1.4 > costs.speedup(plan.order[:-1])
     with pytest.raises(InputError, match="--speedup 50 is not within reach: without all 4"):
-        sleb.search(loaded, speedup=50, windows=split[0])
+        sleb.search(loaded, speedup=50, split=split)
 
 
 def test_blocks_of_unequal_size_count_as_they_are():
@@ -122,7 +126,7 @@ def test_blocks_of_unequal_size_count_as_they_are():
 def test_other_strategies_reach_a_size_too(loaded, split, strategy):
     costs = Costs.of(Checkpoint.open(loaded.source.path), loaded.stack)
     limit = costs.total - 2 * costs.blocks[1]
-    plan = sleb.search(loaded, size=limit, strategy=strategy, windows=split[0])
+    plan = sleb.search(loaded, size=limit, strategy=strategy, split=split)
     assert len(plan.removed) == 2
     assert costs.size(plan.removed) <= limit
 
@@ -137,27 +141,25 @@ def bound(model, removed, ids):
 
 
 def test_a_limit_on_loss_is_kept_on_windows_that_were_not_scored(loaded, split):
-    scored, aside = split
-    whole = sleb.search(loaded, remove=4, exact=True, windows=scored).order
+    aside = split.heldout
+    whole = sleb.search(loaded, remove=4, exact=True, split=split).order
     bounds = [bound(loaded.model, whole[: d + 1], aside.ids) for d in range(4)]
     assert bounds == sorted(bounds)  # else the cases below say nothing
     for depth in (1, 2, 3):
         limit = float(np.mean(bounds[depth - 1 : depth + 1]))
-        plan = sleb.search(
-            loaded, max_loss_increase=limit, exact=True, windows=scored, heldout=aside
-        )
+        plan = sleb.search(loaded, max_loss_increase=limit, exact=True, split=split)
         assert plan.order == whole[:depth]
         assert plan.target.reached == pytest.approx(bounds[depth - 1], abs=1e-5)
         assert [p.bound for p in plan.curve.points] == pytest.approx(bounds[: depth + 1], abs=1e-5)
         assert plan.curve.heldout == aside.record
         assert len(plan.rounds) == depth
-    everything = sleb.search(loaded, max_loss_increase=1e3, windows=scored, heldout=aside)
+    everything = sleb.search(loaded, max_loss_increase=1e3, split=split)
     assert len(everything.order) == 4
 
 
 def test_one_shot_keeps_the_limit_too(loaded, split):
-    scored, aside = split
-    options = {"metric": "one-shot-loss", "windows": scored, "heldout": aside}
+    aside = split.heldout
+    options = {"metric": "one-shot-loss", "split": split}
     order = sleb.search(loaded, remove=4, **options).order
     limit = bound(loaded.model, order[:2], aside.ids) + 1e-4
     plan = sleb.search(loaded, max_loss_increase=limit, **options)
@@ -167,7 +169,7 @@ def test_one_shot_keeps_the_limit_too(loaded, split):
 
 def test_nothing_within_the_limit_is_a_failed_gate(loaded, split):
     with pytest.raises(VerificationFailed, match=r"nothing can be removed within .* on 8 windows"):
-        sleb.search(loaded, max_loss_increase=1e-6, windows=split[0], heldout=split[1])
+        sleb.search(loaded, max_loss_increase=1e-6, split=split)
     assert VerificationFailed.exit_code == 3
 
 
@@ -188,10 +190,10 @@ def test_a_limit_needs_one_removal_after_the_other(loaded, strategy):
 
 
 def test_the_curve_is_what_eval_measures_at_each_depth(loaded, split, tmp_path):
-    scored, aside = split
-    plan = sleb.search(loaded, remove=3, curve=True, windows=scored, heldout=aside)
+    aside = split.heldout
+    plan = sleb.search(loaded, remove=3, curve=True, split=split)
     costs = Costs.of(Checkpoint.open(loaded.source.path), loaded.stack)
-    assert plan.order == sleb.search(loaded, remove=3, windows=scored).order
+    assert plan.order == sleb.search(loaded, remove=3, split=split).order
     for point in plan.curve.points:
         removed = plan.at_depth(point.depth)
         assert point.block == plan.order[point.depth - 1]

@@ -10,11 +10,11 @@ import pytest
 import rich.console
 from pydantic import TypeAdapter
 from scipy import stats
+from sleb.cli.render_transfer import transfer as draw
 
 import reference
 import sleb
 import sleb.evaluation.transfer as module
-from sleb.cli.render_transfer import transfer as draw
 from sleb.core.errors import InputError
 from sleb.evaluation.transfer import Transfer, check_transfer, clearly_worse, transfer
 from text_tools import letters
@@ -42,9 +42,9 @@ def searched(monkeypatch):
     """Every search that is made: name of its stage, its windows, its plan."""
     calls = []
 
-    def spy(model, *, windows, progress, **options):
-        plan = sleb.search(model, windows=windows, **options)
-        calls.append((progress.name, windows, plan))
+    def spy(model, *, split, progress, **options):
+        plan = sleb.search(model, split=split, **options)
+        calls.append((progress.name, split.search, plan))
         return plan
 
     monkeypatch.setattr(module, "search", spy)
@@ -324,7 +324,7 @@ def test_stages_say_which_search_they_belong_to(loaded, texts):
             return sleb.core.progress.silent.stage(title, total)
 
     transfer(loaded, texts[:2], remove=1, heldout=2, progress=Heard(), **SMALL)
-    assert [t for t in titles if t.startswith("searching")] == [
+    assert [*dict.fromkeys(t for t in titles if t.startswith("searching"))] == [
         "searching (mail)",
         "searching (prog)",
         "searching (mix)",

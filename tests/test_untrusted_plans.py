@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plan_tools import minimal
 from sleb.core.errors import InputError, SlebError
 from sleb.core.plan import MAX_BYTES, Plan
 from sleb.formats.exports import FORMATS, export_plan
 from sleb.record import RunRecord
-from test_plan import minimal
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

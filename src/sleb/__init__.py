@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sleb.models.load import LoadedModel, load
     from sleb.models.stack import bypassed
     from sleb.pipeline import Pruned, prune
-    from sleb.selection.search import search
+    from sleb.repairs.search import search
     from sleb.selection.similarity import Similarity, measure_similarity
     from sleb.surgery.apply import apply
     from sleb.surgery.restore import Restored, restore
@@ -58,7 +58,7 @@ _HOME = {
     "measure_similarity": "selection.similarity",
     "prune": "pipeline",
     "restore": "surgery.restore",
-    "search": "selection.search",
+    "search": "repairs.search",
     "verify": "surgery.verification",
 }
 

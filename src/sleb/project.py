@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from sleb.acceptance import Gate
 from sleb.calibration import load_windows
 from sleb.calibration.sources import parse_source
+from sleb.config import SearchConfig
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.files import file_sha256, write_text
 from sleb.core.plan import Plan
@@ -35,7 +36,7 @@ from sleb.pipeline import prune
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
 from sleb.runtimes.bench import Speed, bench
-from sleb.selection.request import SearchOptions, goal_of
+from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
 from sleb.views import write_report
 
@@ -115,7 +116,7 @@ class Project(_Table):
 
     def _check(self, path: str | Path) -> None:
         """Find out now what would else stop the run after an hour."""
-        goal_of({**self.options, "curve": False})  # a curve needs no target
+        check_options(SearchConfig.of({**self.options, "curve": False}))  # a curve needs none
         measure = self.measure
         own = [task for task in self.tasks if task.endswith(".jsonl")]
         folder = [self.beside(measure.tasks_folder)] if measure.tasks_folder else []
@@ -150,9 +151,9 @@ class Project(_Table):
         return self.folder / self.out
 
     @property
-    def options(self) -> SearchOptions:
+    def options(self) -> dict[str, Any]:
         """What the search is asked for."""
-        options = {
+        return {
             **self.search.model_dump(exclude={"windows", "heldout", "repair", "repair_tokens"}),
             "curve": True,
             "text": [f"{name}={self._text(spec)}" for name, spec in self.text.items()],
@@ -160,7 +161,6 @@ class Project(_Table):
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
         }
-        return cast(SearchOptions, options)
 
     def _text(self, spec: str) -> str:
         return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
@@ -236,7 +236,7 @@ def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunR
             f"{out} is from other settings or texts than now; give another out, or --force to "
             "search again and replace it"
         )
-    return prune(
+    found: RunRecord = prune(
         project.source,
         out,
         windows=project.search.windows,
@@ -249,6 +249,7 @@ def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunR
         progress=progress,
         **project.options,
     ).record
+    return found
 
 
 class _Session:

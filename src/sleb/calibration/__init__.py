@@ -1,6 +1,7 @@
-"""Calibration text: where it comes from (``sources``) and how it is cut (``windows``).
+"""Calibration text: where it comes from (``sources``), how it is cut (``windows``), and which
+windows play which role (``split``).
 
-``windows`` needs torch; ``sources`` does not, and so neither does importing this package.
+``windows`` and ``split`` need torch; ``sources`` does not, nor does importing this package.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from sleb.calibration.sources import SOURCES, Source, check_sources, parse_source, read_documents
 
 if TYPE_CHECKING:
+    from sleb.calibration.split import CalibrationSplit
     from sleb.calibration.windows import DEFAULT_WINDOWS, Windows, load_windows
 
 __all__ = [
     "DEFAULT_WINDOWS",
     "SOURCES",
+    "CalibrationSplit",
     "Source",
     "Windows",
     "check_sources",
@@ -25,6 +28,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "CalibrationSplit":
+        from sleb.calibration import split
+
+        return split.CalibrationSplit
     if name in ("DEFAULT_WINDOWS", "Windows", "load_windows"):
         from sleb.calibration import windows
 

@@ -21,7 +21,7 @@ from sleb.core.plan import Calibration, SourceRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_WINDOWS", "Windows", "digest", "load_windows", "recount"]
+__all__ = ["DEFAULT_WINDOWS", "Texts", "Windows", "digest", "load_windows", "recount"]
 
 DEFAULT_WINDOWS = 32
 
@@ -52,14 +52,87 @@ class Windows:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Stream:
-    """A source's text as one run of tokens, and how many windows fit into it."""
+class _Text:
+    """A source as one run of tokens, and how many windows fit into it."""
 
     source: Source
     sha256: str
     documents: int
     tokens: Tensor  # [L] int64
     windows: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Texts:
+    """Sources read and tokenized, from which windows of ``length`` are taken in a seeded order."""
+
+    texts: tuple[_Text, ...]
+    opening: tuple[int, ...]
+    length: int
+    seed: int
+
+    @classmethod
+    def read(
+        cls, tokenizer: PreTrainedTokenizerBase, specs: Sequence[str], *, length: int, seed: int
+    ) -> Texts:
+        """Read and tokenize; see :func:`load_windows`."""
+        opening = opening_tokens(tokenizer)
+        if length < (shortest := max(2, len(opening) + 1)):
+            raise InputError(f"--length {length} is too short; give at least {shortest}")
+        sources = [parse_source(spec) for spec in specs or ("default",)]
+        texts = tuple(_text(tokenizer, source, opening, length) for source in sources)
+        _check_distinct(texts)
+        return cls(texts=texts, opening=tuple(opening), length=length, seed=seed)
+
+    def windows(
+        self, windows: int | Literal["all"] | None, heldout: int
+    ) -> tuple[Windows, Windows | None]:
+        """Windows to score, and up to ``heldout`` others; see :func:`load_windows`."""
+        _check_numbers(windows, heldout)
+        shares = _scoring_shares(self.texts, windows, self.length)
+        orders = [
+            random.Random(str(self.seed)).sample(range(text.windows), text.windows)
+            for text in self.texts
+        ]
+        scored = [sorted(order[:n]) for order, n in zip(orders, shares, strict=True)]
+        others = [
+            sorted(order[n : n + k])
+            for order, n, k in zip(orders, shares, _shares(self.texts, heldout), strict=True)
+        ]
+        return self._cut(scored), self._cut(others) if any(others) else None
+
+    def _cut(self, picks: list[list[int]]) -> Windows:
+        body = self.length - len(self.opening)
+        rows = torch.cat(
+            [
+                text.tokens.unfold(0, body, body)[torch.tensor(pick, dtype=torch.int64)]
+                for text, pick in zip(self.texts, picks, strict=True)
+            ]
+        )
+        start = torch.tensor(self.opening, dtype=torch.int64).expand(len(rows), -1)
+        ids = torch.cat((start, rows), dim=1)
+        records = tuple(
+            SourceRecord(
+                spec=text.source.spec,
+                sha256=text.sha256,
+                documents=text.documents,
+                tokens=len(text.tokens),
+                windows=len(pick),
+            )
+            for text, pick in zip(self.texts, picks, strict=True)
+        )
+        return Windows(
+            ids=ids,
+            source=tuple(i for i, pick in enumerate(picks) for _ in pick),
+            names=tuple(text.source.name for text in self.texts),
+            record=Calibration(
+                sources=records,
+                windows=len(ids),
+                length=self.length,
+                seed=self.seed,
+                sha256=digest(ids),
+            ),
+        )
 
 
 def load_windows(
@@ -94,37 +167,20 @@ def load_windows(
         DataError: a corrupt file.
         ResourceError: the hub cannot be reached.
     """
-    opening = opening_tokens(tokenizer)
-    _check_numbers(windows, length, heldout, shortest=max(2, len(opening) + 1))
-    streams = [
-        _stream(tokenizer, parse_source(spec), opening, length) for spec in specs or ("default",)
-    ]
-    _check_distinct(streams)
-    shares = _scoring_shares(streams, windows, length)
-    orders = [random.Random(str(seed)).sample(range(s.windows), s.windows) for s in streams]
-    scored = [sorted(order[:n]) for order, n in zip(orders, shares, strict=True)]
-    others = [
-        sorted(order[n : n + k])
-        for order, n, k in zip(orders, shares, _shares(streams, heldout), strict=True)
-    ]
-    return (
-        _cut(streams, scored, opening, length, seed),
-        _cut(streams, others, opening, length, seed) if any(others) else None,
-    )
+    _check_numbers(windows, heldout)
+    return Texts.read(tokenizer, specs, length=length, seed=seed).windows(windows, heldout)
 
 
-def _check_numbers(windows: int | str | None, length: int, heldout: int, *, shortest: int) -> None:
-    if length < shortest:
-        raise InputError(f"--length {length} is too short; give at least {shortest}")
+def _check_numbers(windows: int | str | None, heldout: int) -> None:
     if isinstance(windows, int) and windows < 1:
         raise InputError(f"--windows {windows} scores nothing; give at least 1")
     if heldout < 0:
         raise InputError(f"{heldout} held-out windows are not possible; give 0 or more")
 
 
-def _stream(
+def _text(
     tokenizer: PreTrainedTokenizerBase, source: Source, opening: list[int], length: int
-) -> _Stream:
+) -> _Text:
     documents = read_documents(source, tokenizer)
     text = "\n\n".join(documents)
     tokens = encode_text(tokenizer, text)
@@ -134,7 +190,7 @@ def _stream(
             f"{source.spec} has {len(tokens)} tokens, too short for one window of {length}; "
             f"give more text or a shorter --length (at most {len(tokens) + len(opening)})"
         )
-    return _Stream(
+    return _Text(
         source=source,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         documents=len(documents),
@@ -143,25 +199,25 @@ def _stream(
     )
 
 
-def _check_distinct(streams: list[_Stream]) -> None:
+def _check_distinct(texts: Sequence[_Text]) -> None:
     """One text under two sources would be held out and scored at once."""
-    for i, stream in enumerate(streams):
-        for other in streams[:i]:
-            if stream.sha256 == other.sha256:
+    for i, text in enumerate(texts):
+        for other in texts[:i]:
+            if text.sha256 == other.sha256:
                 raise InputError(
-                    f"{other.source.spec} and {stream.source.spec} are the same text; "
+                    f"{other.source.spec} and {text.source.spec} are the same text; "
                     "give it once, with @2 for twice the weight"
                 )
-            if stream.source.name == other.source.name:
+            if text.source.name == other.source.name:
                 raise InputError(
-                    f"{other.source.spec} and {stream.source.spec} are both named "
-                    f"'{stream.source.name}'; name one, as in NAME={stream.source.spec}"
+                    f"{other.source.spec} and {text.source.spec} are both named "
+                    f"'{text.source.name}'; name one, as in NAME={text.source.spec}"
                 )
 
 
-def _shares(streams: list[_Stream], total: int) -> list[int]:
+def _shares(texts: Sequence[_Text], total: int) -> list[int]:
     """``total`` windows by weight, rounded by largest remainder; earlier sources win ties."""
-    weights = [Fraction(stream.source.weight) for stream in streams]
+    weights = [Fraction(text.source.weight) for text in texts]
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     for i in sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])[: total - sum(shares)]:
@@ -170,61 +226,29 @@ def _shares(streams: list[_Stream], total: int) -> list[int]:
 
 
 def _scoring_shares(
-    streams: list[_Stream], wanted: int | Literal["all"] | None, length: int
+    texts: Sequence[_Text], wanted: int | Literal["all"] | None, length: int
 ) -> list[int]:
     if wanted == "all":
-        return [stream.windows for stream in streams]
-    held = sum(stream.windows for stream in streams)
+        return [text.windows for text in texts]
+    held = sum(text.windows for text in texts)
     total = min(DEFAULT_WINDOWS, held) if wanted is None else wanted
-    candidates = (_shares(streams, n) for n in range(min(total, held), 0, -1))
-    best = next((shares for shares in candidates if _fits(streams, shares)), None)
+    candidates = (_shares(texts, n) for n in range(min(total, held), 0, -1))
+    best = next((shares for shares in candidates if _fits(texts, shares)), None)
     if best and (wanted is None or sum(best) == wanted):
         return best
     advice = f"use --windows {sum(best)}" if best else "change the weights"
-    for stream, share in zip(streams, _shares(streams, total), strict=True):
-        if share > stream.windows:
+    for text, share in zip(texts, _shares(texts, total), strict=True):
+        if share > text.windows:
             raise InputError(
-                f"{stream.source.spec} holds {stream.windows} windows of {length} tokens, but "
+                f"{text.source.spec} holds {text.windows} windows of {length} tokens, but "
                 f"{share} are wanted from it; {advice}, a shorter --length, or more text"
             )
-    unused = streams[_shares(streams, total).index(0)].source.spec
+    unused = texts[_shares(texts, total).index(0)].source.spec
     raise InputError(f"--windows {total} leaves none for {unused}; raise --windows or its @weight")
 
 
-def _fits(streams: list[_Stream], shares: list[int]) -> bool:
-    return all(0 < n <= s.windows for s, n in zip(streams, shares, strict=True))
-
-
-def _cut(
-    streams: list[_Stream], picks: list[list[int]], opening: list[int], length: int, seed: int
-) -> Windows:
-    body = length - len(opening)
-    rows = torch.cat(
-        [
-            stream.tokens.unfold(0, body, body)[torch.tensor(pick, dtype=torch.int64)]
-            for stream, pick in zip(streams, picks, strict=True)
-        ]
-    )
-    start = torch.tensor(opening, dtype=torch.int64).expand(len(rows), -1)
-    ids = torch.cat((start, rows), dim=1)
-    records = tuple(
-        SourceRecord(
-            spec=stream.source.spec,
-            sha256=stream.sha256,
-            documents=stream.documents,
-            tokens=len(stream.tokens),
-            windows=len(pick),
-        )
-        for stream, pick in zip(streams, picks, strict=True)
-    )
-    return Windows(
-        ids=ids,
-        source=tuple(i for i, pick in enumerate(picks) for _ in pick),
-        names=tuple(stream.source.name for stream in streams),
-        record=Calibration(
-            sources=records, windows=len(ids), length=length, seed=seed, sha256=digest(ids)
-        ),
-    )
+def _fits(texts: Sequence[_Text], shares: list[int]) -> bool:
+    return all(0 < n <= s.windows for s, n in zip(texts, shares, strict=True))
 
 
 def recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibration:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -113,7 +113,7 @@ def search(
     """Find the blocks whose removal costs least, and write the plan."""
     asked, force, json = _asked(options)
     writable_target(Path(out), force=force, folder=False)
-    from sleb.selection.search import search as find
+    from sleb.repairs.search import search as find
 
     plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
     if group().is_main:
@@ -173,9 +173,8 @@ def apply(
     if repair:
         from sleb.calibration import check_sources
         from sleb.models.load import load
-        from sleb.repairs import repair as fit
-        from sleb.repairs.data import default_tokens, repair_windows
-        from sleb.repairs.self_generated import GIVEN_ALONE, can_generate
+        from sleb.repairs import fit_repair
+        from sleb.repairs.self_generated import can_generate
 
         check_sources(text or ())
         progress = terminal_progress()
@@ -188,18 +187,20 @@ def apply(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        own = can_generate(dense.stack)
-        fitted, judges = repair_windows(
-            dense.tokenizer,
-            text or (),
-            tokens=repair_tokens or default_tokens(dense.stack),
-            own=own,
+        fixed = fit_repair(
+            dense,
+            removed,
+            text=text or (),
             length=length,
-            seed=0,
+            tokens=repair_tokens,
+            progress=progress,
         )
-        fixed = fit(dense, removed, fitted, judges, own=own, progress=progress)
-        if not own:
-            show.note(f"the repair was fitted on {GIVEN_ALONE}", json)
+        if not can_generate(dense.stack):
+            show.note(
+                "the repair was fitted on all of the given texts (blocks that are fetched when "
+                "they run write none)",
+                json,
+            )
         del dense
 
     if as_gguf:
@@ -285,11 +286,13 @@ def demo(
 def _asked(options: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
     """What the library is asked for, apart from --force and --json. A wrong name or target is
     refused before anything is loaded."""
-    from sleb.selection.request import SearchOptions, goal_of
+    from sleb.config import SearchConfig
+    from sleb.selection.request import check_options
 
     force, json = options.pop("force"), options.pop("json")
-    goal_of(cast(SearchOptions, options))
-    return {**options, "text": options["text"] or ()}, force, json
+    options = {**options, "text": tuple(options["text"] or ())}
+    check_options(SearchConfig.of(options))
+    return options, force, json
 
 
 EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {

@@ -212,7 +212,7 @@ def _provenance(plan: Plan, source: Path, model: str | None) -> Iterable[str]:
         else _title(model, "see `plan.json`"),
         "architecture": f"{of.architecture or of.model_type}, {of.blocks} blocks",
         "SHA-256 of its tensors": f"`{of.weights_sha256}`",
-        "blocks chosen by": f"{plan.strategy}, {plan.metric} ({plan.unit}), in {plan.dtype}",
+        "blocks chosen by": f"{plan.strategy_label}, {plan.metric} ({plan.unit}), in {plan.dtype}",
         "with": tools or "not recorded",
         "licence": f"the original's: {licence}"
         if licence

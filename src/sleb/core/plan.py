@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import Self
 
 from sleb.core.errors import InputError
+from sleb.core.files import write_text
 
 __all__ = [
     "Baseline",
@@ -37,10 +38,12 @@ __all__ = [
     "blocks_to_remove",
     "parse_blocks",
     "rounds_behind",
+    "upgrade",
 ]
 
 MAX_BYTES = 32 * 2**20
 MAX_BLOCKS = 10_000
+SCHEMA: Literal[2] = 2
 
 BlockId = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -164,13 +167,13 @@ class Finalist(_Record):
 
 class FinalComparison(_Record):
     """Sets that were compared at the end of a search by their loss after a quick repair, best
-    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, of which the model had
-    written ``own`` itself."""
+    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, ``self_generated`` of
+    these were written by the model itself."""
 
     sets: Annotated[tuple[Finalist, ...], Field(min_length=2)]
     fitted: Count
     windows: Count
-    own: Count
+    self_generated: Count
 
 
 class SimilarityGate(_Record):
@@ -263,9 +266,14 @@ class RepairRecord(_Record):
 
 
 class Plan(_Record):
-    """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it."""
+    """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it.
 
-    schema_version: Literal[1] = 1
+    ``racing``: candidates that were clearly worse were not scored on all windows; ``compiled``:
+    blocks ran through torch.compile. ``split``: by role (``search``, ``heldout``, ``repair_fit``,
+    ``repair_validation``) the SHA-256 of the token ids of the windows that had it.
+    """
+
+    schema_version: Literal[2] = SCHEMA
     model: Fingerprint
     removed: tuple[BlockId, ...]
     order: tuple[BlockId, ...]
@@ -273,16 +281,24 @@ class Plan(_Record):
     metric: Text
     unit: Text
     strategy: Text
+    racing: bool = False
+    compiled: bool = False
     dtype: Text
     target: Target | None = None
     baseline: Baseline | None = None
     rounds: tuple[Round, ...] = ()
-    finals: FinalComparison | None = None
+    final_comparison: FinalComparison | None = None
     similarity: SimilarityGate | None = None
     calibration: Calibration | None = None
+    split: dict[Text, Digest] = {}
     curve: Curve | None = None
     repair: RepairRecord | None = None
     versions: dict[Text, Text] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, data: Any) -> Any:
+        return upgrade(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -305,7 +321,13 @@ class Plan(_Record):
     @property
     def of_runs(self) -> bool:
         """Whether rounds scored runs of neighbours, each named by its first block."""
-        return self.strategy.split(",")[0] == "window"
+        return self.strategy == "window"
+
+    @property
+    def strategy_label(self) -> str:
+        """The strategy and how sets were scored, as ``greedy, racing, compiled``."""
+        how = {"racing": self.racing, "compiled": self.compiled}
+        return ", ".join([self.strategy, *(name for name, used in how.items() if used)])
 
     def at_depth(self, depth: int | None) -> tuple[int, ...]:
         """The first ``depth`` removals, sorted; all of them for None.
@@ -334,8 +356,6 @@ class Plan(_Record):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
-        from sleb.core.files import write_text
-
         write_text(Path(path), self.to_json())
 
     @classmethod
@@ -352,9 +372,10 @@ class Plan(_Record):
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a plan")
         raw = path.read_bytes()
         version = re.search(rb'"schema_version"\s*:\s*(\d{1,9})', raw)
-        if version and int(version[1]) != 1:
+        if version and not 1 <= int(version[1]) <= SCHEMA:
             raise InputError(
-                f"{path} has plan schema {int(version[1])}, this sleb reads 1: upgrade sleb"
+                f"{path} has plan schema {int(version[1])}, this sleb reads 1 to {SCHEMA}: "
+                "upgrade sleb"
             )
         try:
             return cls.model_validate_json(raw)
@@ -362,6 +383,26 @@ class Plan(_Record):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
             raise InputError(f"{path} is not a valid plan: {where}: {first['msg']}") from None
+
+
+def upgrade(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan's JSON of any schema version, as one of this version; what is no plan stays as it is.
+
+    Schema 1 had ``"greedy, racing, compiled"`` as one string, and called the final comparison
+    ``finals``.
+    """
+    if data.get("schema_version", SCHEMA) != 1:
+        return data
+    new = {**data, "schema_version": SCHEMA}
+    if isinstance(new.get("strategy"), str):
+        name, *manner = new["strategy"].split(", ")
+        new |= {"strategy": name, "racing": "racing" in manner, "compiled": "compiled" in manner}
+    if "finals" in new:
+        new["final_comparison"] = compared = new.pop("finals")
+        if isinstance(compared, dict) and "own" in compared:
+            rest = {key: value for key, value in compared.items() if key != "own"}
+            new["final_comparison"] = {**rest, "self_generated": compared["own"]}
+    return new
 
 
 def blocks_to_remove(target: int | str, n_blocks: int) -> int:

@@ -11,28 +11,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from typing_extensions import Unpack
 
-from sleb.calibration import DEFAULT_WINDOWS, Windows, check_sources, load_windows, parse_source
+from sleb.calibration import DEFAULT_WINDOWS, Windows, check_sources, parse_source
+from sleb.calibration.split import CalibrationSplit
+from sleb.config import HeldoutOptions, LengthOptions, TransferConfig
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, Values, interval
 from sleb.models.load import LoadedModel
-from sleb.selection.goal import parse_bytes
+from sleb.repairs.search import search
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.request import SearchOptions, goal_of
-from sleb.selection.search import DEFAULT_HELDOUT, DEFAULT_LENGTH, search
+from sleb.selection.request import check_options, parse_bytes
+from sleb.selection.resources import on_threads
 from sleb.selection.sweep import Sweep, block_forwards
-from sleb.selection.tuning import running, tune
 
 __all__ = ["MIX", "Chosen", "Transfer", "check_transfer", "clearly_worse", "transfer"]
 
 MIX = "mix"
+HELDOUT, LENGTH = HeldoutOptions().heldout, LengthOptions().length
 WORSE = 0.1
 """Part of the other choice's loss increase by which a choice must exceed it to be clearly worse."""
 
@@ -79,7 +80,7 @@ def check_transfer(options: Mapping[str, Any]) -> None:
         InputError: fewer than two texts, or two of one name; a target that plans cannot share; no
             windows to compare on; or as :func:`sleb.search`.
     """
-    text, heldout = options.get("text", ()), options.get("heldout", DEFAULT_HELDOUT)
+    text, heldout = options.get("text", ()), options.get("heldout", HELDOUT)
     if len(text) < 2:
         raise InputError(
             "sleb transfer compares texts: give two or more, as in --text mail=mail.jsonl "
@@ -102,7 +103,7 @@ def check_transfer(options: Mapping[str, Any]) -> None:
         )
     if heldout < 2:
         raise InputError(f"--heldout {heldout} is too few to compare on; give at least 2")
-    goal_of(cast(SearchOptions, options))
+    check_options(TransferConfig.of({**options, "text": tuple(text)}))
     check_sources(text)
 
 
@@ -112,9 +113,9 @@ def transfer(
     /,
     *,
     windows: int | None = None,
-    heldout: int = DEFAULT_HELDOUT,
+    heldout: int = HELDOUT,
     progress: Progress = silent,
-    **options: Unpack[SearchOptions],
+    **options: Any,
 ) -> Transfer:
     """Search on each text and on all of them, and score every choice on every held-out part.
 
@@ -133,24 +134,22 @@ def transfer(
         DataError, ResourceError, UnsupportedModel: see ``sleb.core.errors``.
     """
     check_transfer({**options, "text": text, "heldout": heldout})
-    cutter = _Cutter(model, options.get("length", DEFAULT_LENGTH), options.get("seed", 0), heldout)
+    cutter = _Cutter(model, options.get("length", LENGTH), options.get("seed", 0), heldout)
     parts = cutter.parts(text, windows)
-    aside = [held for _, held in parts]
-    mix, _ = cutter.cut(text, len(parts[0][0].ids))
+    aside = [held for split in parts if (held := split.heldout) is not None]
+    mix = cutter.cut(text, len(parts[0].search.ids))
     domains = tuple(parse_source(spec).name for spec in text)
 
     plans = {
-        name: search(
-            model, windows=scored, heldout=None, progress=_Named(progress, name), **options
-        ).removed
-        for name, scored in zip((*domains, MIX), (*(s for s, _ in parts), mix), strict=True)
+        name: search(model, split=split, progress=_Named(progress, name), **options).removed
+        for name, split in zip((*domains, MIX), (*parts, mix), strict=True)
     }
     costs = _costs(model, list(plans.values()), aside, progress, options)
     return Transfer(
         domains=domains,
-        windows=mix.record.windows,
+        windows=mix.search.record.windows,
         heldout=tuple(len(held.ids) for held in aside),
-        length=mix.record.length,
+        length=mix.search.record.length,
         plans=tuple(
             Chosen(
                 source=source,
@@ -197,7 +196,7 @@ def _costs(
     plans: Sequence[Sequence[int]],
     aside: Sequence[Windows],
     progress: Progress,
-    options: SearchOptions,
+    options: Mapping[str, Any],
 ) -> list[Values]:
     """Increase of loss of each plan on each domain's held-out windows: [plans, windows] per
     domain, nats/token. One sweep does all, so what plans share is computed once."""
@@ -206,10 +205,8 @@ def _costs(
     work = len(ids) * (block_forwards(sets, len(model.stack)) + len(set(sets)))
     most = options.get("max_memory")
     most_bytes = None if most is None else parse_bytes(most, "--max-memory")
-    batch, threads = options.get("batch"), options.get("threads")
-    setting = tune(model.stack, ids, batch=batch, threads=threads)
-    sweep = Sweep(model.stack, ids, NLL, batch=setting.batch, max_bytes=most_bytes)
-    with running(setting), progress.stage("comparing", work) as tick:
+    sweep = Sweep(model.stack, ids, NLL, batch=options.get("batch"), max_bytes=most_bytes)
+    with on_threads(options.get("threads")), progress.stage("comparing", work) as tick:
         sweep.on_work(tick)
         losses = sweep.values(sets, 0, len(ids))
     ends = np.cumsum([len(part.ids) for part in aside])[:-1]
@@ -230,9 +227,9 @@ class _Cutter:
     seed: int
     heldout: int
 
-    def cut(self, text: Sequence[str], windows: int | None) -> tuple[Windows, Windows | None]:
+    def cut(self, text: Sequence[str], windows: int | None) -> CalibrationSplit:
         """Windows to search on, and held-out ones as far as there are some."""
-        return load_windows(
+        return CalibrationSplit.of(
             self.model.tokenizer,
             text,
             windows=windows,
@@ -241,28 +238,26 @@ class _Cutter:
             heldout=self.heldout,
         )
 
-    def parts(self, text: Sequence[str], windows: int | None) -> list[tuple[Windows, Windows]]:
+    def parts(self, text: Sequence[str], windows: int | None) -> list[CalibrationSplit]:
         """For each text as many windows to search on, and two or more held-out ones."""
         found = {spec: self.cut([spec], windows) for spec in text}
         if windows is None:
-            windows = min(self._share(spec, *part) for spec, part in found.items())
-            for spec, (scored, _) in found.items():
-                if len(scored.ids) != windows:
+            windows = min(self._share(spec, split) for spec, split in found.items())
+            for spec, split in found.items():
+                if len(split.search.ids) != windows:
                     found[spec] = self.cut([spec], windows)
-        parts = []
-        for spec, (scored, held) in found.items():
-            left = 0 if held is None else len(held.ids)
-            if held is None or left < 2:
+        for spec, split in found.items():
+            left = 0 if split.heldout is None else len(split.heldout.ids)
+            if left < 2:
                 raise InputError(
                     f"{spec} leaves {left} windows of {self.length} tokens to hold out, and a "
                     "comparison needs two: give more text, fewer --windows, or a shorter --length"
                 )
-            parts.append((scored, held))
-        return parts
+        return list(found.values())
 
-    def _share(self, spec: str, scored: Windows, held: Windows | None) -> int:
+    def _share(self, spec: str, split: CalibrationSplit) -> int:
         """How many of a text's windows to search on."""
-        has = len(scored.ids) + (0 if held is None else len(held.ids))
+        has = len(split.search.ids) + (0 if split.heldout is None else len(split.heldout.ids))
         if has < 4:
             raise InputError(
                 f"{spec} has {has} windows of {self.length} tokens, too few to search on and to "

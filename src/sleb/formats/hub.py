@@ -24,7 +24,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REVISION = re.compile(r"[\w.][\w./-]{0,200}")
 # Formats that run code when they are opened, and what sleb leaves behind when it is interrupted.
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|joblib|npy|npz)", re.IGNORECASE)
-_LEFTOVER = re.compile(r".*\.(journal|repaired|heal|part|tmp|lock)")
+_LEFTOVER = re.compile(r".*\.(journal|heal|part|tmp|lock)")
 
 
 @dataclass(frozen=True, kw_only=True)

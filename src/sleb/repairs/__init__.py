@@ -10,7 +10,7 @@ Nothing is added and no shape changes, so the result is as stock a checkpoint as
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sleb.calibration import Windows
+from sleb.calibration.split import SHARE, CalibrationSplit
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import UnsupportedModel
@@ -30,14 +31,23 @@ from sleb.models.load import LoadedModel
 from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
-from sleb.repairs.regression import REACH, Gap, Regression, gaps
+from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
-from sleb.repairs.self_generated import can_generate, with_self_generated
+from sleb.repairs.self_generated import can_generate, with_self_generated, writer
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 
-__all__ = ["RIDGES", "Repair", "can_repair", "repair", "repaired", "stored_repair"]
+__all__ = [
+    "RIDGES",
+    "Repair",
+    "check_repair",
+    "fit_repair",
+    "given_tokens",
+    "repair",
+    "repaired",
+    "stored_repair",
+]
 
 RIDGES = (0.1, 1.0, 10.0)
 """Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
@@ -62,99 +72,126 @@ def repair(
     model: LoadedModel,
     removed: Collection[int],
     windows: Windows,
-    heldout: Windows,
+    validation: Windows,
     *,
     reach: int = REACH,
-    own: bool | None = None,
+    self_generated: bool | None = None,
     batch: int | None = None,
     progress: Progress = silent,
 ) -> Repair:
     """Re-fit matrices around each gap of ``removed``, from the front to the back; the model itself
     is left as it was.
 
-    The fit sees ``windows`` and, with ``own``, half as many that the model itself writes; by
-    default it does where :func:`sleb.repairs.self_generated.can_generate`. A gap's fit stays only
-    if on ``heldout`` windows the mean loss falls, and rises on none of their texts; else it is made
-    with a larger ridge, or left out.
+    The fit sees ``windows`` and, with ``self_generated``, half as many that the model itself
+    writes; by default it does where :func:`sleb.repairs.self_generated.can_generate`. A gap's fit
+    stays only if on ``validation`` windows the mean loss falls, and rises on none of their texts;
+    else it is made with a larger ridge, or left out.
 
-    Blocks may be fetched when they run, or split over processes. For each ridge tried, a fetched
-    block is read once to fit, from where the gap before ended to where this one ends; to judge,
-    each kept block is read once, or as often as the held-out windows' hidden states are more than
-    half of the free memory.
+    Blocks may be offloaded, or split over processes. For each ridge tried, an offloaded block is
+    read once to fit, from where the gap before ended to where this one ends; to validate, each kept
+    block is read once, or as often as the validation windows' hidden states are more than half of
+    the free memory.
 
     Raises:
         UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
             are quantized.
-        InputError: ``own`` text is asked for and cannot be written.
+        InputError: ``self_generated`` text is asked for and cannot be written.
     """
     stack = model.stack
-    n = len(stack)
-    cut = gaps(removed, n, reach)
-    stored = _Stored(Checkpoint.open(model.source.path), stack)
-    if method := quant_method(stored.checkpoint.config):
-        raise UnsupportedModel(
-            f"{model.source.ref} is quantized ({method}), and a fitted matrix would not be: repair "
-            "the cut first and quantize it then, or use --no-repair"
-        )
-    branches: dict[int, ResidualWriters] = {}
-
-    def fitted(block: int) -> bool:
-        branches[block] = find_residual_writers(stack, block)
-        return branches[block].fitted
-
-    if not any(fitted(block) for gap in cut for block in gap.blocks):
-        raise UnsupportedModel(
-            f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
-            "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
-        )
-    if own or (own is None and can_generate(stack)):
+    cut = gaps(removed, len(stack), reach)
+    _refuse_quantized(model)
+    writers: dict[int, ResidualWriters] = {}
+    _refuse_unless_fitted(stack, [block for gap in cut for block in gap.blocks], writers)
+    if self_generated or (self_generated is None and can_generate(stack)):
         windows = with_self_generated(model, windows, progress)
-    sweep = Sweep(stack, heldout.ids, NLL, batch=batch)
-    fitter = Regression(stack, removed, windows.ids, sweep.batch, branches)
-
-    def losses() -> Values:
-        values: Values = sweep.values([BlockSet(removed)], 0, len(heldout.ids))[0]
-        return values
-
+    stored = _Stored(Checkpoint.open(model.source.path), stack)
+    sweep = Sweep(stack, validation.ids, NLL, batch=batch)
+    fitter = Regression(stack, removed, windows.ids, sweep.batch, writers, stored.rounded)
+    validate = _Validation(sweep, removed, validation)
     found: list[RepairedGap] = []
     tensors: dict[str, Tensor] = {}
     try:
-        before = losses()
-        with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as tick:
+        before = validate.loss()
+        with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as fitter.tick:
             for turn, gap in enumerate(cut, 1):
-                tick(0, note=stack.reader.noted(f"gap {turn} of {len(cut)}"))
-                judge = _Judge(losses, before, heldout)
-                ridge = fitter.fit(gap, RIDGES, judge.accepts, stored.rounded, tick)
-                after = before if ridge is None else judge.last
+                fitter.tick(0, note=stack.reader.noted(f"gap {turn} of {len(cut)}"))
+                ridge = fitter.fit(gap, RIDGES, validate.better_than(before))
+                after = before if ridge is None else validate.last
                 changed = {} if ridge is None else stored.tensors(fitter, gap)
                 tensors |= changed
-                found.append(
-                    RepairedGap(
-                        removed=gap.removed,
-                        ridge=ridge,
-                        tensors=tuple(
-                            RepairedTensor(name=name, sha256=_digest(tensor))
-                            for name, tensor in changed.items()
-                        ),
-                        before=_by_text(before, heldout),
-                        after=_by_text(after, heldout),
-                    )
-                )
+                found.append(_record(gap, ridge, changed, validate, (before, after)))
                 before = after
     finally:
         fitter.restore()
     record = RepairRecord(
-        gaps=tuple(found), reach=reach, calibration=windows.record, heldout=heldout.record
+        gaps=tuple(found), reach=reach, calibration=windows.record, heldout=validation.record
     )
     return Repair(record=record, tensors=tensors, prefix=stored.prefix)
 
 
-def can_repair(model: LoadedModel) -> bool:
-    """Whether there is a block with a matrix that can be re-fitted."""
-    if quant_method(Checkpoint.open(model.source.path).config):
-        return False
-    stack = model.stack
-    return any(find_residual_writers(stack, block).fitted for block in range(len(stack)))
+def fit_repair(
+    model: LoadedModel,
+    removed: Collection[int],
+    *,
+    text: Sequence[str] = (),
+    length: int,
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Repair:
+    """Repair a cut as ``sleb apply --repair`` does: fitted on ``text``, in windows of ``length``,
+    and, where the model can write, on its own. ``tokens``: see :func:`given_tokens`.
+
+    Raises:
+        InputError: the text is too short, or as :func:`sleb.load_windows`.
+        UnsupportedModel: as :func:`repair`.
+    """
+    split = CalibrationSplit.of(model.tokenizer, text, windows=None, length=length, seed=seed)
+    split = split.with_repair(given_tokens(model.stack, tokens), beside_search=True)
+    if can_generate(model.stack):
+        split = split.with_self_generated(writer(model, progress))
+    fit, validation = split.repair_fit, split.repair_validation
+    assert validation is not None
+    return repair(model, removed, fit, validation, self_generated=False, progress=progress)
+
+
+def given_tokens(stack: BlockStack, tokens: int | None = None) -> int:
+    """How many tokens of given text a repair is to be fitted on, of ``tokens`` in all; the rest is
+    self-generated where it can be. By default see ``sleb.repairs.regression``."""
+    tokens = tokens or default_tokens(stack)
+    return tokens - tokens // SHARE if can_generate(stack) else tokens
+
+
+def check_repair(model: LoadedModel) -> None:
+    """Find out whether any cut of a model can be repaired.
+
+    Raises:
+        UnsupportedModel: no block has a matrix that can be re-fitted, or the weights are quantized.
+    """
+    _refuse_quantized(model)
+    _refuse_unless_fitted(model.stack, range(len(model.stack)), {})
+
+
+def _refuse_quantized(model: LoadedModel) -> None:
+    if method := quant_method(Checkpoint.open(model.source.path).config):
+        raise UnsupportedModel(
+            f"{model.source.ref} is quantized ({method}), and a fitted matrix would not be: repair "
+            "the cut first and quantize it then, or use --no-repair"
+        )
+
+
+def _refuse_unless_fitted(
+    stack: BlockStack, blocks: Iterable[int], writers: dict[int, ResidualWriters]
+) -> None:
+    """Look for a block with something to re-fit; ``writers`` gets what is found on the way."""
+    for block in blocks:
+        writers[block] = find_residual_writers(stack, block)
+        if writers[block].fitted:
+            return
+    raise UnsupportedModel(
+        f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
+        "follows, or experts do it), so the cut cannot be repaired: use --no-repair"
+    )
 
 
 def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair | None:
@@ -230,26 +267,52 @@ def _runs(cut: Collection[Gap], removed: Collection[int]) -> int:
     return end + (end - first - len(removed)) + 2 * len(fitted)
 
 
-class _Judge:
-    """Accepts weights with which the mean loss falls, and on no text rises."""
+class _Validation:
+    """Loss per window of a cut on the windows that decide whether a fit stays."""
 
-    def __init__(self, losses: Callable[[], Values], before: Values, heldout: Windows) -> None:
-        self.losses, self.before, self.heldout = losses, before, heldout
-        self.last = before
+    def __init__(self, sweep: Sweep, removed: Collection[int], windows: Windows) -> None:
+        self._sweep, self._sets, self._windows = sweep, [BlockSet(removed)], windows
+        self.last = np.zeros(0)
 
-    def accepts(self) -> bool:
-        """Measure the model as it is now."""
-        self.last = self.losses()
-        old, new = _by_text(self.before, self.heldout), _by_text(self.last, self.heldout)
-        falls = bool(self.last.mean() < self.before.mean())
-        return falls and all(new[text] <= old[text] for text in old)
+    def loss(self) -> Values:
+        """Of the model as it is now, nats/token [windows]."""
+        self.last = self._sweep.values(self._sets, 0, len(self._windows.ids))[0]
+        return self.last
+
+    def better_than(self, before: Values) -> Callable[[], bool]:
+        """Tells of the model as it is whether the mean loss has fallen, and risen on no text."""
+
+        def accept() -> bool:
+            old, new = self.by_text(before), self.by_text(self.loss())
+            falls = bool(self.last.mean() < before.mean())
+            return falls and all(new[text] <= old[text] for text in old)
+
+        return accept
+
+    def by_text(self, losses: Values) -> dict[str, float]:
+        """Mean loss on each text, nats/token."""
+        source = np.array(self._windows.source)
+        return {
+            name: round(float(losses[source == i].mean()), 6)
+            for i, name in enumerate(self._windows.names)
+            if (source == i).any()
+        }
 
 
-def _by_text(losses: Values, heldout: Windows) -> dict[str, float]:
-    """Mean loss on each text, nats/token."""
-    source = np.array(heldout.source)
-    return {
-        name: round(float(losses[source == i].mean()), 6)
-        for i, name in enumerate(heldout.names)
-        if (source == i).any()
-    }
+def _record(
+    gap: Gap,
+    ridge: float | None,
+    changed: Mapping[str, Tensor],
+    validation: _Validation,
+    losses: tuple[Values, Values],
+) -> RepairedGap:
+    before, after = map(validation.by_text, losses)
+    return RepairedGap(
+        removed=gap.removed,
+        ridge=ridge,
+        tensors=tuple(
+            RepairedTensor(name=name, sha256=_digest(tensor)) for name, tensor in changed.items()
+        ),
+        before=before,
+        after=after,
+    )

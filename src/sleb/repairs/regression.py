@@ -7,6 +7,13 @@ Every token is weighted by the inverse of its mean square, as the next norm will
 the few tokens of massive activation would count for all. They may not be left out either: a fit
 that has not seen them ruins the attention sink that they are.
 
+A matrix whose output goes through an RMS norm before it is added to the stream needs more: what is
+added is g * y / rms(y), with y = W x and the norm's gains g. A change of W turns y, and its length
+is divided away again; how much is added is in the gains alone. So both are fitted in turn, to the
+residual to the dense stream: W for the directions, by damped gain-weighted ridge regression on
+x / rms(y), where rows with small gains, which show little of any change, take little of it; then
+each gain by itself.
+
 Related: ReplaceMe (2505.02819), which fits one linear map per gap; here nothing is added, and
 shapes and runtime stay those of the plain cut.
 """
@@ -24,9 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sleb.checkpoints.cut import consecutive_runs
 from sleb.core.process_group import group
+from sleb.core.progress import Tick
 from sleb.models.overrides import WeightOverrides, whole
-from sleb.models.stack import BlockStack
-from sleb.repairs.post_norm import exact, fit_before_norm, gain_weight
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.residual_writers import (
     Outputs,
     ResidualWriters,
@@ -35,11 +42,18 @@ from sleb.repairs.residual_writers import (
     stream_before,
     weight_of,
 )
+from sleb.selection.resources import room_bytes
 
-__all__ = ["REACH", "Gap", "Regression", "gaps"]
+__all__ = ["REACH", "Gap", "Regression", "default_tokens", "gaps"]
 
 REACH = 2
 ROWS = 8192  # tokens that enter a product at once
+ROUNDS = 2  # of a matrix and the norm behind it
+DAMPING = 0.1  # of the mean square of a norm's gains
+TOKENS = {"cuda": 400_000, "cpu": 100_000}
+"""What a fit sees by default, in all: the more, the better (docs/quality.md), and the longer."""
+STREAMS = 6
+"""Hidden states that a fit holds of each token, at most."""
 
 Rounded = Callable[[int, str, Tensor], Tensor]
 """Gives new values of a block's parameter, by its path, the precision that it is stored with."""
@@ -78,8 +92,9 @@ class Regression:
     gap. The fit of a gap reads each of its blocks once for each ridge, those in front of it once.
 
     In a job of several ranks each walks its share of the windows, and Gram matrices are summed.
-    Processes that hold a model together solve alike and write their own parts. ``branches``: what
-    is known already of what can be re-fitted; more is added.
+    Processes that hold a model together solve alike and write their own parts. ``writers``: the
+    residual writers that are known already, by block; more are added. ``rounded`` gives new values
+    the precision that they are stored with. ``tick(n)`` hears of n block forwards of a window.
     """
 
     def __init__(
@@ -88,9 +103,11 @@ class Regression:
         removed: Collection[int],
         ids: Tensor,
         batch: int,
-        branches: dict[int, ResidualWriters] | None = None,
+        writers: dict[int, ResidualWriters] | None = None,
+        rounded: Rounded = lambda block, path, new: new,
     ) -> None:
-        self.stack, self.removed = stack, frozenset(removed)
+        self.stack, self.removed, self.rounded = stack, frozenset(removed), rounded
+        self.tick: Tick = lambda n, note="": None
         here = group()
         ids = ids[len(ids) * here.rank // here.size : len(ids) * (here.rank + 1) // here.size]
         self.parts = torch.split(ids, batch) if len(ids) else ()
@@ -102,7 +119,7 @@ class Regression:
         self.at = 0  # the next block of both
         self.end = 0  # the first block that the pass under way does not need
         self.changes = WeightOverrides(stack)
-        self._branches = {} if branches is None else branches
+        self._writers = {} if writers is None else writers
 
     def restore(self) -> None:
         """Give every changed matrix its original values."""
@@ -112,20 +129,20 @@ class Regression:
         """A module of a block, by its path in it."""
         return self.stack.blocks[block].get_submodule(name)
 
-    def branches(self, block: int) -> ResidualWriters:
+    def writers(self, block: int) -> ResidualWriters:
         """What of a block can be re-fitted."""
-        if block not in self._branches:
-            self._branches[block] = find_residual_writers(self.stack, block)
-        return self._branches[block]
+        if block not in self._writers:
+            self._writers[block] = find_residual_writers(self.stack, block)
+        return self._writers[block]
 
-    def write(self, block: int, path: str, new: Tensor, rounded: Rounded) -> None:
+    def write(self, block: int, path: str, new: Tensor) -> None:
         """Give a parameter new values, with the precision that it is stored and computed with.
         Matrices are [out, in]."""
         name, _, _ = path.rpartition(".")
         if isinstance(self.module(block, name), Conv1D) and new.dim() == 2:
             new = new.T
         old = whole(self.stack.blocks[block].get_parameter(path))
-        new = rounded(block, path, new).to(old.dtype)
+        new = self.rounded(block, path, new).to(old.dtype)
         if (block, path) in self.changes.values or not torch.equal(new, old):
             self.changes.put(block, path, new)
 
@@ -134,24 +151,22 @@ class Regression:
         self,
         gap: Gap,
         ridges: Sequence[float],
-        accept: Callable[[], bool],
-        rounded: Rounded,
-        tick: Callable[[int], None],
+        accept: Callable[[], bool] = lambda: True,
     ) -> float | None:
         """Re-fit the blocks of ``gap``, the next one in order, with the first of ``ridges`` that
-        ``accept()``, asked with the new weights in place, agrees to. ``rounded`` gives a tensor the
-        precision that it is stored with. Gives the ridge, or None if all were refused: then the
-        weights are as before. A gap without blocks of its own has nothing to fit.
+        ``accept()``, asked with the new weights in place, agrees to. Gives the ridge, or None if
+        all were refused: then the weights are as before. A gap without blocks of its own has
+        nothing to fit.
         """
         if not gap.blocks:
             return None
         self.end = self._behind(gap.blocks[-1])
-        self._advance_to(gap.blocks[0], tick)
+        self._advance_to(gap.blocks[0])
         start, known = (self.dense, self.cut, self.same, self.at), len(self.changes)
         for ridge in ridges:
             for block in gap.blocks:
-                self._advance_to(block, tick)
-                self._fit_block(block, ridge, rounded, tick)
+                self._advance_to(block)
+                self._fit_block(block, ridge)
             if accept():
                 return ridge
             self.changes.undo(keep=known)
@@ -171,87 +186,81 @@ class Regression:
             behind += 1
         return behind
 
-    def _advance_to(self, block: int, tick: Callable[[int], None]) -> None:
+    def _advance_to(self, block: int) -> None:
         """Take both streams to the input of ``block``."""
         for i in range(self.at, block):
             if i in self.removed:
                 self.same = False
             with self._held(i):
-                self.dense = list(self.run(i, self.dense, tick))
+                self.dense = list(self.run(i, self.dense))
                 if self.same:
                     self.cut = list(self.dense)
                 elif i not in self.removed:
-                    self.cut = list(self.run(i, self.cut, tick))
+                    self.cut = list(self.run(i, self.cut))
         self.at = max(self.at, block)
 
-    def run(
-        self, i: int, streams: Sequence[Tensor], tick: Callable[[int], None]
-    ) -> Iterator[Tensor]:
+    def run(self, i: int, streams: Sequence[Tensor]) -> Iterator[Tensor]:
         """The streams [B, T, D] behind block i."""
         for hidden, calls in zip(streams, self.calls, strict=True):
             yield self.stack.run(i, hidden, calls[i])
-            tick(len(hidden) * group().size)  # the others do as much meanwhile
+            self.tick(len(hidden) * group().size)  # the others do as much meanwhile
 
-    def _fit_block(
-        self,
-        block: int,
-        ridge: float,
-        rounded: Rounded,
-        tick: Callable[[int], None],
-    ) -> None:
+    def _fit_block(self, block: int, ridge: float) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
         with self._held(block):
-            branches = self.branches(block)
-            seen = Outputs(self.stack.blocks[block], [*branches.last])
+            writers = self.writers(block)
+            seen = Outputs(self.stack.blocks[block], [*writers.last])
             before_last: list[Tensor] = []
             after: list[Tensor] = []
             with seen.recorded():
-                for out in self.run(block, self.dense, tick):
-                    before_last.append(stream_before(out, seen, branches.last))
+                for out in self.run(block, self.dense):
+                    before_last.append(stream_before(out, seen, writers.last))
                     after.append(out)
             self.dense = after
             for gone in range(block + 1, self._behind(block)):
                 with self._held(gone):
-                    self.dense = list(self.run(gone, self.dense, tick))
-            if branches.inner and not (self.same and branches.final):  # nothing is lost yet
-                if not branches.final:  # attention has to make up for the gap as well
+                    self.dense = list(self.run(gone, self.dense))
+            if writers.inner and not (self.same and writers.final):  # nothing is lost yet
+                if not writers.final:  # attention has to make up for the gap as well
                     before_last = [
                         mid + (target.to(out.device) - out)
                         for mid, target, out in zip(before_last, self.dense, after, strict=True)
                     ]
-                self._solve(block, branches, branches.inner, before_last, ridge, rounded, tick)
-            if branches.final:
-                self._solve(block, branches, branches.final, self.dense, ridge, rounded, tick)
-            self.cut = list(self.run(block, self.cut, tick))
+                self._solve(block, writers.inner, before_last, ridge)
+            if writers.final:
+                self._solve(block, writers.final, self.dense, ridge)
+            self.cut = list(self.run(block, self.cut))
         self.at, self.same = self._behind(block), False
 
     def _solve(
         self,
         block: int,
-        branches: ResidualWriters,
         maps: Mapping[str, float],
         targets: Sequence[Tensor],
         ridge: float,
-        rounded: Rounded,
-        tick: Callable[[int], None],
     ) -> None:
         """Ridge regression of the residual on the inputs of all ``maps`` together."""
-        inner = maps is branches.inner
+        writers = self.writers(block)
+        inner = maps is writers.inner
         for name in maps:
-            if name in branches.norms:
-                fit_before_norm(self, block, branches, name, targets, ridge, rounded, tick)
-        maps = {name: factor for name, factor in maps.items() if name not in branches.norms}
+            if name in writers.norms:
+                self.fit_before_norm(block, name, targets, ridge)
+        maps = {name: factor for name, factor in maps.items() if name not in writers.norms}
         if not maps:
             return
         names = list(maps)
-        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *branches.last])])
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *writers.last])])
         weights = [weight_of(self.module(block, name)) for name in names]
         seen_width = sum(weight.shape[1] for weight in weights) + 1
-        gram = torch.zeros((seen_width, seen_width), dtype=torch.float64, device=exact(weights[0]))
+        gram = torch.zeros(
+            (seen_width, seen_width),
+            dtype=torch.float64,
+            device=float64_device(weights[0]),
+        )
         cross = gram.new_zeros((weights[0].shape[0], seen_width))
         with seen.recorded():
-            for out, target in zip(self.run(block, self.cut, tick), targets, strict=True):
-                value = stream_before(out, seen, branches.last) if inner else out
+            for out, target in zip(self.run(block, self.cut), targets, strict=True):
+                value = stream_before(out, seen, writers.last) if inner else out
                 for x, y in _weighted(seen, names, target, value):
                     gram += (x.T @ x).to(gram)
                     cross += (y.T @ x).to(gram)
@@ -265,11 +274,67 @@ class Regression:
             weight, bias = weight_of(module), bias_of(module)
             width = weight.shape[1]
             new = weight.double() + (change[:, column : column + width] / factor).to(weight.device)
-            self.write(block, f"{name}.weight", new, rounded)
+            self.write(block, f"{name}.weight", new)
             column += width
             if bias is not None:
                 share = change[:, -1].to(bias.device) / (factor * len(maps))
-                self.write(block, f"{name}.bias", bias.double() + share, rounded)
+                self.write(block, f"{name}.bias", bias.double() + share)
+
+    def fit_before_norm(
+        self, block: int, name: str, targets: Sequence[Tensor], ridge: float
+    ) -> None:
+        """Fit matrix ``name`` of a block, and the norm behind it, so that the stream [B, T, D]
+        behind the block (or, for an inner one, between attention and MLP) becomes ``targets``."""
+        writers = self.writers(block)
+        norm = writers.norms[name]
+        factor = {**writers.inner, **writers.final}[name]
+        matrix, gain_of = self.module(block, name), self.module(block, norm.path)
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([name, *writers.last])])
+
+        def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            """Inputs x / rms(y) [R, in], directions y / rms(y) [R, D] and residuals [R, D], in
+            float32, all times the root of the token's weight."""
+            with seen.recorded():
+                for out, target in zip(self.run(block, self.cut), targets, strict=True):
+                    value = stream_before(out, seen, writers.last) if name in writers.inner else out
+                    wanted = target.to(value.device).flatten(0, -2).float()
+                    root = gain_weight(wanted)
+                    y = seen.outputs[name].flatten(0, -2).float()
+                    scale = root * y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+                    x = seen.given(name).flatten(0, -2).float()
+                    yield (
+                        x * scale,
+                        y * scale,
+                        (wanted - value.flatten(0, -2).float()) * root,
+                    )
+
+        for _ in range(ROUNDS):
+            weight, gains = weight_of(matrix), weight_of(gain_of)
+            gram = torch.zeros(
+                2 * weight.shape[1:], dtype=torch.float64, device=float64_device(weight)
+            )
+            cross = gram.new_zeros(weight.shape)
+            for x, _, residual in rows():
+                gram += (x.T @ x).to(gram)
+                cross += (residual.T @ x).to(gram)
+            group().sum_(gram, cross)
+            gram.diagonal().add_(ridge * gram.diagonal().mean())
+            change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.contiguous()
+            group().from_first_(change)
+            gain = gains.to(change) + norm.offset
+            share = gain / (gain.square() + DAMPING * gain.square().mean()) / factor
+            new = weight.double() + (share[:, None] * change).to(weight.device)
+            self.write(block, f"{name}.weight", new)
+
+            along, size = gram.new_zeros((2, len(gains)))
+            for _, unit, residual in rows():
+                along += (unit * residual).sum(0).to(gram)
+                size += unit.square().sum(0).to(gram)
+            group().sum_(along, size)
+            step = along / factor / (size + ridge * size.mean())
+            group().from_first_(step)
+            new = gains.double() + step.to(gains.device)
+            self.write(block, f"{norm.path}.weight", new)
 
 
 def _weighted(
@@ -285,3 +350,25 @@ def _weighted(
         root = gain_weight(wanted)
         x = torch.cat([c[rows].float() for c in columns] + [torch.ones_like(root)], -1)
         yield x * root, (wanted - value[rows].float()) * root
+
+
+def gain_weight(wanted: Tensor) -> Tensor:
+    """Root of a token's weight [R, 1]: the inverse root mean square of what the stream is to be."""
+    return wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def float64_device(x: Tensor) -> torch.device:
+    """Where float64 is possible: not on mps."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+def default_tokens(stack: BlockStack) -> int:
+    """How many tokens a repair is to see: many on a GPU, as long as their hidden states fit
+    there; and not where blocks are offloaded."""
+    least = TOKENS["cpu"]
+    if stack.input_device.type != "cuda" or stack.streamed:
+        return least
+    each = STREAMS * int(decoder_config(stack.model.config).hidden_size) * stack.dtype.itemsize
+    room = room_bytes(stack) // each
+    room = min(int(found) for found in group().exchange(str(room).encode()))
+    return max(least, min(TOKENS["cuda"], room))

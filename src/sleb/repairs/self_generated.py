@@ -1,4 +1,5 @@
-"""Text that the model writes itself, to fit a repair on beside the user's.
+"""Self-generated calibration text: what the model writes itself, to fit a repair on beside the
+user's.
 
 A fit on a few kinds of text alone forgets the others. What a language model samples resembles all
 that it was trained on, so some of it in the fit keeps more of that, and costs nothing on the user's
@@ -8,40 +9,24 @@ own text (docs/quality.md has the figures). Related: data-free calibration of qu
 
 from __future__ import annotations
 
-import hashlib
 import random
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb.calibration import Windows
+from sleb.calibration.split import SHARE, Writer, joined
 from sleb.calibration.tokens import opening_tokens
-from sleb.calibration.windows import recount
 from sleb.core.errors import DataError, InputError
-from sleb.core.plan import SourceRecord
 from sleb.core.process_group import group
 from sleb.core.progress import Progress
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.sweep import room_bytes
+from sleb.selection.resources import room_bytes
 
-__all__ = [
-    "GIVEN_ALONE",
-    "OWN",
-    "SHARE",
-    "SelfGenerated",
-    "can_generate",
-    "with_self_generated",
-    "write",
-]
+__all__ = ["can_generate", "with_self_generated", "write", "writer"]
 
-OWN = "the model's own text"
-GIVEN_ALONE = "all of the given texts (blocks that are fetched when they run write none)"
-SHARE = 3
-"""One window in so many is the model's own."""
 PIECE = 512
 """Tokens that are written in one go. Longer windows are put together from several, as windows of
 the user's text are of documents: all begin at once, and there are few steps to wait for."""
@@ -53,8 +38,8 @@ CACHE = 2**30
 
 
 def can_generate(stack: BlockStack) -> bool:
-    """Whether the model writes at a bearable speed. Where blocks are fetched when they run, every
-    token would read all of them."""
+    """Whether the model writes at a bearable speed. Where blocks are offloaded, every token
+    would read all of them."""
     return not stack.streamed
 
 
@@ -68,54 +53,16 @@ def with_self_generated(model: LoadedModel, windows: Windows, progress: Progress
     if not can_generate(model.stack):
         raise InputError(
             f"{model.source.ref} cannot write text to fit on, since every token would read all "
-            "blocks that are not in the device's memory: leave out own=True"
+            "blocks that are not in the device's memory: leave out self_generated=True"
         )
-    return SelfGenerated(model, windows, 0, progress).fitted()
-
-
-class SelfGenerated:
-    """What a model writes beside ``given`` windows of text: half as many to fit on, and ``n`` more
-    to judge by. All is written in one go when the first of it is asked for: how long that takes
-    depends on the length of windows more than on their number."""
-
-    def __init__(self, model: LoadedModel, given: Windows, n: int, progress: Progress) -> None:
-        self._model, self._given, self._progress = model, given, progress
-        self._fitted, self._judging = len(given.ids) // (SHARE - 1), n
-
-    @cached_property
-    def _ids(self) -> Tensor:
-        record, n = self._given.record, self._fitted + self._judging
-        return write(self._model, n, record.length, record.seed, self._progress)
-
-    def judging(self) -> Tensor:
-        """Windows to judge by [n, T]."""
-        return self._ids[self._fitted :]
-
-    def fitted(self) -> Windows:
-        """What was given, and behind it what is to be fitted on."""
-        return _joined(self._given, self._ids[: self._fitted]) if self._fitted else self._given
-
-
-def _joined(windows: Windows, ids: Tensor) -> Windows:
-    """``windows`` and behind them ``ids`` [N, T], which the model has written."""
+    n = len(windows.ids) // (SHARE - 1)
     record = windows.record
-    source = SourceRecord(
-        spec=OWN,
-        sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
-        documents=len(ids),
-        tokens=ids.numel(),
-        windows=len(ids),
-    )
-    record = record.model_copy(update={"sources": (*record.sources, source)})
-    every = torch.cat((windows.ids, ids))
-    sources = windows.source + (len(windows.names),) * len(ids)
-    return replace(
-        windows,
-        ids=every,
-        source=sources,
-        names=(*windows.names, OWN),
-        record=recount(record, every, sources),
-    )
+    return joined(windows, write(model, n, record.length, record.seed, progress)) if n else windows
+
+
+def writer(model: LoadedModel, progress: Progress) -> Writer:
+    """Writes windows for a :class:`sleb.calibration.CalibrationSplit`."""
+    return lambda n, length, seed: write(model, n, length, seed, progress)
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
-"""A sweep's calls, dealt out to the ranks of a job so that each score is that of one process.
+"""A sweep's calls, sharded over the ranks of a job so that each score is that of one process.
 
-A call is a batch of windows and the sets to score on it. It goes whole to one rank, the same for
-the same windows in every round, since there the states lie that ``kept`` keeps. Where fewer calls
-than ranks are left, several ranks share a call: each scores some *bundles* of its sets, and repeats
-what the bundles have in common. Ranks meet after every few calls: often enough that little is lost
-when the job is killed, and seldom enough that they hardly wait for each other.
+A call is a batch of windows and the sets to score on it. It goes whole to one rank. Where fewer
+calls than ranks are left, several ranks share a call: each scores some *bundles* of its sets, and
+repeats the prefixes that the bundles have in common. Scores are gathered after every few calls:
+often enough that little is lost when the job is killed, and seldom enough that ranks hardly wait
+for each other.
 """
 
 from __future__ import annotations
@@ -13,22 +13,44 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from sleb.core.errors import DataError
 from sleb.core.process_group import Group, group
+from sleb.models.stack import BlockStack
 from sleb.selection.objective import BlockSet, Call, Values
-from sleb.selection.sweep import Sweep, block_forwards
+from sleb.selection.prefixes import block_forwards
 
 __all__ = ["distribute"]
 
 OFTEN_S, SELDOM_S = 2.0, 20.0
-"""Ranks meet sooner than ``SELDOM_S`` seconds after they last did, and not before ``OFTEN_S``, as
-far as whole calls allow."""
+"""Scores are gathered sooner than ``SELDOM_S`` seconds after the last time, and not before
+``OFTEN_S``, as far as whole calls allow."""
 
 
-def distribute(sweep: Sweep, calls: Sequence[Call]) -> Iterator[tuple[Call, Values]]:
+class Shardable(Protocol):
+    """What can be sharded: see :class:`sleb.selection.sweep.Sweep`."""
+
+    stack: BlockStack
+    batch: int
+
+    def bundles(self, sets: Sequence[BlockSet], windows: int) -> list[Sequence[BlockSet]]:
+        """The parts of ``sets`` that may be scored apart."""
+
+    def scores(
+        self,
+        sets: Sequence[BlockSet],
+        start: int,
+        stop: int,
+        among: Sequence[BlockSet] | None = None,
+    ) -> Tensor:
+        """Scores of ``sets``, which are whole bundles of ``among``."""
+
+
+def distribute(sweep: Shardable, calls: Sequence[Call]) -> Iterator[tuple[Call, Values]]:
     """Each call with its scores, float64 [sets, windows] or [sets, windows, M], in order.
 
     Raises:
@@ -43,10 +65,10 @@ def distribute(sweep: Sweep, calls: Sequence[Call]) -> Iterator[tuple[Call, Valu
     calls = [piece for call in calls for piece in _pieces(sweep, call, here, len(calls))]
     whole, at = len(calls) - len(calls) % here.size, 0
     shares = {i: _shared(sweep, calls, i, whole, here) for i in range(len(calls))}
-    turns = 1  # calls of each rank before they meet
+    turns = 1  # calls of each rank before scores are gathered
     while at < len(calls):
         some = range(at, min(at + turns * here.size, len(calls)))
-        seconds, found = _met(sweep, [(calls[i], shares[i]) for i in some], here)
+        seconds, found = _gathered(sweep, [(calls[i], shares[i]) for i in some], here)
         yield from ((calls[i], values) for i, values in zip(some, found, strict=True))
         if seconds < OFTEN_S:
             turns *= 2
@@ -59,7 +81,7 @@ Shares = dict[int, list[BlockSet]]
 """By rank, the sets of a call that it scores."""
 
 
-def _pieces(sweep: Sweep, call: Call, here: Group, calls: int) -> Iterator[Call]:
+def _pieces(sweep: Shardable, call: Call, here: Group, calls: int) -> Iterator[Call]:
     """A call of many batches, as where blocks are streamed, in shorter ones for all ranks."""
     sets, start, stop = call
     batches = -(-(stop - start) // sweep.batch)
@@ -68,14 +90,13 @@ def _pieces(sweep: Sweep, call: Call, here: Group, calls: int) -> Iterator[Call]
         yield sets, a, min(a + step, stop)
 
 
-def _shared(sweep: Sweep, calls: Sequence[Call], i: int, whole: int, here: Group) -> Shares:
+def _shared(sweep: Shardable, calls: Sequence[Call], i: int, whole: int, here: Group) -> Shares:
     """Who scores what of call i. ``whole``: the number of calls that make equally many for all."""
     sets, start, stop = calls[i]
     ranks = here.size // (len(calls) - whole) if i >= whole else 1
     bundles = sweep.bundles(list(dict.fromkeys(sets)), stop - start)
     if min(ranks, len(bundles)) < 2:
-        turn = i if sweep.stack.streamed else start // sweep.batch  # where blocks are read again
-        return {turn % here.size: list(sets)}  # for every round, nothing is kept
+        return {i % here.size: list(sets)}
     offset = (i - whole) * ranks
     cost = [block_forwards(bundle, len(sweep.stack)) + len(bundle) for bundle in bundles]
     load = dict.fromkeys(range(offset, offset + ranks), 0)
@@ -87,11 +108,11 @@ def _shared(sweep: Sweep, calls: Sequence[Call], i: int, whole: int, here: Group
     return {rank: mine for rank, mine in share.items() if mine}
 
 
-def _met(
-    sweep: Sweep, work: Sequence[tuple[Call, Shares]], here: Group
+def _gathered(
+    sweep: Shardable, work: Sequence[tuple[Call, Shares]], here: Group
 ) -> tuple[float, list[Values]]:
-    """Do this rank's part and learn the others'. Gives the slowest one's seconds, and all scores of
-    each call."""
+    """Do this rank's part and gather the others'. Gives the slowest one's seconds, and all scores
+    of each call."""
     began = time.perf_counter()
 
     def own() -> list[Values]:

@@ -1,40 +1,64 @@
 """The narrow waist of the search: a set of removed blocks -> a score per calibration window.
 
-Strategies see only this, so they are tested with toy functions and no torch. Memoization, the
-journal that survives an interruption, and progress live here once.
+Strategies see only this, so they are tested with toy functions and no torch. Memoization, the cache
+of scores that survives an interruption, and progress live here once.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
-from sleb.core.files import disk_errors
+from sleb.core.progress import Progress, Tick, silent
+from sleb.selection.prefixes import BlockSet
 from sleb.selection.racing import Race, Values
+from sleb.selection.score_cache import CachedScores
 
-__all__ = ["DENSE", "BlockSet", "Call", "Journal", "Objective", "Replay", "Values"]
+__all__ = ["DENSE", "BlockSet", "Call", "Objective", "Scorer", "ShortlistObjective", "Values"]
 
-logger = logging.getLogger(__name__)
-
-BlockSet = frozenset[int]
 DENSE = BlockSet()
+SHORTLIST = 8
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
 Call = tuple[Sequence[BlockSet], int, int]
 """Sets, and the range of windows to score them on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """How sets are scored, and what that costs.
+
+    ``values(sets, start, stop)`` gives float64 [len(sets), stop - start], lower is better; it is
+    called on at most ``step(len(sets))`` windows at a time, by default all. Fewer windows at once
+    than ``fill(len(sets))`` take as long. ``distribute`` is handed all calls of a step and gives
+    each with its scores; by default they are made one after the other. ``work(sets)`` is what a
+    window of all of them takes, in the units that a function given to ``on_work`` hears of.
+    ``note`` completes what progress says.
+    """
+
+    values: ScoreFunction
+    step: Callable[[int], int] | None = None
+    fill: Callable[[int], int] | None = None
+    distribute: Callable[[Sequence[Call]], Iterable[tuple[Call, Values]]] | None = None
+    work: Callable[[Sequence[BlockSet]], int] = len
+    on_work: Callable[[Callable[[int], None]], None] = lambda tick: None
+    note: Callable[[str], str] = str
+
+    def calls(self, calls: Sequence[Call]) -> Iterable[tuple[Call, Values]]:
+        """Each call with its scores."""
+        if self.distribute:
+            return self.distribute(calls)
+        return ((call, self.values(*call)) for call in calls)
+
+
 class Objective:
     """Scores block sets on ``n_windows`` windows, computing nothing twice.
 
-    ``score(sets, start, stop)`` gives float64 [len(sets), stop - start], lower is better; it is
-    called on at most ``step(len(sets))`` windows at a time, and each result is journaled before it
-    is used. Fewer windows at once than ``fill(len(sets))`` take as long. ``deal`` is handed all
-    calls of a step and gives each with its scores; by default they are made one after the other.
+    ``scorer`` does it; a function stands for one without further abilities. Each result is in
+    ``cache`` before it is used. Every round of scoring is a stage of ``progress`` with this
+    ``title``.
     ``enough(order)`` tells a strategy that a target is reached by removing ``order``. ``judge``
     scores sets by what is wanted in the end, where that is too dear for every candidate; by default
     it is the objective itself.
@@ -42,35 +66,30 @@ class Objective:
 
     def __init__(
         self,
-        score: ScoreFunction,
+        scorer: Scorer | ScoreFunction,
         n_windows: int,
         *,
-        step: Callable[[int], int] | None = None,
-        fill: Callable[[int], int] | None = None,
-        deal: Callable[[Sequence[Call]], Iterable[tuple[Call, Values]]] | None = None,
-        journal: Replay | None = None,
-        note: Callable[[str], None] | None = None,
+        cache: CachedScores | None = None,
+        progress: Progress = silent,
+        title: str = "searching",
         enough: Callable[[Sequence[int]], bool] | None = None,
         exact: bool = True,
         judge: Objective | None = None,
     ) -> None:
+        self.scorer = scorer if isinstance(scorer, Scorer) else Scorer(values=scorer)
         self.n_windows = n_windows
         self.judge = judge or self
         self.exact = exact
-        self._deal = deal or (lambda calls: ((call, score(*call)) for call in calls))
-        self._step = step or (lambda sets: n_windows)
-        self._fill = fill
-        self._journal = journal
-        self._note = note or (lambda text: None)
         self.enough = enough or (lambda order: False)
+        self._cache, self._progress, self._title = cache, progress, title
         self._known: dict[BlockSet, Values] = {}
-        for sets, start, values in journal.replay() if journal else ():
+        for sets, start, values in cache.replay() if cache else ():
             self._learn(sets, start, values)
 
     def scores(self, sets: Sequence[BlockSet], note: str = "") -> Values:
         """Score per set and window, float64 [len(sets), n_windows]. ``note`` goes to progress."""
-        self._note(note)
-        return self._prefix(sets, self.n_windows)
+        with self._round(sets, note):
+            return self._prefix(sets, self.n_windows)
 
     def best(
         self,
@@ -89,25 +108,41 @@ class Objective:
         The dense model is scored along, since every strategy asks for it in the end, and beside
         sets of few blocks it costs next to nothing.
         """
+        every = [*sets, DENSE]
         if self.exact:
-            return self.scores([*sets, DENSE], note)[:-1]
+            return self.scores(every, note)[:-1]
         guide = np.stack([self._of(s) for s in guides]) if guides else None
         race = Race(len(sets), self.n_windows, k, guide)
         values = np.full((len(sets), self.n_windows), np.nan)
         so_far = ""
-        for windows in race.looks(self._fill):
-            self._note(note + so_far)
-            known = self._prefix([*(sets[i] for i in race.live), DENSE], windows)[:-1]
-            values[race.live, :windows] = known
-            leader, mean = race.live[int(known.mean(1).argmin())], float(known.mean(1).min())
-            race.update(known)
-            own = ", ".join(map(str, sorted(sets[leader] - BlockSet.intersection(*sets))))
-            so_far = f", {len(race.live)} left, best so far {own} at {mean:.4f}"
+        with self._round(every, note) as stage:
+            for windows in race.looks(self.scorer.fill):
+                stage.say(note + so_far)
+                live = [*(sets[i] for i in race.live), DENSE]
+                known = self._prefix(live, windows)[:-1]
+                values[race.live, :windows] = known
+                leader, mean = race.live[int(known.mean(1).argmin())], float(known.mean(1).min())
+                race.update(known)
+                stage.remaining([*(sets[i] for i in race.live), DENSE], self.n_windows - windows)
+                own = ", ".join(map(str, sorted(sets[leader] - BlockSet.intersection(*sets))))
+                so_far = f", {len(race.live)} left, best so far {own} at {mean:.4f}"
+            stage.remaining([], 0)
         return values
+
+    @contextmanager
+    def _round(self, sets: Sequence[BlockSet], note: str) -> Iterator[_Round]:
+        """A stage of progress in which ``sets`` are scored on all windows."""
+        total = self.n_windows * self.scorer.work(list(dict.fromkeys(sets)))
+        known = all(np.isfinite(self._of(s)).all() for s in sets)
+        with (silent if known else self._progress).stage(self._title, total) as tick:
+            stage = _Round(tick, self.scorer, total)
+            stage.say(note)
+            self.scorer.on_work(stage.work)
+            yield stage
 
     def _prefix(self, sets: Sequence[BlockSet], windows: int) -> Values:
         """Scores on the first ``windows`` windows, float64 [len(sets), windows]."""
-        step = self._step(len(sets))
+        step = self.scorer.step(len(sets)) if self.scorer.step else self.n_windows
         calls: list[Call] = []
         for start in range(0, windows, step):
             stop = min(start + step, windows)
@@ -118,9 +153,9 @@ class Objective:
                     int(np.isfinite(self._of(s)[start:stop]).sum()) for s in unknown
                 )
                 calls.append((unknown, first, stop))
-        for (scored, first, _), values in self._deal(calls):
-            if self._journal:
-                self._journal.append(scored, first, values)
+        for (scored, first, _), values in self.scorer.calls(calls):
+            if self._cache:
+                self._cache.append(scored, first, values)
             self._learn(scored, first, values)
         return np.stack([self._of(s)[:windows] for s in sets])
 
@@ -132,73 +167,55 @@ class Objective:
             self._of(blocks)[start : start + len(row)] = row
 
 
-class Replay:
-    """What a journal held, for a process that does not write it."""
+class ShortlistObjective(Objective):
+    """For scores that are too dear for every candidate: ranks by ``plain``, and scores the best
+    ``SHORTLIST`` of a round anew; the rest have NaN everywhere."""
 
-    def __init__(self, lines: Sequence[dict[str, object]] = ()) -> None:
-        self.lines = list(lines)
+    def __init__(
+        self,
+        plain: Objective,
+        scorer: Scorer,
+        *,
+        cache: CachedScores | None = None,
+        progress: Progress = silent,
+        enough: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        super().__init__(scorer, plain.n_windows, cache=cache, progress=progress, enough=enough)
+        self.plain = plain
 
-    def replay(self) -> list[tuple[list[BlockSet], int, Values]]:
-        """Everything scored before: sets, first window, values [sets, windows]."""
-        return [
-            (
-                [BlockSet(s) for s in line["sets"]],  # type: ignore[attr-defined]
-                int(line["start"]),  # type: ignore[call-overload]
-                np.array(line["values"], dtype=np.float64),
-            )
-            for line in self.lines
-        ]
+    def best(
+        self,
+        sets: Sequence[BlockSet],
+        k: int = 1,
+        note: str = "",
+        guides: Sequence[BlockSet] = (),
+    ) -> Values:
+        """See :meth:`Objective.best`."""
+        few = min(len(sets), max(k, SHORTLIST))
+        plain = self.plain.best(sets, k=few, note=f"{note}, by plain loss", guides=guides)
+        means = np.where(np.isfinite(plain).all(1), plain.mean(1), np.inf)
+        chosen = np.argsort(means, kind="stable")[:few]
+        values = np.full(plain.shape, np.nan)
+        values[chosen] = self.scores([sets[i] for i in chosen], f"{note}, {few} of them repaired")
+        return values
 
-    def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
-        """Nothing: the process that writes has it too."""
 
+class _Round:
+    """Moves the bar of one round of ``total`` work, of which a race leaves out a part."""
 
-class Journal(Replay):
-    """Scores on disk, one JSON line per sweep, so that a killed search goes on where it was.
+    def __init__(self, tick: Tick, scorer: Scorer, total: int) -> None:
+        self._tick, self._scorer, self._total = tick, scorer, total
+        self._done, self._note = 0, ""
 
-    ``key`` identifies everything that the scores depend on; a journal with another key, or with a
-    damaged header, is started anew. A line cut short by a crash is dropped.
-    """
+    def say(self, note: str) -> None:
+        self._note = self._scorer.note(note)
+        self._tick(0, note=self._note)
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        super().__init__(self._read(key))
-        self._scored = bool(self.lines)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # rewrite what was understood, so that a torn last line never precedes a new one
-            self._stream = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            self._write({"journal": 1, "key": key})
-            for line in self.lines:
-                self._write(line)
+    def work(self, n: int) -> None:
+        n = min(n, self._total - self._done)
+        self._done += n
+        self._tick(n, note=self._note)
 
-    def _read(self, key: str) -> list[dict[str, object]]:
-        lines = []
-        try:
-            for raw in self.path.read_text(encoding="utf-8").splitlines():
-                lines.append(json.loads(raw))
-        except FileNotFoundError:
-            return []
-        except (ValueError, UnicodeDecodeError):
-            logger.info("%s ends in a torn line, which is dropped", self.path)
-        if not lines or lines[0] != {"journal": 1, "key": key}:
-            return []
-        return lines[1:]
-
-    def _write(self, line: dict[str, object]) -> None:
-        with disk_errors(self.path):
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-
-    def append(self, sets: Sequence[BlockSet], start: int, values: Values) -> None:
-        """Record one result durably."""
-        self._scored = True
-        self._write({"sets": [sorted(s) for s in sets], "start": start, "values": values.tolist()})
-
-    def close(self, *, done: bool) -> None:
-        """Close; delete the file if the search is done, since the plan now holds the result, or
-        if nothing was scored."""
-        self._stream.close()
-        if done or not self._scored:
-            self.path.unlink(missing_ok=True)
+    def remaining(self, sets: Sequence[BlockSet], windows: int) -> None:
+        """Only ``sets`` are left to be scored, on so many windows."""
+        self.work(max(0, self._total - windows * self._scorer.work(sets) - self._done))

@@ -1,16 +1,17 @@
-"""Sets of removed blocks as streams of hidden states: what they share, and what may run together.
+"""Prefix sharing: which activations sets of removed blocks have in common, and which may run
+together.
 
-A set's stream before block i is that of its *prefix*, the removed blocks below i.
+A set's hidden state before block i is that of its *prefix*, the removed blocks below i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from sleb.selection.activation_cache import States
-from sleb.selection.objective import BlockSet
+__all__ = ["BlockSet", "below", "block_forwards", "groups", "needed", "sharing"]
 
-__all__ = ["below", "block_forwards", "groups", "needed", "sharing"]
+BlockSet = frozenset[int]
+"""Removed blocks."""
 
 
 def groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]]:
@@ -34,12 +35,11 @@ def sharing(
     return [found[key] for key in sorted(found)]
 
 
-def needed(sets: Sequence[BlockSet], n_blocks: int, have: States) -> list[set[BlockSet]]:
-    """The streams before each block, and after the last, that lead to the sets, from the start or
-    from a state in ``have``."""
+def needed(sets: Sequence[BlockSet], n_blocks: int) -> list[set[BlockSet]]:
+    """The prefixes before each block, and after the last, that lead to the sets."""
     found = [set(sets)]
     for i in reversed(range(n_blocks)):
-        found.append({below(p, i) for p in found[-1] if (i + 1, p) not in have})
+        found.append({below(p, i) for p in found[-1]})
     return found[::-1]
 
 
@@ -49,6 +49,5 @@ def below(blocks: BlockSet, i: int) -> BlockSet:
 
 
 def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
-    """Block forwards that one sweep over ``sets`` takes for a window with nothing kept, without
-    running it."""
+    """Block forwards that one sweep over ``sets`` takes for a window, without running it."""
     return sum(len({below(s, i) for s in sets if i not in s}) for i in range(n_blocks))

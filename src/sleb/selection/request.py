@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from sleb.calibration import check_sources
 from sleb.checkpoints.depth_fields import reindex
+from sleb.config import SearchConfig, TargetOptions
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
 from sleb.core.process_group import group
@@ -15,108 +19,119 @@ from sleb.core.progress import Progress, silent
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
-from sleb.selection.goal import Goal
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
 
-__all__ = ["SearchOptions", "above", "candidates_for", "check_choice", "check_request", "goal_of"]
+__all__ = [
+    "Goal",
+    "above",
+    "candidates_for",
+    "check_options",
+    "check_request",
+    "parse_bytes",
+    "removals",
+]
 
 
-class SearchOptions(TypedDict, total=False):
-    """Options of :func:`sleb.search` that callers hand on; described there."""
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One target as the user gave it; exactly one may be given."""
 
-    remove: int | str | None
-    max_loss_increase: float | None
-    speedup: float | None
-    size: int | str | None
-    curve: bool
-    after_repair: bool
-    metric: str
-    strategy: str | None
-    exact: bool
-    text: Sequence[str]
-    length: int
-    protect: str
-    min_similarity: float | str | None
-    seed: int
-    dtype: str
-    device: str
-    batch: int | None
-    threads: int | None
-    stream: bool
-    device_map: str | None
-    tp: int
-    max_memory: int | str | None
-    compile: bool
-    trust_remote_code: bool
+    remove: int | str | None = None
+    max_loss_increase: float | None = None
+    speedup: float | None = None
+    size: int | str | None = None
+
+    def __post_init__(self) -> None:
+        given = [f"--{k.replace('_', '-')}" for k, v in vars(self).items() if v is not None]
+        if len(given) != 1:
+            choice = "--remove, --max-loss-increase, --speedup or --size"
+            raise InputError(
+                f"{' and '.join(given)} are two targets: give one of {choice}"
+                if given
+                else f"no target: give one of {choice}, for example --remove 20%"
+            )
+        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < math.inf:
+            raise InputError(
+                f"--max-loss-increase {self.max_loss_increase} is not possible; give nats/token "
+                "above 0, for example 0.1 (10.5 % more perplexity)"
+            )
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise InputError(f"--speedup {self.speedup} is not possible; give for example 1.25")
+        if self.size is not None:
+            parse_bytes(self.size, "--size")
+
+    @classmethod
+    def of(cls, config: TargetOptions) -> Goal:
+        """The goal that was given; for a curve without one, to remove half of the blocks."""
+        given = {field.name: getattr(config, field.name) for field in fields(cls)}
+        if config.curve and all(value is None for value in given.values()):
+            return cls(remove="50%")
+        return cls(**given)
 
 
-def goal_of(options: SearchOptions) -> Goal:
-    """The target among a search's options, if these go together.
+def parse_bytes(text: int | str, option: str) -> int:
+    """Bytes of ``"100MB"``, ``"1.5 GiB"`` or a plain number of bytes.
 
     Raises:
-        InputError: as :func:`check_choice`, and for none, two or an impossible one.
+        InputError: not a size.
     """
-    goal = Goal.choose(
-        remove=options.get("remove"),
-        max_loss_increase=options.get("max_loss_increase"),
-        speedup=options.get("speedup"),
-        size=options.get("size"),
-        curve=options.get("curve", False),
+    match = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?", str(text).strip(), re.IGNORECASE
     )
-    check_choice(
-        goal,
-        options.get("metric", "loss"),
-        options.get("strategy"),
-        options.get("min_similarity"),
-    )
+    if not match or float(match[1]) <= 0:
+        raise InputError(f"{option} {text!r} is not a size; write for example 100MB or 1.5GiB")
+    unit = (match[2] or "").upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
+
+
+def check_options(config: SearchConfig) -> Goal:
+    """The target among a search's options, if all of these go together. Looks at no file.
+
+    Raises:
+        InputError: no target, two or an impossible one; names that do not exist, a threshold that
+            is no number; a metric, strategy and target that do not go together.
+    """
+    goal = Goal.of(config)
+    metric = METRICS[config.metric]
+    strategy = config.strategy or metric.strategy
+    STRATEGIES[strategy]
+    if config.min_similarity is not None:
+        _threshold(config.min_similarity)
+    if config.max_memory is not None:
+        parse_bytes(config.max_memory, "--max-memory")
+    if metric.token is None and strategy != metric.strategy:
+        raise InputError(f"--metric {config.metric} ranks all blocks at once: it has no --strategy")
+    if goal.max_loss_increase is not None and strategy not in ("greedy", "one-shot"):
+        raise InputError(
+            f"--max-loss-increase tests one removal after the other, and --strategy {strategy} "
+            "chooses a set of known size: use greedy, or a plan's --curve"
+        )
+    if config.compile and config.stream:
+        raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
     return goal
 
 
-def check_choice(
-    goal: Goal, metric: str, strategy: str | None, min_similarity: float | str | None
-) -> None:
-    """Refuse names that do not exist, a threshold that is no number, and a metric, strategy and
-    target that do not go together.
-
-    Raises:
-        InputError: they do not.
-    """
-    own = METRICS[metric]
-    STRATEGIES[strategy or own.strategy]
-    if min_similarity is not None:
-        _threshold(min_similarity)
-    if own.token is None and strategy not in (None, own.strategy):
-        raise InputError(f"--metric {metric} ranks all blocks at once: it has no --strategy")
-    named = strategy or own.strategy
-    if goal.max_loss_increase is not None and named not in ("greedy", "one-shot"):
-        raise InputError(
-            f"--max-loss-increase tests one removal after the other, and --strategy {named} "
-            "chooses a set of known size: use greedy, or a plan's --curve"
-        )
-
-
-def check_request(
-    model: str | Path,
-    *,
-    goal: Goal,
-    protect: str,
-    text: Sequence[str],
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> None:
+def check_request(model: str | Path, config: SearchConfig, progress: Progress = silent) -> None:
     """Find mistakes in a search's options before weights are loaded, from the config alone.
 
     Raises:
-        InputError, UnsupportedModel: as :func:`search`.
+        InputError, UnsupportedModel: as :func:`sleb.search`.
     """
-    check_sources(text)
+    goal = check_options(config)
+    check_sources(config.text)
     source = group().sequentially(lambda: resolve(model, progress))
-    config = load_config(source.path, trust_remote_code=trust_remote_code)
-    blocks = getattr(decoder_config(config), "num_hidden_layers", None)
+    loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
+    blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
-        candidates_for(goal, protect, blocks, config)
+        candidates_for(goal, config.protect, blocks, loaded)
+
+
+def removals(goal: Goal, n_blocks: int) -> int:
+    """How many blocks the goal removes at least."""
+    return 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
 
 
 def candidates_for(goal: Goal, protect: str, n_blocks: int, config: Any) -> list[int]:
@@ -128,7 +143,7 @@ def candidates_for(goal: Goal, protect: str, n_blocks: int, config: Any) -> list
     """
     protected = parse_blocks(protect, n_blocks)
     candidates = [b for b in range(n_blocks) if b not in protected]
-    n = 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
+    n = removals(goal, n_blocks)
     if n > len(candidates):
         raise InputError(
             f"cannot remove {n} of {len(candidates)} candidates ({n_blocks} less "

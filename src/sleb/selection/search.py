@@ -1,357 +1,300 @@
-"""Search: which blocks can go. Ties the parts together; the parts are in their own modules."""
+"""The search: which blocks can go. Ties the parts together, in four steps: prepare, choose, settle,
+record."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import platform
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
-from sleb.calibration import Windows, load_windows
+from sleb.calibration import Windows
+from sleb.calibration.split import CalibrationSplit
 from sleb.calibration.windows import digest
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.config import SearchConfig
 from sleb.core.errors import InputError
 from sleb.core.plan import (
-    Calibration,
+    FinalComparison,
     Fingerprint,
     Plan,
-    blocks_to_remove,
+    SimilarityGate,
     rounds_behind,
 )
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
 from sleb.models.compiled import CompiledStack
-from sleb.models.load import LoadedModel, load
-from sleb.selection.distributed import distribute
-from sleb.selection.goal import Goal, parse_bytes
-from sleb.selection.metrics import METRICS, NLL, Metric
-from sleb.selection.objective import Objective
-from sleb.selection.pace import ProgressEstimator, rounds_of_work
+from sleb.models.load import LoadedModel
+from sleb.models.stack import BlockStack
+from sleb.selection.metrics import METRICS, NLL, Metric, TokenMetric
+from sleb.selection.objective import Objective, Scorer, ShortlistObjective
 from sleb.selection.racing import baseline, rank
-from sleb.selection.request import above, candidates_for, check_choice, check_request
-from sleb.selection.score_journals import ScoreJournals
-from sleb.selection.similarity import measure_similarity
+from sleb.selection.request import (
+    Goal,
+    above,
+    candidates_for,
+    check_options,
+    parse_bytes,
+    removals,
+)
+from sleb.selection.resources import default_batch, on_threads
+from sleb.selection.score_cache import ScoreCache
+from sleb.selection.similarity import Similarity, measure_similarity
 from sleb.selection.strategies import FINALS, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
-from sleb.selection.tuning import running, tune
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["FINAL_TOKENS", "SEARCH_TOKENS", "RepairedScorer", "find_blocks", "versions"]
 
-    from sleb.repairs.scoring import Repairs
+SEARCH_TOKENS = 16_384
+"""Tokens that the repair of a candidate is fitted on."""
+FINAL_TOKENS = 8192
+"""Likewise of a set that is one of a few: they differ by more than text does."""
 
-__all__ = ["DEFAULT_HELDOUT", "DEFAULT_LENGTH", "DEFAULT_PROTECT", "search"]
-
-DEFAULT_LENGTH = 256
-DEFAULT_HELDOUT = 16
-DEFAULT_PROTECT = "0,-1"
+RepairedScorer = Callable[[Sweep, Tensor], Scorer]
+"""Scores sets as a sweep does, each after a repair that is fitted on windows [N, T]."""
 
 
-def search(
-    model: LoadedModel | str | Path,
+def find_blocks(
+    model: LoadedModel,
+    config: SearchConfig,
+    split: CalibrationSplit,
     *,
-    remove: int | str | None = None,
-    max_loss_increase: float | None = None,
-    speedup: float | None = None,
-    size: int | str | None = None,
-    curve: bool = False,
+    repaired: RepairedScorer,
     after_repair: bool = False,
-    metric: str = "loss",
-    strategy: str | None = None,
-    exact: bool = False,
-    text: Sequence[str] = (),
-    windows: Windows | int | None = None,
-    heldout: Windows | int | None = DEFAULT_HELDOUT,
-    own: Callable[[], Tensor] | None = None,
-    length: int = DEFAULT_LENGTH,
-    protect: str = DEFAULT_PROTECT,
-    min_similarity: float | str | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch: int | None = None,
-    threads: int | None = None,
-    stream: bool = False,
-    device_map: str | None = None,
-    tp: int = 1,
-    max_memory: int | str | None = None,
-    compile: bool = False,
-    trust_remote_code: bool = False,
     journal: str | Path | None = None,
     keep_journal: bool = False,
     progress: Progress = silent,
 ) -> Plan:
-    """Find the blocks whose removal costs least, and return the plan.
-
-    Args:
-        model: a loaded model, or anything that :func:`sleb.load` takes.
-        remove: number of blocks, or a percentage such as ``"20%"`` (rounded up). This and the next
-            three are targets; exactly one is given (with ``curve`` none means half of the blocks).
-        max_loss_increase: remove as many blocks as keep the 95 % upper bound of the loss increase
-            on held-out windows within so many nats/token.
-        speedup: remove blocks until generation is estimated to be so many times as fast; see
-            :class:`sleb.core.plan.Point`.
-        size: remove blocks until the weights take at most so many bytes, or ``"100MB"``.
-        curve: measure every depth on held-out windows, for the plan's ``curve``.
-        after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
-            quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
-        metric: ``loss`` (SLEB's: re-scored after each removal), ``one-shot-loss``, ``cosine``,
-            ``kl`` or ``repaired-loss``; see ``sleb.selection.metrics``.
-        strategy: ``greedy``, ``one-shot``, ``window``, ``beam``, ``refine`` or
-            ``greedy-or-window``; by default the metric's own. See ``sleb.selection.strategies``.
-        exact: score every candidate on every window, as published. Otherwise candidates race: one
-            that is clearly worse on part of the windows is not scored on the rest.
-        text: calibration texts; none is the embedded default. See ``sleb.calibration``.
-        windows: number of windows, or windows that were loaded before.
-        heldout: number of further windows that are set aside, or windows that were.
-        own: gives windows [N, T] that the model has written, to judge by beside the given where
-            that is done (``greedy-or-window``); by default they are written then.
-        length: tokens per window.
-        protect: blocks that stay, ``"0,-1"`` by default as in the paper.
-        min_similarity: only blocks whose output is at least this similar (cosine) to their input
-            are candidates; ``auto`` picks the threshold (see :meth:`Similarity.auto_threshold`).
-        seed: choice of windows. The result is a function of the inputs and the seed.
-        batch: windows per forward pass; by default measured, see ``sleb.selection.tuning``.
-        threads: CPU threads; likewise.
-        stream: leave blocks on disk and read each once per walk; see :func:`sleb.load`.
-        device_map: place the model on several devices; likewise.
-        tp: processes that hold one model together; likewise.
-        max_memory: with ``stream``, bytes of hidden states to hold, or ``"8GB"``; by default half
-            of what is free.
-        compile: run blocks through torch.compile, which on a GPU pays for long searches; see
-            ``sleb.models.compiled``.
-        journal: file that keeps finished scores, so that the same call resumes after a crash.
-        keep_journal: leave it when the search is done, for a caller who is not done.
-
-    Raises:
-        VerificationFailed: nothing can be removed within ``max_loss_increase``.
-        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
-    """
-    goal = Goal.choose(
-        remove=remove, max_loss_increase=max_loss_increase, speedup=speedup, size=size, curve=curve
-    )
-    chosen = METRICS[metric]
-    named = strategy or chosen.strategy
-    check_choice(goal, metric, strategy, min_similarity)
-    if compile and stream:
-        raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
-    most_bytes = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
-    if not isinstance(model, LoadedModel):
-        check_request(
-            model,
-            goal=goal,
-            protect=protect,
-            text=text,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        model = load(
-            model,
-            dtype=dtype,
-            device=device,
-            stream=stream,
-            device_map=device_map,
-            tp=tp,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    stack, n_blocks = model.stack, len(model.stack)
-    candidates = candidates_for(goal, protect, n_blocks, stack.model.config)
-    protected = tuple(b for b in range(n_blocks) if b not in candidates)
-    measures_aside = curve or goal.max_loss_increase is not None
-    aside = heldout if isinstance(heldout, Windows) else None
-    if not isinstance(windows, Windows):
-        wanted = heldout if isinstance(heldout, int) and measures_aside else 0
-        windows, further = load_windows(
-            model.tokenizer, text, windows=windows, length=length, seed=seed, heldout=wanted
-        )
-        aside = aside or further
-    if measures_aside and (aside is None or len(aside.ids) < 2):
-        raise InputError(
-            "no two windows are left over to hold out, which --max-loss-increase and --curve "
-            "need: give more --text, fewer --windows, a shorter --length, or a larger --heldout"
-        )
-
-    checkpoint = Checkpoint.open(model.source.path)
-    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
-        identity = _identity(checkpoint, n_blocks, tick)
-    similarity, gate = None, None
-    if min_similarity is not None or chosen.token is None:
-        similarity = measure_similarity(
-            model, windows, measure="cosine", batch=batch, progress=progress
-        )
-    if similarity is not None and min_similarity is not None:
-        least = 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
-        candidates, gate = above(similarity, candidates, min_similarity, least)
-
-    costs = Costs.of(checkpoint, stack)
-    setting = tune(stack, windows.ids, batch=batch, threads=threads)
-    if compile:
-        stack = CompiledStack(stack.model, setting.batch)
-    sweeping = functools.partial(Sweep, stack, batch=setting.batch, max_bytes=most_bytes)
-    how = model.dtype + (", compiled" if compile else "")
-    books = ScoreJournals(
-        journal, _key(identity, windows.record, metric, how, exact), keep=keep_journal
-    )
-    evidence, finals = None, None
-    with running(setting), books:
-        if aside is not None and measures_aside:
-            if after_repair and goal.max_loss_increase is not None:
-                from sleb.repairs.scoring import FINAL_TOKENS, RepairedScores, fitting
-
-                ids = fitting(model, text, windows, aside, FINAL_TOKENS)
-                held = Sweep(  # of nothing that is compiled
-                    model.stack, aside.ids, NLL, batch=setting.batch, max_bytes=most_bytes
-                )
-                scores = RepairedScores(held, ids).values
-                book = books.open(".limit", about=digest(ids) + digest(aside.ids))
-                losses = Objective(scores, len(aside.ids), journal=book)
-                evidence = HeldoutEvaluation(held, aside, costs, losses, fitted=ids.numel())
-            else:
-                evidence = HeldoutEvaluation(sweeping(aside.ids, NLL), aside, costs)
-        aim = StoppingRule(goal, costs, candidates, evidence)
-        if chosen.token is None:
-            assert similarity is not None
-            only = rank(candidates, 1 - similarity.per_window[:, candidates].T, aim.most)
-            found = SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
-        else:
-            ids = windows.ids if exact else windows.ids[_shuffled(windows, seed)]
-            sweep = sweeping(ids, chosen.token, keep=exact)
-            repairs = None
-            if chosen.repaired or named == FINALS:
-                from sleb.repairs.scoring import Repairs
-
-                repairs = Repairs.of(
-                    model, text, windows, aside, progress, finals=named == FINALS, own=own
-                )
-            every = repairs if chosen.repaired else None
-            last = repairs if named == FINALS else None
-            found = _Search(sweep, named, candidates, aim, exact, every, last).run(books, progress)
-            if repairs and found.finalists:
-                named = found.finalists[0].strategy
-                finals = repairs.record(found.finalists)
-        order, target = aim.settle(found.order)
-        tested = found.order if curve else found.order[: len(order) + 1]
-        points = evidence.curve(tested, progress) if evidence else None
+    """Find the blocks whose removal costs least, and return the plan; see :func:`sleb.search`."""
+    task = _prepare(model, config, split, progress)
+    with (
+        on_threads(config.threads),
+        ScoreCache(journal, task.key, keep=keep_journal) as cache,
+    ):
+        search = _Search(task, repaired, cache, progress)
+        evidence = search.heldout(after_repair)
+        rule = StoppingRule(task.goal, task.costs, task.candidates, evidence)
+        found = search.choose(rule)
+        order, target = rule.settle(found.order)
+        tested = found.order if config.curve else found.order[: len(order) + 1]
+        curve = evidence.curve(tested) if evidence else None
+    finals = search.comparison(found)
+    scores_sets = task.metric.token is not None
     return Plan(
-        model=identity,
+        model=task.identity,
         removed=tuple(sorted(order)),
         order=order,
-        protected=protected,
-        metric=metric,
-        unit=chosen.unit,
-        strategy=", ".join([named, *_manner(chosen, exact, compile)]),
+        protected=task.protected,
+        metric=config.metric,
+        unit=task.metric.unit,
+        strategy=finals.sets[0].strategy if finals else task.strategy,
+        racing=scores_sets and not config.exact,
+        compiled=scores_sets and config.compile,
         dtype=model.dtype,
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
         rounds=rounds_behind(found.rounds, order),
-        finals=finals,
-        similarity=gate,
-        calibration=windows.record,
-        curve=points,
+        final_comparison=finals,
+        similarity=task.gate,
+        calibration=split.search.record,
+        split=split.hashes,
+        curve=curve,
         versions=versions(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Task:
+    """What is to be searched, with all that is known before any set of blocks is scored. ``stack``
+    runs the candidates; it may be compiled."""
+
+    model: LoadedModel
+    stack: BlockStack
+    config: SearchConfig
+    split: CalibrationSplit
+    goal: Goal
+    metric: Metric
+    strategy: str
+    candidates: Sequence[int]
+    protected: tuple[int, ...]
+    similarity: Similarity | None
+    gate: SimilarityGate | None
+    costs: Costs
+    identity: Fingerprint
+    batch: int
+
+    @property
+    def measures_heldout(self) -> bool:
+        """Whether the target needs windows that took no part in the choice."""
+        return self.config.curve or self.goal.max_loss_increase is not None
+
+    @property
+    def key(self) -> str:
+        """Identity of all that every score depends on."""
+        record, config = self.split.search.record, self.config
+        how = self.model.dtype + (", compiled" if config.compile else "")
+        parts = [
+            self.identity.model_dump(),
+            record.sha256,
+            record.seed,
+            config.metric,
+            how,
+        ]
+        parts += [config.exact, versions()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def sweep(self, stack: BlockStack, ids: Tensor, metric: TokenMetric) -> Sweep:
+        """Scores sets on windows [N, T]."""
+        most = self.config.max_memory
+        most_bytes = None if most is None else parse_bytes(most, "--max-memory")
+        return Sweep(stack, ids, metric, batch=self.batch, max_bytes=most_bytes)
+
+
+def _prepare(
+    model: LoadedModel,
+    config: SearchConfig,
+    split: CalibrationSplit,
+    progress: Progress,
+) -> _Task:
+    """Measure what the choice of candidates needs.
+
+    Raises:
+        InputError: too few candidates, or no windows to hold out where the target needs them.
+    """
+    goal = check_options(config)
+    metric = METRICS[config.metric]
+    n_blocks = len(model.stack)
+    candidates = candidates_for(goal, config.protect, n_blocks, model.stack.model.config)
+    protected = tuple(b for b in range(n_blocks) if b not in candidates)
+    heldout = 0 if split.heldout is None else len(split.heldout.ids)
+    if (config.curve or goal.max_loss_increase is not None) and heldout < 2:
+        raise InputError(
+            "no two windows are left over to hold out, which --max-loss-increase and --curve "
+            "need: give more --text, fewer --windows, a shorter --length, or a larger --heldout"
+        )
+    checkpoint = Checkpoint.open(model.source.path)
+    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
+        identity = _identity(checkpoint, n_blocks, tick)
+    similarity, gate = None, None
+    if config.min_similarity is not None or metric.token is None:
+        similarity = measure_similarity(
+            model, split.search, measure="cosine", batch=config.batch, progress=progress
+        )
+        if config.min_similarity is not None:
+            least = removals(goal, n_blocks)
+            candidates, gate = above(similarity, candidates, config.min_similarity, least)
+    batch = config.batch or default_batch(model.stack, split.search.ids.shape[1])
+    stack = CompiledStack(model.stack.model, batch) if config.compile else model.stack
+    return _Task(
+        model=model,
+        stack=stack,
+        config=config,
+        split=split,
+        goal=goal,
+        metric=metric,
+        strategy=config.strategy or metric.strategy,
+        candidates=candidates,
+        protected=protected,
+        similarity=similarity,
+        gate=gate,
+        costs=Costs.of(checkpoint, model.stack),
+        identity=identity,
+        batch=batch,
     )
 
 
 @dataclass(frozen=True)
 class _Search:
-    """A strategy over a sweep. What it takes to score sets after their repair is given if that is
-    to be done, for every candidate, or for those that the strategy ends with (``finals``)."""
+    """The objectives of a task. Those after a repair are of the model's own stack, since blocks
+    whose weights change cannot be compiled."""
 
-    sweep: Sweep
-    strategy: str
-    candidates: Sequence[int]
-    aim: StoppingRule
-    exact: bool
-    every: Repairs | None
-    finals: Repairs | None
+    task: _Task
+    repaired: RepairedScorer
+    cache: ScoreCache
+    progress: Progress
 
-    def run(self, books: ScoreJournals, progress: Progress) -> SearchResult:
-        """Find blocks, with one progress bar."""
-        sweep, aim = self.sweep, self.aim
-        blocks, windows = len(sweep.stack), len(sweep.ids)
-        work = rounds_of_work(self.strategy, self.candidates, aim.most, blocks, windows)
-        if self.finals:
-            work.append(self.finals.work(blocks))
-        known = aim.known and not self.every  # how long fits of all candidates take is not
-        with progress.stage("searching", sum(work) if known else None) as tick:
-            pace = ProgressEstimator(tick, work, racing=not self.exact)
-            sweep.on_work(pace.work)
+    def heldout(self, after_repair: bool) -> HeldoutEvaluation | None:
+        """The evidence for a depth, if the target needs any."""
+        task, windows = self.task, self.task.split.heldout
+        if windows is None or not task.measures_heldout:
+            return None
+        title, n = "measuring held-out loss", len(windows.ids)
+        if not after_repair or task.goal.max_loss_increase is None:
+            scorer = task.sweep(task.stack, windows.ids, NLL).scorer
+            plain = Objective(scorer, n, progress=self.progress, title=title)
+            return HeldoutEvaluation(plain, windows, task.costs)
+        ids = task.split.candidate_fit(FINAL_TOKENS).ids
+        scorer = self.repaired(task.sweep(task.model.stack, windows.ids, NLL), ids)
+        scores = self.cache.of(f"held-out, repaired: {digest(ids)} {digest(windows.ids)}")
+        losses = Objective(scorer, n, cache=scores, progress=self.progress, title=title)
+        return HeldoutEvaluation(losses, windows, task.costs, fitted=ids.numel())
 
-            def enough(order: Sequence[int]) -> bool:
-                pace.next_round()
-                return aim.enough(order)
-
-            objective = Objective(
-                sweep.values,
-                windows,
-                step=sweep.step,
-                fill=sweep.fill,
-                deal=functools.partial(distribute, sweep),
-                journal=books.open(""),
-                note=lambda text: pace.note(sweep.stack.reader.noted(text)),
-                enough=enough,
-                exact=self.exact,
-            )
-            if self.every:
-                objective = self._repaired(self.every, objective, books, pace, enough)
-            if self.finals:
-                objective.judge = self._judge(self.finals, books, pace)
-            return STRATEGIES[self.strategy](objective, self.candidates, aim.most)
-
-    def _repaired(
-        self,
-        repairs: Repairs,
-        plain: Objective,
-        books: ScoreJournals,
-        pace: ProgressEstimator,
-        enough: Callable[[Sequence[int]], bool],
-    ) -> Objective:
-        from sleb.repairs.scoring import RepairedObjective, RepairedScores
-
-        # of its own: what the other one keeps from round to round is of unrepaired blocks
-        sweep = self.sweep
-        other = Sweep(repairs.stack, sweep.ids, sweep.metric, batch=sweep.batch)
-        other.on_work(pace.work)
-        return RepairedObjective(
-            plain,
-            RepairedScores(other, repairs.fitted),
-            journal=books.open(".repaired"),
-            note=pace.note,
-            enough=enough,
+    def choose(self, rule: StoppingRule) -> SearchResult:
+        """Run the strategy, or rank all blocks at once if the metric does that."""
+        task, config = self.task, self.task.config
+        if task.metric.token is None:
+            assert task.similarity is not None
+            alike = task.similarity.per_window[:, task.candidates]
+            only = rank(task.candidates, 1 - alike.T, rule.most)
+            return SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
+        search = task.split.search
+        ids = search.ids if config.exact else search.ids[_shuffled(search, config.seed)]
+        objective = Objective(
+            task.sweep(task.stack, ids, task.metric.token).scorer,
+            len(ids),
+            cache=self.cache.of("plain"),
+            progress=self.progress,
+            enough=rule.enough,
+            exact=config.exact,
         )
+        if task.metric.repaired:
+            sweep, fitted = (
+                task.sweep(task.model.stack, ids, task.metric.token),
+                self.fitted,
+            )
+            objective = ShortlistObjective(
+                objective,
+                self.repaired(sweep, fitted),
+                cache=self.cache.of(f"repaired: {digest(fitted)}"),
+                progress=self.progress,
+                enough=rule.enough,
+            )
+        if task.strategy == FINALS:
+            ids, fitted = task.split.final_comparison, self.fitted
+            objective.judge = Objective(
+                self.repaired(task.sweep(task.model.stack, ids, NLL), fitted),
+                len(ids),
+                cache=self.cache.of(f"final: {digest(fitted)} {digest(ids)}"),
+                progress=self.progress,
+            )
+        return STRATEGIES[task.strategy](objective, task.candidates, rule.most)
 
-    def _judge(self, repairs: Repairs, books: ScoreJournals, pace: ProgressEstimator) -> Objective:
-        """Scores what a strategy ends with: the loss after a repair, on the given text and the
-        model's own."""
-        from sleb.repairs.scoring import RepairedScores
+    @cached_property
+    def fitted(self) -> Tensor:
+        """Windows [N, T] that candidates' repairs are fitted on."""
+        tokens = FINAL_TOKENS if self.task.strategy == FINALS else SEARCH_TOKENS
+        return self.task.split.candidate_fit(tokens).ids
 
-        def note(text: str) -> None:
-            pace.no_race()
-            pace.note(text)
-
-        ids = repairs.judging
-        other = Sweep(repairs.stack, ids, NLL, batch=self.sweep.batch)
-        other.on_work(pace.work)
-        scores = RepairedScores(other, repairs.fitted, pace.work)
-        book = books.open(".judged", about=digest(ids))
-        return Objective(scores.values, len(ids), journal=book, note=note)
-
-
-def _manner(metric: Metric, exact: bool, compile: bool) -> list[str]:
-    """How sets were scored, as the plan says it behind the strategy's name."""
-    if metric.token is None:
-        return []
-    return ([] if exact else ["racing"]) + (["compiled"] if compile else [])
+    def comparison(self, found: SearchResult) -> FinalComparison | None:
+        """The plan's record of the sets that the strategy has compared, if it has."""
+        if not found.finalists:
+            return None
+        windows = len(self.task.split.final_comparison)
+        return FinalComparison(
+            sets=found.finalists,
+            fitted=self.fitted.numel(),
+            windows=windows,
+            self_generated=windows - len(self.task.split.search.ids),
+        )
 
 
 def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
@@ -384,11 +327,3 @@ def _shuffled(windows: Windows, seed: int) -> list[int]:
     turns = {s: iter(place.sample(range(n), n)) for s, n in total.items()}
     keys = [((next(turns[s]) + place.random()) / total[s], i) for i, s in enumerate(windows.source)]
     return [i for _, i in sorted(keys)]
-
-
-def _key(
-    identity: Fingerprint, calibration: Calibration, metric: str, dtype: str, exact: bool
-) -> str:
-    parts = [identity.model_dump(), calibration.sha256, calibration.seed, metric, dtype, exact]
-    parts.append(versions())
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

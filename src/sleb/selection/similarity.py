@@ -22,7 +22,7 @@ from sleb.core.registry import Registry
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
 from sleb.selection.objective import Values
-from sleb.selection.sweep import default_batch
+from sleb.selection.resources import default_batch
 
 __all__ = ["MEASURES", "Similarity", "Spread", "measure_similarity"]
 

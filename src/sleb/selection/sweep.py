@@ -1,26 +1,21 @@
-"""Score many sets of removed blocks in one walk over the model.
+"""Score many sets of removed blocks in one walk over the model, by prefix sharing.
 
 Sets that agree on the blocks below ``i`` have the same hidden state there. The walk keeps one
-stream per distinct *prefix* of the sets and runs each block once per live stream, so a prefix is
-computed once and a block's weights are touched once per batch of windows, whatever the number of
-sets. A greedy round over n live blocks costs about n²/2 block forwards instead of n².
+activation per distinct *prefix* of the sets and runs each block once per live prefix, so what sets
+share is computed once, and a block's weights are touched once per batch of windows, whatever the
+number of sets. A greedy round over n live blocks costs about n²/2 block forwards instead of n².
 
-A stream goes through the model's own code, as in a separate full pass, so scores are those of
+Activations go through the model's own code, as in a separate full pass, so scores are those of
 separate passes; where batches differ, to rounding.
 
-What one round computes below the block that it removes, the next one needs again. Those states are
-kept, where memory allows, so that the next round starts from them. Kept and computed states are the
-same to the bit, since this is done only where a stream is alone in a call: a search that was killed
-and goes on without them comes to the same scores.
+Prefixes share a forward call only within a *bundle*, a part of the sets that depends on nothing but
+the sets and the batch; what several bundles need is computed alone. So bundles can be sharded over
+processes, and every score is the same to the bit. See ``distributed``.
 
-Streams share a call only within a *bundle*, a part of the sets that depends on nothing but the sets
-and the batch; what several bundles need goes alone. So any bundles may be left to another process,
-and every score is the same to the bit. See ``dealing``.
-
-Where blocks are streamed from disk, a walk takes as many batches of windows as ``max_bytes`` of
-hidden states allow, and each block is read once for all of them. More windows take more walks: to
-read the blocks again costs less than to write hidden states to disk and read them back, since for
-every block each stream would have to come and go.
+Where blocks are offloaded to disk, a walk takes as many batches of windows as ``max_bytes`` of
+activations allow, and each block is read once for all of them. More windows take more walks: to
+read the blocks again costs less than to spill activations to disk and read them back, since for
+every block each prefix would have to come and go.
 """
 
 from __future__ import annotations
@@ -30,21 +25,21 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain, pairwise
-from types import MappingProxyType
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.activation_cache import ActivationCache, States
+from sleb.selection.distributed import distribute
 from sleb.selection.metrics import TokenMetric
-from sleb.selection.objective import DENSE, BlockSet, Values
+from sleb.selection.objective import DENSE, BlockSet, Scorer, Values
 from sleb.selection.prefixes import below, block_forwards, groups, needed, sharing
+from sleb.selection.resources import busy_tokens, default_batch, free_bytes, logit_bytes
 
 __all__ = ["Patch", "Sweep", "block_forwards"]
 
@@ -59,15 +54,14 @@ Patch = Callable[[], AbstractContextManager[None]]
 
 
 class Part:
-    """A batch of windows on its way through the blocks: one stream [B, T, D] per distinct set of
-    blocks that were skipped so far. ids [B, T]."""
+    """A batch of windows on its way through the blocks: one activation [B, T, D] per prefix, the
+    set of blocks that were skipped so far. ids [B, T]."""
 
     def __init__(self, stack: BlockStack, ids: Tensor) -> None:
         self.stack, self.ids = stack, ids
         hidden, calls = stack.enter(ids)
-        self.streams = {DENSE: hidden}
-        self.left: States = {}
-        self._calls = {1: calls}  # what the blocks are handed, by number of streams in a batch
+        self.hidden = {DENSE: hidden}
+        self._calls = {1: calls}  # what the blocks are handed, by number of prefixes in a batch
 
     def advance(
         self,
@@ -76,18 +70,18 @@ class Part:
         skips: Collection[BlockSet],
         most: int,
     ) -> None:
-        """Take the streams in each of ``runs`` through block i, at most ``most`` in one call, and
+        """Take the prefixes in each of ``runs`` through block i, at most ``most`` in one call, and
         those in ``skips`` past it; drop all others."""
-        after = {prefix | {i}: self.streams[prefix] for prefix in skips}
+        after = {prefix | {i}: self.hidden[prefix] for prefix in skips}
         for share in chain.from_iterable(groups(together, most) for together in runs):
             if len(share) not in self._calls:
                 self._calls[len(share)] = self.stack.enter(self.ids.repeat(len(share), 1))[1]
-            # pop() frees a stream as soon as nothing else needs it
-            parts = [self.streams[p] if p in skips else self.streams.pop(p) for p in share]
+            # pop() frees an activation as soon as nothing else needs it
+            parts = [self.hidden[p] if p in skips else self.hidden.pop(p) for p in share]
             merged = self._merged(parts, i)
             out = self.stack.run(i, merged, self._calls[len(share)][i])
             after.update(zip(share, torch.split(out, len(self.ids)), strict=True))
-        self.streams = after
+        self.hidden = after
 
     def _merged(self, parts: Sequence[Tensor], i: int) -> Tensor:
         """One batch of several, where block i is: some may not have run on the device before."""
@@ -100,9 +94,8 @@ class Part:
 class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
-    ``forwards`` counts block forwards of one window, the unit of the search's work. ``keep`` is for
-    searches that score in rounds, all windows in each: see ``kept``. All sets but the dense
-    one are computed under ``patch``.
+    ``forwards`` counts block forwards of one window, the unit of the search's work. All sets but
+    the dense one are computed under ``patch``.
     """
 
     def __init__(
@@ -113,18 +106,33 @@ class Sweep:
         *,
         batch: int | None = None,
         max_bytes: int | None = None,
-        keep: bool = False,
         patch: Patch | None = None,
     ) -> None:
         self.stack, self.ids, self.metric = stack, ids, metric
         self.batch = batch or default_batch(stack, ids.shape[1])
-        self.max_bytes = max_bytes or _free_bytes(stack) // 2
-        if stack.streamed:  # decides how windows are dealt out
+        self.max_bytes = max_bytes or free_bytes(stack) // 2
+        if stack.streamed:  # decides how windows are sharded
             self.max_bytes = min(map(int, group().exchange(b"%d" % self.max_bytes)))
-        self._kept = ActivationCache(self.max_bytes // 2 if keep and not stack.streamed else 0)
         self._patch = patch
         self.forwards = 0
         self._tick: Callable[[int], None] = lambda n: None
+
+    @property
+    def scorer(self) -> Scorer:
+        """What an :class:`Objective` needs to score by this sweep."""
+        return Scorer(
+            values=self.values,
+            step=self.step,
+            fill=self.fill,
+            distribute=partial(distribute, self),
+            work=self.work,
+            on_work=self.on_work,
+            note=self.stack.reader.noted,
+        )
+
+    def work(self, sets: Sequence[BlockSet]) -> int:
+        """Block forwards and heads that one sweep over ``sets`` takes for a window."""
+        return block_forwards(sets, len(self.stack)) + len(sets)
 
     def on_work(self, tick: Callable[[int], None]) -> None:
         """Call ``tick(n)`` after every n units of work: a block forward or a head, of a window.
@@ -159,7 +167,7 @@ class Sweep:
         """The parts of ``sets`` that may share calls on so many windows: about ``BUNDLES``, unless
         a call would be too small for the device to be busy."""
         tokens = self.ids.shape[1] * max(1, min(windows, self.batch))
-        full = min(_busy_tokens(self.stack), self.ids.shape[1] * self.batch)
+        full = min(busy_tokens(self.stack), self.ids.shape[1] * self.batch)
         size = max(math.ceil(len(sets) / BUNDLES), math.ceil(full / tokens))
         return [sets[a : a + size] for a in range(0, len(sets), size)]
 
@@ -185,9 +193,7 @@ class Sweep:
             try:
                 parts.append(self._walk_scores(sets, among or sets, start, end))
             except torch.OutOfMemoryError:
-                if self._kept:
-                    self._kept = ActivationCache(0)
-                elif self.batch > 1:
+                if self.batch > 1:
                     self.batch //= 2
                     self.max_bytes //= 2
                     logger.info("out of memory: going on with %d windows per batch", self.batch)
@@ -203,8 +209,6 @@ class Sweep:
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """:meth:`scores`, as the ranks of the job find them together."""
-        from sleb.selection.distributed import distribute
-
         step = self.step(len(sets))
         calls = [(sets, a, min(a + step, stop)) for a in range(start, stop, step)]
         return np.concatenate([values for _, values in distribute(self, calls)], axis=1)
@@ -217,26 +221,21 @@ class Sweep:
         bundles = self.bundles(list(dict.fromkeys(among)), stop - start)
         # every process needs the dense model for such a metric, so no bundle may have it to itself
         users = [*bundles, [DENSE]] if self.metric.needs_dense else bundles
-        # more windows take two calls, fewer share one: only so are sums rounded as without
-        keeps = 2 * (stop - start) > self.batch >= stop - start
-        kept, windows = self._kept if keeps else ActivationCache(0), (start, stop)
         if self._patch is None:
-            have, place = kept.of(windows), kept.place(sets)
-            parts = self.walk(wanted, self.ids[start:stop], have, place, users)
-            kept.put(windows, parts[0].left)
+            parts = self.walk(wanted, self.ids[start:stop], users)
         else:
             parts = self._walk_patched(wanted, self.ids[start:stop], users)
         if not self.stack.checked:
-            self._check(parts[0].streams, parts[0].ids)
+            self._check(parts[0].hidden, parts[0].ids)
         columns = []
         while parts:
             part = parts.pop(0)  # its memory is needed for the logits
-            dense = part.streams.get(DENSE) if self.metric.needs_dense else None
+            dense = part.hidden.get(DENSE) if self.metric.needs_dense else None
             scored: dict[BlockSet, Tensor] = {}
             for bundle in bundles:
                 if mine := [s for s in bundle if s in sets]:
                     last = self.stack.device(len(self.stack) - 1)
-                    merged = torch.cat([part.streams.pop(s).to(last) for s in mine])
+                    merged = torch.cat([part.hidden.pop(s).to(last) for s in mine])
                     scored.update(zip(mine, self._score(merged, dense, part.ids), strict=True))
             columns.append(torch.stack([scored[s] for s in sets]))
             self._tick(len(scored) * len(part.ids))
@@ -249,38 +248,27 @@ class Sweep:
                 f"removed, on window {start + column}: try --dtype float32, and check that the "
                 "model itself is sound with: sleb eval"
             )
-        kept.learn(sets, out)
         return out
 
     def walk(
         self,
         sets: Sequence[BlockSet],
         ids: Tensor,
-        have: States = MappingProxyType({}),
-        place: int | None = None,
         bundles: Sequence[Sequence[BlockSet]] | None = None,
     ) -> list[Part]:
         """Hidden states after the last block, per set. ids [W, T] -> parts of at most ``batch``
-        windows, in order. What stands in ``have`` is not computed; each part's ``left`` gets what
-        enters block ``place``. ``bundles``: see :meth:`bundles`; by default all sets are one."""
+        windows, in order. ``bundles``: see :meth:`bundles`; by default all sets are one."""
         parts = [Part(self.stack, part) for part in torch.split(ids, self.batch)]
-        before = needed(sets, len(self.stack), have)
-        users = [needed(bundle, len(self.stack), {}) for bundle in bundles or [sets]]
-        busy = [
-            i
-            for i in range(len(self.stack))
-            if any(i not in p and (i + 1, p) not in have for p in before[i + 1])
-        ]
+        before = needed(sets, len(self.stack))
+        users = [needed(bundle, len(self.stack)) for bundle in bundles or [sets]]
+        busy = [i for i in range(len(self.stack)) if any(i not in p for p in before[i + 1])]
         following = dict(pairwise(busy))
         for i in range(len(self.stack)):
-            wanted = {p for p in before[i + 1] if (i + 1, p) not in have}
+            wanted = before[i + 1]
             runs = sharing({p for p in wanted if i not in p}, [user[i + 1] for user in users])
             skips = {below(p, i) for p in wanted if i in p}
             with self.stack.holding(i, following.get(i)) if runs else contextlib.nullcontext():
                 for part in parts:
-                    part.streams |= {p: have[i, p] for p in before[i] if (i, p) in have}
-                    if i == place:
-                        part.left = {(i, p): state for p, state in part.streams.items()}
                     part.advance(i, runs, skips, most=max(1, self.batch // len(part.ids)))
                     done = sum(map(len, runs)) * len(part.ids)
                     self.forwards += done
@@ -294,17 +282,17 @@ class Sweep:
         assert self._patch is not None
         parts = self.walk([DENSE], ids) if DENSE in sets else []
         with self._patch():
-            others = self.walk([s for s in sets if s != DENSE], ids, bundles=bundles)
+            others = self.walk([s for s in sets if s != DENSE], ids, bundles)
         for part, dense in zip(others, parts, strict=False):
-            part.streams = {**dense.streams, **part.streams}
+            part.hidden = {**dense.hidden, **part.hidden}
         return others
 
     def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
-        """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S streams,
+        """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S sets,
         dense [B, T, D], ids [B, T] -> float64 [S, B] or [S, B, M] on the CPU."""
         batch, predicted = len(ids), ids.shape[1] - 1
         vocab = int(decoder_config(self.stack.model.config).vocab_size)
-        rows = max(1, _logit_bytes(self.stack) // (4 * vocab))
+        rows = max(1, logit_bytes(self.stack) // (4 * vocab))
         # whole windows at a time, or slices of one window: never more positions than it has,
         # so that learned position tables are long enough
         high, wide = max(1, rows // predicted), min(rows, predicted)
@@ -343,42 +331,3 @@ class Sweep:
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
         self.stack.checked = True
-
-
-def default_batch(stack: BlockStack, length: int) -> int:
-    """Windows per batch: enough tokens to fill the device, with one stream per block in at most
-    2 GiB on a GPU (there are never more streams than candidates)."""
-    if stack.input_device.type != "cuda":
-        return max(1, 1_024 // length)
-    width = int(decoder_config(stack.model.config).hidden_size)
-    tokens = min(65_536, 2**31 // (2 * width * len(stack)))
-    return max(1, tokens // length)
-
-
-def room_bytes(stack: BlockStack) -> int:
-    """Memory of a GPU that one thing of a kind may take: an eighth of it, which is the same in
-    every run, or if there is less, a quarter of what is free."""
-    total = torch.cuda.get_device_properties(stack.input_device).total_memory
-    return min(total // 8, _free_bytes(stack) // 4)
-
-
-def _free_bytes(stack: BlockStack) -> int:
-    """Memory that is free now on the fullest device of the blocks, for each process that uses
-    it."""
-    devices = {stack.device(i) for i in range(len(stack))}
-    gpus = [torch.cuda.mem_get_info(d)[0] for d in devices if d.type == "cuda"]
-    main = [int(psutil.virtual_memory().available) // group().local_size]
-    return min(gpus or main)
-
-
-def _busy_tokens(stack: BlockStack) -> int:
-    """Tokens of a call of a block that keep the device busy: on a GPU about half a millisecond's
-    work of a large one, next to which the time to start it is nothing."""
-    if stack.input_device.type != "cuda":
-        return 1_024
-    return 2**38 // max(1, sum(p.numel() for p in stack.blocks[0].parameters()))
-
-
-def _logit_bytes(stack: BlockStack) -> int:
-    """Budget for one chunk of float32 logits; bounds the head's memory for any vocabulary."""
-    return 2**30 if stack.input_device.type == "cuda" else 2**26

@@ -15,13 +15,11 @@ from sleb.calibration import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
-from sleb.core.progress import Progress, silent
 from sleb.core.statistics import interval, standard_error
 from sleb.models.stack import BlockStack
-from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import baseline
-from sleb.selection.sweep import Sweep, block_forwards
+from sleb.selection.request import Goal, parse_bytes
 
 __all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
 
@@ -73,19 +71,12 @@ class Costs:
 
 class HeldoutEvaluation:
     """Loss of the model on held-out windows as blocks go: the evidence for a depth. ``losses``
-    scores sets as ``sweep`` does, by default, or after a repair that is ``fitted`` on so many
-    tokens."""
+    scores sets as plain cuts, or after a repair that is ``fitted`` on so many tokens."""
 
     def __init__(
-        self,
-        sweep: Sweep,
-        windows: Windows,
-        costs: Costs,
-        losses: Objective | None = None,
-        fitted: int | None = None,
+        self, losses: Objective, windows: Windows, costs: Costs, fitted: int | None = None
     ) -> None:
-        self._sweep, self.windows, self._costs, self._fitted = sweep, windows, costs, fitted
-        self._losses = losses or Objective(sweep.values, len(windows.ids))
+        self._losses, self.windows, self._costs, self._fitted = losses, windows, costs, fitted
 
     def point(self, order: Sequence[int]) -> Point:
         """The model without ``order``, against the dense one."""
@@ -103,14 +94,10 @@ class HeldoutEvaluation:
             speedup=_rounded(self._costs.speedup(order)),
         )
 
-    def curve(self, order: Sequence[int], progress: Progress = silent) -> Curve:
+    def curve(self, order: Sequence[int]) -> Curve:
         """All depths of ``order``, in one sweep where they are plain cuts."""
         prefixes = [tuple(order[: i + 1]) for i in range(len(order))]
-        sets = [DENSE, *map(BlockSet, prefixes)]
-        work = block_forwards(sets, len(self._sweep.stack)) + len(sets)
-        with progress.stage("measuring held-out loss", len(self.windows.ids) * work) as tick:
-            self._sweep.on_work(tick)
-            dense = self._losses.scores(sets)[0]
+        dense = self._losses.scores([DENSE, *map(BlockSet, prefixes)])[0]
         return Curve(
             heldout=self.windows.record,
             baseline=baseline(dense),

@@ -52,8 +52,8 @@ def plan_table(t: Locale, p: Plan) -> list[Item]:
         Table(columns=heads, rows=tuple(rows)),
         Text(f"{p.metric} in {p.unit}{dense}; {removed}"),
     ]
-    if p.finals:
-        items.append(Text(_compared(t, p.finals)))
+    if p.final_comparison:
+        items.append(Text(_compared(t, p.final_comparison)))
     if c := p.calibration:
         items.append(Text(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}"))
     return items
@@ -62,7 +62,7 @@ def plan_table(t: Locale, p: Plan) -> list[Item]:
 def _compared(t: Locale, f: FinalComparison) -> str:
     best, other = f.sets[:2]
     doubt = "" if other.excess_se is None else f" ± {t.nats(other.excess_se)}"
-    own = f", {f.own} of them the model's own text" if f.own else ""
+    own = f", {f.self_generated} of them the model's own text" if f.self_generated else ""
     return (
         f"after a quick repair {best.strategy} {t.join(best.order)} costs {t.nats(best.increase)} "
         f"nats/token, {other.strategy} {t.join(other.order)} costs {t.nats(other.increase)} "
@@ -103,10 +103,10 @@ def reasons(t: Locale, plan: Plan, alike: Similarity | None) -> list[Item]:
     meaning = t(f"metrics.{plan.metric}") if known else plan.metric
     items: list[Item] = [Text(t("why.score", meaning=meaning, unit=plan.unit))]
     ordered = {s.block for s in plan.rounds[0].scores} == set(plan.order)
-    if ordered and plan.strategy.split(",")[0] == "refine":
+    if ordered and plan.strategy == "refine":
         items.append(Text(t("why.refined")))
-    elif plan.finals:
-        items.append(Text(_finals(t, plan.finals)))
+    elif plan.final_comparison:
+        items.append(Text(_finals(t, plan.final_comparison)))
     return [*items, listed]
 
 
@@ -122,7 +122,7 @@ def _finals(t: Locale, finals: FinalComparison) -> str:
         increase=t.nats(best.increase),
         instead=t.nats(other.increase),
         windows=finals.windows,
-        own=finals.own,
+        own=finals.self_generated,
         difference=t("why.finals_noise" if noise else "why.finals_clear"),
     )
 

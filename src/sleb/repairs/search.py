@@ -1,0 +1,78 @@
+"""The search as users call it: with a model to load, text to read, and scores after a repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sleb.calibration.split import CalibrationSplit
+from sleb.config import LoadOptions, SearchConfig, takes
+from sleb.core.plan import Plan
+from sleb.core.progress import Progress, silent
+from sleb.models.load import LoadedModel, load
+from sleb.repairs.scoring import repaired_scorer
+from sleb.repairs.self_generated import can_generate, writer
+from sleb.selection.metrics import METRICS
+from sleb.selection.request import check_options, check_request
+from sleb.selection.search import find_blocks
+from sleb.selection.strategies import FINALS
+
+__all__ = ["search"]
+
+
+@takes(SearchConfig)
+def search(
+    model: LoadedModel | str | Path,
+    config: SearchConfig,
+    *,
+    split: CalibrationSplit | None = None,
+    after_repair: bool = False,
+    journal: str | Path | None = None,
+    keep_journal: bool = False,
+    progress: Progress = silent,
+) -> Plan:
+    """Find the blocks whose removal costs least, and return the plan.
+
+    Args:
+        model: a loaded model, or anything that :func:`sleb.load` takes.
+        config: the options, which may also be given as keywords: see
+            :class:`sleb.config.SearchConfig`. Exactly one target is given: ``remove``,
+            ``max_loss_increase``, ``speedup`` or ``size`` (with ``curve`` none means half of the
+            blocks). The result is a function of the inputs and the seed.
+        split: windows that were chosen before, in place of ``text``, ``windows`` and ``heldout``.
+        after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
+            quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
+        journal: file that keeps finished scores, so that the same call resumes after a crash.
+        keep_journal: leave it when the search is done, for a caller who is not done.
+        progress: receives the stages.
+
+    Raises:
+        VerificationFailed: nothing can be removed within ``max_loss_increase``.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    goal = check_options(config)
+    if not isinstance(model, LoadedModel):
+        check_request(model, config, progress)
+        model = load(model, **dict(config.part(LoadOptions)), progress=progress)
+    if split is None:
+        measures_heldout = config.curve or goal.max_loss_increase is not None
+        split = CalibrationSplit.of(
+            model.tokenizer,
+            config.text,
+            windows=config.windows,
+            length=config.length,
+            seed=config.seed,
+            heldout=config.heldout if measures_heldout else 0,
+        )
+    strategy = config.strategy or METRICS[config.metric].strategy
+    if strategy == FINALS and split.generated is None and can_generate(model.stack):
+        split = split.with_self_generated(writer(model, progress), compare=True)
+    return find_blocks(
+        model,
+        config,
+        split,
+        repaired=repaired_scorer,
+        after_repair=after_repair,
+        journal=journal,
+        keep_journal=keep_journal,
+        progress=progress,
+    )
