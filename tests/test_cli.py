@@ -20,7 +20,7 @@ import sleb
 from cli_tools import refused, run, tree
 from sleb import pipeline
 from sleb.cli import progress
-from sleb.cli.verbs import EXAMPLES
+from sleb.cli.verbs import VERBS
 from sleb.core.plan import Plan
 from sleb.surgery.verification import Check
 
@@ -315,12 +315,13 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         text, _, found = done.stdout.rpartition("REPORT ")
         return text, found.strip()
 
-    text, found = report("--help", *(f"{verb} --help" for verb in EXAMPLES))
-    assert found == f"{[0] * (1 + len(EXAMPLES))} False True"
-    for verb, (function, example) in EXAMPLES.items():
-        assert f"Usage: sleb {verb} [OPTIONS]" in text
-        assert f"Example: {example}" in " ".join(text.split())
-        assert function.__doc__.split("\n")[0].split(";")[0][:40] in " ".join(text.split())
+    text, found = report("-h", *(f"{verb.name} --help" for verb in VERBS))
+    assert found == f"{[0] * (1 + len(VERBS))} False True"
+    text = " ".join(text.split())
+    for verb in VERBS:
+        assert f"Usage: sleb {verb.name} [OPTIONS]" in text
+        assert f"Example: {verb.example}" in text
+        assert verb.help.split(";")[0] in text
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
 
     mistakes = ["serch x", "apply nothing.json MODEL -o out", "verify nothing --model MODEL"]

@@ -18,8 +18,8 @@ import sleb
 from conftest import save_tiny
 from sleb.acceptance import Gate
 from sleb.calibration.sources import SOURCES
+from sleb.cli import verbs
 from sleb.cli.main import app, main
-from sleb.cli.verbs import EXAMPLES
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
 from sleb.evaluation.answers import read_prompts
@@ -129,9 +129,9 @@ def test_the_exit_codes_are_those_of_the_errors():
 
 def test_every_verb_is_documented_and_its_example_names_it():
     readme = (ROOT / "README.md").read_text()
-    for verb, (_, example) in EXAMPLES.items():
-        assert f"sleb {verb}" in readme or f"make {verb}" in readme
-        assert example.startswith(f"sleb {verb}")
+    for verb in verbs.VERBS:
+        assert f"sleb {verb.name}" in readme or f"make {verb.name}" in readme
+        assert verb.example.startswith(f"sleb {verb.name}")
 
 
 def test_the_examples_of_extending_work(workplace, tmp_path):

@@ -271,6 +271,6 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     assert "is healed: its weights were trained after the cut" in message
     assert "verify the cut" in message
 
-    monkeypatch.setattr("sleb.cli.heal.terminal_progress", lambda: Stopping(3))
+    monkeypatch.setattr("sleb.cli.verbs.terminal_progress", lambda: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")
     assert message.endswith(f"so far is in {tmp_path / 'N.heal'}: repeat the command to go on")

@@ -11,16 +11,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, did_you_mean
 
 __all__ = [
+    "GROUPS",
     "ApplyConfig",
     "BatchOptions",
     "BenchConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "DepthOptions",
     "DeviceOptions",
     "EvalConfig",
+    "ExportConfig",
     "HealConfig",
     "HeldoutOptions",
     "KeepOptions",
@@ -39,6 +42,7 @@ __all__ = [
     "PruneConfig",
     "PushConfig",
     "QuantizeConfig",
+    "RepairConfig",
     "RepairOptions",
     "RestoreConfig",
     "SearchConfig",
@@ -50,6 +54,8 @@ __all__ = [
     "TransferConfig",
     "TrustOptions",
     "VerifyConfig",
+    "group_of",
+    "like",
     "option",
     "takes",
 ]
@@ -74,13 +80,34 @@ def like(kind: type[Options], name: str, default: Any = ..., help: str = "") -> 
     field = copy.copy(kind.model_fields[name])
     field.default = field.default if default is ... else default
     field.description = help or field.description
+    field.json_schema_extra = {**declared(kind, name), "group": group_of(kind, name)}
     return field
+
+
+def declared(kind: type[Options], name: str) -> dict[str, Any]:
+    """What :func:`option` keeps of a field beside pydantic's own."""
+    extra = kind.model_fields[name].json_schema_extra
+    return dict(extra) if isinstance(extra, dict) else {}
+
+
+def group_of(kind: type[Options], name: str) -> str:
+    """The heading under which a field stands in the help: the title of its group; empty for the
+    options of one verb alone."""
+    if group := declared(kind, name).get("group"):
+        return str(group)
+    home = next(c for c in kind.__mro__ if name in vars(c).get("__annotations__", {}))
+    return home.title() if home in GROUPS else ""
 
 
 class Options(BaseModel):
     """A frozen set of options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def title(cls) -> str:
+        """The docstring's first line."""
+        return (cls.__doc__ or "").splitlines()[0].rstrip(".")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
@@ -91,7 +118,7 @@ class Options(BaseModel):
                 other.
         """
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate({name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
             raise InputError(f"{where}{_said(error.errors()[0], cls)}") from None
 
@@ -109,6 +136,13 @@ class Options(BaseModel):
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741 (as in typing's own documentation)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(item) for item in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _said(error: ErrorDetails, kind: type[Options]) -> str:
@@ -158,7 +192,7 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 class TargetOptions(Options):
-    """Target: give one."""
+    """Target (give one)."""
 
     remove: int | str | None = option(None, "Blocks to remove, 6 or 20%.")
     max_loss_increase: float | None = option(
@@ -317,6 +351,26 @@ class DepthOptions(Options):
     depth: int | None = option(None, "Use only the plan's first DEPTH removals.")
 
 
+GROUPS: tuple[type[Options], ...] = (
+    TargetOptions,
+    SelectionOptions,
+    TextOptions,
+    LengthOptions,
+    HeldoutOptions,
+    RepairOptions,
+    DepthOptions,
+    DeviceOptions,
+    LoadOptions,
+    BatchOptions,
+    ThreadsOptions,
+    ComputeOptions,
+    TrustOptions,
+    OutputOptions,
+    KeepOptions,
+)
+"""In the order of the help. Several may share a title."""
+
+
 # --- verbs -------------------------------------------------------------------------------------
 
 
@@ -346,13 +400,20 @@ class PruneConfig(SearchConfig, RepairOptions, KeepOptions):
     """`sleb prune`."""
 
 
-class ApplyConfig(DepthOptions, KeepOptions, LoadOptions):
+class RepairConfig(DepthOptions, DeviceOptions):
+    """`sleb.repair`."""
+
+    stream: bool = like(LoadOptions, "stream")
+    device_map: str | None = like(LoadOptions, "device_map")
+    text: tuple[str, ...] = like(TextOptions, "text")
+    length: int = like(LengthOptions, "length")
+    repair_tokens: int | None = like(RepairOptions, "repair_tokens")
+
+
+class ApplyConfig(RepairConfig, KeepOptions):
     """`sleb apply`."""
 
     repair: bool = option(False, "Re-fit matrices around the gaps, on --text.", flag="--repair")
-    repair_tokens: int | None = like(RepairOptions, "repair_tokens")
-    text: tuple[str, ...] = like(TextOptions, "text")
-    length: int = like(LengthOptions, "length")
     repaired: str | None = option(
         None,
         "From GGUF to GGUF: take the plan's repair from this checkpoint.",
@@ -364,6 +425,21 @@ class ApplyConfig(DepthOptions, KeepOptions, LoadOptions):
         "checkpoint that the file was made from.",
         flag="--other-weights",
     )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.text and not self.repair:
+            raise InputError(
+                "--text is what --repair is fitted on; give --repair too, or leave it out"
+            )
+        if (self.stream or self.device_map) and not self.repair:
+            raise InputError(
+                "only --repair loads blocks, which --stream or --device-map place; give --repair "
+                "too, or leave them out"
+            )
+        if self.repair and self.repaired:
+            raise InputError("--repair fits a repair, --repaired brings one: give one of them")
+        return self
 
 
 class RestoreConfig(DepthOptions, OutputOptions, TrustOptions):
@@ -402,6 +478,18 @@ class EvalConfig(DepthOptions, TextOptions, LoadOptions, BatchOptions):
     )
     limit: int | None = option(None, "Items per task.", ge=1)
 
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.depth is not None and self.plan is None:
+            raise InputError("--depth is a depth of a plan; give the plan with --plan")
+        if self.task and (self.text or self.windows or self.length):
+            raise InputError(
+                "--task scores items, not windows of --text; run sleb eval once for each"
+            )
+        if (self.tasks_folder or self.limit) and not self.task:
+            raise InputError("--tasks-folder and --limit are for tasks; name them with --task")
+        return self
+
 
 class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     """`sleb quantize`."""
@@ -415,12 +503,11 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
-class HealConfig(HeldoutOptions, OutputOptions, DeviceOptions):
+class HealConfig(OutputOptions, DeviceOptions):
     """`sleb heal`."""
 
     text: tuple[str, ...] = like(TextOptions, "text")
     seed: int = like(TextOptions, "seed")
-
     tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
     length: int | None = like(
         LengthOptions, "length", None, "Tokens per window. Default: 1024, or what the model reads."
@@ -433,7 +520,7 @@ class HealConfig(HeldoutOptions, OutputOptions, DeviceOptions):
         ge=1,
     )
     minutes: float | None = option(None, "Train for so long at most; fewer tokens then.", gt=0)
-    heldout: int = like(HeldoutOptions, "heldout", 32, "Windows to set aside for validation.")
+    heldout: int = option(32, "Windows to set aside for validation.", ge=1)
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
 
@@ -453,6 +540,10 @@ class BenchConfig(DeviceOptions, ThreadsOptions):
         False, "Time each OUT as the draft of MODEL, and nothing else.", flag="--draft"
     )
     draft_tokens: int = option(4, "Tokens drafted at a time.", ge=1)
+
+
+class ExportConfig(DepthOptions, OutputOptions, TrustOptions):
+    """`sleb export`."""
 
 
 class PushConfig(Options):

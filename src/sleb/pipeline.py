@@ -21,6 +21,7 @@ from sleb.core.plan import Plan, Target, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.evaluation.perplexity import Evaluation, evaluate
+from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
 from sleb.models.source import ModelSource
@@ -43,11 +44,13 @@ __all__ = ["Pruned", "prune"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What :func:`prune` leaves: the checkpoint folder, its plan and its record."""
+    """What :func:`prune` leaves: the checkpoint folder, its plan and its record; and the
+    ``quantized`` checkpoint beside it, see :func:`sleb.prune`."""
 
     path: Path
     plan: Plan
     record: RunRecord
+    quantized: Quantized | None = None
 
 
 @takes(PruneConfig)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["as_json", "note", "result", "show"]
+__all__ = ["as_json", "note", "show"]
 
 
 def show(result: Any) -> None:
@@ -21,11 +21,6 @@ def as_json(facts: Any) -> None:
     from sleb import views
 
     views.show(facts, json=True)
-
-
-def result(value: Any, json: bool) -> None:
-    """Print for a person or a program."""
-    (as_json if json else show)(value)
 
 
 def note(text: str, json: bool = False) -> None:

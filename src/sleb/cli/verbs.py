@@ -1,331 +1,540 @@
-"""The verbs: their options, and the one library call that each makes.
-
-Heavy imports are inside the functions, so that `sleb --help` is quick. Results go to stdout, as
-tables or with --json as JSON; progress and messages go to stderr.
-"""
+"""The verbs: for each one the public function that it calls, and how it is shown."""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from sleb.cli import gguf, measure, show
-from sleb.cli.evaluate import evaluate
-from sleb.cli.heal import heal
-from sleb.cli.options import (
-    Batch,
-    Depth,
-    Device,
-    DeviceMap,
-    Dtype,
-    Force,
-    Json,
-    Keep,
-    Length,
-    Model,
-    PlanFile,
-    RepairTokens,
-    Seed,
-    Stream,
-    TensorParallel,
-    Text,
-    Trust,
-    Windows,
-    searching,
-)
+import sleb
+from sleb.cli import show
+from sleb.cli.build import Argument, add_command, as_config
 from sleb.cli.progress import terminal_progress
-from sleb.cli.quantize import Scheme, check_quantized, quantize, quantized
-from sleb.cli.restore import restore
-from sleb.cli.share import export, push
-from sleb.cli.verify import verify
+from sleb.config import (
+    ApplyConfig,
+    BenchConfig,
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    HealConfig,
+    Options,
+    OutputOptions,
+    PruneConfig,
+    PushConfig,
+    QuantizeConfig,
+    RestoreConfig,
+    SearchConfig,
+    SimilarityConfig,
+    TransferConfig,
+    TrustOptions,
+    VerifyConfig,
+)
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target
+from sleb.core.plan import Plan
 from sleb.core.process_group import Lost, group, main_process_first
 
-__all__ = ["Interrupted", "register"]
+__all__ = ["VERBS", "Interrupted", "Verb", "register"]
+
+Given = Mapping[str, Any]
+"""The values of a command's parameters, by name."""
+
+MODEL = Argument("model", "Folder, hub id, or .gguf file.", metavar="MODEL")
+PLAN = Argument("plan", "Plan from sleb search.", metavar="PLAN")
+CUT = Argument("cut", "The pruned checkpoint, from prune or apply.", metavar="OUT")
+PRUNED = Argument("out", "The pruned checkpoint.", metavar="OUT")
+OUT = Argument("out", "Folder for the new checkpoint.", "--out -o", group="Output")
+PROMPTS = "Your prompts: .jsonl, or .txt with one a line."
 
 
-def inspect(model: Model, json: Json = False, trust_remote_code: Trust = False) -> int:
-    """Show a model's blocks, depth-dependent config fields, and what a cut would save."""
-    from sleb.models.describe import describe
-
-    found = describe(model, trust_remote_code=trust_remote_code, progress=terminal_progress())
-    show.result(found, json)
-    return 0 if found.supported else 4
+def _file(default: str, help: str = "File to write.") -> Argument:
+    return Argument("out", help, "--out -o", default=default, group="Output")
 
 
-def similarity(
-    model: Model,
-    text: Text = None,
-    measure: Annotated[
-        str, typer.Option(help="cosine, angular, correlation, cka or relative-l2.")
-    ] = "cosine",
-    windows: Windows = None,
-    length: Length = 256,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch: Batch = None,
-    stream: Stream = False,
-    device_map: DeviceMap = None,
-    tp: TensorParallel = 1,
-    json: Json = False,
-    trust_remote_code: Trust = False,
-) -> int:
-    """Compare the outputs of blocks: the first of the method's three stages."""
-    from sleb.calibration import check_sources, load_windows
-    from sleb.models.load import load
-    from sleb.selection.similarity import MEASURES, measure_similarity
+def _original(help: str = "The original model.", default: Any = ...) -> Argument:
+    optional = str if default is ... or isinstance(default, str) else str | None
+    return Argument("model", help, "--model", type=optional, default=default)
 
-    MEASURES[measure]
-    check_sources(text or ())
-    progress = terminal_progress()
-    loaded = load(
-        model,
-        dtype=dtype,
-        device=device,
-        stream=stream,
-        device_map=device_map,
-        tp=tp,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    scored, _ = load_windows(
-        loaded.tokenizer, text or (), windows=windows, length=length, seed=seed
-    )
-    found = measure_similarity(loaded, scored, measure=measure, batch=batch, progress=progress)
-    show.result(found, json)
+
+def _text(name: str, help: str, flag: str, metavar: str | None = None) -> Argument:
+    """An option that need not be given."""
+    return Argument(name, help, flag, metavar, str | None, None)
+
+
+def _switch(name: str, help: str) -> Argument:
+    return Argument(name, help, f"--{name}", type=bool, default=False, group="Output")
+
+
+JSON = _switch("json", "Print the result as JSON on stdout.")
+FORCE = _switch("force", "Replace an existing output.")
+RECORD = Argument(
+    "record",
+    "Add the result to RUN/run.json, for gate and report.",
+    "--record",
+    "RUN",
+    str | None,
+    None,
+    "Output",
+)
+
+
+def _written(result: Any, given: Given) -> Iterable[str]:
+    return (f"checkpoint written to {given['out']}",)
+
+
+def _require(result: Any) -> int:
+    """The exit code: an error of the result's own, or 0."""
+    if hasattr(result, "require"):
+        result.require()
     return 0
 
 
-@searching
-def search(
-    model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="Plan file to write.")] = "plan.json",
-    **options: Any,
-) -> int:
-    """Find the blocks whose removal costs least, and write the plan."""
-    asked, force, json = _asked(options)
-    writable_target(Path(out), force=force, folder=False)
-    from sleb.repairs.search import search as find
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb. ``run`` is the name of its public function in :mod:`sleb`, or of another in a
+    module of it, which gets all values by name but those of ``own``, the command line's."""
 
-    plan = find(model, **asked, journal=f"{out}.journal", progress=terminal_progress())
-    if group().is_main:
-        plan.save(out)
-    show.result(plan, json)
-    show.note(f"plan written to {out}; next: sleb apply {out} {model} -o OUT", json)
-    return 0
+    name: str
+    help: str
+    example: str
+    arguments: tuple[Argument, ...]
+    config: type[Options] = Options
+    run: str = ""
+    check: Callable[[Given], None] = lambda given: None
+    """Finds mistakes that can be seen before torch is imported."""
+    facts: Callable[[Any], Any] = lambda result: result
+    """What --json prints."""
+    drawn: Callable[[Any], Any] | None = None
+    """What is drawn for a person, where that is not the facts."""
+    notes: Callable[[Any, Given], Iterable[str]] = lambda result, given: ()
+    """Last lines: what was written, what to do next."""
+    filter: bool = False
+    """Whether stdout is for another program: the result's text, unless it goes to a file, and no
+    notes."""
+    code: Callable[[Any], int] = _require
+    sections: Callable[[Any, Given], dict[str, Any]] | None = None
+    """What a run record gets of the result; None where there is no --record."""
+    json: bool = True
+    shared: bool = False
+    """Whether the processes of a job share the work; else the first does it alone."""
+
+    @property
+    def own(self) -> tuple[Argument, ...]:
+        """The options that are the command line's alone."""
+        return (*([RECORD] if RECORD in self.arguments else []), *([JSON] if self.json else []))
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function; importing it imports torch."""
+        value: Any = sleb
+        for part in (self.run or self.name).split("."):
+            value = getattr(value, part)
+        return value  # type: ignore[no-any-return]
 
 
-def apply(
-    plan: PlanFile,
-    model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
-    depth: Depth = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Re-fit matrices around the gaps, on --text.")
-    ] = False,
-    repair_tokens: RepairTokens = None,
-    keep: Keep = True,
-    repaired: gguf.Repaired = None,
-    other_weights: gguf.OtherWeights = False,
-    text: Text = None,
-    length: Length = 256,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    stream: Stream = False,
-    device_map: DeviceMap = None,
-    force: Force = False,
-    json: Json = False,
-    trust_remote_code: Trust = False,
-) -> int:
-    """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
-    GGUF file, if MODEL and OUT both end in .gguf."""
-    from sleb.core.plan import Plan
+# --- what single verbs do beside calling their function ----------------------------------------
 
-    loaded = Plan.load(plan)
-    removed = loaded.at_depth(depth)
-    if text and not repair:
-        raise InputError("--text is what --repair is fitted on; give --repair too, or leave it out")
-    if (stream or device_map) and not repair:
-        raise InputError(
-            "only --repair loads blocks, which --stream or --device-map place; give --repair too, "
-            "or leave them out"
+
+def _new_folder(given: Given) -> None:
+    writable_target(Path(given["out"]), force=given["force"])
+
+
+def _new_file(given: Given) -> None:
+    if given["out"]:
+        writable_target(Path(given["out"]), force=given["force"], folder=False)
+
+
+def _check_apply(given: Given) -> None:
+    Plan.load(given["plan"]).at_depth(given["depth"])
+    if Path(given["out"]).suffix != ".gguf":
+        _new_folder(given)
+
+
+def _check_verify(given: Given) -> None:
+    out = Path(given["out"])
+    if out.is_dir() or given["plan"]:
+        Plan.load(given["plan"] or out / "plan.json")
+    elif not out.is_file():
+        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+
+
+def _check_eval(given: Given) -> None:
+    if given["plan"]:
+        Plan.load(given["plan"]).at_depth(given["depth"])
+    elif given["record"]:
+        raise InputError("--record is for a pruned model's record; give its plan with --plan")
+
+
+def _check_prune(given: Given) -> None:
+    _new_folder(given)
+    if given["quantize"]:
+        out = Path(given["out"])
+        beside = out.with_name(f"{out.name}-{given['quantize']}")
+        writable_target(beside, force=given["force"])
+
+
+def _applied_facts(a: Any) -> dict[str, Any]:
+    facts = {"out": str(a.out), "removed": a.removed, "blocks": a.blocks}
+    if a.gguf:
+        facts |= {"plan": str(a.gguf.plan), "nbytes": a.gguf.nbytes}
+        facts |= {"other_weights": a.gguf.other_weights}
+        names = ("name", "was", "type", "error")
+        facts["requantized"] = [{n: getattr(t, n) for n in names} for t in a.gguf.requantized]
+    if a.repair:
+        facts["repair"] = a.repair.model_dump(mode="json")
+    return facts
+
+
+def _applied_notes(a: Any, given: Given) -> Iterator[str]:
+    if a.repair and not a.self_generated:
+        yield (
+            "the repair was fitted on all of the given texts (blocks that are fetched when they "
+            "run write none)"
         )
-    of_gguf: dict[str, Any] = {
-        "depth": depth,
-        "repaired": repaired,
-        "other_weights": other_weights,
-        "force": force,
-    }
-    as_gguf = gguf.wanted(loaded, plan, model, out, repair=repair, **of_gguf)
-    if not as_gguf:
-        writable_target(Path(out), force=force)
-    from sleb.surgery.apply import apply as cut
-
-    fixed = None
-    if repair:
-        from sleb.calibration import check_sources
-        from sleb.models.load import load
-        from sleb.repairs import fit_repair
-        from sleb.repairs.self_generated import can_generate
-
-        check_sources(text or ())
-        progress = terminal_progress()
-        dense = load(
-            model,
-            dtype=dtype,
-            device=device,
-            stream=stream,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+    if not a.gguf:
+        yield f"next: sleb verify {given['out']} --model {given['model']}"
+        return
+    if a.gguf.other_weights:
+        yield (
+            "the plan's blocks were chosen, and their cost measured, on other weights of this "
+            "model: measure this file before you ship it"
         )
-        fixed = fit_repair(
-            dense,
-            removed,
-            text=text or (),
-            length=length,
-            tokens=repair_tokens,
-            progress=progress,
-        )
-        if not can_generate(dense.stack):
-            show.note(
-                "the repair was fitted on all of the given texts (blocks that are fetched when "
-                "they run write none)",
-                json,
-            )
-        del dense
+    yield f"plan as used: {a.gguf.plan}; next: llama-cli -m {given['out']}"
 
-    if as_gguf:
-        return gguf.apply(loaded, model, out, repair=fixed, json=json, **of_gguf)
-    cut(
-        loaded,
-        model,
-        out,
-        depth=depth,
-        repair=fixed,
-        keep=keep,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        progress=terminal_progress(),
+
+def _verified_facts(v: Any) -> Any:
+    parts = {"verification": v.verification, "runtimes": v.runtimes, "gate": v.gate}
+    shown = {name: part for name, part in parts.items() if part}
+    return v.verification if [*shown] == ["verification"] else shown
+
+
+def _pruned_facts(p: Any) -> Any:
+    return p.record if p.quantized is None else {"run": p.record, "quantized": p.quantized}
+
+
+def _pruned_drawn(p: Any) -> Any:
+    from sleb.views import depths
+
+    return (p.record, *depths(p.plan), *([] if p.quantized is None else [p.quantized]))
+
+
+def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
+    yield from _written(p, given)
+    if p.quantized is not None:
+        yield f"quantized checkpoint written to {p.quantized.path}"
+
+
+def _quantized_notes(q: Any, given: Given) -> Iterator[str]:
+    if q.twice:
+        yield (
+            f"{Path(given['model']).name} is a GGUF file: its weights had been rounded before, and "
+            "now are twice; a model in its original precision gives a better result"
+        )
+    yield from _written(q, given)
+
+
+def _evaluated(result: Any, given: Given) -> dict[str, Any]:
+    if given["task"]:
+        return {"tasks": result}
+    from sleb.record import EvaluationText
+
+    text = EvaluationText(
+        windows=result.windows,
+        length=result.length,
+        source="given",
+        texts=tuple(given["text"] or ["default"]),
     )
-    left = loaded.model.blocks - len(removed)
-    done = {"out": out, "removed": removed, "blocks": left}
-    if fixed:
-        done["repair"] = fixed.record.model_dump(mode="json")
-    show.result(done, json)
-    show.note(f"next: sleb verify {out} --model {model}", json)
-    return 0
+    return {"evaluation": result, "evaluation_text": text}
 
 
-@searching
-def prune(
-    context: typer.Context,
-    model: Model,
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the new checkpoint.")],
-    repair: Annotated[
-        bool | None,
-        typer.Option(
-            "--repair/--no-repair",
-            help="Re-fit matrices around the gaps to make up for them. Default: where possible.",
+def _demonstrated(d: Any) -> Any:
+    from sleb.views.model import Text
+
+    lines = (
+        f"a prompt of 256 tokens: {d.speedup:.2f}x as fast here (median of 7 pairs of runs)",
+        "",
+        f"{d.prompt} …",
+        f"  original: {d.texts[0]}",
+        f"  pruned:   {d.texts[1]}",
+        "",
+        f"A small sample, chosen to finish in minutes: {d.searched:,} tokens to search, "
+        f"{d.measured:,} to measure. The intervals show how little it pins down. For real use, "
+        "give text of your own job with --text and more --windows. Nothing was trained.",
+        "",
+        f"The checkpoint is in {d.pruned.path}: plain transformers loads it, without sleb.",
+    )
+    plan, record = d.pruned.plan, d.pruned.record
+    return (plan, record.verification, record, *map(Text, lines))
+
+
+def _reports(record: Any, given: Given) -> Iterator[str]:
+    from sleb.project import Project
+
+    project = Project.load(given["path"])
+    for lang in project.measure.reports:
+        yield f"report written to {project.target / f'report.{lang}.html'}"
+
+
+VERBS = (
+    Verb(
+        name="inspect",
+        run="describe",
+        help="Show a model's blocks, depth-dependent config fields, and what a cut would save.",
+        example="sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct",
+        arguments=(Argument("ref", MODEL.help, metavar="MODEL"),),
+        config=TrustOptions,
+        code=lambda found: 0 if found.supported else 4,
+    ),
+    Verb(
+        name="similarity",
+        help="Compare the outputs of blocks: the first of the method's three stages.",
+        example="sleb similarity ./model --text mail.jsonl --measure angular",
+        arguments=(MODEL,),
+        config=SimilarityConfig,
+        shared=True,
+    ),
+    Verb(
+        name="search",
+        help="Find the blocks whose removal costs least, and write the plan.",
+        example="sleb search ./model --curve --text mail.jsonl -o plan.json",
+        arguments=(MODEL, _file("plan.json", "Plan file to write."), FORCE),
+        config=SearchConfig,
+        check=_new_file,
+        notes=lambda plan, given: (
+            f"plan written to {given['out']}; next: sleb apply {given['out']} {given['model']} "
+            "-o OUT",
         ),
-    ] = None,
-    repair_tokens: RepairTokens = None,
-    keep: Keep = True,
-    quantize: Scheme = None,
-    **options: Any,
-) -> int:
-    """Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card."""
-    asked, force, json = _asked(options)
-    if quantize:
-        check_quantized(out, quantize, force=force)
-    asked |= {"repair": repair, "repair_tokens": repair_tokens, "keep": keep}
-    writable_target(Path(out), force=force)
-    from sleb.pipeline import prune as run
-
-    done = run(model, out, **asked, force=force, command=context.obj, progress=terminal_progress())
-    if not json:
-        from sleb.views import depths
-
-        show.show((done.record, *depths(done.plan)))
-    show.note(f"checkpoint written to {out}", json)
-    if quantize:
-        if not main_process_first():
-            return 0
-        rounded = quantized(out, quantize, options, force=force)
-        if not json:
-            show.result(rounded, json)
-        show.note(f"quantized checkpoint written to {rounded.path}", json)
-        if json:
-            show.result({"run": done.record, "quantized": rounded}, json)
-    elif json:
-        show.result(done.record, json)
-    return 0
-
-
-def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="The model; default: the SmolLM2 that make demo fetched."),
-    ] = None,
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")] = "sleb-demo",
-) -> int:
-    """Prune a small real model by 20 % and show what came of it."""
-    from sleb.cli.demo import run
-
-    return run(model, Path(out), terminal_progress())
-
-
-def _asked(options: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
-    """What the library is asked for, apart from --force and --json. A wrong name or target is
-    refused before anything is loaded."""
-    from sleb.config import SearchConfig
-    from sleb.selection.request import check_options
-
-    force, json = options.pop("force"), options.pop("json")
-    options = {**options, "text": tuple(options["text"] or ())}
-    check_options(SearchConfig.of(options))
-    return options, force, json
-
-
-EXAMPLES: dict[str, tuple[Callable[..., int], str]] = {
-    "inspect": (inspect, "sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "similarity": (similarity, "sleb similarity ./model --text mail.jsonl --measure angular"),
-    "search": (search, "sleb search ./model --curve --text mail.jsonl -o plan.json"),
-    "apply": (apply, "sleb apply plan.json ./model -o ./smaller --depth 3"),
-    "restore": (restore, "sleb restore ./smaller -o ./model-again"),
-    "verify": (verify, "sleb verify ./smaller --model ./model --plan plan.json"),
-    "eval": (evaluate, "sleb eval ./model --text test.txt --plan plan.json"),
-    "prune": (prune, "sleb prune ./model --remove 20% -o ./smaller"),
-    "quantize": (
-        quantize,
-        "sleb quantize ./smaller --scheme w4a16 --text mail.jsonl -o ./smaller-w4a16",
+        shared=True,
     ),
-    "heal": (heal, "sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed"),
-    "compare": (measure.compare, "sleb compare ./model ./smaller --prompts prompts.jsonl"),
-    "bench": (measure.bench, "sleb bench ./model ./smaller --quick"),
-    "transfer": (
-        measure.transfer,
-        "sleb transfer ./model --text mail=mail.jsonl --text code=code.txt --remove 20%",
+    Verb(
+        name="apply",
+        run="verbs.applied",
+        help="Write the checkpoint without the plan's blocks, shard by shard, without loading it; "
+        "or cut a GGUF file, if MODEL and OUT both end in .gguf.",
+        example="sleb apply plan.json ./model -o ./smaller --depth 3",
+        arguments=(PLAN, MODEL, OUT),
+        config=ApplyConfig,
+        check=_check_apply,
+        facts=_applied_facts,
+        notes=_applied_notes,
     ),
-    "init": (measure.init, "sleb init --model ./model"),
-    "run": (measure.run, "sleb run sleb.toml"),
-    "report": (measure.report, "sleb report ./smaller -o report.html --lang ja"),
-    "export": (export, "sleb export plan.json --as mergekit --model ./model -o merge.yml"),
-    "push": (push, "sleb push ./smaller me/smaller --private"),
-    "demo": (demo, "sleb demo"),
-}
+    Verb(
+        name="restore",
+        help="Take a cut back, bit for bit: the original, or a smaller cut, from OUT and "
+        "OUT/rollback.",
+        example="sleb restore ./smaller -o ./model-again",
+        arguments=(CUT, replace(OUT, help="Folder for the restored model.")),
+        config=RestoreConfig,
+        check=_new_folder,
+    ),
+    Verb(
+        name="verify",
+        help="Prove that a checkpoint is the original without the plan's blocks, and with "
+        "--runtime, that these run it as such. Exit code 3 if not, or if a limit of the gate is "
+        "not kept.",
+        example="sleb verify ./smaller --model ./model --plan plan.json",
+        arguments=(
+            PRUNED,
+            _original(),
+            _text("plan", "The plan. Default: OUT/plan.json.", "--plan"),
+            _text("gate", "Limits on what OUT/run.json has recorded.", "--gate", "FILE"),
+            _text(
+                "runtimes",
+                "Try it there too: transformers, vllm, llama-cpp; several with commas.",
+                "--runtime",
+                "NAMES",
+            ),
+            Argument(
+                "pythons",
+                "Interpreter that has a runtime, as vllm=/venv/bin/python; repeat for several.",
+                "--python",
+                "NAME=PATH",
+                list[str] | None,
+                None,
+            ),
+            _text(
+                "runtime_dtype",
+                "What runtimes compute in, and are compared in. Default: that of --dtype.",
+                "--runtime-dtype",
+            ),
+        ),
+        config=VerifyConfig,
+        check=_check_verify,
+        facts=_verified_facts,
+        sections=lambda found, given: found.sections(),
+    ),
+    Verb(
+        name="eval",
+        run="evaluate",
+        help="Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by "
+        "side.",
+        example="sleb eval ./model --text test.txt --plan plan.json",
+        arguments=(MODEL, RECORD),
+        config=EvalConfig,
+        check=_check_eval,
+        sections=_evaluated,
+        shared=True,
+    ),
+    Verb(
+        name="prune",
+        help="Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card.",
+        example="sleb prune ./model --remove 20% -o ./smaller",
+        arguments=(
+            MODEL,
+            OUT,
+            _text(
+                "quantize",
+                "Also write OUT-SCHEME, quantized: w4a16, w8a16, awq or int8. See sleb quantize.",
+                "--quantize",
+                "SCHEME",
+            ),
+        ),
+        config=PruneConfig,
+        check=_check_prune,
+        facts=_pruned_facts,
+        drawn=_pruned_drawn,
+        notes=_pruned_notes,
+        shared=True,
+    ),
+    Verb(
+        name="quantize",
+        help="Round the weights of a model, pruned or not, to 4 or 8 bits.",
+        example="sleb quantize ./smaller --scheme w4a16 --text mail.jsonl -o ./smaller-w4a16",
+        arguments=(MODEL, OUT),
+        config=QuantizeConfig,
+        check=_new_folder,
+        notes=_quantized_notes,
+    ),
+    Verb(
+        name="heal",
+        help="Optional second stage: train the cut model to predict what the original predicts.",
+        example="sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed",
+        arguments=(
+            CUT,
+            _original("The original model, the teacher."),
+            replace(OUT, help="Folder for the healed checkpoint."),
+        ),
+        config=HealConfig,
+        notes=_written,
+    ),
+    Verb(
+        name="compare",
+        help="Your own prompts through both models: what changed in the answers.",
+        example="sleb compare ./model ./smaller --prompts prompts.jsonl",
+        arguments=(MODEL, PRUNED, Argument("prompts", PROMPTS, "--prompts", "FILE"), RECORD),
+        config=CompareConfig,
+        sections=lambda found, given: {"answers": found},
+    ),
+    Verb(
+        name="bench",
+        help="Speed and memory, dense and pruned in turn, against what is possible.",
+        example="sleb bench ./model ./smaller --quick",
+        arguments=(
+            MODEL,
+            Argument("outs", "Pruned checkpoints.", "", "[OUT]...", list[str] | None, None),
+            _text("prompts", "Prompts to draft for. Default: embedded text.", "--prompts", "FILE"),
+            RECORD,
+        ),
+        config=BenchConfig,
+        sections=lambda found, given: {"draft" if given["draft"] else "speed": found},
+    ),
+    Verb(
+        name="transfer",
+        help="Search on each --text and on all of them, and score every choice on every text.",
+        example="sleb transfer ./model --text mail=mail.jsonl --text code=code.txt --remove 20%",
+        arguments=(MODEL, RECORD),
+        config=TransferConfig,
+        sections=lambda found, given: {"transfer": found},
+        shared=True,
+    ),
+    Verb(
+        name="init",
+        help="Write a commented project file for `sleb run`.",
+        example="sleb init --model ./model",
+        arguments=(
+            _file("sleb.toml"),
+            _original("Folder, hub id, or .gguf file.", "./model"),
+        ),
+        config=OutputOptions,
+        check=_new_file,
+        notes=lambda out, given: (
+            f"{out} written; set the model and the texts in it, then: sleb run {out}",
+        ),
+        json=False,
+    ),
+    Verb(
+        name="run",
+        help="Do all that a project file asks for, from search to report. Exit code 3 if its gate "
+        "fails.",
+        example="sleb run sleb.toml",
+        arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
+        config=OutputOptions,
+        drawn=lambda record: (record, record.gate) if record.gate else record,
+        notes=_reports,
+        code=lambda record: _require(record.gate),
+    ),
+    Verb(
+        name="report",
+        help="Write what a run measured as one HTML page.",
+        example="sleb report ./smaller -o report.html --lang ja",
+        arguments=(
+            Argument("run", "Folder from sleb prune or sleb run.", metavar="RUN"),
+            _file("report.html"),
+            Argument("lang", "en or ja.", "--lang", default="en"),
+        ),
+        config=OutputOptions,
+        notes=lambda out, given: (f"report written to {given['out']}",),
+        json=False,
+    ),
+    Verb(
+        name="export",
+        help="Put a plan in the words of another tool, on stdout or in a file.",
+        example="sleb export plan.json --as mergekit --model ./model -o merge.yml",
+        notes=lambda done, given: [f"note: {note}" for note in done.notes],
+        arguments=(
+            PLAN,
+            Argument(
+                "form",
+                "mergekit, llama-cpp, modelopt-list, vllm-args, layer-map.",
+                "--as",
+                "FORM",
+            ),
+            _original(default=None),
+            replace(OUT, help="File to write. Default: stdout.", type=str | None, default=None),
+        ),
+        config=ExportConfig,
+        check=_new_file,
+        json=False,
+        filter=True,
+    ),
+    Verb(
+        name="push",
+        help="Upload a checkpoint, checked against its checksums, to the Hugging Face hub.",
+        example="sleb push ./smaller me/smaller --private",
+        arguments=(PRUNED, Argument("repo", "OWNER/NAME on the hub.", metavar="REPO")),
+        config=PushConfig,
+    ),
+    Verb(
+        name="demo",
+        run="demo.demo",
+        help="Prune a small real model by 20 % and show what came of it.",
+        example="sleb demo",
+        arguments=(
+            _text("model", "The model; default: the SmolLM2 that make demo fetched.", "--model"),
+            _file("sleb-demo", "Folder to write."),
+        ),
+        drawn=_demonstrated,
+        json=False,
+    ),
+)
 
 
-TOGETHER = {"search", "similarity", "eval", "prune", "transfer"}
-"""Verbs whose work the processes of a job share. The first does the others alone."""
+# --- doing one ---------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -334,24 +543,81 @@ class Interrupted(Exception):
 
 def register(app: typer.Typer) -> None:
     """Add every verb to ``app``."""
-    for name, (function, example) in EXAMPLES.items():
-        app.command(name, epilog=f"Example: {example}")(_interruptible(name, function))
+    for verb in VERBS:
+        add_command(
+            app,
+            verb.name,
+            _interruptible(verb),
+            arguments=(*verb.arguments, *([JSON] if verb.json else [])),
+            config=verb.config,
+            help=verb.help,
+            example=verb.example,
+        )
 
 
-def _interruptible(name: str, function: Callable[..., int]) -> Callable[..., int]:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> int:
-        if group().several and name not in TOGETHER and not main_process_first():
+def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
+    config = as_config(verb.config, given)
+    given = {**given, **dict(config)}
+    verb.check(given)
+    function = verb.function
+    _check_record(given)
+    own = {argument.name for argument in verb.own}
+    values = {name: value for name, value in given.items() if name not in own}
+    if verb.name == "prune":
+        values["command"] = command
+    if verb.name not in ("init", "report"):
+        values["progress"] = terminal_progress()
+    result = function(**values)
+    as_json = given.get("json", False)
+    if as_json:
+        show.as_json(verb.facts(result))
+    elif verb.filter:
+        sys.stdout.write("" if given["out"] else result.text)
+    elif not isinstance(result, Path):
+        show.show((verb.drawn or verb.facts)(result))
+    sections = verb.sections(result, given) if verb.sections else {}
+    folder = given["record"] if "record" in given else given["out"] if sections else None
+    if folder is not None and sections and group().is_main:
+        from sleb.record import RunRecord
+
+        RunRecord.update(folder, **sections)
+        show.note(f"recorded in {Path(folder) / 'run.json'}", as_json)
+    for line in verb.notes(result, given):
+        show.note(line, as_json or verb.filter)
+    return verb.code(result)
+
+
+def _check_record(given: Given) -> None:
+    """Refuse --record early where nothing could be recorded."""
+    folder = given.get("record")
+    if folder is None:
+        return
+    from sleb.record import RunRecord
+
+    known = RunRecord.load(folder)
+    if not given.get("plan"):
+        return
+    removed = Plan.load(given["plan"]).at_depth(given["depth"])
+    if known.removed != removed:
+        raise InputError(
+            f"--record {folder} is of a model without blocks {list(known.removed)}, and these are "
+            f"{list(removed)}; give the plan that it was made with"
+        )
+
+
+def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]:
+    def call(context: typer.Context, given: dict[str, Any]) -> int:
+        if group().several and not verb.shared and not main_process_first():
             return 0
         try:
-            code = function(*args, **kwargs)
+            code = _run(verb, given, context.obj)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
             why = "interrupted, or another process has ended" if group().several else "interrupted"
-            raise Interrupted(f"{why}; {_how_to_go_on(kwargs.get('out'))}") from None
+            raise Interrupted(f"{why}; {_how_to_go_on(given.get('out'))}") from None
         except Lost as error:
-            raise Lost(f"{error}; {_how_to_go_on(kwargs.get('out'))}") from None
+            raise Lost(f"{error}; {_how_to_go_on(given.get('out'))}") from None
         except BrokenPipeError:  # the reader of stdout has gone, as `head` does
             return 0
         finally:
@@ -360,7 +626,7 @@ def _interruptible(name: str, function: Callable[..., int]) -> Callable[..., int
             except OSError:  # reported by now; else Python would meet it again when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    return run
+    return call
 
 
 def _how_to_go_on(out: str | None) -> str:

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
+import torch
 
-from sleb.cli import show
 from sleb.core.errors import InputError
-from sleb.core.progress import Progress
-from sleb.models.load import LoadedModel
+from sleb.core.progress import Progress, silent
+from sleb.models.load import LoadedModel, load
 from sleb.models.source import quiet_transformers
+from sleb.pipeline import Pruned, prune
 
-__all__ = ["run"]
+__all__ = ["Demo", "demo"]
 
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000
 
 
-def run(model: str | None, out: Path, progress: Progress) -> int:
-    """Prune ``model`` by 20 % into ``out``, replacing an earlier demo's result."""
-    from sleb.models.load import load
-    from sleb.pipeline import prune
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """A small model pruned: ``texts`` are what the original and the pruned model write after
+    ``prompt``; ``speedup`` is the ratio of their times for a prompt of 256 tokens; ``searched``
+    and ``measured`` count tokens."""
 
-    model = model or FETCHED
+    model: str
+    pruned: Pruned
+    prompt: str
+    texts: tuple[str, str]
+    speedup: float
+    searched: int = WINDOWS * LENGTH
+    measured: int = HELDOUT * LENGTH
+
+
+def demo(
+    model: str | None = None, out: str | Path = "sleb-demo", *, progress: Progress = silent
+) -> Demo:
+    """Prune ``model`` by 20 % into ``out``, replacing an earlier demo's result.
+
+    Raises:
+        InputError: there is no such model, or ``out`` is something else.
+    """
+    model, out = model or FETCHED, Path(out)
     if not Path(model).exists():
         raise InputError(f"no model at {model}: run `make demo`, or give one with --model")
     if out.exists() and not (out / "run.json").is_file():
         raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-
-    console.print(f"Pruning {Path(model).name} by 20 %.\n")
     options = ["--remove", "20%", "--windows", str(WINDOWS), "--length", str(LENGTH)]
     options += ["--repair-tokens", str(REPAIR)]
     done = prune(
@@ -52,21 +67,9 @@ def run(model: str | None, out: Path, progress: Progress) -> int:
     )
     original, pruned = load(model, progress=progress), load(out, progress=progress)
     with progress.stage("generating and timing", None):
-        texts = [_continue(m) for m in (original, pruned)]
+        texts = (_continue(original), _continue(pruned))
         ratio = _speed_ratio(original, pruned)
-
-    show.show((done.plan, done.record.verification, done.record))
-    console.print(f"a prompt of 256 tokens: {ratio:.2f}x as fast here (median of 7 pairs of runs)")
-    console.print(f"\n{PROMPT} …")
-    console.print(f"  original: {texts[0]}", soft_wrap=True)
-    console.print(f"  pruned:   {texts[1]}", soft_wrap=True)
-    console.print(
-        f"\nA small sample, chosen to finish in minutes: {WINDOWS * LENGTH:,} tokens to search, "
-        f"{HELDOUT * LENGTH:,} to measure. The intervals\nshow how little it pins down. For real "
-        "use, give text of your own job with --text and more\n--windows. Nothing was trained."
-    )
-    console.print(f"\nThe checkpoint is in {out}: plain transformers loads it, without sleb.")
-    return 0
+    return Demo(model=model, pruned=done, prompt=PROMPT, texts=texts, speedup=ratio)
 
 
 def _continue(loaded: LoadedModel) -> str:
@@ -81,8 +84,6 @@ def _continue(loaded: LoadedModel) -> str:
 
 def _speed_ratio(original: LoadedModel, pruned: LoadedModel) -> float:
     """Prompt time of the original over the pruned model's: medians of interleaved runs."""
-    import torch
-
     ids = torch.zeros((1, 256), dtype=torch.long)
     seconds: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():

@@ -1,0 +1,672 @@
+"""The verbs whose work is in several folders, as functions: `sleb similarity` is
+``sleb.similarity(...)``. A verb that is one folder's work is that folder's function.
+
+The options of a verb are keywords, by the names in :mod:`sleb.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sleb import pipeline
+from sleb.acceptance import Gate
+from sleb.calibration import Windows, check_sources, load_windows
+from sleb.calibration.split import SELF_GENERATED
+from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.config import (
+    ApplyConfig,
+    BenchConfig,
+    CompareConfig,
+    EvalConfig,
+    ExportConfig,
+    LoadOptions,
+    Options,
+    OutputOptions,
+    PruneConfig,
+    RepairConfig,
+    SimilarityConfig,
+    TransferConfig,
+    VerifyConfig,
+    takes,
+)
+from sleb.core.errors import InputError, SlebError
+from sleb.core.files import writable_target, write_text
+from sleb.core.plan import Plan, RepairRecord
+from sleb.core.process_group import group, main_process_first
+from sleb.core.progress import Progress, silent
+from sleb.evaluation import answers, perplexity
+from sleb.evaluation import transfer as transfers
+from sleb.evaluation.answers import Comparison
+from sleb.evaluation.perplexity import Evaluation
+from sleb.evaluation.prompts import Prompt, read_prompts
+from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
+from sleb.evaluation.transfer import Transfer
+from sleb.formats.exports import Export, export_plan
+from sleb.formats.quantize import SCHEMES, Quantized, check_scheme, quantize
+from sleb.models.load import LoadedModel, load
+from sleb.pipeline import Pruned
+from sleb.project import write_project
+from sleb.record import GateResult, RunRecord
+from sleb.repairs import Repair, fit_repair, stored_repair
+from sleb.repairs import search as searching
+from sleb.runtimes.bench import Speed
+from sleb.runtimes.bench import bench as time_models
+from sleb.runtimes.compatibility import (
+    RuntimeReport,
+    check_runtimes,
+    parse_pythons,
+    parse_runtimes,
+)
+from sleb.runtimes.speculative import Drafting, draft
+from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
+from sleb.surgery import apply as cutting
+from sleb.surgery import verification
+from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
+from sleb.surgery.verification import Check, Verification
+from sleb.views import write_report
+
+__all__ = [
+    "Applied",
+    "Verified",
+    "applied",
+    "apply",
+    "bench",
+    "compare",
+    "evaluate",
+    "export",
+    "init",
+    "prune",
+    "repair",
+    "report",
+    "search",
+    "similarity",
+    "transfer",
+    "verify",
+]
+
+
+_BENCH, _OUTPUT = BenchConfig(), OutputOptions()
+
+
+def _loaded(model: LoadedModel | str | Path, config: Options, progress: Progress) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    return load(model, **dict(config.part(LoadOptions)), progress=progress)
+
+
+def _plan(plan: Plan | str | Path) -> Plan:
+    return plan if isinstance(plan, Plan) else Plan.load(plan)
+
+
+# --- choosing blocks ---------------------------------------------------------------------------
+
+
+@takes(SimilarityConfig)
+def similarity(
+    model: LoadedModel | str | Path, config: SimilarityConfig, *, progress: Progress = silent
+) -> Similarity:
+    """How alike the hidden states before and after each block are: the first of three stages.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    MEASURES[config.measure]
+    check_sources(config.text)
+    loaded = _loaded(model, config, progress)
+    windows, _ = load_windows(
+        loaded.tokenizer,
+        config.text,
+        windows=config.windows,
+        length=config.length,
+        seed=config.seed,
+    )
+    return measure_similarity(
+        loaded, windows, measure=config.measure, batch=config.batch, progress=progress
+    )
+
+
+def search(
+    model: LoadedModel | str | Path,
+    *config: Any,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Plan:
+    """As :func:`sleb.repairs.search.search`, and save the plan as ``out``; beside it lies the
+    journal, by which the same call goes on after it was stopped.
+
+    Raises:
+        VerificationFailed: nothing can be removed within ``max_loss_increase``.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    if out is not None:
+        writable_target(Path(out), force=force, folder=False)
+        options["journal"] = f"{out}.journal"
+    plan = searching.search(model, *config, progress=progress, **options)
+    if out is not None and group().is_main:
+        plan.save(out)
+    return plan
+
+
+@takes(TransferConfig)
+def transfer(
+    model: LoadedModel | str | Path, config: TransferConfig, *, progress: Progress = silent
+) -> Transfer:
+    """Search on each text and on all of them, and score every choice on every held-out part.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see
+            :func:`sleb.evaluation.transfer.transfer`.
+    """
+    options = dict(config)
+    transfers.check_transfer(options)
+    loaded = _loaded(model, config, progress)
+    return transfers.transfer(loaded, options.pop("text"), progress=progress, **options)
+
+
+# --- cutting -----------------------------------------------------------------------------------
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *config: PruneConfig,
+    quantize: str | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Pruned:
+    """As :func:`sleb.pipeline.prune`; with ``quantize`` also write OUT-SCHEME, calibrated on the
+    windows that the search saw.
+
+    Raises:
+        VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
+            :func:`sleb.quantize`; OUT is written by then, and the message says so.
+    """
+    if quantize is None:
+        return pipeline.prune(model, out, *config, progress=progress, **options)
+    beside = Path(out).with_name(f"{Path(out).name}-{quantize}")
+    asked = PruneConfig.of({**(dict(config[0]) if config else {}), **_only(PruneConfig, options)})
+    check_scheme(quantize)
+    writable_target(beside, force=asked.force)
+    done = pipeline.prune(model, out, *config, progress=progress, **options)
+    if not main_process_first():
+        return done
+    try:
+        return replace(done, quantized=_quantized(out, beside, quantize, asked, progress))
+    except SlebError as error:
+        raise type(error)(f"{out} is written, but not quantized: {error}") from error
+
+
+def _quantized(
+    out: str | Path, beside: Path, scheme: str, asked: PruneConfig, progress: Progress
+) -> Quantized:
+    return quantize(
+        out,
+        beside,
+        scheme=scheme,
+        text=asked.text if SCHEMES[scheme].calibrated else (),
+        windows=asked.windows,
+        length=asked.length,
+        seed=asked.seed,
+        force=asked.force,
+        trust_remote_code=asked.trust_remote_code,
+        progress=progress,
+    )
+
+
+def _only(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in kind.model_fields}
+
+
+@takes(RepairConfig)
+def repair(
+    model: LoadedModel | str | Path,
+    plan: Plan | str | Path,
+    config: RepairConfig,
+    *,
+    progress: Progress = silent,
+) -> Repair:
+    """Re-fit matrices around a plan's gaps on ``text``, and, where the model can write, on text of
+    its own. The result goes to :func:`apply`.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    removed = _plan(plan).at_depth(config.depth)
+    check_sources(config.text)
+    return fit_repair(
+        _loaded(model, config, progress),
+        removed,
+        text=config.text,
+        length=config.length,
+        tokens=config.repair_tokens,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A cut that was written: a checkpoint folder, or a GGUF file and what is known of it."""
+
+    out: Path
+    removed: tuple[int, ...]
+    blocks: int
+    repair: RepairRecord | None = None
+    gguf: CutGGUF | None = None
+
+    @property
+    def self_generated(self) -> bool:
+        """Whether the repair was fitted on text of the model's own, too."""
+        return self.repair is not None and SELF_GENERATED in [
+            source.spec for source in self.repair.calibration.sources
+        ]
+
+
+def apply(plan: Plan | str | Path, model: str | Path, out: str | Path, **options: Any) -> Path:
+    """Cut ``model`` by ``plan`` into ``out``, as :func:`applied`, and return its path."""
+    return applied(plan, model, out, **options).out
+
+
+def applied(
+    plan: Plan | str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    repair: Repair | bool | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Applied:
+    """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
+    GGUF file, if ``model`` and ``out`` both end in .gguf.
+
+    ``repair`` is one that was fitted, or True to fit one here. ``options``: see
+    :class:`sleb.config.ApplyConfig`.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see
+            :func:`sleb.surgery.apply.apply` and :func:`sleb.surgery.gguf_cut.cut_gguf`.
+    """
+    fit = repair is True
+    config = ApplyConfig.of({**options, "repair": fit})
+    given = _plan(plan)
+    removed = given.at_depth(config.depth)
+    to_gguf = Path(out).suffix == ".gguf"
+    if to_gguf:
+        _check_gguf(plan, given, model, Path(out), config)
+    else:
+        for option in ("repaired", "other_weights"):
+            if getattr(config, option):
+                raise InputError(
+                    f"--{option.replace('_', '-')} is for GGUF files: give -o a name that ends in "
+                    ".gguf"
+                )
+        writable_target(Path(out), force=config.force)
+    fixed = repair if isinstance(repair, Repair) else None
+    if fit:
+        fixed = _repair(model, given, config.part(RepairConfig), progress)
+    record = fixed.record if fixed else None
+    if to_gguf:
+        cut = cut_gguf(
+            given,
+            model,
+            out,
+            depth=config.depth,
+            repair=fixed,
+            repaired=config.repaired,
+            other_weights=config.other_weights,
+            force=config.force,
+            progress=progress,
+        )
+        return Applied(
+            out=Path(out), removed=cut.removed, blocks=cut.blocks, repair=record, gguf=cut
+        )
+    written = cutting.apply(
+        given,
+        model,
+        out,
+        depth=config.depth,
+        repair=fixed,
+        keep=config.keep,
+        force=config.force,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    left = given.model.blocks - len(removed)
+    return Applied(out=written, removed=removed, blocks=left, repair=record)
+
+
+_repair = repair  # as a parameter of applied hides it
+
+
+def _check_gguf(
+    written: Plan | str | Path, plan: Plan, model: str | Path, out: Path, config: ApplyConfig
+) -> None:
+    """All that can be found wrong with a cut of a GGUF file before a model is loaded."""
+    if Path(model).suffix != ".gguf":
+        raise InputError(
+            f"-o {out} is a GGUF file, and {model} is not: convert the uncut model with "
+            "llama.cpp's convert_hf_to_gguf.py, then cut that file with this plan and "
+            "--other-weights"
+        )
+    beside = plan_beside(out)
+    if not isinstance(written, Plan) and beside.exists() and beside.samefile(written):
+        raise InputError(
+            f"the plan that goes beside {out} would replace {written}; choose another -o"
+        )
+    check_gguf(plan, model, out, depth=config.depth, force=config.force)
+
+
+@takes(ExportConfig)
+def export(
+    plan: str | Path,
+    form: str,
+    config: ExportConfig,
+    *,
+    model: str | None = None,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> Export:
+    """A plan in the words of another tool, also written to ``out`` if that is given.
+
+    Raises:
+        InputError, UnsupportedModel: see :func:`sleb.formats.exports.export_plan`.
+    """
+    if out:
+        writable_target(Path(out), force=config.force, folder=False)
+    done = export_plan(
+        plan,
+        form,
+        model=model,
+        depth=config.depth,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    if out:
+        write_text(Path(out), done.text)
+    return done
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What was checked: the checkpoint's gates, and, where asked for, runtimes and limits. A GGUF
+    file has no gates: it is verified by running it."""
+
+    verification: Verification | None
+    runtimes: RuntimeReport | None = None
+    gate: GateResult | None = None
+    record: Path | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """What was checked."""
+        return self._gates.checkpoint
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The blocks that it should lack."""
+        return self._gates.removed
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The gates."""
+        return self._gates.checks
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return self._gates.passed
+
+    @property
+    def _gates(self) -> Verification:
+        if self.verification is None:
+            raise AttributeError("a GGUF file has no gates: see runtimes")
+        return self.verification
+
+    def require(self) -> None:
+        """Raise VerificationFailed for the first part that failed."""
+        for part in (self.verification, self.runtimes, self.gate):
+            if part is not None:
+                part.require()
+
+    def sections(self) -> dict[str, Any]:
+        """What a run record gets: nothing of a checkpoint that failed its gates."""
+        if self.verification is not None and not self.verification.passed:
+            return {}
+        found: dict[str, Any] = {}
+        if self.runtimes is not None and self.record is not None:
+            found["runtimes"] = self.runtimes
+        try:
+            if self.runtimes is not None:
+                self.runtimes.require()
+        except SlebError:
+            return found
+        return {**found, **({"gate": self.gate} if self.gate is not None else {})}
+
+
+@takes(VerifyConfig)
+def verify(
+    out: str | Path,
+    config: VerifyConfig,
+    *,
+    model: str | Path,
+    plan: Plan | str | Path | None = None,
+    gate: str | Path | None = None,
+    runtimes: str | Sequence[str] | None = None,
+    pythons: Sequence[str] | None = None,
+    runtime_dtype: str | None = None,
+    progress: Progress = silent,
+) -> Verified:
+    """Check that ``out`` is ``model`` without the plan's blocks, that ``runtimes`` run it as such,
+    and that its record keeps the limits of ``gate``.
+
+    ``plan`` is by default the one that lies with ``out``; ``pythons`` are interpreters that have a
+    runtime, as ``vllm=/venv/bin/python``. The result's ``require()`` raises what failed.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    names = runtimes if runtimes is None or isinstance(runtimes, str) else ",".join(runtimes)
+    if names is None and pythons:
+        raise InputError("--python is for --runtime; give that too, or leave it out")
+    tried = parse_runtimes(names) if names is not None else ()
+    interpreters = parse_pythons(pythons or (), tried)
+    used = _plan(plan if plan is not None else plan_of(out, running=names is not None))
+    judged = Gate.load(gate).check(RunRecord.load(out)) if gate else None
+    shared: dict[str, Any] = {
+        "model": model,
+        "plan": used,
+        "depth": config.depth,
+        "device": config.device,
+        "trust_remote_code": config.trust_remote_code,
+        "progress": progress,
+    }
+    found = None
+    if Path(out).is_dir():
+        found = verification.verify(out, dtype=config.dtype, stream=config.stream or None, **shared)
+    ran = None
+    if tried and (found is None or found.passed):
+        ran = check_runtimes(
+            out,
+            runtimes=tried,
+            pythons=interpreters,
+            dtype=runtime_dtype or config.dtype,
+            **shared,
+        )
+    record = Path(out) if (Path(out) / "run.json").is_file() else None
+    return Verified(verification=found, runtimes=ran, gate=judged, record=record)
+
+
+def plan_of(out: str | Path, *, running: bool = False) -> Path:
+    """The plan that lies with a checkpoint. A GGUF file can only be run, as no gate reads it."""
+    out = Path(out)
+    if out.is_dir():
+        return out / "plan.json"
+    if out.suffix != ".gguf" or not out.is_file():
+        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+    if not running:
+        raise InputError(f"{out} is a GGUF file, which is verified by running it: --runtime")
+    return plan_beside(out)
+
+
+def evaluate(
+    model: LoadedModel | str | Path,
+    windows: Windows | int | None = None,
+    *,
+    progress: Progress = silent,
+    **options: Any,
+) -> Evaluation | tuple[TaskResult, ...]:
+    """Perplexity, or with ``task`` scores of tasks; with ``plan``, dense and cut side by side.
+
+    With the plan's full depth the cut is scored with the repair that lies beside the plan.
+    ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
+    is :func:`sleb.evaluation.perplexity.evaluate`.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    if isinstance(windows, Windows):
+        return perplexity.evaluate(model, windows, progress=progress, **options)  # type: ignore[arg-type]
+    config = EvalConfig.of({**options, "windows": windows})
+    plan = Plan.load(config.plan) if config.plan else None
+    removed = plan.at_depth(config.depth) if plan else ()
+    check_sources(config.text)
+    if config.task:
+        check_tasks(config.task, folder=config.tasks_folder)
+    loaded = _loaded(model, config, progress)
+    patch = None
+    if plan and config.plan:
+        identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
+        check_fingerprint(plan.model, identity, str(model))
+        if removed == plan.removed:
+            fixed = stored_repair(plan, Path(config.plan).parent, loaded)
+            patch = partial(fixed.patch, loaded.stack) if fixed else None
+    if config.task:
+        return run_tasks(
+            loaded,
+            config.task,
+            removed=removed,
+            patch=patch,
+            folder=config.tasks_folder,
+            limit=config.limit,
+            batch=config.batch,
+            seed=config.seed,
+            progress=progress,
+        )
+    scored, _ = load_windows(
+        loaded.tokenizer,
+        config.text,
+        windows=config.windows or "all",
+        length=config.length or min(2048, loaded.stack.max_length or 2048),
+        seed=config.seed,
+    )
+    return perplexity.evaluate(
+        loaded, scored, removed=removed, patch=patch, batch=config.batch, progress=progress
+    )
+
+
+@takes(CompareConfig)
+def compare(
+    model: str | Path,
+    out: str | Path,
+    prompts: str | Path | Sequence[Prompt],
+    config: CompareConfig,
+    *,
+    progress: Progress = silent,
+) -> Comparison:
+    """The answers of ``model`` and of ``out`` to ``prompts``, a file of them or read before.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see
+            :func:`sleb.evaluation.answers.compare`.
+    """
+    return answers.compare(
+        model,
+        out,
+        read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts,
+        max_new_tokens=config.new_tokens,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+
+
+@takes(BenchConfig)
+def bench(
+    model: str | Path,
+    outs: Sequence[str | Path] | None = None,
+    config: BenchConfig = _BENCH,
+    *,
+    prompts: str | Path | None = None,
+    progress: Progress = silent,
+) -> Speed | Drafting:
+    """Time ``model`` and ``outs`` in turn; with ``draft``, each of ``outs`` as its draft.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see
+            :func:`sleb.runtimes.bench.bench` and :func:`sleb.runtimes.speculative.draft`.
+    """
+    shared: dict[str, Any] = {
+        "runs": config.runs,
+        "device": config.device,
+        "dtype": config.dtype,
+        "threads": config.threads,
+        "trust_remote_code": config.trust_remote_code,
+        "progress": progress,
+    }
+    if not config.draft:
+        if prompts:
+            raise InputError("--prompts is for --draft; give that too, or leave it out")
+        return time_models(model, outs or (), quick=config.quick, **shared)
+    return draft(
+        model,
+        outs or (),
+        read_prompts(prompts) if prompts else (),
+        draft_tokens=config.draft_tokens,
+        new_tokens=16 if config.quick else 64,
+        **shared,
+    )
+
+
+# --- a project ---------------------------------------------------------------------------------
+
+
+@takes(OutputOptions)
+def init(
+    out: str | Path = "sleb.toml",
+    config: OutputOptions = _OUTPUT,
+    *,
+    model: str = "./model",
+) -> Path:
+    """Write a commented project file for :func:`sleb.run`.
+
+    Raises:
+        InputError: it exists, or cannot be written.
+    """
+    writable_target(Path(out), force=config.force, folder=False)
+    write_project(Path(out), model)
+    return Path(out)
+
+
+@takes(OutputOptions)
+def report(
+    run: str | Path,
+    out: str | Path = "report.html",
+    config: OutputOptions = _OUTPUT,
+    *,
+    lang: str = "en",
+) -> Path:
+    """Write what the run in folder ``run`` measured as one HTML page.
+
+    Raises:
+        InputError: no run there, no such language, or ``out`` cannot be written.
+    """
+    return write_report(Path(run), Path(out), lang, force=config.force)
