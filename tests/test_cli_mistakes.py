@@ -55,12 +55,12 @@ def both(capsys, code: int, command: str) -> str:
         ("qqqqqqqqqq", "No such command 'qqqqqqqqqq'. See: sleb --help"),
         ("inspect", "Missing argument 'MODEL'. See: sleb inspect --help"),
         (
-            "search MODEL",
+            "search MODEL -o new.json",
             "no target: give one of --remove, --max-loss-increase, --speedup or --size, for "
             "example --remove 20%",
         ),
         (
-            "search MODEL --remove 2 --size 1MB",
+            "search MODEL --remove 2 --size 1MB -o new.json",
             "--remove and --size are two targets: give one of --remove, --max-loss-increase, "
             "--speedup or --size",
         ),

@@ -120,15 +120,15 @@ class Options(BaseModel):
         try:
             return cls.model_validate({name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
-            raise InputError(f"{where}{_said(error.errors()[0], cls)}") from None
+            raise InputError(_said(error.errors()[0], cls, where)) from None
 
-    def replaced(self, values: Mapping[str, Any]) -> Self:
+    def replaced(self, values: Mapping[str, Any], where: str = "") -> Self:
         """These options with ``values``, which come from nearer to the user, in place of theirs.
 
         Raises:
             InputError: as :meth:`of`.
         """
-        return self.of({**self.model_dump(exclude_unset=True), **values})
+        return self.of({**self.model_dump(exclude_unset=True), **values}, where)
 
     def part(self, kind: type[O]) -> O:
         """The options of ``kind`` among these, as those of another verb."""
@@ -145,13 +145,25 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _said(error: ErrorDetails, kind: type[Options]) -> str:
-    """One line for the first thing that pydantic found wrong."""
-    *tables, name = map(str, error["loc"]) if error["loc"] else ("options",)
+def _said(error: ErrorDetails, kind: type[Options], where: str) -> str:
+    """One line for the first thing that pydantic found wrong: by its flag, or by its place in the
+    file ``where``."""
+    path = [str(part) for part in error["loc"]] or ["options"]
+    while len(path) > 1 and (table := _table(kind, path[0])):
+        where, kind, path = f"{where}[{path[0]}] ", table, path[1:]
+    name, said = path[0], f"{error['msg'][:1].lower()}{error['msg'][1:]}"
     if error["type"] == "extra_forbidden":
-        return f"there is no option {name}{did_you_mean(name, kind.model_fields)}"
-    flag = "".join(f"[{t}] " for t in tables) + f"--{name.replace('_', '-')}"
-    return f"{flag} {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+        return f"{where}there is no option {name}{did_you_mean(name, kind.model_fields)}"
+    flag = name if where else f"--{name.replace('_', '-')}"
+    value = "" if error["type"] == "missing" else f" {error['input']!r}"
+    return f"{where}{flag}{value}: {said}"
+
+
+def _table(kind: type[Options], name: str) -> type[Options] | None:
+    """The class of a field that is a group of options itself."""
+    field = kind.model_fields.get(name)
+    found = field.annotation if field else None
+    return found if inspect.isclass(found) and issubclass(found, Options) else None
 
 
 def takes(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

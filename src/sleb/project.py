@@ -16,14 +16,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import Field
 
 from sleb.acceptance import Gate
 from sleb.calibration import load_windows
 from sleb.calibration.sources import parse_source
-from sleb.config import SearchConfig
-from sleb.core.errors import InputError, did_you_mean
+from sleb.config import (
+    CompareConfig,
+    DeviceOptions,
+    EvalConfig,
+    LoadOptions,
+    Options,
+    PruneConfig,
+    TransferConfig,
+    like,
+)
+from sleb.core.errors import InputError
 from sleb.core.files import file_sha256, write_text
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -43,53 +51,39 @@ from sleb.views import write_report
 __all__ = ["Project", "run", "write_project"]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_ELSEWHERE = {
+    "text": "texts have names here: give them in [text]",
+    "curve": "sleb run always measures it",
+    "force": "give it to sleb run",
+}
+"""Options of `sleb prune` that do not stand in [search], and why."""
 
 
-class Search(_Table):
-    """[search]: as the options of `sleb prune`."""
-
-    remove: int | str | None = None
-    max_loss_increase: float | None = None
-    speedup: float | None = None
-    size: int | str | None = None
-    windows: int | None = Field(default=None, ge=1)
-    heldout: int = Field(default=48, ge=2)
-    length: int = Field(default=256, ge=2)
-    protect: str = "0,-1"
-    metric: str = "loss"
-    strategy: str | None = None
-    exact: bool = False
-    seed: int = 0
-    repair: bool | None = None
-    repair_tokens: int | None = Field(default=None, ge=1)
-
-
-class Measure(_Table):
+class Measure(Options):
     """[measure]: what is measured on the result; see `sleb compare`, `eval --task`, `bench`."""
 
     prompts: str | None = None
-    new_tokens: int = Field(default=256, ge=1)
+    new_tokens: int = like(CompareConfig, "new_tokens")
     tasks: tuple[str, ...] = ()
-    tasks_folder: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    tasks_folder: str | None = like(EvalConfig, "tasks_folder")
+    limit: int | None = like(EvalConfig, "limit")
     bench: bool = True
     bench_quick: bool | None = None
     transfer: bool = False
     reports: tuple[Literal["en", "ja"], ...] = ("en",)
 
 
-class Project(_Table):
-    """sleb.toml. Paths in it are relative to its own folder."""
+class Project(Options):
+    """sleb.toml. Paths in it are relative to its own folder.
+
+    ``search`` holds all options of `sleb prune`: [search], the texts of [text], and those of
+    loading, which may stand above the tables, as they hold for what is measured too.
+    """
 
     model: str
     out: str
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
     text: dict[str, str] = Field(min_length=1)
-    search: Search
+    search: PruneConfig
     measure: Measure = Measure()
     gate: dict[str, Any] | None = None
     folder: Path = Path()
@@ -102,13 +96,14 @@ class Project(_Table):
             InputError: missing, not TOML, a key or value that is not possible, or a file it names
                 that is not there.
         """
-        values = read_toml(path, "make one with: sleb init")
-        try:
-            project = cls(**{**values, "folder": Path(path).parent})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "file"
-            raise InputError(f"{path}: {where}: {first['msg'].lower()}{_hint(first)}") from None
+        values = {**read_toml(path, "make one with: sleb init"), "folder": Path(path).parent}
+        loading = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
+        asked = values.get("search", {})
+        if isinstance(asked, dict):
+            values["search"] = _options(loading, asked, f"{path}: ")
+        project = cls.of(values, f"{path}: ")
+        texts = {"text": [f"{name}={project._text(spec)}" for name, spec in project.text.items()]}
+        project = project.model_copy(update={"search": project.search.replaced(texts)})
         if project.gate is not None:
             Gate.parse(project.gate, f"{path}: gate")
         project._check(path)
@@ -116,7 +111,9 @@ class Project(_Table):
 
     def _check(self, path: str | Path) -> None:
         """Find out now what would else stop the run after an hour."""
-        check_options(SearchConfig.of({**self.options, "curve": False}))  # a curve needs none
+        check_options(self.search.replaced({"curve": False}))  # with it no target is needed
+        if self.search.heldout < 2:
+            raise InputError(f"{path}: [search] heldout: at least 2 windows, to measure depths on")
         measure = self.measure
         own = [task for task in self.tasks if task.endswith(".jsonl")]
         folder = [self.beside(measure.tasks_folder)] if measure.tasks_folder else []
@@ -150,32 +147,14 @@ class Project(_Table):
         """The folder that gets the checkpoint, the record and the reports."""
         return self.folder / self.out
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the search is asked for."""
-        return {
-            **self.search.model_dump(exclude={"windows", "heldout", "repair", "repair_tokens"}),
-            "curve": True,
-            "text": [f"{name}={self._text(spec)}" for name, spec in self.text.items()],
-            "device": self.device,
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
     def _text(self, spec: str) -> str:
         return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
 
     def keys(self) -> dict[str, str]:
         """For each stage a hash of all that its result depends on."""
-        measure = self.measure
-        prune = [
-            self.source,
-            self.device,
-            self.dtype,
-            self.search.model_dump(),
-            self.options["text"],
-            *(_digest(parse_source(spec).location) for spec in self.options["text"]),
-        ]
+        measure, search = self.measure, self.search
+        texts = [_digest(parse_source(spec).location) for spec in search.text]
+        prune = [self.source, search.model_dump(), *texts]
         own = {
             "prune": [],
             "similarity": [],
@@ -188,6 +167,17 @@ class Project(_Table):
             stage: hashlib.sha256(json.dumps([prune, needs]).encode()).hexdigest()
             for stage, needs in own.items()
         }
+
+
+def _options(loading: dict[str, Any], search: dict[str, Any], where: str) -> PruneConfig:
+    """What [search] and the options of loading above it ask for."""
+    for name in search:
+        if name in _ELSEWHERE:
+            raise InputError(f"{where}[search] {name}: {_ELSEWHERE[name]}")
+        if name in loading:
+            raise InputError(f"{where}{name} stands above the tables and in [search]: give one")
+    above = PruneConfig.of({"curve": True}).replaced(loading, where)
+    return above.replaced(search, f"{where}[search] ")
 
 
 def write_project(out: Path, model: str) -> None:
@@ -236,20 +226,15 @@ def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunR
             f"{out} is from other settings or texts than now; give another out, or --force to "
             "search again and replace it"
         )
-    found: RunRecord = prune(
+    options = {**dict(project.search), "force": force}
+    return prune(
         project.source,
         out,
-        windows=project.search.windows,
-        heldout=project.search.heldout,
-        repair=project.search.repair,
-        repair_tokens=project.search.repair_tokens,
-        force=force,
         command="sleb run",
         stages={"prune": key},
         progress=progress,
-        **project.options,
+        **options,
     ).record
-    return found
 
 
 class _Session:
@@ -273,14 +258,8 @@ class _Session:
     @property
     def dense(self) -> LoadedModel:
         if self._dense is None:
-            options = self.project.options
-            self._dense = load(
-                self.project.source,
-                dtype=options["dtype"],
-                device=options["device"],
-                trust_remote_code=options["trust_remote_code"],
-                progress=self.progress,
-            )
+            places = dict(self.project.search.part(LoadOptions))
+            self._dense = load(self.project.source, **places, progress=self.progress)
         return self._dense
 
     def close(self) -> None:
@@ -289,16 +268,16 @@ class _Session:
         gc.collect()
 
     def similarity(self) -> tuple[tuple[float, ...], ...]:
-        options, search = self.project.options, self.project.search
+        search = self.project.search
         windows, _ = load_windows(
             self.dense.tokenizer,
-            options["text"],
+            search.text,
             windows=search.windows,
             length=search.length,
             seed=search.seed,
             heldout=search.heldout,
         )
-        found = measure_similarity(self.dense, windows, progress=self.progress)
+        found = measure_similarity(self.dense, windows, batch=search.batch, progress=self.progress)
         return tuple(tuple(spread.mean for spread in row) for row in found.pairs)
 
     def tasks(self) -> tuple[TaskResult, ...]:
@@ -313,19 +292,17 @@ class _Session:
             patch=partial(fixed.patch, self.dense.stack) if fixed else None,
             folder=folder,
             limit=measure.limit,
+            batch=self.project.search.batch,
             seed=self.project.search.seed,
             progress=self.progress,
         )
 
     def transfer(self) -> Transfer:
-        options = self.project.options
-        options |= {"remove": len(self.record.removed), "curve": False}
-        for other in ("max_loss_increase", "speedup", "size"):
-            options[other] = None
-        text = options.pop("text")
-        return transfer(
-            self.dense, text, heldout=self.project.search.heldout, progress=self.progress, **options
-        )
+        """As many blocks as the run removed, whatever its target was."""
+        others = dict.fromkeys(("max_loss_increase", "speedup", "size"))
+        target = {**others, "remove": len(self.record.removed), "curve": False}
+        options = dict(self.project.search.part(TransferConfig).replaced(target))
+        return transfer(self.dense, options.pop("text"), progress=self.progress, **options)
 
     def answers(self) -> Comparison:
         self.close()
@@ -336,22 +313,19 @@ class _Session:
             project.target,
             read_prompts(project.beside(measure.prompts)),
             max_new_tokens=measure.new_tokens,
-            device=project.device,
-            dtype=project.dtype,
-            trust_remote_code=project.trust_remote_code,
+            **dict(project.search.part(DeviceOptions)),
             progress=self.progress,
         )
 
     def speed(self) -> Speed:
         self.close()
-        project, quick = self.project, self.project.measure.bench_quick
+        search, quick = self.project.search, self.project.measure.bench_quick
         return bench(
-            project.source,
-            [project.target],
-            quick=pick_device(project.device).type == "cpu" if quick is None else quick,
-            device=project.device,
-            dtype=project.dtype,
-            trust_remote_code=project.trust_remote_code,
+            self.project.source,
+            [self.project.target],
+            quick=pick_device(search.device).type == "cpu" if quick is None else quick,
+            threads=search.threads,
+            **dict(search.part(DeviceOptions)),
             progress=self.progress,
         )
 
@@ -359,12 +333,3 @@ class _Session:
 def _digest(path: str) -> str:
     """SHA-256 of a file; empty for what is none, as a task's name."""
     return file_sha256(Path(path)) if Path(path).is_file() else ""
-
-
-def _hint(error: ErrorDetails) -> str:
-    """What a misspelt key may have meant."""
-    if error["type"] != "extra_forbidden":
-        return ""
-    *tables, key = map(str, error["loc"])
-    known: dict[str, type[BaseModel]] = {"search": Search, "measure": Measure}
-    return did_you_mean(key, known.get(".".join(tables), Project).model_fields)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,11 @@ class Verb:
     @property
     def function(self) -> Callable[..., Any]:
         """The public function; importing it imports torch."""
-        value: Any = sleb
-        for part in (self.run or self.name).split("."):
-            value = getattr(value, part)
-        return value  # type: ignore[no-any-return]
+        module, _, name = (self.run or self.name).rpartition(".")
+        found: Callable[..., Any] = getattr(
+            import_module(f"sleb.{module}") if module else sleb, name
+        )
+        return found
 
 
 # --- what single verbs do beside calling their function ----------------------------------------
