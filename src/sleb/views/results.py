@@ -234,7 +234,7 @@ def _(h: Healed) -> list[Item]:
         (
             name,
             str(text.windows),
-            T.interval(text.perplexity, T.level).partition(" ")[0],
+            T.level(text.perplexity.value),
             T.interval(text.cut_ratio, T.ratio),
             T.interval(text.healed_ratio, T.ratio),
             f"{text.cut_divergence.value:.3f} to {text.healed_divergence.value:.3f}",

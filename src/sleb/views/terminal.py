@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text as Words
@@ -63,14 +65,35 @@ def _table(item: Table | Facts, out: Console) -> None:
         return
     title = Words(_plain(item.caption), "italic") if item.caption else None
     grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    widths = _widths(item, out.width)
     for i, name in enumerate(item.columns):
         word = i in item.words
-        grid.add_column(_visible(name), justify="left" if word else "right", overflow="fold")
+        side: Any = "left" if word else "right"
+        grid.add_column(_visible(name), justify=side, overflow="fold", width=widths.get(i))
     for i, row in enumerate(item.rows):
         grid.add_row(*map(_visible, row), style="red" if i in item.bad else None)
     out.print(grid)
     if item.note:
         out.print(_visible(item.note))
+
+
+def _widths(item: Table, room: int) -> dict[int, int]:
+    """Widths of the columns of figures in a table that is too wide, by column: headings wrap, and
+    figures do not. None where even that does not fit."""
+
+    def wide(text: str) -> int:
+        return cell_len(_plain(text))
+
+    columns = [[row[i] for row in item.rows] for i in range(len(item.columns))]
+    full = [max(map(wide, (n, *c))) for n, c in zip(item.columns, columns, strict=True)]
+    least = {
+        i: max(map(wide, (*name.split(), *columns[i])), default=0)
+        for i, name in enumerate(item.columns)
+        if i not in item.words
+    }
+    gaps = 2 * (len(full) - 1)
+    needed = sum(least.values()) + sum(min(10, full[i]) for i in item.words if i < len(full))
+    return least if needed + gaps <= room < sum(full) + gaps else {}
 
 
 def _side_by_side(pair: SideBySide, out: Console) -> None:
@@ -84,6 +107,8 @@ def _side_by_side(pair: SideBySide, out: Console) -> None:
     for column in grid.columns:
         column.ratio, column.overflow = 1, "fold"
     grid.add_row(*(_cut(text, start, pair.nothing) for text in both))
+    remarks = ("; ".join(answer.remarks) for answer in (pair.dense, pair.pruned))
+    grid.add_row(*(Words(_plain(said), "dim") for said in remarks))
     out.print(grid)
 
 
