@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
-from sleb.cli.render_answers import comparison
 
 import sleb
 from conftest import byte_tokenizer

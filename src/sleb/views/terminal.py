@@ -1,12 +1,11 @@
 """Items as text: for a terminal, through rich, and as Markdown for model cards.
 
-What comes from files (names, texts, answers) reaches the terminal only through ``_visible``.
+All text is drawn through :func:`sleb.core.printable.printable`, as it may come from files.
 """
 
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,13 +14,15 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
+from sleb.core.printable import printable
 from sleb.evaluation.answer_checks import first_difference
 from sleb.views.model import Facts, Item, Listing, Missing, SideBySide, Table, Text
 
 __all__ = ["console", "draw", "markdown"]
 
 ANSWER, PROMPT, BEFORE = 280, 160, 60  # characters of what is shown of an answer or a prompt
-JOINERS = "\u200c\u200d"  # spelling in Persian, and within emoji
+LONGEST = 4000  # characters of one cell or sentence
+LAYOUT = str.maketrans({"\n": " ", "\t": " ", "\u00a0": " ", "\u2060": None})
 
 
 class _Console(Console):
@@ -41,10 +42,10 @@ def draw(items: Iterable[Item], out: Console) -> None:
     map of blocks are for a page alone."""
     for i, item in enumerate(items):
         if isinstance(item, (Text, Missing)):
-            out.print(_visible(item.text))
+            _sentence(item.text, out)
         elif isinstance(item, Listing):
             for line in item.lines:
-                out.print(_visible(f"- {line}"))
+                _sentence(f"- {line}", out)
         elif isinstance(item, (Table, Facts)):
             if i:
                 out.print()
@@ -52,6 +53,12 @@ def draw(items: Iterable[Item], out: Console) -> None:
         elif isinstance(item, SideBySide):
             out.print()
             _side_by_side(item, out)
+
+
+def _sentence(text: str, out: Console) -> None:
+    """A long path is not broken, so that it can be copied."""
+    words = _visible(text)
+    out.print(words, soft_wrap=any(len(word) > out.width // 2 for word in words.plain.split()))
 
 
 def _table(item: Table | Facts, out: Console) -> None:
@@ -74,7 +81,7 @@ def _table(item: Table | Facts, out: Console) -> None:
         grid.add_row(*map(_visible, row), style="red" if i in item.bad else None)
     out.print(grid)
     if item.note:
-        out.print(_visible(item.note))
+        _sentence(item.note, out)
 
 
 def _widths(item: Table, room: int) -> dict[int, int]:
@@ -126,12 +133,7 @@ def _visible(text: str) -> Words:
 
 def _plain(text: str) -> str:
     """On one line, and without characters that steer a terminal or turn the reading direction."""
-    text = text.replace("\u2060", "")
-    return "".join(" " if c.isspace() else "\ufffd" if _steers(c) else c for c in text)
-
-
-def _steers(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS
+    return printable(text.translate(LAYOUT), LONGEST)
 
 
 def markdown(items: Iterable[Item]) -> list[str]:
