@@ -10,7 +10,6 @@ import pytest
 import rich.console
 from pydantic import TypeAdapter
 from scipy import stats
-from sleb.cli.render_transfer import transfer as draw
 
 import reference
 import sleb
