@@ -1,23 +1,37 @@
-"""Making a report in memory and reading it as a browser would: by section, by table, by link."""
+"""Records, pages made of them in memory, and pages read as a browser would: by section, by table,
+by link. Every figure of tests/data/run.json is made up; its plan is :func:`report_plan.plan`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html.parser import HTMLParser
+from pathlib import Path
 from unittest.mock import patch
 
 from markupsafe import Markup
 from pydantic import BaseModel
 
-from report_plan import plan
-from report_record import complete
-from sleb.views.context import Material
+from report_plan import plan, repaired_plan
+from sleb.core.statistics import Interval
+from sleb.record import EvaluationText, GateResult, RunRecord
+from sleb.surgery.verification import Check
 from sleb.views.html import render
-from sleb.views.locale import Words
-from sleb.views.report import view
+from sleb.views.locale import Locale
+from sleb.views.report import Report
 
+HERE = Path(__file__).parent
+EVIL = "<script>alert(1)</script>"
+PANELS = ["removed", "quality", "saved", "servers", "untested", "rollback"]
+SECTIONS = [
+    *("map", "why", "rounds", "similarity", "curve", "texts", "tasks", "answers", "speed"),
+    *("draft", "transfer", "exact", "runtimes", "gate", "provenance"),
+]
+MEASURED = (
+    *("evaluation", "evaluation_text", "similarity", "tasks", "answers", "speed", "transfer"),
+    *("gate", "runtimes", "draft"),
+)
 VOID = {"meta", "link", "img", "br", "hr", "input"}
-NO_CHART = Markup('<svg role="img"></svg>')
 INLINE = {"a", "code", "span", "small", "i"}
 INVISIBLE = str.maketrans({"\u00a0": " ", "\u2060": None})
 
@@ -39,15 +53,53 @@ def put(value, path, new):
     return replace(value, **{key: new})
 
 
+def complete(**changes):
+    """A record with every section."""
+    return replace(RunRecord.load(HERE / "data"), **changes)
+
+
+def sparse(**changes):
+    """A record of `sleb prune` without text to spare: nothing but the cut and its proof."""
+    return complete(**{**dict.fromkeys(MEASURED), **changes})
+
+
+def repaired(**changes):
+    """A complete record of a repaired cut; its plan is :func:`report_plan.repaired_plan`."""
+    record = complete()
+    ratios = {
+        "perplexity_ratio": Interval(value=1.4321, low=1.3579, high=1.5151),
+        "domains.mail.perplexity_ratio": Interval(value=1.31, low=1.2, high=1.43),
+        "domains.manuals.perplexity_ratio": Interval(value=1.52, low=1.41, high=1.63),
+    }
+    plain = record.evaluation
+    for path, ratio in ratios.items():
+        plain = put(plain, path, ratio)
+    checks = record.verification.checks
+    new = {"passed": True, "measured": "6 tensors are the plan's", "limit": "the plan's hashes"}
+    known = {f.name for f in fields(Check)}
+    plans = {"key": "repaired-tensors", "name": "repaired tensors"}
+    first = Check(**{k: v for k, v in (plans | new).items() if k in known})
+    but = {"key": "weights-but-repaired", "name": f"{checks[3].name}, but for the repaired"}
+    weights = replace(checks[3], **{k: v for k, v in but.items() if k in known})
+    checks = (first, *checks[:3], weights, *checks[4:])
+    record = put(record, "verification.checks", checks)
+    record = replace(record, evaluation=replace(record.evaluation, unrepaired=plain))
+    return replace(record, **changes)
+
+
+def passed_gate():
+    """A gate whose limits are kept."""
+    return GateResult(rows=complete().gate.rows[:2])
+
+
 def page(record=None, chosen=None, lang="en"):
     """The report as values."""
-    given = Material(
+    return Report(
         record=record or complete(),
         plan=chosen or plan(),
-        say=Words(lang),
+        t=Locale(lang, markup=True),
         digests={"run.json": "ab" * 32, "plan.json": "cd" * 32},
-    )
-    return view(given)
+    ).page
 
 
 def html(record=None, chosen=None, lang="en", charts=False):
@@ -55,8 +107,90 @@ def html(record=None, chosen=None, lang="en", charts=False):
     made = page(record, chosen, lang)
     if charts:
         return render(made)
-    with patch("sleb.views.html.draw", lambda chart, name, alt: NO_CHART):
+    with patch("sleb.views.html.draw", lambda *chart: Markup('<svg role="img"></svg>')):
         return render(made)
+
+
+def seen(record=None, chosen=None, lang="en", charts=False):
+    """The report, read."""
+    return Seen(html(record, chosen, lang, charts))
+
+
+def save(folder, record, chosen):
+    """Write both files where a run leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record.save(folder / "run.json")
+    chosen.save(folder / "plan.json")
+    return folder
+
+
+def snapshot(name, text):
+    """Compare with tests/snapshots; SLEB_UPDATE_SNAPSHOTS=1 writes what is to be expected."""
+    path = HERE / "snapshots" / name
+    text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    if os.environ.get("SLEB_UPDATE_SNAPSHOTS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{name} has changed"
+
+
+def hostile(evil=EVIL, image='"><img src=x onerror=alert(1)>'):
+    """A record and a plan in which whatever a person or a file names is HTML."""
+    record = repaired(command=evil, model=f"models/{evil}", environment={"device": image})
+    both = {evil: record.evaluation, image: record.evaluation}
+    for path, new in {
+        "verification.checkpoint": image,
+        "evaluation.domains": both,
+        "evaluation.unrepaired.domains": both,
+        "evaluation_text": EvaluationText(windows=1, length=8, source="given", texts=(evil,)),
+        "tasks.0.name": evil,
+        "tasks.1.metric": image,
+        "answers.pairs.4.prompt": evil,
+        "answers.pairs.4.id": image,
+        "answers.pairs.4.pruned.text": f"</p>{image}",
+        "answers.pairs.3.pruned.script": evil,
+        "speed.skipped": (evil, image),
+        "speed.device": evil,
+        "draft.drafts.0.path": evil,
+        "runtimes.verdicts.1.why": evil,
+        "runtimes.verdicts.2.runtime": image,
+        "transfer.domains": (evil, image),
+        "gate.rows.2.of": evil,
+        "gate.rows.3.of": image,
+        "verification.checks.0.measured": evil,
+    }.items():
+        record = put(record, path, new)
+    chosen = repaired_plan(metric=evil, strategy=image, unit=evil, versions={evil: image})
+    for losses in ("before", "after"):
+        chosen = put(chosen, f"repair.gaps.0.{losses}", {evil: 3.2, image: 3.1})
+    chosen = put(chosen, "repair.calibration.sources.0.spec", image)
+    return record, put(chosen, "calibration.sources.0.spec", evil)
+
+
+def big():
+    """80 blocks of which 16 leave, and 200 prompts with long answers."""
+    blocks, order = 80, tuple(range(10, 58, 3))
+    score = plan().rounds[0].scores[0]
+
+    def scores(gone):
+        live = [b for b in range(1, 79) if b not in gone]
+        return tuple(score.model_copy(update={"block": b, "mean": 2.9 + b / 97}) for b in live)
+
+    rounds = tuple(
+        put(put(plan().rounds[0], "scores", scores(order[:i])), "removed", (block,))
+        for i, block in enumerate(order)
+    )
+    chosen = put(plan(), "model.blocks", blocks)
+    chosen = chosen.model_copy(
+        update={"removed": order, "order": order, "rounds": rounds, "protected": (0, 79)}
+    )
+    record = complete(removed=order, blocks=blocks)
+    alike = record.similarity[0]
+    states = tuple(tuple(alike[abs(i - j) % 13] for j in range(81)) for i in range(81))
+    one = record.answers.pairs[4]
+    long = put(put(one, "dense.text", "a word " * 900), "pruned.text", "many words " * 900)
+    pairs = tuple(replace(long, id=str(i), agreed=i % 40) for i in range(200))
+    return put(replace(record, similarity=states), "answers.pairs", pairs), chosen
 
 
 @dataclass
@@ -87,7 +221,7 @@ class Seen(HTMLParser):
             self._open.append((tag, named.get("id")))
         for place in self._places():
             if tag not in INLINE:
-                self.texts.setdefault(place, []).append(" ")
+                self.texts.setdefault(place, []).append("\n")
             if tag == "tr":
                 self.rows.setdefault(place, []).append([])
             if tag in ("td", "th"):
@@ -117,7 +251,7 @@ class Seen(HTMLParser):
         """All text below the element of this id, on one line."""
         return " ".join("".join(self.texts[place]).split())
 
-
-def seen(*arguments, **options):
-    """The parsed page of :func:`html`."""
-    return Seen(html(*arguments, **options))
+    def lines(self, place):
+        """The same, a line per cell, term or paragraph."""
+        found = (" ".join(line.split()) for line in "".join(self.texts[place]).split("\n"))
+        return "\n".join(filter(None, found))

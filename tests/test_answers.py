@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
-from sleb.cli.render_answers import comparison
 
 import sleb
 from conftest import byte_tokenizer
@@ -36,6 +35,8 @@ from sleb.evaluation.answer_checks import (
     switched,
 )
 from sleb.evaluation.answers import Answer, Comparison, Pair, Prompt, compare, read_prompts
+from sleb.views import items
+from sleb.views.terminal import draw
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (
@@ -333,7 +334,8 @@ def answer(text: str, **options) -> Answer:
 
 def drawn(compared: Comparison, pairs: list[Pair], width: int = 100) -> str:
     stream = io.StringIO()
-    comparison(Console(file=stream, width=width), replace(compared, pairs=tuple(pairs)))
+    console = Console(file=stream, width=width, markup=False, emoji=False)
+    draw(items(replace(compared, pairs=tuple(pairs))), console)
     return stream.getvalue()
 
 
@@ -355,21 +357,23 @@ def test_the_worst_three_are_shown(compared):
         pair("loop", good, answer("だめ", repetition=0.8, ended=False), 8),
     ]
     shown = drawn(compared, pairs)
-    heads = [line for line in shown.splitlines() if ": part after" in line]
-    assert [head.split(":")[0] for head in heads] == ["loop", "broken", "early"]
-    assert heads[0].endswith("8 tokens, repeats itself, does not end, other language")
-    assert "JSON is broken" in heads[1]
+    heads = [line for line in shown.splitlines() if line.startswith("Prompt ")]
+    assert [head.split()[1] for head in heads] == ["loop:", "broken:", "early:"]
+    assert "part: 8. The pruned model answered in another language" in heads[0]
+    whole = " ".join(shown.split())
+    assert "cut off at the limit" in whole
+    assert "80.0 % repetition" in whole
+    assert "not valid JSON" in whole
     assert "say loop" in shown
-    assert "same" not in drawn(compared, pairs[:1])
-    assert drawn(compared, pairs[:1]).splitlines()[0].split()[-2:] == ["dense", "pruned"]
+    assert "Prompt same" not in drawn(compared, pairs[:1])
 
 
 def test_the_table_has_no_json_row_if_none_was_asked_for(compared):
     assert "valid JSON" in drawn(compared, [])
     none = [replace(m, json_valid=None) for m in (compared.dense, compared.pruned)]
     assert "valid JSON" not in drawn(replace(compared, dense=none[0], pruned=none[1]), [])
-    assert "time per token" in drawn(compared, [])
-    assert "time per token" not in drawn(replace(compared, seconds_per_token_ratio=None), [])
+    assert "Time per token" in drawn(compared, [])
+    assert "Time per token" not in drawn(replace(compared, seconds_per_token_ratio=None), [])
 
 
 def test_answers_cannot_steer_the_terminal(compared):
@@ -377,7 +381,7 @@ def test_answers_cannot_steer_the_terminal(compared):
     shown = drawn(compared, [pair(bad, answer(bad), answer(""), 0)])
     assert not set("\x1b\x07\x9b\r\u202e") & set(shown)
     assert "[bold red]x[/] [/nonsense] :smile:" in " ".join(shown.split())
-    assert "(nothing)" in shown
+    assert "(empty)" in shown
     assert "\u200c" in drawn(compared, [pair("fa", answer("می\u200cخواهم"), answer("x"))])
 
 
@@ -395,7 +399,8 @@ def test_long_texts_are_cut_around_where_they_part(compared, common, width):
 
 def test_the_table_says_if_languages_are_told_apart_by_script_alone(compared):
     shown = drawn(replace(compared, languages=False), [])
-    assert "writing system alone; for more: pip install 'sleb[lang]'" in " ".join(shown.split())
+    assert "were not told apart" in " ".join(shown.split())
+    assert "sleb[lang]" in shown
     assert "sleb[lang]" not in drawn(replace(compared, languages=True), [])
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sleb
-from sleb.surgery.card import fenced, front_matter, inherited
+from sleb.core.card import cut_card, front_matter, inherited, with_section
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,15 @@ def test_every_cut_has_a_card_that_says_what_it_is(cut, tiny_dir, tiny_plan):
         assert said in card.text, said
 
 
-def test_a_code_block_cannot_be_ended_from_inside():
-    lines = fenced("sleb prune 'a```b'\n```\n# owned")
-    assert lines[0] == lines[-1] == "````"
+def test_a_code_block_cannot_be_ended_from_inside(tiny_plan, tmp_path):
+    command = "sleb prune 'a```b'\n```\n# owned"
+    card = cut_card(tiny_plan, tmp_path, command=command)
+    assert f"````\n{command}\n````\n" in card
+
+
+def test_a_section_says_that_what_stands_above_is_of_before(tmp_path):
+    assert with_section(tmp_path, "Healed", ["done"]) == "## Healed\n\ndone\n"
+    (tmp_path / "README.md").write_text("# cut\n\n")
+    card = with_section(tmp_path, "Healed", ["done"])
+    assert card.startswith("# cut\n\n## Healed\n\nWhat is said above")
+    assert card.endswith("done\n")

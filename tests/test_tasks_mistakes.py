@@ -12,13 +12,14 @@ from rich.console import Console
 
 import sleb
 from cli_tools import refused, run
-from sleb.cli.render_tasks import tasks as draw
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.core.statistics import Interval, flips, proportion
 from sleb.evaluation import lm_eval as harness_module
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.project import Project
+from sleb.views import items
+from sleb.views.terminal import draw
 
 GOOD = {"question": "Two?", "choices": ["a", "b", "c"], "answer": 1}
 SAY = {"question": "Two?", "answer": "2"}
@@ -264,7 +265,7 @@ def test_a_project_checks_its_questions_first(folder):
 
 def shown(*results) -> str:
     console = Console(width=100, record=True, quiet=False, file=open("drawn", "w"))  # noqa: SIM115
-    draw(console, results)
+    draw(items(results), console)
     return console.export_text()
 
 
@@ -284,11 +285,11 @@ def result(lost, won, both=300, items=500, chance=0.25) -> TaskResult:
 
 def test_a_point_on_500_items_is_called_noise():
     text = shown(result(lost=20, won=15))
-    assert "-1.0 (" in text
+    assert "−1.0 points (" in text
     assert "within noise" in text
     assert "cannot tell" in text
     text = shown(result(lost=60, won=15))
-    assert "-9.0 (" in text
+    assert "−9.0 points (" in text
     assert "worse" in text
     assert "< 0.001" in text
     assert "within noise" not in text
@@ -298,7 +299,7 @@ def test_a_point_on_500_items_is_called_noise():
     assert "not clearly better than guessing" in shown(result(1, 1, both=130))
     value = Interval(value=0.5, low=0.4, high=0.6)
     mixed = TaskResult(name="f", metric="f", items=9, chance=None, dense=value, pruned=value)
-    assert "not just right or wrong" in shown(mixed)
+    assert "not compared item by item" in shown(mixed)
     alone = TaskResult(name="f", metric="f", items=9, chance=None, dense=value)
     assert "the same items" not in shown(alone)
     assert np.isclose(result(20, 15).retention, 315 / 320)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.core.plan import Plan
+from sleb.core.printable import printable
 
 __all__ = ["cut_card", "front_matter", "inherited", "with_section"]
 
@@ -187,7 +188,7 @@ def _hub_id(model: str | None, source: Path) -> str | None:
 
 def _title(model: str | None, otherwise: str) -> str:
     """The original's name in one line: its last part, if it is a path."""
-    return " ".join(((Path(model).name if model else "") or otherwise).split())
+    return " ".join(printable((Path(model).name if model else "") or otherwise).split())
 
 
 def _changed(plan: Plan) -> str:
@@ -219,11 +220,13 @@ def _provenance(plan: Plan, source: Path, model: str | None) -> Iterable[str]:
         else "the original's; its card named none",
     }
     for name, value in rows.items():
-        yield f"| {name} | {' '.join(value.replace('|', chr(92) + '|').split())} |"
+        shown = " ".join(printable(value.replace("|", "\\|"), 2000).split())
+        yield f"| {name} | {shown} |"
 
 
 def _fenced(text: str) -> list[str]:
     """Lines of a code block that ``text`` cannot end."""
+    text = printable(text, None, lines=True)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, text, fence]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from sleb.core.printable import printable
 from sleb.views.charts import draw
 from sleb.views.model import Figure, Page
 
@@ -26,6 +27,7 @@ def render(page: Page) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_visible,
     )
 
     def chart(figure: Figure) -> Markup:
@@ -34,6 +36,13 @@ def render(page: Page) -> str:
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("template.html.j2")
     return template.render(page=page, style=style, chart=chart, split=split)
+
+
+def _visible(value: object) -> object:
+    """What others wrote, with control characters visible; line breaks of an answer stay."""
+    if isinstance(value, str):
+        return type(value)(printable(value, None, lines=True))
+    return value
 
 
 def split(text: str, cut: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from markupsafe import Markup, escape
 
 from sleb.core.errors import InputError, did_you_mean
+from sleb.core.printable import printable
 from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
 from sleb.views.model import Table
@@ -28,6 +29,7 @@ WHOLE = 20  # characters of a command's word that a line break does not cut
 UNIT = re.compile(r"[^\d∞–]*$")
 LINK = re.compile(r"\[\[(\w+)\|(.+?)\]\]")
 DASH = "–"
+LONGEST = 2000  # characters of what is filled into a sentence
 
 Row = TypeVar("Row")
 
@@ -44,6 +46,13 @@ def bounds(found: Interval) -> tuple[float, float] | None:
     if found.low is None or found.high is None or isnan(found.low) or isnan(found.high):
         return None
     return found.low, found.high
+
+
+def _shown(value: object) -> object:
+    """What is filled in, unless it was made here; a name of a file may be hostile, or endless."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value, LONGEST)
+    return value
 
 
 class Locale:
@@ -64,12 +73,14 @@ class Locale:
         """A sentence; on a page with links to the glossary."""
         if not self.markup:
             return self.plain(key, **values)
+        values = {name: _shown(value) for name, value in values.items()}
         linked = LINK.sub(r'<a class="term" href="#term-\1">\2</a>', str(escape(self.raw(key))))
         return Markup(linked).format(**values)
 
     def plain(self, key: str, **values: object) -> str:
         """A sentence as plain text, for charts and for attributes."""
-        return LINK.sub(r"\2", self.raw(key)).format(**values)
+        shown = {name: _shown(value) for name, value in values.items()}
+        return LINK.sub(r"\2", self.raw(key)).format(**shown)
 
     def raw(self, key: str) -> str:
         """A sentence as it is written in the file."""

@@ -159,10 +159,9 @@ def provenance(
 
 
 def _search(t: Locale, p: Plan) -> dict[str, str]:
-    how = [p.strategy, *(name for name in ("racing", "compiled") if getattr(p, name, False))]
     rows = {
         "metric": t("provenance.metric_unit", metric=p.metric, unit=p.unit),
-        "strategy": t.join(how),
+        "strategy": p.strategy_label,
         "dtype": p.dtype,
         "order": t.join(p.order),
         "protected": t.join(p.protected) or "–",

@@ -209,6 +209,8 @@ def change(t: Locale, flips: Flips | None) -> str:
     if flips is None:
         return t.plain("reading.unpaired")
     key = "noise" if flips.within_noise else "worse" if flips.lost > flips.won else "better"
+    if not flips.lost + flips.won:
+        key = "same"
     return t.plain(f"reading.{key}")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from sleb.core.plan import Plan, RepairRecord
+from sleb.core.printable import printable_json
 from sleb.distillation.record import Healed
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
@@ -42,7 +43,8 @@ T = Locale("en")
 def show(value: Any, *, json: bool = False) -> None:
     """Print a result on stdout: as JSON, or as tables and sentences."""
     if json:
-        sys.stdout.write(json_module.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n")
+        text = json_module.dumps(_plain(value), ensure_ascii=False, indent=1)
+        sys.stdout.write(printable_json(text) + "\n")
     else:
         terminal.draw(items(value), terminal.console())
 
@@ -234,7 +236,7 @@ def _(h: Healed) -> list[Item]:
         (
             name,
             str(text.windows),
-            T.interval(text.perplexity, T.level).partition(" ")[0],
+            T.level(text.perplexity.value),
             T.interval(text.cut_ratio, T.ratio),
             T.interval(text.healed_ratio, T.ratio),
             f"{text.cut_divergence.value:.3f} to {text.healed_divergence.value:.3f}",

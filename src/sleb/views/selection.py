@@ -271,9 +271,12 @@ def curve(t: Locale, c: Curve, chosen: int) -> list[Item]:
     if not t.markup:
         windows = f"{heldout['windows']} held-out windows of {heldout['length']} tokens"
         about = [Text(f"on {windows}; dense {loss} nats/token")]
+        if len(c.points) > chosen:
+            about.append(Text("* beyond the target: not in the plan"))
     if c.fitted is not None:
         about.append(Text(t("curve.quick", tokens=t.count(c.fitted))))
-    return [about[0], _depths(t, c, chosen), *about[1:]]
+    at = 1 if t.markup else 0  # the chart stands above the table
+    return [*about[:at], _depths(t, c, chosen), *about[at:]]
 
 
 def _depths(t: Locale, c: Curve, chosen: int) -> Table:
@@ -282,8 +285,13 @@ def _depths(t: Locale, c: Curve, chosen: int) -> Table:
             return t.nats(p.increase)
         return t.between(t.nats(p.increase), t.nats(p.low), t.nats(p.high))
 
+    def depth(p: Point) -> str:
+        if p.depth == chosen:
+            return t("curve.this", depth=p.depth)
+        return f"{p.depth} *" if p.depth > chosen and not t.markup else str(p.depth)
+
     columns: dict[str, Callable[[Any], str]] = {
-        "depth": lambda p: t("curve.this", depth=p.depth) if p.depth == chosen else str(p.depth),
+        "depth": depth,
         "block": lambda p: str(p.block),
         "increase": increase,
         "bound": lambda p: DASH if p.bound is None else t.nats(p.bound),

@@ -34,6 +34,9 @@ def speed(t: Locale, s: Speed) -> list[Item]:
     """Charts, and tables of ratios, of models and of runs."""
     setting = t("speed.text", device=s.device, dtype=s.dtype, threads=s.threads)
     items: list[Item] = [Text(setting)]
+    if not t.markup:
+        paths = {x.path: _name(t, s, x.path, "") for x in s.models}
+        items.append(Listing(tuple(f"{name}: {path}" for path, name in paths.items())))
     if s.ratios:
         items += [_ratio_chart(t, s), _ratio_table(t, s)]
         if s.ratios[0].ratio.low is None:
@@ -61,7 +64,7 @@ def _name(t: Locale, s: Speed, path: str, runtime: str) -> str:
     else:
         name = t.plain("speed.pruned") if len({r.path for r in s.ratios}) <= 1 else path
     several = len({x.runtime for x in s.models} | {r.runtime for r in s.ratios}) > 1
-    return t.plain("saved.under", case=name, runtime=runtime) if several else name
+    return t.plain("saved.under", case=name, runtime=runtime) if several and runtime else name
 
 
 def _ratio_name(t: Locale, s: Speed, r: Ratio) -> str:

@@ -1,25 +1,28 @@
 """Items as text: for a terminal, through rich, and as Markdown for model cards.
 
-What comes from files (names, texts, answers) reaches the terminal only through ``_visible``.
+All text is drawn through :func:`sleb.core.printable.printable`, as it may come from files.
 """
 
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
+from sleb.core.printable import printable
 from sleb.evaluation.answer_checks import first_difference
 from sleb.views.model import Facts, Item, Listing, Missing, SideBySide, Table, Text
 
 __all__ = ["console", "draw", "markdown"]
 
 ANSWER, PROMPT, BEFORE = 280, 160, 60  # characters of what is shown of an answer or a prompt
-JOINERS = "\u200c\u200d"  # spelling in Persian, and within emoji
+LONGEST = 4000  # characters of one cell or sentence
+LAYOUT = str.maketrans({"\n": " ", "\t": " ", "\u00a0": " ", "\u2060": None})
 
 
 class _Console(Console):
@@ -39,10 +42,10 @@ def draw(items: Iterable[Item], out: Console) -> None:
     map of blocks are for a page alone."""
     for i, item in enumerate(items):
         if isinstance(item, (Text, Missing)):
-            out.print(_visible(item.text))
+            _sentence(item.text, out)
         elif isinstance(item, Listing):
             for line in item.lines:
-                out.print(_visible(f"- {line}"))
+                _sentence(f"- {line}", out)
         elif isinstance(item, (Table, Facts)):
             if i:
                 out.print()
@@ -50,6 +53,12 @@ def draw(items: Iterable[Item], out: Console) -> None:
         elif isinstance(item, SideBySide):
             out.print()
             _side_by_side(item, out)
+
+
+def _sentence(text: str, out: Console) -> None:
+    """A long path is not broken, so that it can be copied."""
+    words = _visible(text)
+    out.print(words, soft_wrap=any(len(word) > out.width // 2 for word in words.plain.split()))
 
 
 def _table(item: Table | Facts, out: Console) -> None:
@@ -63,14 +72,35 @@ def _table(item: Table | Facts, out: Console) -> None:
         return
     title = Words(_plain(item.caption), "italic") if item.caption else None
     grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    widths = _widths(item, out.width)
     for i, name in enumerate(item.columns):
         word = i in item.words
-        grid.add_column(_visible(name), justify="left" if word else "right", overflow="fold")
+        side: Any = "left" if word else "right"
+        grid.add_column(_visible(name), justify=side, overflow="fold", width=widths.get(i))
     for i, row in enumerate(item.rows):
         grid.add_row(*map(_visible, row), style="red" if i in item.bad else None)
     out.print(grid)
     if item.note:
-        out.print(_visible(item.note))
+        _sentence(item.note, out)
+
+
+def _widths(item: Table, room: int) -> dict[int, int]:
+    """Widths of the columns of figures in a table that is too wide, by column: headings wrap, and
+    figures do not. None where even that does not fit."""
+
+    def wide(text: str) -> int:
+        return cell_len(_plain(text))
+
+    columns = [[row[i] for row in item.rows] for i in range(len(item.columns))]
+    full = [max(map(wide, (n, *c))) for n, c in zip(item.columns, columns, strict=True)]
+    least = {
+        i: max(map(wide, (*name.split(), *columns[i])), default=0)
+        for i, name in enumerate(item.columns)
+        if i not in item.words
+    }
+    gaps = 2 * (len(full) - 1)
+    needed = sum(least.values()) + sum(min(10, full[i]) for i in item.words if i < len(full))
+    return least if needed + gaps <= room < sum(full) + gaps else {}
 
 
 def _side_by_side(pair: SideBySide, out: Console) -> None:
@@ -84,6 +114,8 @@ def _side_by_side(pair: SideBySide, out: Console) -> None:
     for column in grid.columns:
         column.ratio, column.overflow = 1, "fold"
     grid.add_row(*(_cut(text, start, pair.nothing) for text in both))
+    remarks = ("; ".join(answer.remarks) for answer in (pair.dense, pair.pruned))
+    grid.add_row(*(Words(_plain(said), "dim") for said in remarks))
     out.print(grid)
 
 
@@ -101,12 +133,7 @@ def _visible(text: str) -> Words:
 
 def _plain(text: str) -> str:
     """On one line, and without characters that steer a terminal or turn the reading direction."""
-    text = text.replace("\u2060", "")
-    return "".join(" " if c.isspace() else "\ufffd" if _steers(c) else c for c in text)
-
-
-def _steers(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS
+    return printable(text.translate(LAYOUT), LONGEST)
 
 
 def markdown(items: Iterable[Item]) -> list[str]:

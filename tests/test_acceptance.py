@@ -1,0 +1,327 @@
+"""A gate passes what keeps its limits, at the boundary and both ways, and what is missing fails."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from report_tools import put
+from sleb.acceptance import LIMITS, Gate
+from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.statistics import Flips, Interval
+from sleb.core.toml import read_toml
+from sleb.evaluation.answers import Answers, Comparison
+from sleb.evaluation.perplexity import Evaluation, Quality
+from sleb.evaluation.tasks import TaskResult
+from sleb.record import COMMANDS, GateResult, RunRecord
+from sleb.runtimes.bench import Measured, Ratio, Speed
+from sleb.runtimes.compatibility import RuntimeReport, Verdict
+from sleb.runtimes.speculative import Draft, Drafting
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "gate.toml"
+
+
+def span(value, low, high):
+    return Interval(value=value, low=low, high=high)
+
+
+def made(kind, **given):
+    """A ``kind`` of which only ``given`` matters here."""
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory]  # both are missing
+    return kind(**{**dict.fromkeys(needed), **given})
+
+
+ALONE = span(1.0, None, None)
+
+
+def quality(high, kind=Quality, **more):
+    """Quality with this upper bound of the ratio of perplexities."""
+    return made(
+        kind,
+        perplexity_ratio=span(1.0, 0.5, high),
+        divergence=span(0.1, 0.0, 0.25),
+        agreement=span(0.9, 0.75, 1.0),
+        **more,
+    )
+
+
+def task(name, low, dense=0.5):
+    """A task with this lower bound of the paired difference."""
+    found = made(Flips, difference=span(0.0, low, 0.3))
+    return made(TaskResult, name=name, dense=span(dense, 0.0, 1.0), flips=found)
+
+
+def answers(**shares):
+    found = {name: share and span(share, 0.0, 1.0) for name, share in shares.items()}
+    return made(Answers, **found)
+
+
+def model(path, blocks, peak):
+    return made(Measured, path=path, runtime="transformers", blocks=blocks, peak_bytes=peak)
+
+
+def ratio(case, low, path="smaller"):
+    return made(Ratio, path=path, runtime="transformers", case=case, ratio=span(9.0, low, 10.0))
+
+
+DRAFT = made(Draft, path="smaller", ratio=span(2.0, 1.5, 3.0), acceptance=span(0.7, 0.6, 0.8))
+FULL = made(
+    RunRecord,
+    nbytes=(900_000_000, 250_000_000),
+    evaluation=quality(1.5, Evaluation, domains={"mail": quality(1.25), "code": quality(1.75)}),
+    tasks=(task("sums", -0.125), task("facts", -0.25)),
+    answers=made(
+        Comparison,
+        dense=answers(ended=0.1, empty=0.9, repetitive=0.9, json_valid=0.1),
+        pruned=answers(ended=0.7, empty=0.1, repetitive=0.2, json_valid=0.8),
+        switched=span(0.4, 0.0, 1.0),
+    ),
+    speed=made(
+        Speed,
+        models=(model("big", 6, 800_000_000), model("smaller", 5, 500_000_000)),
+        ratios=(ratio("prefill", 1.5), ratio("decode", 1.25)),
+    ),
+    draft=made(Drafting, drafts=(DRAFT,)),
+    runtimes=made(RuntimeReport, verdicts=(made(Verdict, runtime="vllm", pruned=0.01),)),
+)
+SECTIONS = ("evaluation", "tasks", "answers", "speed", "draft", "runtimes")
+EMPTY = replace(FULL, **dict.fromkeys(SECTIONS))
+
+
+def check(tables, record=FULL):
+    return Gate.parse(tables, "gate.toml").check(record).rows
+
+
+def nested(path, value):
+    """``a.b.c`` as tables."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+# Where the record stands.
+STANDS = {
+    "perplexity.domains.mail": 1.25,
+    "divergence.max": 0.25,
+    "agreement.min": 0.75,
+    "tasks.each.sums": 0.75,
+    "answers.max_repetitive": 0.2,
+    "answers.max_empty": 0.1,
+    "answers.max_unfinished": 0.3,
+    "answers.max_switched": 0.4,
+    "answers.min_json_valid": 0.8,
+    "speed.cases.decode": 1.25,
+    "draft.min_speedup": 1.5,
+    "draft.min_acceptance": 0.6,
+    "runtimes.max_deviation": 0.01,
+    "memory.max_mb": 500,
+    "size.max_mb": 250,
+}
+
+
+@pytest.mark.parametrize(("path", "stands"), STANDS.items())
+def test_a_limit_holds_at_the_boundary_and_not_beyond(path, stands):
+    table = path.partition(".")[0]
+    key = next(x.key for x in LIMITS if x.key == path or path.startswith(f"{table}.{x.by_name}."))
+    at_most = ".max" in key
+    for factor in (0.999, 1, 1.001):
+        (row,) = check(nested(path, stands * factor))
+        assert row.passed == (factor == 1 or at_most == (factor > 1))
+        assert (row.name, row.at_most, row.limit) == (key, at_most, stands * factor)
+        assert row.measured == pytest.approx(stands)
+        assert not row.missing
+
+
+@pytest.mark.parametrize(
+    ("path", "stands"),
+    [
+        ("perplexity.max_ratio", {"": 1.5, "mail": 1.25, "code": 1.75}),
+        ("tasks.min_retention", {"sums": 0.75, "facts": 0.5}),
+        ("speed.min_speedup", {"prefill": 1.5, "decode": 1.25}),
+    ],
+)
+def test_a_limit_for_all_is_held_against_each(path, stands):
+    for limit in stands.values():
+        rows = {row.of: row for row in check(nested(path, limit))}
+        assert {name: row.measured for name, row in rows.items()} == stands
+        for name, row in rows.items():
+            worse = stands[name] > limit if row.at_most else stands[name] < limit
+            assert row.passed != worse
+
+
+def test_a_limit_by_name_goes_before_the_one_for_all():
+    rows = check(
+        {
+            "perplexity": {"max_ratio": 1.5, "domains": {"code": 1.75}},
+            "tasks": {"min_retention": 0.75, "each": {"facts": 0.5}},
+            "speed": {"min_speedup": 1.5, "cases": {"decode": 1.25}},
+        }
+    )
+    assert [row.limit for row in rows] == [1.5, 1.5, 1.75, 0.75, 0.5, 1.5, 1.25]
+    assert all(row.passed for row in rows)
+
+
+def test_one_text_alone_is_all_texts():
+    alone = put(FULL, "evaluation.domains", {"mail": quality(1.5)})
+    (row,) = check(nested("perplexity.max_ratio", 1.5), alone)
+    assert row.of == ""
+    assert len(check({"perplexity": {"max_ratio": 2, "domains": {"mail": 1.5}}}, alone)) == 2
+
+
+@pytest.mark.parametrize("path", [*STANDS, "perplexity.max_ratio", "tasks.min_retention"])
+def test_what_was_not_measured_fails_and_says_what_measures_it(path):
+    if path == "size.max_mb":  # is always known
+        return
+    (row,) = check(nested(path, 1), EMPTY)
+    assert (row.passed, row.measured, row.missing) == (False, None, "not-measured")
+    table = row.name.partition(".")[0]
+    with pytest.raises(VerificationFailed, match=re.escape(COMMANDS[table])):
+        GateResult(rows=(row,)).require()
+
+
+def test_a_dense_evaluation_is_no_measure_of_the_pruned_model():
+    dense = made(Evaluation)
+    gate = {"perplexity": {"max_ratio": 9}, "divergence": {"max": 9}, "agreement": {"min": 0}}
+    assert [row.passed for row in check(gate, replace(FULL, evaluation=dense))] == [False] * 3
+    only = replace(FULL.speed, models=FULL.speed.models[:1], ratios=())
+    gate = {"memory": {"max_mb": 10_000}, "speed": {"min_speedup": 0.1}}
+    assert [row.passed for row in check(gate, replace(FULL, speed=only))] == [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("perplexity.domains.mial", "mail"),
+        ("tasks.each.sum", "sums"),
+        ("speed.cases.code", "decode"),
+    ],
+)
+def test_a_name_that_the_record_lacks_fails(path, near):
+    (row,) = check(nested(path, 0.1))
+    assert (row.passed, row.missing, row.near) == (False, "unknown-name", near)
+    assert row.of == path.rpartition(".")[2]
+
+
+def test_without_an_interval_there_is_nothing_to_judge_by():
+    whole = replace(FULL.evaluation, perplexity_ratio=ALONE, divergence=ALONE, agreement=ALONE)
+    slow = replace(FULL.speed, ratios=(replace(ratio("decode", 2.0), ratio=ALONE),))
+    record = replace(FULL, evaluation=replace(whole, domains={}), speed=slow)
+    gate = {"perplexity": {"max_ratio": 9}, "divergence": {"max": 9}, "agreement": {"min": 0}}
+    for row in check({**gate, "speed": {"min_speedup": 0.1}}, record):
+        assert (row.passed, row.measured, row.missing) == (False, None, "no-interval")
+
+
+def test_tasks_and_answers_that_give_no_figure_say_why():
+    def kept(task):
+        return check(nested("tasks.min_retention", 0.1), replace(FULL, tasks=(task,)))[0]
+
+    assert kept(replace(task("sums", -0.1), flips=None)).missing == "not-paired"
+    assert kept(task("sums", 0.0, dense=0.0)).missing == "dense-zero"
+    assert kept(task("sums", -0.9)).measured == 0  # no less than nothing is kept
+    silent = replace(FULL.answers, pruned=answers(ended=1.0, empty=0.1, repetitive=0.1))
+    (row,) = check(nested("answers.min_json_valid", 0), replace(FULL, answers=silent))
+    assert (row.passed, row.missing) == (False, "no-json-prompt")
+
+
+def test_nan_keeps_no_limit():
+    sick = replace(FULL.evaluation, divergence=span(math.nan, math.nan, math.nan))
+    (row,) = check(nested("divergence.max", 1e9), replace(FULL, evaluation=sick))
+    assert not row.passed
+
+
+def test_several_pruned_models_are_held_to_the_limit_each():
+    speed = replace(
+        FULL.speed,
+        models=(*FULL.speed.models, model("tiny", 4, 400_000_000)),
+        ratios=(ratio("decode", 1.25), ratio("decode", 2.0, "tiny")),
+    )
+    rows = check(
+        {"speed": {"min_speedup": 1.5}, "memory": {"max_mb": 450}}, replace(FULL, speed=speed)
+    )
+    assert [(row.of, row.path, row.passed) for row in rows] == [
+        ("decode", "smaller", False),
+        ("decode", "tiny", True),
+        ("", "smaller", False),
+        ("", "tiny", True),
+    ]
+
+
+def test_the_result_is_required_and_recorded():
+    found = Gate.parse({"divergence": {"max": 0.2}, "agreement": {"min": 0.7}}, "g").check(FULL)
+    with pytest.raises(VerificationFailed, match=r"divergence.max: 0.25 .* 0.2 .*1 of 2 limits"):
+        found.require()
+    good = GateResult(rows=found.rows[1:])
+    assert (found.passed, good.passed) == (False, True)
+    good.require()
+    adapter = TypeAdapter(GateResult)  # as a record reads and writes it
+    assert adapter.validate_json(adapter.dump_json(found)) == found
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nouns"),
+    [
+        ("", ["sets no limit"]),
+        ("[perplexity]\n[speed.cases]\n", ["sets no limit"]),
+        ("[preplexity]\n", ["no table 'preplexity'", "'perplexity'"]),
+        (f"{'x' * 5000} = 1", [f"there is no table '{'x' * 60}'"]),
+        ("max_ratio = 1\n", ["no table 'max_ratio'"]),
+        ("[answers]\nmax_repetative = 0.1", ["[answers]", "'max_repetitive'"]),
+        ("[divergence]\nmin = 0.1", ["[divergence] has no limit 'min'"]),
+        ("perplexity = 1.2", ["write [perplexity]"]),
+        ("[speed]\ncases = 2", ["write [speed.cases]"]),
+        ("[perplexity]\nmax_ratio = '1.2'", ["[perplexity] max_ratio = '1.2'"]),
+        ("[perplexity]\nmax_ratio = true", ["[perplexity] max_ratio = True"]),
+        ("[perplexity]\nmax_ratio = [1.2]", ["[perplexity] max_ratio = [1.2]"]),
+        ("[perplexity]\nmax_ratio = 2024-01-01", ["[perplexity] max_ratio = datetime.date("]),
+        ("[perplexity]\nmax_ratio = nan", ["[perplexity] max_ratio = nan"]),
+        ("[perplexity]\nmax_ratio = inf", ["[perplexity] max_ratio = inf"]),
+        ("[perplexity]\nmax_ratio = 0", ["max_ratio = 0", "greater"]),
+        ("[divergence]\nmax = -0.1", ["[divergence] max = -0.1"]),
+        ("[agreement]\nmin = 90", ["min = 90", "less"]),
+        ("[answers]\nmax_empty = 2", ["[answers] max_empty = 2"]),
+        ("[tasks.each]\nsums = 'all'", ["[tasks.each] sums = 'all'"]),
+        ("[tasks.each]\nsums = {a = 1}", ["[tasks.each] sums = {'a': 1}"]),
+        (f"[size]\nmax_mb = {'9' * 400}", ["[size] max_mb = 999"]),
+        ("[size\nmax_mb = 1", ["TOML"]),
+        ("[size]\n\nmax_mb = = 2\n", ["TOML", "line 3"]),
+        ("size.max_mb = 1\nsize.max_mb = 2", ["TOML"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, monkeypatch, text, nouns):
+    monkeypatch.chdir(tmp_path)
+    Path("gate.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        Gate.load("gate.toml")
+    said = str(caught.value)
+    assert said.startswith("gate.toml")
+    assert all(noun in said for noun in nouns), said
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+def test_a_table_of_another_file_is_named():
+    with pytest.raises(InputError, match=r"^sleb.toml: gate: \[speed\] has no limit 'min_speed'"):
+        Gate.parse({"speed": {"min_speed": 2}}, "sleb.toml: gate")
+    with pytest.raises(InputError, match="no file"):
+        Gate.load("missing.toml")
+
+
+def test_the_example_names_every_limit_and_is_right(tmp_path):
+    """Also with the limits that are commented out."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    Gate.load(EXAMPLE)
+    path = tmp_path / "gate.toml"
+    path.write_text(re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
+    given = read_toml(path, "")
+    assert Gate.load(path).tables == given
+    named = {f"{x.key.partition('.')[0]}.{x.by_name}" for x in LIMITS if x.by_name}
+    keys = {f"{table}.{key}" for table, keys in given.items() for key in keys}
+    assert keys == {limit.key for limit in LIMITS} | named

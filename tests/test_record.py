@@ -1,0 +1,131 @@
+"""A run record holds facts; one of an older schema is read as if it had held them too."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from report_plan import plan, repaired_plan
+from report_tools import HERE, complete, repaired, save, seen, sparse
+from sleb.core.errors import InputError
+from sleb.record import RepairStatus, RunRecord, upgrade
+
+EXAMPLE = HERE.parent / "docs" / "example"
+
+
+@pytest.mark.parametrize("record", [complete(), repaired(), sparse()], ids=["full", "rep", "bare"])
+def test_what_is_written_is_what_is_read(tmp_path, record):
+    save(tmp_path, record, plan())
+    assert RunRecord.load(tmp_path) == record
+    assert json.loads((tmp_path / "run.json").read_text())["schema_version"] == 2
+
+
+def test_sections_are_replaced_and_nothing_else(tmp_path):
+    save(tmp_path, complete(), plan())
+    new = RunRecord.update(tmp_path, speed=None)
+    assert new == RunRecord.load(tmp_path) == complete(speed=None)
+
+
+@pytest.mark.parametrize(
+    ("note", "windows", "length", "source", "texts"),
+    [
+        ("16 held-out windows of 128 tokens from the calibration texts", 16, 128, "held-out", ()),
+        ("9 windows of 256 tokens from a.txt, b.txt", 9, 256, "given", ("a.txt", "b.txt")),
+        ("3 windows of 8 tokens from 2 held-out windows of x", 3, 8, "given", None),
+    ],
+)
+def test_the_sentence_on_texts_becomes_facts(note, windows, length, source, texts):
+    found = upgrade({"evaluation_note": note})["evaluation_text"]
+    assert (found["windows"], found["length"], found["source"]) == (windows, length, source)
+    assert texts is None or tuple(found["texts"]) == texts
+
+
+REPAIRED = (
+    "5 matrices around 1 of 2 gaps, fitted on 31,872 tokens, {}and judged on 32 other windows"
+)
+COUNTS = {"tensors": 5, "gaps": 1, "gaps_total": 2, "tokens": 31_872, "validation_windows": 32}
+
+
+@pytest.mark.parametrize(
+    ("note", "facts"),
+    [
+        ("", None),
+        ("not asked for", {"status": "not-asked"}),
+        ("no fit was better on every text", {"status": "no-gain"}),
+        ("not possible: too short: x", {"status": "not-possible", "reason": "too short: x"}),
+        (REPAIRED.format(""), {"status": "repaired", **COUNTS}),
+        (
+            REPAIRED.format("a third of them the model's own text, "),
+            {"status": "repaired", **COUNTS, "self_generated": True},
+        ),
+        ("something else", {"status": "repaired", "note": "something else"}),
+    ],
+)
+def test_the_sentence_on_the_repair_becomes_facts(note, facts):
+    found = upgrade({"repair_note": note})["repair"]
+    assert (found and RepairStatus(**found)) == (facts and RepairStatus(**facts))
+
+
+def test_a_note_that_nobody_can_read_is_shown_as_it_is(tmp_path):
+    old = json.loads((EXAMPLE / "run.json").read_text())
+    old["evaluation_note"] = "measured <by hand>"
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    record = RunRecord.load(tmp_path)
+    assert "measured <by hand>" in seen(
+        complete(evaluation_text=record.evaluation_text), repaired_plan()
+    ).text("texts")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "facts"),
+    [
+        ("perplexity ratio, all texts", "", {"name": "perplexity.max_ratio", "of": ""}),
+        ("perplexity ratio, a, b", "", {"name": "perplexity.max_ratio", "of": "a, b"}),
+        ("answers, json valid", "no prompt asks for JSON; run: x",
+         {"name": "answers.min_json_valid", "of": "", "missing": "no-json-prompt"}),
+        ("speed-up, generate-8, small with vllm", "measured only once, so without an interval; x",
+         {"name": "speed.min_speedup", "of": "generate-8", "path": "small", "runtime": "vllm",
+          "missing": "no-interval"}),
+        ("memory, small with vllm", "not measured; run: x",
+         {"name": "memory.max_mb", "of": "", "path": "small", "missing": "not-measured"}),
+        ("score kept, lw", "the record has no 'lw' (did you mean 'law'?); run: x",
+         {"name": "tasks.min_retention", "of": "lw", "missing": "unknown-name", "near": "law"}),
+    ],
+)  # fmt: skip
+def test_rows_of_a_gate_become_keys(name, missing, facts):
+    old = {"gate": {"rows": [{"name": name, "missing": missing}]}}
+    (row,) = upgrade(old)["gate"]["rows"]
+    assert {key: row.get(key, "") for key in facts} == facts
+
+
+def test_an_old_example_is_read_and_shown_in_full():
+    record = RunRecord.load(EXAMPLE)
+    assert record.schema_version == 2
+    assert record.evaluation_text.source == "held-out"
+    assert (record.repair.status, record.repair.self_generated) == ("repaired", True)
+    assert {row.name.partition(".")[0] for row in record.gate.rows} == {"perplexity", "speed"}
+    assert upgrade(upgrade({"repair_note": "not asked for"}))["repair"]["status"] == "not-asked"
+
+
+@pytest.mark.parametrize(
+    ("content", "nouns"),
+    [
+        (None, ("no run record", "run.json")),
+        (b"{", ("not a run record", "file")),
+        (b"[" * 10_000, ("not a run record",)),
+        (b"[1]", ("not a run record",)),
+        (b'{"command": 1}', ("not a run record", "command")),
+        (b'{"schema_version": 3}', ("schema 3", "upgrade")),
+        (b'{"schema_version": "x"}', ("not a run record",)),
+        (b'{"gate": {"rows": [3]}, "verification": 4}', ("not a run record",)),
+        (b'{"evaluation_note": [1], "repair_note": {}}', ("not a run record",)),
+    ],
+)
+def test_what_is_no_record_is_refused_in_one_line(tmp_path, content, nouns):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        RunRecord.load(tmp_path)
+    assert all(noun in str(caught.value) for noun in nouns)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,535 @@
+"""What is shown is what the record holds, in every language and on every medium."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from dataclasses import asdict, replace
+from unittest.mock import patch
+
+import pytest
+from rich.console import Console
+from typer.main import get_command
+
+from report_plan import bare_plan, plan, repaired_plan, run_plan
+from report_tools import (
+    INVISIBLE,
+    PANELS,
+    SECTIONS,
+    complete,
+    html,
+    page,
+    passed_gate,
+    put,
+    repaired,
+    seen,
+    snapshot,
+    sparse,
+)
+from sleb import views
+from sleb.acceptance import LIMITS
+from sleb.cli.main import app
+from sleb.core.errors import InputError
+from sleb.core.plan import SimilarityGate, Target
+from sleb.core.statistics import Interval
+from sleb.record import RepairStatus, check_key
+from sleb.selection.metrics import METRICS
+from sleb.views.locale import LANGUAGES, LINK, Locale, bounds
+from sleb.views.speed import SERVERS
+from sleb.views.terminal import draw
+
+EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
+NAN = float("nan")
+
+
+def drawn(*results, width=100):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for result in results:
+        console.print(f"-- {type(result).__name__}")
+        draw(views.items(result), console)
+    return console.export_text()
+
+
+# -- everything at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_the_page_says_what_it_said(lang):
+    found = seen(repaired(), repaired_plan(), lang)
+    parts = ["summary", *SECTIONS]
+    snapshot(f"page.{lang}.txt", "\n\n".join(f"# {p}\n{found.lines(p)}" for p in parts))
+
+
+def test_the_terminal_shows_what_it_showed():
+    r, p = repaired(), repaired_plan()
+    results = (p, run_plan(p.rounds[:1]), r.verification, r, r.evaluation, r.tasks, r.answers)
+    snapshot("terminal.txt", drawn(*results, r.speed, r.draft, r.transfer, r.runtimes, r.gate))
+
+
+def test_the_card_says_what_it_said(tmp_path):
+    card = views.model_card(repaired_plan(), repaired(model="a/clerk-1b"), tmp_path, kept=True)
+    snapshot("card.md", card)
+
+
+def numbers(value, path=""):
+    """Every number below ``value``, with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from numbers(item, f"{path}.{i}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+# what a page leaves out: in the record for whoever wants to compute further
+UNSHOWN = re.compile(
+    r"(removed|blocks|schema_version|evaluation_text|repair)\b.*|.*\.removed\.\d+"
+    r"|evaluation\..*loss(_increase)?\..*|evaluation\.domains\..*\.tokens"
+    r"|evaluation\.unrepaired\.(?!.*perplexity_ratio).*"
+    r"|answers\.pairs\.[027]\..*|answers\.pairs\..*\.repetition"
+    r"|speed\.models\..*\.(seconds\.\d|1\.tokens_per_second)|draft\.(blocks|threads|seconds).*"
+    r"|draft\.drafts\.0\.(blocks|tallies|seconds).*"
+)
+
+
+def unseen(record, chosen, which):
+    """Paths of numbers of the ``which`` that could be any other without a change on the page."""
+    before, value = str(page(record, chosen)), {"record": record, "plan": chosen}[which]
+    plain = asdict(value) if which == "record" else value.model_dump()
+    for path, number in numbers(plain):
+        new = 3 * number + 7 if isinstance(number, int) else 1.37 * number + 0.11
+        both = {"record": record, "plan": chosen, which: put(value, path, new)}
+        if which == "record" and UNSHOWN.fullmatch(path):
+            continue
+        if which == "plan" and HIDDEN.fullmatch(path):
+            continue
+        if str(page(both["record"], both["plan"])) == before:
+            yield path
+
+
+def test_every_number_of_the_record_reaches_the_page():
+    assert [*unseen(repaired(), repaired_plan(), "record")] == []
+
+
+HIDDEN = re.compile(
+    r"(removed|order|model\.blocks|schema_version)\b.*|rounds\..*(se|removed\.\d|block|windows)"
+    r"|baseline\.se|curve\.baseline\.se|repair\.(reach|gaps\.\d\.removed\.\d)"
+)
+
+
+def test_every_number_of_the_plan_reaches_the_page():
+    assert [*unseen(repaired(), repaired_plan(), "plan")] == []
+
+
+def test_the_first_page_has_no_number_that_is_not_worked_out_from_the_record():
+    def ends(found):
+        return [found.value, found.low, found.high]
+
+    r, found = complete(), seen()
+    ratios = [ends(x.ratio) for x in r.speed.ratios]
+    rate = r.speed.models[0].runs[3].tokens_per_second
+    quality = [ends(q.perplexity_ratio) for q in (*r.evaluation.domains.values(), r.evaluation)]
+    parts = {
+        "removed": [3, 12, 25, 0, 4, 7, 8, 1.2, 945, -21.25, 2.4, 1.89, -21.25, 6, 6],
+        "quality": [
+            1,
+            *(x for found in quality for x in found),
+            60,
+            52.8,
+            41,
+            12,
+            400,
+            75,
+            74,
+            9,
+            7,
+            200,
+        ],
+        "saved": [
+            *(1, 512, *ratios[0], 1, 512, *ratios[1], 1, 64, 128, *ratios[2]),
+            *(8, 64, 128, *ratios[3], 3.0, 2.52, -16.0),
+        ],
+        "servers": [
+            *(SERVERS * rate, SERVERS, rate, SERVERS / 1.25, SERVERS / 1.28, SERVERS / 1.2),
+            *(8, 64, 128, 100, 80, 3),  # the case; H100 80GB HBM3
+        ],
+    }
+    for place, expected in parts.items():
+        text = found.text(f"sum-{place}").replace("−", "-").replace(",", "")
+        shown = [float(n) for n in re.findall(r"-?\d+\.?\d*", text.replace("clerk-1b", ""))]
+        assert shown == pytest.approx(expected, abs=0.06), place
+
+
+def test_a_record_without_sections_says_how_to_measure_each():
+    found = seen(sparse(), bare_plan())
+    for place in ("texts", "tasks", "answers", "speed", "draft", "transfer", "similarity", "curve"):
+        assert "not measured" in found.text(place), place
+        assert "sleb " in found.text(place), place
+    assert "not tried" in found.text("runtimes")
+    untested = found.text("sum-untested")
+    assert untested.count("not measured") == 5
+    assert "not measured" not in seen().text("sum-untested")
+
+
+# -- what is told of special cases ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "tone", "text"),
+    [
+        (complete(gate=None), "none", "does not judge"),
+        (complete(gate=passed_gate()), "good", "2 of 2"),
+        (complete(), "bad", "2 of 4"),
+        (put(complete(gate=None), "verification.checks.4.passed", False), "bad", "1 of 6"),
+        (put(complete(gate=passed_gate()), "verification.checks.0.passed", False), "bad", "1 of 6"),
+    ],
+)
+def test_the_verdict_is_the_gates_unless_the_checkpoint_is_not_exact(record, tone, text):
+    verdict = page(record).verdict
+    assert verdict.tone == tone
+    assert text in verdict.text
+    failed = record.gate and not record.gate.passed
+    assert (verdict.table is not None) == bool(failed)
+
+
+def test_rows_of_the_gate_name_what_failed_and_the_command_that_measures_it():
+    rows = seen().rows["gate"][1:]
+    assert [row[3] for row in rows] == ["yes", "yes", "no", "no"]
+    assert "writing 8 × 64 tokens after 128" in rows[1][0]
+    assert "sleb eval models/clerk-1b --plan smaller/plan.json" in rows[3][1]
+    assert {row[0] for row in seen().rows["summary"][1:3]} == {rows[2][0], rows[3][0]}
+    text = drawn(complete().gate)
+    assert "sleb eval MODEL" in text
+    assert "2 of 4" in text
+
+
+@pytest.mark.parametrize("nothing", [None, NAN])
+def test_one_measurement_has_no_interval_and_says_so(nothing):
+    alone = Interval(value=1.5, low=nothing, high=nothing)
+    record = put(complete(), "evaluation.perplexity_ratio", alone)
+    for i in range(4):
+        record = put(record, f"speed.ratios.{i}.ratio", alone)
+    found = seen(put(record, "similarity.3", (NAN,) * 13), charts=True)
+    assert "1.500× too few measurements" in found.text("sum-quality")
+    assert "about 6.7 busy; no interval" in found.text("sum-servers")
+    assert "nan" not in found.text("summary").lower()
+    assert "None" not in found.source
+
+
+def test_figures_that_are_not_finite_are_not_numbers_on_the_page():
+    ratio = Interval(value=float("inf"), low=2.0, high=float("inf"))
+    text = seen(put(complete(), "evaluation.perplexity_ratio", ratio)).text("texts")
+    assert "∞× (2.000 to ∞)" in text
+    assert "–×" in seen(put(complete(), "speed.ratios.0.ideal", NAN)).text("speed")
+
+
+def test_more_texts_than_page_one_has_room_for_are_the_worst_ones():
+    mail = complete().evaluation.domains["mail"]
+    values = {"a": 1.5, "b": 1.1, "c": 1.9, "d": 1.2, "e": 1.7, "f": 1.3, "g": 1.6}
+    domains = {name: put(mail, "perplexity_ratio.value", v) for name, v in values.items()}
+    found = seen(put(complete(), "evaluation.domains", domains))
+    assert [row[0] for row in found.rows["sum-quality"][1:6]] == ["c", "e", "g", "a", "all texts"]
+    assert len(found.rows["texts"]) == 1 + 7 + 1
+
+
+def test_text_that_was_not_held_out_is_not_called_so():
+    given = {"source": "given", "texts": ("mail.jsonl", "b.txt")}
+    other = seen(complete(evaluation_text=replace(complete().evaluation_text, **given)))
+    assert "held-out" in seen().text("texts")
+    assert "held-out" not in other.text("sum-quality") + other.text("texts")
+    assert "mail.jsonl, b.txt" in other.text("texts")
+
+
+def test_what_is_true_of_a_plain_cut_alone_is_not_said_of_a_repaired_one():
+    plain, found = seen(), seen(repaired(), repaired_plan())
+    for place, told in {
+        "sum-removed": "6 matrices re-fitted; gaps repaired: 1 of 2",
+        "exact": "every other weight equals the original’s",
+        "sum-rollback": "That cut has no repair",
+        "curve": "of cuts without repair",
+        "transfer": "of cuts without repair",
+        "texts": "Without the repair it is 1.432× (1.358 to 1.515)",
+        "provenance": "which fits of the repair stay",
+    }.items():
+        assert told in found.text(place), place
+        assert told not in plain.text(place), place
+    gap = {"ridge": None, "tensors": (), "after": repaired_plan().repair.gaps[0].before}
+    first = repaired_plan().repair.gaps[0].model_copy(update=gap)
+    refused = seen(chosen=put(repaired_plan(), "repair.gaps.0", first))
+    assert "repair none" in refused.text("sum-removed")
+    assert "kept none" in refused.text("texts")
+    assert "2.9700 → 2.9300" in seen(repaired(evaluation=None), repaired_plan()).text("texts")
+
+
+@pytest.mark.parametrize(
+    ("repair", "told"),
+    [
+        (RepairStatus(status="not-asked"), "not asked for"),
+        (RepairStatus(status="not-possible", reason="it is packed"), "not possible: it is packed"),
+        (RepairStatus(status="no-gain"), "no fit"),
+        (RepairStatus(status="repaired", tensors=4, self_generated=True), "model's own text"),
+        (RepairStatus(status="repaired", tensors=4), "given texts"),
+        (RepairStatus(status="repaired", note="as it was"), "repair: as it was"),
+    ],
+)
+def test_the_summary_of_a_run_says_what_became_of_the_repair(repair, told):
+    assert told in drawn(complete(repair=repair))
+
+
+def test_the_worst_answers_come_first_and_equal_ones_are_not_shown():
+    assert re.findall(r"Prompt (q\d)", seen().text("answers")) == [
+        *("q5", "q2", "q4", "q6", "q7", "q3"),
+    ]
+    same = tuple(p for p in complete().answers.pairs if p.identical)
+    assert "All answers are identical" in seen(put(complete(), "answers.pairs", same)).text(
+        "answers"
+    )
+
+
+def test_several_pruned_models_are_told_apart():
+    both = complete().speed
+    both = put(both, "models", (*both.models, replace(both.models[1], path="tiny")))
+    both = put(both, "ratios", (*both.ratios, *(replace(r, path="tiny") for r in both.ratios)))
+    found = seen(complete(speed=both))
+    assert len([r for r in found.rows["sum-saved"][1:] if r]) == 4  # this checkpoint's alone
+    assert "writing 8 × 64 tokens after 128: tiny" in found.text("speed")
+
+
+def test_numbers_of_charts_are_those_of_the_record():
+    charts = {i.name: i.chart for s in page().sections for i in s.items if i.kind == "figure"}
+    p, r = plan(), complete()
+    assert charts["curve"].y == tuple(x.increase for x in p.curve.points)
+    assert charts["similarity"].values == r.similarity
+    assert charts["rounds"].crosses == ((0, 7), (1, 4), (2, 8))
+    raced = {(i, s.block) for i, x in enumerate(p.rounds) for s in x.scores if s.windows == 9}
+    assert set(charts["rounds"].dots) == raced
+    assert charts["speed"].values == tuple(x.ratio.value for x in r.speed.ratios)
+    assert charts["memory"].marks[1] == (None, 3e9 - 2.4e9 + 1.89e9)
+
+
+# -- the terminal --------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_file_steers_the_terminal():
+    bad = "\x1b[31mred\x1b]0;t\x07 [bold]x[/] \u202eback\r\n\x9b2J"
+    record = repaired(model=bad, command=bad)
+    for path in ("tasks.0.name", "answers.pairs.4.prompt", "answers.pairs.4.pruned.text",
+                 "runtimes.verdicts.1.why", "draft.drafts.0.path", "gate.rows.2.of",
+                 "speed.device", "verification.checks.0.measured"):  # fmt: skip
+        record = put(record, path, bad)
+    record = put(record, "transfer.domains", (bad, "b"))
+    chosen = repaired_plan(metric=bad, unit=bad)
+    parts = (record.verification, record.tasks, record.answers, record.speed, record.draft)
+    shown = drawn(chosen, record, *parts, record.transfer, record.runtimes, record.gate)
+    assert not {*shown} & set("\x1b\x07\x9b\r\u202e")
+    assert "[bold]x[/]" in shown
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_result_is_shown_or_printed_as_json(capsys, as_json):
+    views.show(complete(), json=as_json)
+    out = capsys.readouterr().out
+    if as_json:
+        assert json.loads(out)["removed"] == [4, 7, 8]
+    else:
+        assert "removed blocks 4, 7, 8" in out
+    with pytest.raises(TypeError):
+        views.show(object())
+
+
+# -- languages -----------------------------------------------------------------------------------
+
+
+def sentences(words):
+    for table, entries in words.tables.items():
+        for key, value in entries.items():
+            for i, text in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(text, str):
+                    yield f"{table}.{key}.{i}", text
+
+
+def fields(text):
+    return {name.partition(".")[0] for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def test_both_languages_have_the_same_keys_that_fill_in_the_same_things():
+    keys = [[(t, [*entries]) for t, entries in words.tables.items()] for words in (EN, JA)]
+    assert keys[0] == keys[1]
+    japanese = dict(sentences(JA))
+    for key, text in sentences(EN):
+        assert fields(text) == fields(japanese[key]), key
+
+
+@pytest.mark.parametrize("words", [EN, JA], ids=LANGUAGES)
+def test_every_linked_term_is_in_the_glossary_and_every_term_is_linked(words):
+    linked = {m[1] for _, text in sentences(words) for m in LINK.finditer(text)}
+    assert linked == {*words.tables["glossary"]}
+    for key, text in sentences(words):
+        assert text, key
+        assert "[[" not in LINK.sub("", text), key
+        assert "  " not in text, key
+
+
+def variety():
+    """Records and plans that between them have the views say all that they can."""
+    full, chosen, first = complete(), plan(), plan().rounds[0]
+    worse = put(chosen, "rounds.0.scores.0.mean", 2.95)
+    early = put(worse, "rounds.0.scores.1.windows", 9)
+    same = tuple(p for p in full.answers.pairs if p.identical)
+    alone = Interval(value=1.5, low=None, high=None)
+    yield from [(full, chosen), (sparse(), bare_plan()), (full, worse), (full, early)]
+    yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
+    yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
+    by = SimilarityGate(measure="cosine", threshold=0.9, candidates=(4, 7, 8))
+    yield full, plan(similarity=by)
+    for kind in ("remove", "speedup", "size"):
+        yield full, plan(target=Target(kind=kind, limit=3, reached=3))
+    whole = complete(removed=(7, 8, 9))
+    for rounds in (chosen, worse, early, put(chosen, "rounds.0.scores.1.excess_se", 1.0)):
+        yield whole, run_plan(rounds.rounds[:1])
+    yield whole, run_plan((first,), excess=0.001)
+    ordered = put(first, "scores", tuple(s for s in first.scores if s.block == 7))
+    yield (
+        complete(removed=(7,)),
+        plan(order=(7,), removed=(7,), strategy="refine", rounds=(ordered,)),
+    )
+    for path, new in {
+        "gate": passed_gate(),
+        "verification.checks.0.passed": False,
+        "gate.rows.3.near": "law",
+        "speed.ratios.0.runtime": "vllm",
+        "speed.ratios": full.speed.ratios * 2,
+        "speed.models.0.runs.0.high": 9.0,
+        "evaluation.domains": dict.fromkeys("abcdefg", full.evaluation.domains["mail"]),
+        "evaluation_text.source": "given",
+        "answers.pairs": same,
+        "answers.languages": False,
+        "answers.pairs.4.pruned.text": "",
+        "speed.ratios.3.ratio": Interval(value=0.9, low=0.8, high=1.1),
+        "speed.ratios.0.ratio": alone,
+        "tasks.0.flips.won": 90,
+        "tasks.1.flips": None,
+        "tasks.0.chance": 0.9,
+        "started": "2026",
+    }.items():
+        yield put(full, path, new), chosen
+    yield put(full, "speed.ratios.3.ratio", alone), chosen
+    yield put(put(full, "tasks.0.flips.won", 0), "tasks.0.flips.lost", 0), chosen
+
+
+def test_every_sentence_is_said_sometimes_and_none_is_missing():
+    said = set()
+
+    def raw(self, key):
+        said.add(key)
+        return plain(self, key)
+
+    plain = Locale.raw
+    with patch.object(Locale, "raw", raw):
+        for record, chosen in variety():
+            found = put(record, "tasks.0.flips.p_value", 1.0) if record.tasks else record
+            page(found, chosen)
+            page(record, chosen)
+        drawn(complete().tasks)
+    by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
+    known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}
+    assert known - said == {"format.large"}
+
+
+@pytest.mark.parametrize("words", [EN, JA], ids=LANGUAGES)
+def test_keys_of_the_record_have_words(words):
+    """What the library can write into a record is told in the reader's language."""
+    assert {*METRICS} == {*words.tables["metrics"]}
+    assert {limit.key for limit in LIMITS} == {*words.tables["limits"]} - {"all"}
+    checks = {check_key(c.name) for r in (complete(), repaired()) for c in r.verification.checks}
+    assert checks <= {*words.tables["checks"]}
+
+
+@pytest.mark.parametrize("key", [*EN.tables["commands"]])
+def test_commands_on_the_page_exist(key):
+    verb, *arguments = EN.raw(f"commands.{key}").removeprefix("sleb ").split()
+    command = get_command(app).commands[verb]
+    options = {o for p in command.params for o in p.opts}
+    assert {a for a in arguments if a.startswith("-")} <= options
+    assert EN.raw(f"commands.{key}") == JA.raw(f"commands.{key}")
+
+
+SPAN = Interval(value=0.5, low=0.4, high=0.6)
+
+
+@pytest.mark.parametrize(
+    ("shown", "english", "japanese"),
+    [
+        (lambda t: t.number(1234.5, 1), "1,234.5", "1,234.5"),
+        (lambda t: t.number(-0.0001, 2), "0.00", "0.00"),
+        (lambda t: t.number(-3, 0), "−3", "−3"),
+        (lambda t: t.signed(0.25, 2), "+0.25", "+0.25"),
+        (lambda t: t.signed(0.001, 2), "0.00", "0.00"),
+        (lambda t: t.level(181.74), "181.7", "181.7"),
+        (lambda t: t.level(18174.1), "18,174", "18,174"),
+        (lambda t: t.percent(0.1234), "12.3 %", "12.3%"),
+        (lambda t: t.points(-0.0725), "−7.2 points", "−7.2ポイント"),
+        (lambda t: t.times(1.255), "1.25×", "1.25倍"),
+        (lambda t: t.ratio(1.0449), "1.045×", "1.045倍"),
+        (lambda t: t.seconds(0.0123), "12.3 ms", "12.3ミリ秒"),
+        (lambda t: t.seconds(3.456), "3.46 s", "3.46秒"),
+        (lambda t: t.seconds(412.5), "412 s", "412秒"),
+        (lambda t: t.size(2_400_000_000), "2.40 GB", "2.40 GB"),
+        (lambda t: t.size(999), "999 B", "999 B"),
+        (lambda t: t.large(1_200_000_000), "1.20 billion", "12.00億"),
+        (lambda t: t.large(95_000), "95,000", "10万"),
+        (lambda t: t.p_value(0.0004), "p < 0.001", "p < 0.001"),
+        (lambda t: t.figure(0.93, "%"), "93.0 %", "93.0%"),
+        (lambda t: t.figure(1.25, "x"), "1.25×", "1.25倍"),
+        (lambda t: t.figure(512.25, "MB"), "512.2 MB", "512.2 MB"),
+        (lambda t: t.figure(0.0812, "nats/token"), "0.0812 nats/token", "0.0812 nats/token"),
+        (
+            lambda t: t.moment("2026-11-24T03:37:22+09:00"),
+            "2026-11-23 18:37 UTC",
+            "2026年11月23日 18:37（UTC）",
+        ),
+        (lambda t: t.moment("yesterday"), "yesterday", "yesterday"),
+        (lambda t: t.interval(SPAN, t.percent), "50.0 % (40.0 to 60.0)", "50.0%（40.0〜60.0）"),
+        (lambda t: t.interval(SPAN, t.ratio), "0.500× (0.400 to 0.600)", "0.500倍（0.400〜0.600）"),
+        (lambda t: t.interval(None, t.nats), "–", "–"),
+        (lambda t: t.join(["a", "b"]), "a, b", "a、b"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_as_the_language_writes_them(shown, english, japanese):
+    for words, expected in ((EN, english), (JA, japanese)):
+        assert shown(words).translate(INVISIBLE) == expected
+
+
+def test_an_interval_says_its_unit_once_unless_units_differ():
+    wide = Interval(value=1.25, low=0.5, high=2.0)
+    assert EN.interval(wide, EN.seconds).translate(INVISIBLE) == "1.25 s (500 ms to 2.00)"
+    assert bounds(wide) == (0.5, 2.0)
+    assert bounds(Interval(value=1.0, low=1.0, high=NAN)) is None
+
+
+def test_what_is_filled_in_is_escaped_and_cannot_link_or_name_fields():
+    words = {"k": 1, "n": 2, "started": "{n}", "model": "[[block|x]]<b>{k}"}
+    assert "[[block|x]]&lt;b&gt;{k}" in EN("page.subtitle", **words)
+    assert "Run started {n}." in EN("page.subtitle", **words)
+    plain = Locale("en")("page.subtitle", **words)
+    assert "[[block|x]]<b>{k}" in plain
+    assert "href" not in plain
+    with pytest.raises(InputError, match="en or ja"):
+        Locale("de")
+
+
+def test_the_japanese_page_has_no_english_sentence_of_ours():
+    """What remains in English comes from the record: names, commands, checks' figures."""
+    for record, chosen in ((repaired(), repaired_plan()), (sparse(), plan())):
+        japanese = html(record, chosen, lang="ja")
+        for key, text in sentences(EN):
+            plain = LINK.sub(r"\2", text).strip()
+            if len(plain) > 15 and "{" not in plain and key.split(".")[0] != "commands":
+                assert plain not in japanese, key
+
+
+def test_page_one_has_its_panels():
+    assert [p.name for p in page().summary] == [f"sum-{name}" for name in PANELS]
