@@ -345,7 +345,7 @@ class _Session:
     def speed(self) -> Speed:
         self.close()
         project, quick = self.project, self.project.measure.bench_quick
-        return bench(
+        found: Speed = bench(
             project.source,
             [project.target],
             quick=pick_device(project.device).type == "cpu" if quick is None else quick,
@@ -354,6 +354,7 @@ class _Session:
             trust_remote_code=project.trust_remote_code,
             progress=self.progress,
         )
+        return found
 
 
 def _digest(path: str) -> str:
