@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from conftest import byte_tokenizer, save_tiny
 from plan_tools import plan_of
 from runtime_tools import CPU, InProcess
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.statistics import Interval
 from sleb.evaluation.prompts import Prompt
 from sleb.runtimes import worker
 from sleb.runtimes.speculative import Drafting, Tally, acceptance_rate, draft
@@ -155,17 +154,6 @@ def test_rounds_are_paired_and_take_turns(pair, tmp_path, monkeypatch):
     assert first.ratio.low > 1 > second.ratio.high
     assert found.tokens_per_second == pytest.approx(4 / np.median(found.seconds))
     assert first.tokens_per_second == pytest.approx(4 / np.median(first.seconds))
-    ratios = [
-        first.ratio,
-        second.ratio,
-        Interval(value=1, low=0.9, high=1.1),
-        Interval(value=1, low=None, high=None),
-    ]
-    verdicts = [replace(first, ratio=ratio).says for ratio in ratios]
-    for verdict, words in zip(
-        verdicts, ("it pays", "does not pay", "no difference", "too few"), strict=True
-    ):
-        assert words in verdict
 
 
 def test_the_interval_of_acceptance():

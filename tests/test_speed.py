@@ -209,7 +209,8 @@ def test_cases_are_clipped_to_what_every_model_reads():
     models = [bench_model("long", 10, longest=4096), bench_model("short", 8, longest=100)]
     fit, skipped = fitting(FULL, models)
     assert [(c.name, c.prompt_tokens) for c in fit] == [("prompt", 99), ("first-token", 99)]
-    assert (skipped[0].reason, skipped[0].tokens) == ("shortened", (2048, 99, 100))
+    first = skipped[0]
+    assert (first.reason, first.asked, first.used, first.limit) == ("shortened", 2048, 99, 100)
     assert [one.reason for one in skipped].count("too-long") == 4
     assert all(one.models == ("short",) and "short" in str(one) for one in skipped)
     assert fitting(FULL, [bench_model("any", 10, longest=None)]) == (list(FULL), [])

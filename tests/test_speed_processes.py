@@ -171,7 +171,7 @@ def test_a_child_that_dies_hangs_or_prints_garbage_is_one_clear_error(monkeypatc
     monkeypatch.setattr(worker, "MAX_LINE", 2**20)
     with Worker("none") as none:
         with pytest.raises(Failed, match=reason) as error:
-            none.ask("version", runtime="vllm", limit=1 if reason.startswith("no answer") else 60)
+            none.ask("version", {}, 1 if reason.startswith("no answer") else 60)
     assert "\n" not in str(error.value)
     assert none._child._process.poll() is not None
 
@@ -199,7 +199,7 @@ def test_errors_keep_their_kind_across_processes(error, kind, monkeypatch):
 
     monkeypatch.setattr(worker, "Child", Broken)
     with pytest.raises(kind) as raised:
-        Worker("m").ask("logprobs", ids=[])
+        Worker("m").ask("logprobs", {"ids": []})
     assert raised.type is kind
     assert "\n" not in str(raised.value)
 

@@ -320,7 +320,7 @@ class _Session:
     def speed(self) -> Speed:
         self.close()
         search, quick = self.project.search, self.project.measure.bench_quick
-        return bench(
+        found: Speed = bench(
             self.project.source,
             [self.project.target],
             quick=pick_device(search.device).type == "cpu" if quick is None else quick,
@@ -328,6 +328,7 @@ class _Session:
             **dict(search.part(DeviceOptions)),
             progress=self.progress,
         )
+        return found
 
 
 def _digest(path: str) -> str:

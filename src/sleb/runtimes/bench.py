@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -61,6 +61,19 @@ class BenchModel:
     vocabulary: int
     longest: int | None
     gguf: Path | None
+
+    def settings(self, config: BenchConfig, runtime: str = "transformers", **more: Any) -> Settings:
+        """How it is loaded, with a ``config`` that is :func:`resolved`."""
+        return Settings(
+            runtime=runtime,
+            path=str((runtime == "llama.cpp" and self.gguf) or self.path),
+            device=config.device,
+            dtype=config.dtype,
+            threads=config.threads,
+            blocks=self.blocks,
+            trust_remote_code=config.trust_remote_code,
+            **more,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +132,9 @@ class Ratio:
 
 
 _REASONS = {
-    "too-long": "{cases}: {tokens[0]} new tokens are more than the {tokens[1]} that {models} reads",
-    "shortened": "{cases}: prompts of {tokens[0]} tokens, shortened to {tokens[1]}, as {models} "
-    "reads {tokens[2]}",
+    "too-long": "{cases}: {asked} new tokens are more than the {limit} that {models} reads",
+    "shortened": "{cases}: prompts of {asked} tokens, shortened to {used}, as {models} reads "
+    "{limit}",
     "no-gguf": "there is no .gguf file of {models}",
     "one-sequence": "{cases}: it runs one sequence at a time here",
     "unusable": "installed, but cannot be used: {detail}",
@@ -136,24 +149,26 @@ _REASONS = {
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
     """What was not run, or not as planned. ``reason``: a key of ``_REASONS``, which has it in
-    English; the rest is what that is about. ``detail``: another library's own words."""
+    English. The rest is what that is about: ``models`` that lack something and ``others`` that do
+    not; tokens ``asked`` for and ``used``, and a ``limit`` of them; a library's own words."""
 
     reason: str
     runtime: str = "transformers"
     cases: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
+    asked: int = 0
+    used: int = 0
+    limit: int = 0
     detail: str = ""
 
     def __str__(self) -> str:
-        given = {name: ", ".join(getattr(self, name)) for name in ("cases", "models", "others")}
-        said = _REASONS[self.reason].format(
-            **given,
-            tokens=self.tokens,
-            detail=self.detail,
-            enough=f", though {given['others']} had enough" if self.others else "",
-        )
+        given = {
+            name: ", ".join(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+        enough = f", though {given['others']} had enough" if self.others else ""
+        said = _REASONS[self.reason].format(**given, enough=enough)
         return said if self.runtime == "transformers" else f"{self.runtime}: {said}"
 
 
@@ -228,10 +243,10 @@ def bench(
     cases, skipped = fitting(QUICK if config.quick else FULL, models)
     found = []
     for runtime in installed():
-        timed = Bench(
+        measuring = Bench(
             models=models, runtime=runtime, config=config, note=skipped.append, progress=progress
-        ).run(cases)
-        found += [timed] if timed else []
+        )
+        found += [timed] if (timed := measuring.run(cases)) else []
     return Speed(
         device=found[0].device,
         dtype=config.dtype,
@@ -247,11 +262,7 @@ def bench(
 
 
 def bench_models(
-    model: str | Path,
-    outs: Sequence[str | Path],
-    *,
-    trust_remote_code: bool,
-    progress: Progress,
+    model: str | Path, outs: Sequence[str | Path], *, trust_remote_code: bool, progress: Progress
 ) -> list[BenchModel]:
     """MODEL and each OUT, from configs and file headers.
 
@@ -345,15 +356,14 @@ def fitting(
     fit, skipped = [], []
     for case in cases:
         room = most - max(1, case.new_tokens)
+        about = Skipped(reason="too-long", cases=(case.name,), models=(reads,), limit=most)
         if room < 1:
-            reason, tokens = "too-long", (case.new_tokens, most)
+            skipped.append(replace(about, asked=case.new_tokens))
         elif room < case.prompt_tokens:
-            reason, tokens = "shortened", (case.prompt_tokens, room, most)
             fit.append(replace(case, prompt_tokens=room))
+            skipped.append(replace(about, reason="shortened", asked=case.prompt_tokens, used=room))
         else:
             fit.append(case)
-            continue
-        skipped.append(Skipped(reason=reason, cases=(case.name,), models=(reads,), tokens=tokens))
     if not fit:
         raise InputError(f"{reads} reads only {most} tokens; there is no case for it")
     return fit, skipped
@@ -410,18 +420,11 @@ def _seconds(runs: Sequence[Run]) -> tuple[float, ...]:
 # -- paired measurement ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What takes a turn in each round: model number ``model``, whole or with its ``fewest``
-    blocks."""
+class Turn(NamedTuple):
+    """What runs in each round: model number ``model``, whole or with its ``fewest`` blocks."""
 
     model: int
-    worker: Worker
     fewest: bool = False
-
-
-Key = tuple[int, bool]
-"""Model, and whether it ran with its fewest blocks."""
 
 
 def there_and_back(turns: Sequence[T], number: int) -> list[T]:
@@ -432,32 +435,32 @@ def there_and_back(turns: Sequence[T], number: int) -> list[T]:
 
 def paired(
     turns: Sequence[Turn],
-    case: Case,
-    prompts: Prompts,
+    workers: Mapping[int, Worker],
+    work: tuple[Case, Prompts],
     rounds: int,
     *,
     tick: Tick,
     skip: Callable[..., None],
-) -> dict[Key, list[Run]]:
-    """Run ``case`` once per turn in each round, after a round to warm up, in which memory is
-    watched.
+) -> dict[Turn, list[Run]]:
+    """Run a case once per turn in each round, after a round to warm up, in which memory is watched.
 
     A case for which memory ends is left out for all models, and one with the fewest blocks that
     does not run is left out alone; ``skip`` is told why, by the fields of :class:`Skipped`.
     """
-    live, runs = list(turns), dict[Key, list[Run]]()
+    live, runs = list(turns), dict[Turn, list[Run]]()
+    case, prompts = work
     for number in range(WARM_UP + rounds):
         lacking = set()
         for turn in there_and_back(live, number):
-            key, worker = (turn.model, turn.fewest), turn.worker
-            watched = number < WARM_UP and not turn.fewest
+            worker, fewest = workers[turn.model], turn.fewest
+            watched = number < WARM_UP and not fewest
             try:
-                run = worker.work(prompts, case.new_tokens, fewest=turn.fewest, watched=watched)
-                runs.setdefault(key, []).append(run)
+                run = worker.work(prompts, case.new_tokens, fewest=fewest, watched=watched)
+                runs.setdefault(turn, []).append(run)
             except (OutOfMemory, Failed, InputError, UnsupportedModel) as error:
-                if turn.fewest:
+                if fewest:
                     live.remove(turn)
-                    runs.pop(key, None)
+                    runs.pop(turn, None)
                     skip(reason="no-bound", cases=(case.name,), detail=str(error))
                 elif isinstance(error, OutOfMemory):
                     lacking.add(worker.name)
@@ -465,11 +468,9 @@ def paired(
                     raise
             tick(_effort(case), f"{case.name}, {worker.name}")
         if lacking:
-            names = dict.fromkeys(turn.worker.name for turn in live)
-            without, enough = (
-                tuple(n for n in names if (n in lacking) is x) for x in (True, False)
-            )
-            skip(reason="out-of-memory", cases=(case.name,), models=without, others=enough)
+            names = dict.fromkeys(workers[turn.model].name for turn in live)
+            out, fit = (tuple(n for n in names if (n in lacking) is x) for x in (True, False))
+            skip(reason="out-of-memory", cases=(case.name,), models=out, others=fit)
             tick(_effort(case) * len(live) * (WARM_UP + rounds - number - 1))
             return {}
     return runs
@@ -521,7 +522,7 @@ class Bench:
     def _speed(self, cases: Sequence[Case]) -> Speed:
         everyone = range(len(self.models))
         workers: dict[int, Worker] = {}
-        runs: dict[str, dict[Key, list[Run]]] = {case.name: {} for case in cases}
+        runs: dict[str, dict[Turn, list[Run]]] = {case.name: {} for case in cases}
         try:
             if not self._fit_together():
                 raise OutOfMemory
@@ -533,7 +534,7 @@ class Bench:
             runs = {case.name: {} for case in cases}
             for i in everyone:
                 self._time([i], cases, workers, runs)
-        cases = [case for case in cases if all((i, False) in runs[case.name] for i in everyone)]
+        cases = [case for case in cases if all(Turn(i) in runs[case.name] for i in everyone)]
         if not cases:
             raise ResourceError(
                 "no case fits in memory; try --quick, --dtype bfloat16 or fewer models at a time"
@@ -544,7 +545,7 @@ class Bench:
             threads=workers[0].threads,
             cases=tuple(cases),
             models=tuple(
-                self._measured(i, workers[i], {case: runs[case.name][i, False] for case in cases})
+                self._measured(i, workers[i], {case: runs[case.name][Turn(i)] for case in cases})
                 for i in everyone
             ),
             ratios=tuple(
@@ -567,47 +568,34 @@ class Bench:
         members: Sequence[int],
         cases: Sequence[Case],
         workers: dict[int, Worker],
-        runs: dict[str, dict[Key, list[Run]]],
+        runs: dict[str, dict[Turn, list[Run]]],
     ) -> None:
         """Load some of the models, time them in turn, and let go of them. Fills ``workers``, whose
         attributes stay, and ``runs``."""
+        needs = {
+            "length": max(case.prompt_tokens + max(1, case.new_tokens) for case in cases),
+            "batch": max(case.batch for case in cases),
+            "models": len(members),
+        }
         with ExitStack() as stack:
             for i in members:
                 with self.progress.stage(f"loading {self.models[i].ref} ({self.runtime})", None):
                     workers[i] = stack.enter_context(Worker(self.models[i].ref))
-                    workers[i].load(self._settings(i, len(members), cases))
-            turns = [Turn(model=i, worker=workers[i]) for i in members]
+                    workers[i].load(self.models[i].settings(self.config, self.runtime, **needs))
+            turns = [Turn(i) for i in members]
             if members[0] == 0 and len(self.models) > 1 and workers[0].fewest_blocks is not None:
-                turns.append(Turn(model=0, worker=workers[0], fewest=True))
+                turns.append(Turn(0, fewest=True))
             total = sum(map(_effort, cases)) * len(turns) * (WARM_UP + self.config.runs)
             with self.progress.stage(f"timing with {self.runtime}", total) as tick:
                 for case in cases:
-                    prompts = random_prompts(case, self.models[0].vocabulary)
+                    work = case, random_prompts(case, self.models[0].vocabulary)
                     runs[case.name] |= paired(
-                        turns, case, prompts, self.config.runs, tick=tick, skip=self.skip
+                        turns, workers, work, self.config.runs, tick=tick, skip=self.skip
                     )
-
-    def _settings(self, i: int, together: int, cases: Sequence[Case]) -> Settings:
-        model = self.models[i]
-        return Settings(
-            runtime=self.runtime,
-            path=str(self._gguf(model) or model.path),
-            device=self.config.device,
-            dtype=self.config.dtype,
-            length=max(case.prompt_tokens + max(1, case.new_tokens) for case in cases),
-            batch=max(case.batch for case in cases),
-            threads=self.config.threads,
-            models=together,
-            blocks=model.blocks,
-            trust_remote_code=self.config.trust_remote_code,
-        )
-
-    def _gguf(self, model: BenchModel) -> Path | None:
-        return model.gguf if self.runtime == "llama.cpp" else None
 
     def _measured(self, i: int, worker: Worker, runs: dict[Case, list[Run]]) -> Measured:
         model = self.models[i]
-        file = self._gguf(model)
+        file = model.gguf if self.runtime == "llama.cpp" else None
         return Measured(
             path=model.ref,
             runtime=self.runtime,
@@ -619,17 +607,17 @@ class Bench:
             runs=tuple(_runs(case, _seconds(timed)) for case, timed in runs.items()),
         )
 
-    def _ratio(self, i: int, case: Case, runs: dict[Key, list[Run]], fewest: int | None) -> Ratio:
+    def _ratio(self, i: int, case: Case, runs: dict[Turn, list[Run]], fewest: int | None) -> Ratio:
         dense, pruned = self.models[0], self.models[i]
-        whole, bound = _seconds(runs[0, False]), None
-        if fewest is not None and (0, True) in runs:
-            least, removed = _seconds(runs[0, True]), dense.blocks - pruned.blocks
+        whole, bound = _seconds(runs[Turn(0)]), None
+        if fewest is not None and Turn(0, fewest=True) in runs:
+            least, removed = _seconds(runs[Turn(0, fewest=True)]), dense.blocks - pruned.blocks
             bound = amdahl_bound(whole, least, blocks=dense.blocks, ran=fewest, removed=removed)
         return Ratio(
             path=pruned.ref,
             runtime=self.runtime,
             case=case.name,
-            ratio=median_ratio(whole, _seconds(runs[i, False])),
+            ratio=median_ratio(whole, _seconds(runs[Turn(i)])),
             ideal=dense.blocks / pruned.blocks,
             possible=bound,
         )

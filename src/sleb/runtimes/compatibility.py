@@ -34,7 +34,13 @@ from sleb.runtimes.base import RUNTIMES, Settings, release
 from sleb.runtimes.bench import gguf_file
 from sleb.runtimes.worker import VERSION_S, Failed, Worker
 
-__all__ = ["RuntimeReport", "Verdict", "check_runtimes", "parse_pythons", "parse_runtimes"]
+__all__ = [
+    "RuntimeReport",
+    "Verdict",
+    "check_runtimes",
+    "parse_pythons",
+    "parse_runtimes",
+]
 
 FACTOR = 3.0
 SLACK = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
@@ -127,33 +133,13 @@ def parse_pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, st
             )
         try:
             with Worker(path, path) as worker:
-                release = worker.ask("version", runtime=name, limit=VERSION_S)
+                release = worker.ask("version", {"runtime": name}, VERSION_S)
         except (Failed, SlebError) as error:
             raise InputError(f"--python {one}: {error}") from None
         if release is None:
-            raise InputError(f"--python {one}: that interpreter has no {RUNTIMES[name].module}")
+            raise InputError(f"--python {one}: that interpreter has no {RUNTIMES[name][0]}")
         found[name] = path
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What one runtime is to load: the dense and the pruned model, by which interpreter."""
-
-    runtime: str
-    dense: Path | None
-    pruned: Path | None
-    python: str | None
-
-    @property
-    def lacking(self) -> str | None:
-        """Why the models are not loaded though the runtime is there."""
-        here = self.python or release(self.runtime)
-        return "no .gguf file of both models" if here and not (self.dense and self.pruned) else None
-
-    @property
-    def loadable(self) -> bool:
-        return bool((self.python or release(self.runtime)) and self.dense and self.pruned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,44 +180,41 @@ def check_runtimes(
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
     """
     names = parse_runtimes(",".join(runtimes))
-    cut = Cut.of(plan, config.depth)
+    known, cut = pythons or {}, Cut.of(plan, config.depth)
     device, trust = pick_device(config.device), config.trust_remote_code
     dense, pruned = resolve(model, progress).path, resolve(out, progress).path
     text = decoder_config(load_config(pruned, trust_remote_code=trust)).to_dict()
     dtype = pick_dtype(config.dtype, load_config(dense, trust_remote_code=trust), device)
-    computed = str(dtype).removeprefix("torch.")
-    files = {"llama.cpp": (gguf_file(model, dense), gguf_file(out, pruned))}
-    jobs = []
-    for name in names:
-        ours, theirs = files.get(name, (dense, pruned))
-        python = (pythons or {}).get(name)
-        jobs.append(_Job(runtime=name, dense=ours, pruned=theirs, python=python))
+    files: dict[str, list[Path | None]] = {name: [dense, pruned] for name in names}
+    files["llama.cpp"] = [gguf_file(model, dense), gguf_file(out, pruned)]
+    there = {name for name in names if known.get(name) or release(name)}
     reference = None
-    if any(job.loadable for job in jobs):
+    if any(all(files[name]) for name in there):
         with progress.stage("reference in transformers", None):
             reference = _reference(model, config, plan, pruned)
         gc.collect()
     verdicts = []
-    for job in jobs:
-        if reference and job.loadable:
+    for name in names:
+        if reference and name in there and all(files[name]):
             settings = Settings(
-                runtime=job.runtime,
+                runtime=name,
                 purpose="score",
                 path="",
                 device=str(device),
-                dtype=computed,
+                dtype=str(dtype).removeprefix("torch."),
                 length=len(reference.ids) + 1,
                 trust_remote_code=trust,
             )
-            with progress.stage(f"loading in {job.runtime}", None):
-                verdict = _loaded(job, settings, reference)
+            with progress.stage(f"loading in {name}", None):
+                verdict = _loaded(settings, files[name], known.get(name), reference)
             verdicts.append(_cautious(verdict, text, len(reference.ids)))
         else:
-            verdicts.append(_by_rule(job, text, cut))
+            lacking = "; not loaded: no .gguf file of both models" if name in there else ""
+            verdicts.append(_by_rule(name, text, files[name][1], cut, lacking))
     return RuntimeReport(
         checkpoint=str(out),
         removed=cut.removed,
-        dtype=computed,
+        dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         tokens=len(reference.ids) - 1 if reference else 0,
         moved=float(np.abs(reference.dense - reference.pruned).mean()) if reference else None,
@@ -266,7 +249,10 @@ def _reference(model: str | Path, config: VerifyConfig, plan: Plan, pruned: Path
     prefix = Checkpoint.open(loaded.source.path).block_prefix(len(loaded.stack), loaded.stack.path)
     cut = Cut.of(plan, config.depth, pruned)
     dense = _logprobs(loaded, ids)
-    with repaired(loaded.stack, cut.repair or {}, prefix), loaded.stack.bypassed(cut.removed):
+    with (
+        repaired(loaded.stack, cut.repair or {}, prefix),
+        loaded.stack.bypassed(cut.removed),
+    ):
         return _Reference(ids=ids, dense=dense, pruned=_logprobs(loaded, ids))
 
 
@@ -280,27 +266,25 @@ def _logprobs(loaded: LoadedModel, ids: list[int]) -> Values:
     return found
 
 
-def _loaded(job: _Job, settings: Settings, reference: _Reference) -> Verdict:
+def _loaded(
+    settings: Settings, files: Sequence[Any], python: str | None, reference: _Reference
+) -> Verdict:
     """Both models in a runtime. One that cannot run the dense model decides nothing."""
-    deviations: list[float] = []
-    known: dict[str, Any] = {"runtime": job.runtime, "version": None, "how": "loaded"}
-    models = {"dense": (job.dense, reference.dense), "pruned": (job.pruned, reference.pruned)}
-    for what, (path, expected) in models.items():
-        assert path is not None
+    name, deviations = settings.runtime, list[float]()
+    about: dict[str, Any] = {"runtime": name, "version": None, "how": "loaded"}
+    for path, expected in zip(files, (reference.dense, reference.pruned), strict=True):
+        what = "pruned model" if deviations else "dense model"
         try:
-            with Worker(f"the {what} model", job.python) as worker:
-                known["version"] = worker.ask("version", runtime=job.runtime, limit=VERSION_S)
+            with Worker(f"the {what}", python) as worker:
+                about["version"] = worker.ask("version", {"runtime": name}, VERSION_S)
                 worker.load(replace(settings, path=str(path.absolute())))
-                got = np.array(worker.ask("logprobs", ids=reference.ids))
+                got = np.array(worker.ask("logprobs", {"ids": reference.ids}))
             if got.shape != expected.shape or not np.isfinite(got).all():
                 raise Failed("its log-probabilities are not finite, or not one for each token")
         except (Failed, SlebError) as error:
-            return Verdict(
-                **known,
-                verdict="refused" if deviations else "undecided",
-                dense=deviations[0] if deviations else None,
-                why=f"it does not run the {what} model: {error}",
-            )
+            verdict, dense = ("refused", deviations[0]) if deviations else ("undecided", None)
+            why = f"it does not run the {what}: {error}"
+            return Verdict(**about, verdict=verdict, dense=dense, why=why)
         deviations.append(float(np.abs(got - expected).mean()))
     dense, pruned = deviations
     limit = FACTOR * dense + SLACK[settings.dtype]
@@ -311,7 +295,7 @@ def _loaded(job: _Job, settings: Settings, reference: _Reference) -> Verdict:
             f"and by {dense:.3g} on the dense model (at most {limit:.3g} is rounding)"
         )
     verdict = "refused" if why else "accepted"
-    return Verdict(**known, verdict=verdict, dense=dense, pruned=pruned, limit=limit, why=why)
+    return Verdict(**about, verdict=verdict, dense=dense, pruned=pruned, limit=limit, why=why)
 
 
 def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
@@ -325,15 +309,13 @@ def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
     )
 
 
-def _by_rule(job: _Job, config: dict[str, Any], cut: Cut) -> Verdict:
+def _by_rule(
+    name: str, config: dict[str, Any], gguf: Path | None, cut: Cut, lacking: str
+) -> Verdict:
     try:
-        ruling = rules.judge(job.runtime, config, job.pruned, cut)
+        ruling = rules.judge(name, config, gguf, cut)
     except SlebError as error:  # the file is not one that could run
         ruling = rules.Ruling(verdict="refused", why=str(error))
-    return Verdict(
-        runtime=job.runtime,
-        version=rules.READ.get(job.runtime) or version(job.runtime),
-        verdict=ruling.verdict,
-        how="by rule",
-        why=ruling.why + (f"; not loaded: {job.lacking}" if job.lacking else ""),
-    )
+    read = rules.READ.get(name) or version(name)
+    why = ruling.why + lacking
+    return Verdict(runtime=name, version=read, verdict=ruling.verdict, how="by rule", why=why)

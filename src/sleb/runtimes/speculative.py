@@ -22,8 +22,14 @@ from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values
 from sleb.evaluation.prompts import Prompt, read_alike
 from sleb.models.load import load_tokenizer
-from sleb.runtimes.base import Prompts, Settings
-from sleb.runtimes.bench import BenchModel, bench_models, median_ratio, resolved, there_and_back
+from sleb.runtimes.base import Prompts
+from sleb.runtimes.bench import (
+    BenchModel,
+    bench_models,
+    median_ratio,
+    resolved,
+    there_and_back,
+)
 from sleb.runtimes.worker import Worker
 
 __all__ = ["Draft", "Drafting", "Tally", "acceptance_rate", "draft"]
@@ -58,17 +64,6 @@ class Draft:
     ratio: Interval
     ceiling: float
     identical: int
-
-    @property
-    def says(self) -> str:
-        """Whether it pays, in words."""
-        if self.ratio.low is None or self.ratio.high is None:
-            return "too few rounds to tell whether it pays"
-        if self.ratio.low > 1:
-            return "it pays"
-        if self.ratio.high < 1:
-            return "it does not pay: generation is slower with it"
-        return "no difference that these rounds can tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +122,18 @@ def draft(
     rounds = []
     with Worker(models[0].ref) as worker:
         with progress.stage(f"loading {models[0].ref} and drafts", None):
-            worker.load(_settings(models[0], config))
+            worker.load(models[0].settings(config, purpose="draft"))
             for one in models[1:]:
-                given = {"settings": asdict(_settings(one, config))}
-                worker.ask("add_draft", draft_tokens=config.draft_tokens, **given)
+                settings = asdict(one.settings(config, purpose="draft"))
+                given = {"settings": settings, "draft_tokens": config.draft_tokens}
+                worker.ask("add_draft", given)
         with progress.stage("drafting", (1 + config.runs) * len(writers) * len(asked)) as tick:
 
             def generated(draft: int | None, counted: bool = False) -> list[dict[str, Any]]:
                 given = {"new_tokens": new_tokens, "draft": draft, "counted": counted}
                 found = []
                 for ids in asked:
-                    found.append(worker.ask("generate", ids=ids, **given))
+                    found.append(worker.ask("generate", {"ids": ids, **given}))
                     tick(1)
                 return found
 
@@ -149,19 +145,6 @@ def draft(
                 }
                 rounds.append([took[writer] for writer in writers])
     return _drafting(models, config, worker, counted, np.array(rounds).T)
-
-
-def _settings(model: BenchModel, config: BenchConfig) -> Settings:
-    return Settings(
-        runtime="transformers",
-        purpose="draft",
-        path=str(model.path),
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-        length=model.longest or 0,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _read(
@@ -208,9 +191,8 @@ def _drafting(
     rates = [n / float(np.median(took)) for n, took in zip(tokens, seconds, strict=True)]
     drafts = []
     for i, model in enumerate(models[1:], 1):
-        tallies = tuple(
-            Tally(proposed=one["proposed"], accepted=one["accepted"]) for one in counted[i]
-        )
+        fields = ("proposed", "accepted")
+        tallies = tuple(Tally(**{name: one[name] for name in fields}) for one in counted[i])
         k, cost = config.draft_tokens, model.blocks / models[0].blocks
         drafts.append(
             Draft(

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ class Worker:
 
     def load(self, settings: Settings) -> None:
         """Load the model."""
-        for name, value in self.ask("load", settings=asdict(settings)).items():
+        for name, value in self.ask("load", {"settings": asdict(settings)}).items():
             setattr(self, name, value)
 
     def work(
@@ -192,9 +192,9 @@ class Worker:
         """Read ``prompts`` and generate, once; ``fewest``: with :attr:`fewest_blocks` alone.
         Watching memory costs time."""
         given = {"prompts": prompts, "new_tokens": new_tokens, "fewest": fewest}
-        return Run(**self.ask("work", watched=watched, **given))
+        return Run(**self.ask("work", {**given, "watched": watched}))
 
-    def ask(self, request: str, *, limit: float = ANSWER_S, **given: Any) -> Any:
+    def ask(self, request: str, given: Mapping[str, Any], limit: float = ANSWER_S) -> Any:
         """The answer to any request, within ``limit`` seconds."""
         try:
             line = self._child.ask(json.dumps({"request": request, **given}), limit)
@@ -254,6 +254,7 @@ class Session:
         request = given.pop("request")
         found: dict[str, Any]
         try:
+            own: dict[str, Callable[..., Any]]
             own = {"version": release, "load": self._load, "work": self._work}
             call = own[request] if request in own else getattr(self.model, request)
             found = {"answer": call(**given)}
