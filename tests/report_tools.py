@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 from markupsafe import Markup
 from pydantic import BaseModel
+from sleb.views.context import Material
 
 from report_plan import plan
 from report_record import complete
-from sleb.views.context import Material
 from sleb.views.html import render
 from sleb.views.locale import Words
 from sleb.views.report import view

@@ -9,9 +9,9 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sleb.surgery.card import fenced, front_matter, inherited
 
 import sleb
-from sleb.surgery.card import fenced, front_matter, inherited
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from sleb.views.answers import LONGEST, START
 
 import sleb
 from cli_tools import refused, run, tree
@@ -27,7 +28,6 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
 from sleb.views import write_report
-from sleb.views.answers import LONGEST, START
 from sleb.views.locale import LANGUAGES, Words
 
 PANELS = ["removed", "quality", "saved", "servers", "untested", "rollback"]

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import matplotlib as mpl
 import pytest
+from sleb.views.page import Bars, Dots, Heat, Line
 
 from report_tools import page
 from sleb.views.charts import _plain, _ticks, draw
-from sleb.views.page import Bars, Dots, Heat, Line
 
 NAN = float("nan")
 CHARTS = {i.name: i.chart for s in page().sections for i in s.items if i.kind == "figure"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from sleb.views.summary import SERVERS
 
 from report_plan import HEX, plan, repaired_gap, repaired_plan
 from report_record import complete, repaired
 from report_tools import page, put, seen
-from sleb.views.summary import SERVERS
 
 # What is changed in the record, to what, in which part it shows, and how.
 RECORD = [

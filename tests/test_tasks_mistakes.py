@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sleb.cli.render_tasks import tasks as draw
 
 import sleb
 from cli_tools import refused, run
-from sleb.cli.render_tasks import tasks as draw
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.core.statistics import Interval, flips, proportion
 from sleb.evaluation import lm_eval as harness_module
