@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import sleb
+from cli_tools import tree
 from conftest import save_tiny
 from plan_tools import plan_of
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
@@ -63,3 +64,8 @@ def repaired_cut(folder: Path, out: Path, *order: int) -> tuple[Plan, Repair]:
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder but its card and its checksums, which say how it came about."""
+    return {k: v for k, v in tree(folder).items() if k not in ("README.md", "SHA256SUMS")}

@@ -15,11 +15,10 @@ import sleb
 from cli_tools import tree
 from conftest import save_tiny
 from plan_tools import plan_of
-from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import INDEX, Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.core.plan import Plan
 from sleb.surgery import apply as surgery
-from test_apply import INDEX
 
 
 @pytest.mark.parametrize("name", ["../{}", "/{}", "sub/{}", "{}.bin", "..", ""])

@@ -147,8 +147,8 @@ def test_the_examples_of_extending_work(workplace, tmp_path):
         "from sleb.selection.objective import BlockSet\n" + strategy,
         {},
     )
+    from search_tools import toy
     from sleb.selection.objective import Objective
-    from test_search import toy
 
     objective = Objective(toy([9, 3, 2, 1, 7]), 2)
     assert STRATEGIES["random"](objective, range(5), 2).order == (2, 3)

@@ -6,6 +6,9 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,162 @@ import pytest
 import sleb
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PACKAGE = ROOT / "src" / "sleb"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
+# -- the import contract: ranks are those of docs/architecture.md --------------------------------
 
-@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 420
+SIBLINGS = {"runtimes", "formats", "distillation"}
+"""Folders that know nothing of each other."""
+ENTRANCES = {"__init__", "__main__"}
+"""They may import everything; nothing imports them."""
+
+# What is not so yet, by importing module. These lists only get shorter.
+UPWARD: dict[str, set[str]] = {}
+CIRCLES: set[str] = {"models.load", "models.load_from_plan"}
+LAZY: set[str] = {
+    "calibration",
+    "calibration.sources",
+    "evaluation.tasks",
+    "formats.exports",
+    "formats.quantize",
+    "models.load",
+    "models.load_from_plan",
+    "runtimes.transformers",
+    "surgery.apply",
+    "surgery.gguf_cut",
+    "surgery.restore",
+}
+
+SHARING = {("test_report_browser", "test_report")}
+
+
+@dataclass(frozen=True)
+class Import:
+    """``module`` imports ``name``; both are dotted, without ``sleb.``. ``lazy``: in a function."""
+
+    module: str
+    name: str
+    lazy: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+@cache
+def imports() -> tuple[Import, ...]:
+    """All imports of sleb's own modules, those for types and those inside functions included."""
+    found = []
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            found += [Import(module, name, id(node) in inside) for name in named(node)]
+    return tuple(found)
+
+
+def named(node: ast.AST) -> Iterator[str]:
+    """sleb's modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.startswith("sleb."):
+                yield alias.name.removeprefix("sleb.")
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, "imports are absolute"
+        if node.module == "sleb" or (node.module or "").startswith("sleb."):
+            base = node.module.removeprefix("sleb").removeprefix(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}".lstrip(".")
+                yield full if full in MODULES else base or "__init__"
+
+
+def ranks() -> list[str]:
+    """Folders and files, lowest first, as the table of docs/architecture.md has them."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| rank |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [line.split("|")[2] for line in table]
+    return [
+        name.rstrip("/").removesuffix(".py") for c in cells for name in re.findall("`(.*?)`", c)
+    ]
+
+
+def upward() -> dict[str, set[str]]:
+    """Imports, by module, from what stands below it in the table, or from siblings."""
+    place = {name: i for i, name in enumerate(ranks())}
+    found: dict[str, set[str]] = {}
+    for edge in imports():
+        own, other = (name.split(".")[0] for name in (edge.module, edge.name))
+        if own in ENTRANCES or own == other or (own, other) == ("cli", "__init__"):
+            continue
+        assert own in place, f"{own} has no rank: give it a row in docs/architecture.md"
+        aside = {own, other} <= SIBLINGS or (own, other) == ("distillation", "evaluation")
+        if aside or place.get(other, len(place)) > place[own]:
+            found.setdefault(edge.module, set()).add(edge.name)
+    return found
+
+
+def test_imports_point_one_way():
+    """A folder imports from those above it in the table and from itself, and not from siblings."""
+    wrong = {module: names - UPWARD.get(module, set()) for module, names in upward().items()}
+    assert not any(wrong.values()), wrong
+
+
+def circular() -> set[str]:
+    """Modules that need themselves, by way of others."""
+    needs: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in imports():
+        if found.module not in ENTRANCES:
+            needs[found.module].add(found.name)
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        front = [start]
+        while front:
+            more = needs[front.pop()] - seen
+            seen |= more
+            front += more
+        return seen
+
+    return {module for module in MODULES if module in reached(module)}
+
+
+def test_no_modules_import_each_other():
+    """Not round a circle either, nor for types, nor inside functions."""
+    assert circular() <= CIRCLES
+
+
+def lazy() -> set[str]:
+    """Modules with imports of sleb's own inside functions."""
+    found = {edge.module for edge in imports() if edge.lazy}
+    return {m for m in found - ENTRANCES if m.split(".")[0] != "cli"}
+
+
+def test_imports_stand_at_the_top():
+    """Inside functions there are only heavy libraries of others; the command line, which has to
+    start quickly, imports sleb's own modules so too."""
+    assert lazy() <= LAZY
+
+
+# -- other rules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.name)
+def test_tests_share_nothing_but_tools(path):
+    """What tests have in common is in conftest.py and in files named ..._tools.py."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_"):
+            assert (path.stem, node.module) in SHARING
 
 
 def test_only_the_command_line_prints():
@@ -27,25 +179,6 @@ def test_only_the_command_line_prints():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         printing = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
         assert not printing or path.parent.name == "cli", path
-
-
-def test_dependencies_point_one_way():
-    """The order of docs/architecture.md; a module may import from its own layer and below."""
-    layers = [
-        {"core", "data"},
-        {"checkpoints", "calibration"},
-        {"models"},
-        {"selection", "repairs", "surgery", "evaluation", "runtimes", "formats", "distillation"}
-        | {"record", "pipeline", "views", "project"},
-        {"cli", "__main__", "__init__"},
-    ]
-    level = {name: i for i, names in enumerate(layers) for name in names}
-    for path in SOURCES:
-        own = path.relative_to(ROOT / "src" / "sleb").parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
-        for name in re.findall(r"^\s*from sleb\.(\w+)", path.read_text(), re.MULTILINE):
-            assert level[name] <= level[own], f"{path} imports sleb.{name}"
 
 
 def test_no_pickle_and_no_eval_of_data():

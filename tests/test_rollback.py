@@ -16,7 +16,7 @@ import sleb
 import zoo
 from cli_tools import refused, run, tree
 from conftest import save_tiny
-from rollback_tools import CARRIED, any_repair, plan_of, repaired_cut, small
+from rollback_tools import CARRIED, any_repair, files, plan_of, repaired_cut, small
 from sleb.checkpoints.checkpoint import INDEX, Checkpoint, fingerprint
 from sleb.core.errors import InputError, ResourceError
 from sleb.core.plan import Plan
@@ -25,11 +25,6 @@ from sleb.surgery.rollback_manifest import Manifest
 
 def identity(folder: Path, blocks: int):
     return fingerprint(Checkpoint.open(folder), blocks)
-
-
-def files(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder but its card and its checksums, which say how it came about."""
-    return {k: v for k, v in tree(folder).items() if k not in ("README.md", "SHA256SUMS")}
 
 
 # -- the law -------------------------------------------------------------------------------------

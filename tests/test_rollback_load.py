@@ -30,13 +30,7 @@ def tokenized(model, path):
     return path
 
 
-QUICK = {"llama:tied", "gpt2", "mixtral", "gemma3_text", "deepseek_v3", "mamba", "nemotron_h"}
-
-
-@pytest.mark.parametrize(
-    "family",
-    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in zoo.FAMILIES],
-)
+@pytest.mark.parametrize("family", zoo.families())
 def test_loading_with_a_plan_is_loading_the_cut(family, tmp_path):
     model, _ = zoo.tiny(family)
     source = tokenized(model, tmp_path / "source")

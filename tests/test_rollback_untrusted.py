@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 import sleb
 from cli_tools import refused, tree
-from rollback_tools import plan_of, repaired_cut, sha, small
+from rollback_tools import files, plan_of, repaired_cut, sha, small
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
 from sleb.core.errors import DataError, InputError, SlebError
 from sleb.core.plan import Plan
 from sleb.surgery.rollback_manifest import Manifest
-from test_rollback import files
 
 FREE = {"README.md", "run.json", "SHA256SUMS", "rollback/SHA256SUMS"}
 """Files of a cut that restoring does not read: they may change."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sleb.cli.render_tasks import tasks as draw
 
 import sleb
 from cli_tools import refused, run

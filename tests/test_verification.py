@@ -9,38 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 import sleb
 from cli_tools import tree
 from conftest import byte_tokenizer, save_tiny
 from plan_tools import plan_of
-from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.errors import InputError
 from sleb.surgery import verification
-
-CONFIG = "depth-dependent config fields"
-RELOAD = "clean reload"
-BLOCKS = "number of blocks"
-WEIGHTS = "weights equal the original's"
-LOGITS = "logits equal the original with blocks bypassed"
-GENERATION = "generation with cache equals without"
-ORDER = [CONFIG, RELOAD, BLOCKS, WEIGHTS, LOGITS, GENERATION]
-
-
-def failed(found: verification.Verification) -> list[str]:
-    """Names of the gates that failed; and that the error names the first of them."""
-    names = [check.name for check in found.checks if not check.passed]
-    assert found.passed == (not names)
-    if names:
-        with pytest.raises(VerificationFailed, match=rf"failed '{names[0]}': .*\(must be .*do not"):
-            found.require()
-    else:
-        found.require()
-    return names
-
-
-def measured(found: verification.Verification, name: str) -> str:
-    return next(check.measured for check in found.checks if check.name == name)
+from verification_tools import (
+    BLOCKS,
+    CONFIG,
+    GENERATION,
+    LOGITS,
+    ORDER,
+    RELOAD,
+    WEIGHTS,
+    edit_config,
+    edit_tensors,
+    failed,
+    measured,
+    without_sums,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +41,6 @@ def plan(tiny_dir):
 def out(tiny_dir, plan, tmp_path) -> Path:
     """The right checkpoint, which a test may spoil; without checksums, which would tell at once."""
     return without_sums(sleb.apply(plan, tiny_dir, tmp_path / "out"))
-
-
-def without_sums(folder: Path) -> Path:
-    (folder / "SHA256SUMS").unlink()
-    return folder
-
-
-def edit_config(folder: Path, **fields) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def edit_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {name: tensor.copy() for name, tensor in tensors.items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_a_right_checkpoint_passes_every_gate(tiny_dir, plan, out, tmp_path):

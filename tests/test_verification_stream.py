@@ -12,7 +12,7 @@ from conftest import byte_tokenizer
 from plan_tools import plan_of
 from sleb.models.stack import BlockStack
 from sleb.surgery import verification
-from test_verification import (
+from verification_tools import (
     GENERATION,
     LOGITS,
     ORDER,

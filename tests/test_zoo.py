@@ -24,7 +24,7 @@ from sleb.selection.metrics import NLL
 from sleb.selection.sweep import Sweep
 from sleb.surgery.apply import cut_checkpoint
 
-every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
+every_family = pytest.mark.parametrize("family", zoo.families())
 
 
 @torch.no_grad()

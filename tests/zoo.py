@@ -261,6 +261,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# One architecture per kind of structure; these are tested by default, and all with `make test-all`.
+KINDS: dict[str, str] = {
+    "pre-norm, rotary positions, grouped heads": "llama",
+    "tied embeddings": "llama:tied",
+    "learned positions, fused projections, biases": "gpt2",
+    "norms behind blocks, sliding windows": "gemma2",
+    "windows by a pattern, one rotation each": "gemma3_text",
+    "head sizes by kind of block": "gemma4_text",
+    "experts, stored one by one": "mixtral",
+    "experts in every n-th block": "qwen3_moe",
+    "dense blocks first, latent attention": "deepseek_v3",
+    "an indexer for sparse attention": "glm_moe_dsa",
+    "linear attention between full": "qwen3_next",
+    "convolutions between attention": "lfm2",
+    "state space alone": "mamba",
+    "every kind of block, experts too": "nemotron_h",
+    "a period of blocks": "jamba",
+    "lists of block ids": "bamba",
+    "lists of block ids from one": "kimi_linear:ids from one",
+    "values by block": "laguna",
+    "positions by block": "smollm3",
+    "attention beside the MLP": "gptj",
+    "a block that has to stay": "modernbert-decoder",
+    "recurrence, its own cache": "recurrent_gemma",
+}
+
+
+def families() -> list[Any]:
+    """Parameters for pytest: every family, of which those that stand for a kind are quick."""
+    quick = {*KINDS.values()}
+    return [f if f in quick else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
 # The place of these blocks is built differently from all others, so they must stay.
 FIXED = {"gpt_neox_japanese": {7}, "modernbert-decoder": {0}, "rwkv": {0}}
 

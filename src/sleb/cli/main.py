@@ -18,6 +18,7 @@ import typer
 from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
 from sleb.core.errors import SlebError
+from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Group, is_main_process, joined
 
 __all__ = ["app", "main"]
@@ -43,6 +44,13 @@ _CHATTY = ("torchao", "torch.utils._pytree")
 """Loggers that warn about torchao's build whenever transformers is imported beside it."""
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Of warnings, which may name files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), LONGEST_MESSAGE, lines=True)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"sleb {__version__}")  # noqa: T201
@@ -60,6 +68,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code instead of raising."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; the process is ours
+    if logging.lastResort:
+        logging.lastResort.setFormatter(_PrintableFormatter())
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -115,7 +125,8 @@ def _system_error(error: OSError) -> int:
 
 def _fail(message: str, code: int) -> int:
     if is_main_process():
-        print(f"sleb: {' '.join(message.splitlines())}", file=sys.stderr)  # noqa: T201
+        line = printable(" ".join(message.split("\n")), LONGEST_MESSAGE, ending=400)
+        print(f"sleb: {line}", file=sys.stderr)  # noqa: T201
     return code
 
 

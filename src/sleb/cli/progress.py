@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from sleb.core.printable import printable
 from sleb.core.process_group import group
 from sleb.core.progress import Progress as ProgressProtocol
 from sleb.core.progress import Tick, silent
@@ -55,10 +56,10 @@ class _Bars:
             TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=rest),
         ]
         with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
-            task = bars.add_task(title, total=total, note="")
+            task = bars.add_task(printable(title), total=total, note="")
 
             def tick(n: int = 1, note: str = "") -> None:
-                bars.update(task, advance=n, note=note)
+                bars.update(task, advance=n, note=printable(note))
 
             yield tick
 
@@ -80,7 +81,7 @@ class _Lines:
         yield tick
         spent = time.monotonic() - start
         if spent >= QUIET_S:
-            print(f"{title}: done in {spent:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+            print(printable(f"{title}: done in {spent:.0f} s"), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _line(title: str, done: int, total: int | None, spent: float, note: str) -> str:
@@ -88,4 +89,4 @@ def _line(title: str, done: int, total: int | None, spent: float, note: str) -> 
     if total and done:
         share = f"{min(99, 100 * done // total)} %, "
         left = f", about {max(0.0, spent * (total - done) / done):.0f} s left"
-    return f"{title}: {share}{spent:.0f} s gone{left}{'; ' + note if note else ''}"
+    return printable(f"{title}: {share}{spent:.0f} s gone{left}{'; ' + note if note else ''}")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from sleb.core.printable import LONGEST_MESSAGE, printable
+
 __all__ = ["as_json", "note", "show"]
 
 
@@ -25,4 +27,4 @@ def as_json(facts: Any) -> None:
 
 def note(text: str, json: bool = False) -> None:
     """A last line that says what to do next: on stderr if stdout is for a program."""
-    print(text, file=sys.stderr if json else sys.stdout)
+    print(printable(text, LONGEST_MESSAGE), file=sys.stderr if json else sys.stdout)

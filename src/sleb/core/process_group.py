@@ -1,13 +1,15 @@
-"""All that sleb knows of working in several processes, as torchrun or accelerate start them.
+"""The process group: several processes, as torchrun or accelerate launch start them.
 
-Every process ("rank") runs the same command. Work is dealt out, what was found is exchanged, and
-each rank takes the same decisions from the same numbers; only the first one writes and prints.
+Every process ("rank") runs the same command. Work is sharded, results are gathered, and each rank
+takes the same decisions from the same numbers; only the main process writes and prints.
 
     with joined():                 # the command line does this; a program of yours may
         plan = sleb.search(...)    # the same plan on every rank
 
-Small numbers are exchanged through gloo even where models are on GPUs: a rank that has died then
-shows at once as a broken connection. NCCL, used for tensors on GPUs, would wait.
+Small results are gathered through gloo even where models are on GPUs: a rank that has died then
+shows at once as a broken connection. NCCL, used for tensors on GPUs, would wait for its timeout.
+That, errors that are raised on all ranks, and bytes in place of pickles are why this is not
+accelerate's ``PartialState``; see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sleb.core import errors as errors
+from sleb.core import errors
 from sleb.core.errors import InputError, ResourceError, SlebError
 
 if TYPE_CHECKING:
@@ -31,10 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Lost", "group", "is_main_process", "joined", "launched", "main_process_first"]
 
-PATIENCE = datetime.timedelta(hours=6)
-"""How long a rank waits for one that lives and says nothing: longer than any one step of work."""
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
+"""Of a rank that lives and does not take part: longer than any one step of work."""
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
 
@@ -65,7 +67,7 @@ class Group:
 
     def __init__(self, store: Store | None = None) -> None:
         self._store = store
-        self._turn = 0
+        self._broadcasts = 0
         self._ranks: ProcessGroup | None = None  # one process of each rank; None: all
         if store is None:
             return
@@ -126,7 +128,7 @@ class Group:
         from torch import distributed
 
         world = self.size * self.tp
-        with _losing():
+        with _lost_ranks():
             counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
             distributed.all_gather(counts, torch.tensor([len(mine)]))
             most = max(1, *(int(n) for n in counts))
@@ -147,7 +149,7 @@ class Group:
             return
         from torch import distributed
 
-        with _losing():
+        with _lost_ranks():
             for tensor in tensors:
                 distributed.all_reduce(tensor, group=self._ranks)
 
@@ -161,7 +163,7 @@ class Group:
             return
         from torch import distributed
 
-        with _losing():
+        with _lost_ranks():
             distributed.broadcast(tensor, 0)
 
     def all_or_raise(self, work: Callable[[], T]) -> T:
@@ -179,12 +181,12 @@ class Group:
             found.append(work())
         except Exception as error:
             mine = error
-        said = self.exchange(b"" if mine is None else _told(mine))
+        errors_by_rank = self.exchange(b"" if mine is None else _serialized(mine))
         if mine is not None:
             raise mine
-        for text in said:
+        for text in errors_by_rank:
             if text:
-                raise _heard(text)
+                raise _deserialized(text)
         return found[0]
 
     def sequentially(self, work: Callable[[], T]) -> T:
@@ -202,22 +204,22 @@ class Group:
         and the others wait for as long as it takes; an error is raised on all."""
         if self._store is None:
             return work()
-        key, self._turn = f"turn {self._turn}", self._turn + 1
+        key, self._broadcasts = f"broadcast {self._broadcasts}", self._broadcasts + 1
         text = ""
         if self.is_main:
             try:
-                with _alone():
+                with _outside_group():
                     text = work()
             except Exception as error:
-                self._store.set(key, _told(error).decode())
+                self._store.set(key, _serialized(error).decode())
                 raise
             self._store.set(key, "-")
         else:
-            with _losing():
+            with _lost_ranks():
                 while not self._store.check([key]):
                     time.sleep(0.1)  # not in one long call, which no signal could end
-                if (said := self._store.get(key)) != b"-":
-                    raise _heard(said)
+                if (failure := self._store.get(key)) != b"-":
+                    raise _deserialized(failure)
         return self.exchange(text.encode())[0].decode()
 
     def is_main_process(self) -> bool:
@@ -230,8 +232,8 @@ class Group:
             return True
 
 
-_ALONE = Group()
-_current = _last = _ALONE
+_SINGLE = Group()
+_current = _last = _SINGLE
 
 
 def group() -> Group:
@@ -260,10 +262,10 @@ def joined() -> Iterator[Group]:
         Lost: the others do not come.
     """
     global _current, _last
-    if not launched() or _current is not _ALONE:
+    if not launched() or _current is not _SINGLE:
         yield _current
         return
-    if missing := [name for name in _LAUNCHED if name not in os.environ]:
+    if missing := [name for name in _LAUNCH_VARIABLES if name not in os.environ]:
         raise InputError(
             f"WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with "
             "torchrun, or unset WORLD_SIZE"
@@ -279,21 +281,21 @@ def joined() -> Iterator[Group]:
         backend = "cpu:gloo,cuda:nccl"
         if local < torch.cuda.device_count():
             torch.cuda.set_device(local)
-    with _losing():
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    with _lost_ranks():
+        store, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         distributed.init_process_group(
             backend,
             store=PrefixStore("work", store),
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=COLLECTIVE_TIMEOUT,
         )
     _current = _last = Group(PrefixStore("sleb", store))
     try:
         yield _current
         distributed.destroy_process_group()  # after an error it could wait for who has gone
     finally:
-        _current = _ALONE
+        _current = _SINGLE
 
 
 def main_process_first() -> bool:
@@ -301,17 +303,17 @@ def main_process_first() -> bool:
     then as if it had been started by itself, also to programs that it starts."""
     global _current
     first = _current.is_main
-    _current = _ALONE
-    for name in (*_LAUNCHED, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
+    _current = _SINGLE
+    for name in (*_LAUNCH_VARIABLES, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
         os.environ.pop(name, None)
     return first
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _outside_group() -> Iterator[None]:
     """Work that must not wait for other ranks, since these do not do it."""
     global _current
-    before, _current = _current, _ALONE
+    before, _current = _current, _SINGLE
     try:
         yield
     finally:
@@ -319,7 +321,7 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _losing() -> Iterator[None]:
+def _lost_ranks() -> Iterator[None]:
     """Errors of a collective operation as one line."""
     try:
         yield
@@ -330,11 +332,11 @@ def _losing() -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception) -> bytes:
+def _serialized(error: Exception) -> bytes:
     return json.dumps([type(error).__name__, str(error)]).encode()
 
 
-def _heard(text: bytes) -> SlebError:
+def _deserialized(text: bytes) -> SlebError:
     name, said = json.loads(text)
     kind: Any = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, SlebError):
