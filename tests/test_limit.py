@@ -11,7 +11,7 @@ from report_plan import plan as plan_of_report
 from report_tools import put, seen
 from search_tools import split_of, stopped_at
 from sleb import pipeline
-from sleb.cli import render
+from sleb.cli import show
 from sleb.core.errors import VerificationFailed
 from sleb.pipeline import prune
 from sleb.repairs import self_generated as own
@@ -189,7 +189,7 @@ def test_all_that_were_chosen_at_once_stay_one_round(loaded, split):
 def test_a_person_is_told(capsys):
     plan = plan_of_report()
     for found, told in ((plan, False), (put(plan, "curve.fitted", 8192), True)):
-        render.result(found, False, render.plan)
+        show.result(found, False)
         said = " ".join(capsys.readouterr().out.split())
         assert ("every depth after a quick repair, fitted on 8,192 tokens" in said) == told
         section = seen(chosen=found).text("curve")
