@@ -20,7 +20,7 @@ from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.evaluation import limits
 from sleb.selection.metrics import METRICS
-from sleb.selection.strategies import FINALS
+from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.surgery import verification as gates
 from sleb.views.locale import LANGUAGES, LINK, Words, bounds
 
@@ -151,7 +151,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
 def test_names_of_the_record_have_words(words):
     """What the library can write into a record is told in the reader's language."""
     assert {*METRICS} == {*words.tables["metrics"]}
-    assert {*words.tables["strategies"]} == set(FINALS.split("-or-"))
+    assert {*words.tables["strategies"]} == set(GREEDY_OR_WINDOW.split("-or-"))
     checks = Path(gates.__file__).read_text()
     for name in words.tables["checks"]:
         assert f'"{name}"' in checks

@@ -30,7 +30,7 @@ from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, check_options, check_request
-from sleb.selection.strategies import FINALS
+from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import nothing_within_limit, upper_bound
 from sleb.surgery.apply import apply, refuse_source
@@ -120,11 +120,11 @@ def _find(
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
         if not config.strategy and config.metric == "loss" and goal.remove is not None:
-            config = config.replaced({"strategy": FINALS})
+            config = config.replaced({"strategy": GREEDY_OR_WINDOW})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
             limit = goal.max_loss_increase
     if split.repair_given is not None and can_generate(stack):
-        compare = config.strategy == FINALS
+        compare = config.strategy == GREEDY_OR_WINDOW
         split = split.with_self_generated(writer(loaded, watch), compare=compare)
     plan = search(
         loaded,

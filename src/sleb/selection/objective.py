@@ -78,7 +78,7 @@ class Objective:
     ``scorer`` does it; a function stands for one without further abilities. Each result is in
     ``cache``, under ``kind``, before it is used. Every round of scoring is a stage of ``progress``
     with this ``title``. ``enough(order)`` tells a strategy that a target is reached by removing
-    ``order``. ``judge`` scores sets by what is wanted in the end, where that is too dear for every
+    ``order``. ``final`` scores sets by what is wanted in the end, where that is too dear for every
     candidate; by default it is the objective itself.
     """
 
@@ -96,7 +96,7 @@ class Objective:
     ) -> None:
         self.scorer = scorer if isinstance(scorer, Scorer) else Scorer(values=scorer)
         self.n_windows = n_windows
-        self.judge: Objective = self
+        self.final: Objective = self
         self.exact, self.enough = exact, enough
         self._cache, self._kind, self._progress, self._title = cache, kind, progress, title
         self._known: dict[BlockSet, Values] = {}

@@ -46,7 +46,7 @@ from sleb.selection.request import (
 )
 from sleb.selection.resources import default_batch, on_threads
 from sleb.selection.similarity import Similarity, measure_similarity
-from sleb.selection.strategies import FINALS, STRATEGIES, SearchResult
+from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
 
@@ -169,7 +169,7 @@ class _Search:
     @cached_property
     def fitted(self) -> Tensor:
         """Windows [N, T] that candidates' repairs are fitted on."""
-        tokens = FINAL_TOKENS if self.strategy == FINALS else SEARCH_TOKENS
+        tokens = FINAL_TOKENS if self.strategy == GREEDY_OR_WINDOW else SEARCH_TOKENS
         return self.split.candidate_fit(tokens).ids
 
     def _plain(self, ids: Tensor, metric: TokenMetric) -> Scorer:
@@ -218,19 +218,19 @@ class _Search:
         ids = split.search.ids
         if not config.exact:
             ids = ids[_shuffled(split.search, config.seed)]
-        kept: dict[str, Any] = {"cache": cache, "progress": self.progress}
+        shared: dict[str, Any] = {"cache": cache, "progress": self.progress}
         objective = Objective(
-            self._plain(ids, metric), len(ids), enough=rule.enough, exact=config.exact, **kept
+            self._plain(ids, metric), len(ids), enough=rule.enough, exact=config.exact, **shared
         )
         if self.metric.repaired:
             scorer, kind = self._repaired(ids, metric, self.fitted)
             objective = ShortlistObjective(
-                objective, scorer, len(ids), kind=kind, enough=rule.enough, **kept
+                objective, scorer, len(ids), kind=kind, enough=rule.enough, **shared
             )
-        if self.strategy == FINALS:
+        if self.strategy == GREEDY_OR_WINDOW:
             ids = split.final_comparison
             scorer, kind = self._repaired(ids, NLL, self.fitted)
-            objective.judge = Objective(scorer, len(ids), kind=kind, **kept)
+            objective.final = Objective(scorer, len(ids), kind=kind, **shared)
         return STRATEGIES[self.strategy](objective, self.candidates, rule.most)
 
     def comparison(self, found: SearchResult) -> FinalComparison | None:
@@ -252,14 +252,14 @@ def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
     mine = ""
     if here.local_rank == 0:
         mine = fingerprint(checkpoint, n_blocks, tick).model_dump_json()
-    said = {text.decode() for text in here.exchange(mine.encode()) if text}
+    found = {text.decode() for text in here.exchange(mine.encode()) if text}
     ours = {json.dumps(versions()).encode()}
-    if len(said) > 1 or len({*here.exchange(*ours)}) > 1:
+    if len(found) > 1 or len({*here.exchange(*ours)}) > 1:
         raise InputError(
             "the machines of this job have different weights, or different versions of sleb, torch "
             "or transformers: give all of them the same"
         )
-    return Fingerprint.model_validate_json(said.pop())
+    return Fingerprint.model_validate_json(found.pop())
 
 
 def versions() -> dict[str, str]:

@@ -417,8 +417,8 @@ def _gathered(
 
     mine = here.all_or_raise(own)
     same = hashlib.sha256(repr(work).encode()).digest()
-    told = pickle.dumps((time.perf_counter() - began, sweep.batch, same, mine))
-    seconds, batches, works, found = zip(*map(pickle.loads, here.exchange(told)), strict=True)
+    sent = pickle.dumps((time.perf_counter() - began, sweep.batch, same, mine))
+    seconds, batches, works, found = zip(*map(pickle.loads, here.exchange(sent)), strict=True)
     if len({*works}) > 1:
         raise DataError(
             "the processes of this job no longer do the same work, so their machines or versions "

@@ -147,7 +147,7 @@ class StoppingRule:
             if self.enough(cheapest[:n]):
                 return n
         gone = cheapest[-possible:]
-        asked, left = f"--speedup {goal.speedup}", f"it is {costs.speedup(gone):.2f}"
+        asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
         if goal.size is not None:
             asked = f"--size {goal.size}"
             left = f"the weights still take {costs.size(gone) / 1e6:,.1f} MB"
