@@ -18,12 +18,11 @@ from sleb.models.compiled import CompiledStack
 from sleb.models.stack import BlockStack
 from sleb.repairs import RIDGES
 from sleb.repairs.regression import Regression, gaps
-from sleb.selection.distributed import distribute
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Call, Objective
 from sleb.selection.resources import default_batch
 from sleb.selection.strategies import STRATEGIES
-from sleb.selection.sweep import Sweep, block_forwards
+from sleb.selection.sweep import Sweep, block_forwards, distribute
 
 __all__ = ["block", "machine", "repair", "search"]
 

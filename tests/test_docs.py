@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from sleb.views.quality import PAIRS
-from sleb.views.speed import SERVERS
 
 import sleb
 from conftest import save_tiny
@@ -27,6 +25,8 @@ from sleb.project import Project, write_project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import STRATEGIES
+from sleb.views.quality import PAIRS
+from sleb.views.speed import SERVERS
 
 if sys.version_info >= (3, 11):
     import tomllib

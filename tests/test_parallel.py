@@ -19,8 +19,7 @@ from sleb.calibration import CalibrationSplit
 from sleb.core import process_group as parallel
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
-from sleb.selection import distributed as dealing
-from sleb.selection import prefixes
+from sleb.selection import sweep as sweeping
 from sleb.selection.metrics import KL, NLL, QUALITY
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep
@@ -152,7 +151,7 @@ def test_a_model_held_by_two_processes_is_repaired_the_same(job):
         assert split["own"] == one["own"]  # of the model's own text, the tokens
 
 
-# -- the law that dealing rests on -------------------------------------------------------------
+# -- the law that sharding rests on -------------------------------------------------------------
 
 
 class Threads:
@@ -161,9 +160,8 @@ class Threads:
     def __init__(self, size, monkeypatch):
         self.size, self.barrier, self.said = size, threading.Barrier(size), [b""] * size
         self.mine = threading.local()
-        for module in (dealing, parallel):
+        for module in (sweeping, parallel):
             monkeypatch.setattr(module, "group", lambda: self.mine.group)
-        monkeypatch.setattr("sleb.selection.sweep.group", lambda: self.mine.group)
 
     def run(self, work):
         results = [None] * self.size
@@ -200,7 +198,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(size, monkeypatch):
 
     def scores(metric, batch):
         sweep = Sweep(BlockStack(tiny_llama()), ids, metric, batch=batch)
-        return [values for _, values in dealing.distribute(sweep, calls)]
+        return [values for _, values in sweeping.distribute(sweep, calls)]
 
     cases = [(NLL, 4), (KL, 4), (QUALITY, 16)]
     want = [scores(*case) for case in cases]
@@ -215,12 +213,12 @@ def test_a_call_is_shared_where_there_are_fewer_than_ranks():
     sweep = Sweep(BlockStack(tiny_llama()), torch.zeros((8, 128), dtype=torch.long), NLL, batch=8)
     here = parallel.Group()
     here.size = 4
-    shares = dealing._shared(sweep, [(SETS, 0, 8)], 0, 0, here)
+    shares = sweeping._shared(sweep, [(SETS, 0, 8)], 0, 0, here)
     assert sorted(shares) == [0, 1, 2, 3]
     assert sorted(map(sorted, (s for mine in shares.values() for s in mine))) == sorted(
         map(sorted, SETS)
     )
-    whole = dealing._shared(sweep, [(SETS, 0, 8), (SETS, 8, 16)], 1, 2, here)
+    whole = sweeping._shared(sweep, [(SETS, 0, 8), (SETS, 8, 16)], 1, 2, here)
     assert whole == {1: SETS}
 
 
@@ -231,7 +229,7 @@ def test_streams_share_calls_within_a_bundle_only(metric, monkeypatch):
     made = []
 
     def groups(*args):
-        for share in prefixes.groups(*args):
+        for share in real_groups(*args):
             made.append(("block", tuple(sorted(map(tuple, map(sorted, share))))))
             yield share
 
@@ -239,7 +237,7 @@ def test_streams_share_calls_within_a_bundle_only(metric, monkeypatch):
         made.append(("head", len(hidden)))
         return real(self, hidden, *args)
 
-    real = Sweep._score
+    real, real_groups = Sweep._score, sweeping.groups
     monkeypatch.setattr("sleb.selection.sweep.groups", groups)
     monkeypatch.setattr(Sweep, "_score", score)
     ids = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(2))

@@ -17,10 +17,9 @@ from sleb.calibration import CalibrationSplit
 from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import METRICS, NLL
-from sleb.selection.objective import BlockSet, Objective, Scorer
+from sleb.selection.objective import BlockSet, Objective, ScoreCache, Scorer
 from sleb.selection.racing import rank
 from sleb.selection.resources import on_threads
-from sleb.selection.score_cache import ScoreCache
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, block_forwards
 
@@ -226,7 +225,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
         try:
             with ScoreCache(path, "key") as cache:
                 scorer = Scorer(values=score, step=lambda sets: 2)
-                objective = Objective(scorer, 5, cache=cache.of("loss"), exact=exact)
+                objective = Objective(scorer, 5, cache=cache, exact=exact)
                 found = STRATEGIES["greedy"](objective, range(7), 4)
         except KeyboardInterrupt:
             if torn:
@@ -250,11 +249,11 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
 def test_scores_of_another_search_or_kind_are_not_used(tmp_path):
     def known(key, kind):
         with ScoreCache(tmp_path / "j", key, keep=True) as cache:
-            return cache.of(kind).replay()
+            return cache.replay(kind)
 
     with ScoreCache(tmp_path / "j", "one", keep=True) as cache:
-        cache.of("loss").append([BlockSet({1})], 0, np.ones((1, 2)))
-        cache.of("repaired").append([BlockSet({2})], 4, np.zeros((1, 2)))
+        cache.append("loss", [BlockSet({1})], 0, np.ones((1, 2)))
+        cache.append("repaired", [BlockSet({2})], 4, np.zeros((1, 2)))
     ((sets, start, values),) = known("one", "repaired")
     assert (sets, start, values.tolist()) == ([BlockSet({2})], 4, [[0.0, 0.0]])
     assert known("one", "another") == []

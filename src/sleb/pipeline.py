@@ -20,11 +20,10 @@ from sleb.core.files import enough_space, writable_target
 from sleb.core.plan import Plan, Target, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
-from sleb.evaluation.perplexity import Evaluation, evaluate
+from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
-from sleb.models.source import ModelSource
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair
 from sleb.repairs.search import search
@@ -32,7 +31,7 @@ from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, check_options, check_request
-from sleb.selection.strategies import FINALS
+from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import nothing_within_limit, upper_bound
 from sleb.surgery.apply import apply, refuse_source
@@ -86,48 +85,29 @@ def prune(
     check_request(model, config, watch)
     journal = out.with_name(out.name + ".journal")
     found = _find(model, out, config, goal, journal, watch)
+    found.facts.update(command=command, stages=stages or {}, started=watch.started)
     gc.collect()  # the model's memory is needed for the verification
-    record: list[RunRecord] = []
-
-    def finish(stage: Path) -> None:
-        record.append(_proved(stage, out, model, found, config, watch))
-        record[0] = replace(record[0], command=command, stages=stages or {})
-        record[0].save(stage / "run.json")
-        card = model_card(found.plan, record[0], found.source.path, kept=config.keep)
-        (stage / "README.md").write_text(card, encoding="utf-8")
+    records: list[RunRecord] = []
 
     def write() -> str:
-        apply(
-            found.plan,
-            model,
-            out,
-            repair=found.repair,
-            keep=config.keep,
-            force=config.force,
-            trust_remote_code=config.trust_remote_code,
-            finish=finish,
-            progress=watch,
-        )
+        records.append(_write(model, out, config, found, watch))
         journal.unlink(missing_ok=True)
-        return TypeAdapter(RunRecord).dump_json(record[0]).decode()
+        return TypeAdapter(RunRecord).dump_json(records[0]).decode()
 
     written = group().broadcast_from_main(write)
-    done = record[0] if record else TypeAdapter(RunRecord).validate_json(written)
-    return Pruned(path=out, plan=found.plan, record=done)
+    record = records[0] if records else TypeAdapter(RunRecord).validate_json(written)
+    return Pruned(path=out, plan=found.plan, record=record)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Found:
-    """What is known of a cut before it is written."""
+    """A cut that is not written yet. ``facts`` go into the run's record."""
 
     plan: Plan
     repair: Repair | None
-    status: RepairStatus
-    evaluation: Evaluation | None
-    text: EvaluationText | None
-    environment: dict[str, Any]
-    source: ModelSource
+    source: Path
     streamed: bool
+    facts: dict[str, Any]
 
 
 def _find(
@@ -140,16 +120,15 @@ def _find(
     _check_space(out, goal, loaded, config)
     split, status = _split(loaded, config)
     limit = None  # on the loss of what is repaired
-    repaired = split.repair_given is not None
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
         if not config.strategy and config.metric == "loss" and goal.remove is not None:
-            config = config.replaced({"strategy": FINALS})
+            config = config.replaced({"strategy": GREEDY_OR_WINDOW})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
             limit = goal.max_loss_increase
-    if repaired and can_generate(stack):
-        write = writer(loaded, watch)
-        split = split.with_self_generated(write, compare=config.strategy == FINALS)
+    if split.repair_given is not None and can_generate(stack):
+        compare = config.strategy == GREEDY_OR_WINDOW
+        split = split.with_self_generated(writer(loaded, watch), compare=compare)
     plan = search(
         loaded,
         config.part(SearchConfig),
@@ -160,33 +139,89 @@ def _find(
         progress=watch,
     )
     fixed = None
-    if repaired:
+    if split.repair_given is not None:
         plan, fixed, status = _repaired(loaded, plan, split, limit, config, watch)
-    evaluation, text = None, None
-    if split.heldout is not None:
-        evaluation = evaluate(
-            loaded,
-            split.heldout,
-            removed=plan.removed,
-            patch=partial(fixed.patch, stack) if fixed else None,
-            batch=config.batch,
-            progress=watch,
-        )
-        windows, length = evaluation.windows, split.heldout.record.length
-        text = EvaluationText(windows=windows, length=length, source="held-out")
+    facts = {"model": source.ref, "removed": plan.removed, "blocks": plan.model.blocks}
     setting = environment(str(stack.input_device), loaded.dtype)
     if group().several:
         setting |= {"processes": group().size * group().tp}
-    return _Found(
-        plan=plan,
-        repair=fixed,
-        status=status,
-        evaluation=evaluation,
-        text=text,
-        environment=setting,
-        source=source,
-        streamed=stack.streamed,
+    facts |= {"repair": status, "environment": setting}
+    facts |= _measured(loaded, plan, fixed, split.heldout, config, watch)
+    return _Found(plan, fixed, source.path, stack.streamed, facts)
+
+
+def _measured(
+    model: LoadedModel,
+    plan: Plan,
+    fixed: Repair | None,
+    heldout: Windows | None,
+    config: PruneConfig,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Perplexity on held-out windows, and what these are."""
+    if heldout is None:
+        return {"evaluation": None, "evaluation_text": None}
+    found = evaluate(
+        model,
+        heldout,
+        removed=plan.removed,
+        patch=partial(fixed.patch, model.stack) if fixed else None,
+        batch=config.batch,
+        progress=progress,
     )
+    length = heldout.record.length
+    text = EvaluationText(windows=found.windows, length=length, source="held-out")
+    return {"evaluation": found, "evaluation_text": text}
+
+
+def _write(
+    model: str | Path, out: Path, config: PruneConfig, found: _Found, watch: Stopwatch
+) -> RunRecord:
+    """Cut, verify and record; ``out`` appears only if that succeeds.
+
+    Raises:
+        VerificationFailed: a gate did not pass.
+    """
+    record: list[RunRecord] = []
+    trust = config.trust_remote_code
+
+    def finish(stage: Path) -> None:
+        stream = True if found.streamed else None
+        checked = verify(
+            stage,
+            model=model,
+            plan=found.plan,
+            stream=stream,
+            trust_remote_code=trust,
+            progress=watch,
+        )
+        checked.require()
+        before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
+        record.append(
+            RunRecord(
+                seconds=dict(watch.seconds),
+                parameters=(_elements(before), _elements(after)),
+                nbytes=(before.nbytes, after.nbytes),
+                verification=replace(checked, checkpoint=str(out)),
+                **found.facts,
+            )
+        )
+        record[0].save(stage / "run.json")
+        card = model_card(found.plan, record[0], found.source, kept=config.keep)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+
+    apply(
+        found.plan,
+        model,
+        out,
+        repair=found.repair,
+        keep=config.keep,
+        force=config.force,
+        trust_remote_code=trust,
+        finish=finish,
+        progress=watch,
+    )
+    return record[0]
 
 
 def _check_space(out: Path, goal: Goal, model: LoadedModel, config: PruneConfig) -> None:
@@ -304,41 +339,6 @@ def _fitted(
         tokens=seen.windows * seen.length,
         self_generated=SELF_GENERATED in [source.spec for source in seen.sources],
         validation_windows=len(windows[1].ids),
-    )
-
-
-def _proved(
-    stage: Path, out: Path, model: str | Path, found: _Found, config: PruneConfig, watch: Stopwatch
-) -> RunRecord:
-    """The record of the checkpoint in ``stage``, which is verified.
-
-    Raises:
-        VerificationFailed: a gate did not pass.
-    """
-    checked = verify(
-        stage,
-        model=model,
-        plan=found.plan,
-        stream=True if found.streamed else None,
-        trust_remote_code=config.trust_remote_code,
-        progress=watch,
-    )
-    checked.require()
-    before, after = Checkpoint.open(found.source.path), Checkpoint.open(stage)
-    return RunRecord(
-        command="",
-        started=watch.started,
-        model=found.source.ref,
-        removed=found.plan.removed,
-        blocks=found.plan.model.blocks,
-        seconds=dict(watch.seconds),
-        parameters=(_elements(before), _elements(after)),
-        nbytes=(before.nbytes, after.nbytes),
-        evaluation=found.evaluation,
-        evaluation_text=found.text,
-        repair=found.status,
-        verification=replace(checked, checkpoint=str(out)),
-        environment=found.environment,
     )
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sleb.calibration.hub import hub_rows
 from sleb.calibration.rows import (
     ROW_FILES,
     decode,
@@ -195,7 +196,5 @@ def _read_txt(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
 
 @SOURCES.register("hub:")
 def _read_hub(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    from sleb.calibration.hub import hub_rows
-
     for number, row in enumerate(hub_rows(location), 1):
         yield read_document(without_nulls(row), tokenizer, f"hub:{location} row {number}")

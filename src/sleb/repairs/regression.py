@@ -87,9 +87,9 @@ class Regression:
 
     Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
     both streams, here and where the gap's fit began, and two targets of one block, [N, T, D] each;
-    and the Gram matrix of what the block's widest matrix sees. Of blocks that are fetched when they
-    run there are two, the one at hand and the next, and a third while the dense stream passes a
-    gap. The fit of a gap reads each of its blocks once for each ridge, those in front of it once.
+    and the Gram matrix of what the block's widest matrix sees. Of offloaded blocks there are two,
+    the one at hand and the next, and a third while the dense stream passes a gap. The fit of a gap
+    reads each of its blocks once for each ridge, those in front of it once.
 
     In a job of several ranks each walks its share of the windows, and Gram matrices are summed.
     Processes that hold a model together solve alike and write their own parts. ``writers``: the

@@ -14,7 +14,7 @@ from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import METRICS
 from sleb.selection.request import check_options, check_request
 from sleb.selection.search import find_blocks
-from sleb.selection.strategies import FINALS
+from sleb.selection.strategies import GREEDY_OR_WINDOW
 
 __all__ = ["search"]
 
@@ -64,7 +64,7 @@ def search(
             heldout=config.heldout if measures_heldout else 0,
         )
     strategy = config.strategy or METRICS[config.metric].strategy
-    if strategy == FINALS and split.generated is None and can_generate(model.stack):
+    if strategy == GREEDY_OR_WINDOW and split.generated is None and can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress), compare=True)
     return find_blocks(
         model,

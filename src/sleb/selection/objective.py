@@ -6,19 +6,38 @@ of scores that survives an interruption, and progress live here once.
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+from sleb.core.errors import VerificationFailed
+from sleb.core.files import disk_errors
+from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
-from sleb.selection.prefixes import BlockSet
 from sleb.selection.racing import Race, Values
-from sleb.selection.score_cache import CachedScores
 
-__all__ = ["DENSE", "BlockSet", "Call", "Objective", "Scorer", "ShortlistObjective", "Values"]
+__all__ = [
+    "DENSE",
+    "BlockSet",
+    "Call",
+    "Objective",
+    "ScoreCache",
+    "Scorer",
+    "ShortlistObjective",
+    "Values",
+]
 
+logger = logging.getLogger(__name__)
+
+BlockSet = frozenset[int]
+"""Removed blocks."""
 DENSE = BlockSet()
 SHORTLIST = 8
 ScoreFunction = Callable[[Sequence[BlockSet], int, int], Values]
@@ -57,11 +76,10 @@ class Objective:
     """Scores block sets on ``n_windows`` windows, computing nothing twice.
 
     ``scorer`` does it; a function stands for one without further abilities. Each result is in
-    ``cache`` before it is used. Every round of scoring is a stage of ``progress`` with this
-    ``title``.
-    ``enough(order)`` tells a strategy that a target is reached by removing ``order``. ``judge``
-    scores sets by what is wanted in the end, where that is too dear for every candidate; by default
-    it is the objective itself.
+    ``cache``, under ``kind``, before it is used. Every round of scoring is a stage of ``progress``
+    with this ``title``. ``enough(order)`` tells a strategy that a target is reached by removing
+    ``order``. ``final`` scores sets by what is wanted in the end, where that is too dear for every
+    candidate; by default it is the objective itself.
     """
 
     def __init__(
@@ -69,21 +87,20 @@ class Objective:
         scorer: Scorer | ScoreFunction,
         n_windows: int,
         *,
-        cache: CachedScores | None = None,
+        cache: ScoreCache | None = None,
+        kind: str = "",
         progress: Progress = silent,
         title: str = "searching",
-        enough: Callable[[Sequence[int]], bool] | None = None,
+        enough: Callable[[Sequence[int]], bool] = lambda order: False,
         exact: bool = True,
-        judge: Objective | None = None,
     ) -> None:
         self.scorer = scorer if isinstance(scorer, Scorer) else Scorer(values=scorer)
         self.n_windows = n_windows
-        self.judge = judge or self
-        self.exact = exact
-        self.enough = enough or (lambda order: False)
-        self._cache, self._progress, self._title = cache, progress, title
+        self.final: Objective = self
+        self.exact, self.enough = exact, enough
+        self._cache, self._kind, self._progress, self._title = cache, kind, progress, title
         self._known: dict[BlockSet, Values] = {}
-        for sets, start, values in cache.replay() if cache else ():
+        for sets, start, values in cache.replay(kind) if cache else ():
             self._learn(sets, start, values)
 
     def scores(self, sets: Sequence[BlockSet], note: str = "") -> Values:
@@ -155,7 +172,7 @@ class Objective:
                 calls.append((unknown, first, stop))
         for (scored, first, _), values in self.scorer.calls(calls):
             if self._cache:
-                self._cache.append(scored, first, values)
+                self._cache.append(self._kind, scored, first, values)
             self._learn(scored, first, values)
         return np.stack([self._of(s)[:windows] for s in sets])
 
@@ -171,16 +188,8 @@ class ShortlistObjective(Objective):
     """For scores that are too dear for every candidate: ranks by ``plain``, and scores the best
     ``SHORTLIST`` of a round anew; the rest have NaN everywhere."""
 
-    def __init__(
-        self,
-        plain: Objective,
-        scorer: Scorer,
-        *,
-        cache: CachedScores | None = None,
-        progress: Progress = silent,
-        enough: Callable[[Sequence[int]], bool] | None = None,
-    ) -> None:
-        super().__init__(scorer, plain.n_windows, cache=cache, progress=progress, enough=enough)
+    def __init__(self, plain: Objective, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.plain = plain
 
     def best(
@@ -219,3 +228,81 @@ class _Round:
     def remaining(self, sets: Sequence[BlockSet], windows: int) -> None:
         """Only ``sets`` are left to be scored, on so many windows."""
         self.work(max(0, self._total - windows * self._scorer.work(sets) - self._done))
+
+
+class ScoreCache:
+    """One file for all scores of a search: a JSON line per call, which names the kind of score.
+
+    ``key`` identifies all that the scores of every kind depend on; a file with another key, or with
+    a damaged header, is started anew. A line cut short by a crash is dropped. In a job of several
+    ranks the file is the first one's, and the others learn what stands in it.
+
+    Used as a context, at whose end the file goes if the search is done, since the plan then holds
+    the result, or if nothing was scored; unless ``keep``. Without a path nothing is kept.
+    """
+
+    def __init__(self, path: str | Path | None, key: str, *, keep: bool = False) -> None:
+        self.path, self.keep = None if path is None else Path(path), keep
+        self._header = {"journal": 2, "key": key}
+        self._stream: IO[str] | None = None
+        self._lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> ScoreCache:
+        if self.path is not None:
+            self._lines = json.loads(group().broadcast_from_main(self._open))
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if self._stream is None or self.path is None:
+            return
+        self._stream.close()
+        done = failed is None or failed is VerificationFailed  # that no depth is within a limit is
+        if not self._lines or (done and not self.keep):  # an answer too
+            self.path.unlink(missing_ok=True)
+
+    def replay(self, kind: str) -> list[tuple[list[BlockSet], int, Values]]:
+        """All scores of a kind so far: sets, first window, values [sets, windows]. ``kind`` says
+        what else they depend on."""
+        return [
+            ([*map(BlockSet, line["sets"])], line["start"], np.array(line["values"]))
+            for line in self._lines
+            if line["kind"] == kind
+        ]
+
+    def append(self, kind: str, sets: Sequence[BlockSet], start: int, values: Values) -> None:
+        """Keep the scores of ``sets`` on the windows from ``start``, if this process is the one
+        that writes."""
+        if self._stream is not None:
+            self._lines.append({"kind": kind, "sets": [*map(sorted, sets)], "start": start})
+            self._lines[-1]["values"] = values.tolist()
+            self._write(self._lines[-1])
+
+    def _open(self) -> str:
+        assert self.path is not None
+        self._lines = self._read(self.path)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # rewrite what was understood, so that a torn last line never precedes a new one
+            self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (see __exit__)
+            for line in (self._header, *self._lines):
+                self._write(line)
+        return json.dumps(self._lines)
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        lines = []
+        try:
+            for raw in path.read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(raw))
+        except FileNotFoundError:
+            return []
+        except ValueError:  # not JSON, or not UTF-8
+            logger.info("%s ends in a torn line, which is dropped", path)
+        return lines[1:] if lines and lines[0] == self._header else []
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._stream is not None
+        assert self.path is not None
+        with disk_errors(self.path):
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())

@@ -7,11 +7,11 @@ import hashlib
 import json
 import platform
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,11 +34,10 @@ from sleb.core.progress import Progress, Tick, silent
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
-from sleb.selection.metrics import METRICS, NLL, Metric, TokenMetric
-from sleb.selection.objective import Objective, Scorer, ShortlistObjective
+from sleb.selection.metrics import METRICS, NLL, TokenMetric
+from sleb.selection.objective import Objective, ScoreCache, Scorer, ShortlistObjective
 from sleb.selection.racing import baseline, rank
 from sleb.selection.request import (
-    Goal,
     above,
     candidates_for,
     check_options,
@@ -46,9 +45,8 @@ from sleb.selection.request import (
     removals,
 )
 from sleb.selection.resources import default_batch, on_threads
-from sleb.selection.score_cache import ScoreCache
 from sleb.selection.similarity import Similarity, measure_similarity
-from sleb.selection.strategies import FINALS, STRATEGIES, SearchResult
+from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
 
@@ -75,36 +73,32 @@ def find_blocks(
     progress: Progress = silent,
 ) -> Plan:
     """Find the blocks whose removal costs least, and return the plan; see :func:`sleb.search`."""
-    task = _prepare(model, config, split, progress)
-    with (
-        on_threads(config.threads),
-        ScoreCache(journal, task.key, keep=keep_journal) as cache,
-    ):
-        search = _Search(task, repaired, cache, progress)
-        evidence = search.heldout(after_repair)
-        rule = StoppingRule(task.goal, task.costs, task.candidates, evidence)
-        found = search.choose(rule)
+    search = _Search(model, config, split, repaired, progress)
+    cache = ScoreCache(journal, search.key, keep=keep_journal)
+    with on_threads(config.threads), cache:
+        evidence = search.heldout(cache, after_repair)
+        rule = StoppingRule(search.goal, search.costs, search.candidates, evidence)
+        found = search.choose(cache, rule)
         order, target = rule.settle(found.order)
         tested = found.order if config.curve else found.order[: len(order) + 1]
         curve = evidence.curve(tested) if evidence else None
-    finals = search.comparison(found)
-    scores_sets = task.metric.token is not None
+    finals, of_sets = search.comparison(found), search.metric.token is not None
     return Plan(
-        model=task.identity,
+        model=search.identity,
         removed=tuple(sorted(order)),
         order=order,
-        protected=task.protected,
+        protected=search.protected,
         metric=config.metric,
-        unit=task.metric.unit,
-        strategy=finals.sets[0].strategy if finals else task.strategy,
-        racing=scores_sets and not config.exact,
-        compiled=scores_sets and config.compile,
+        unit=search.metric.unit,
+        strategy=finals.sets[0].strategy if finals else search.strategy,
+        racing=of_sets and not config.exact,
+        compiled=of_sets and config.compile,
         dtype=model.dtype,
         target=target,
         baseline=baseline(found.dense) if found.dense.size else None,
         rounds=rounds_behind(found.rounds, order),
         final_comparison=finals,
-        similarity=task.gate,
+        similarity=search.gate,
         calibration=split.search.record,
         split=split.hashes,
         curve=curve,
@@ -112,29 +106,55 @@ def find_blocks(
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Task:
-    """What is to be searched, with all that is known before any set of blocks is scored. ``stack``
-    runs the candidates; it may be compiled."""
+class _Search:
+    """What is known before any set of blocks is scored, and the objectives that score them.
 
-    model: LoadedModel
-    stack: BlockStack
-    config: SearchConfig
-    split: CalibrationSplit
-    goal: Goal
-    metric: Metric
-    strategy: str
-    candidates: Sequence[int]
-    protected: tuple[int, ...]
-    similarity: Similarity | None
-    gate: SimilarityGate | None
-    costs: Costs
-    identity: Fingerprint
-    batch: int
+    Raises:
+        InputError: too few candidates, or no windows to hold out where the target needs them.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: SearchConfig,
+        split: CalibrationSplit,
+        repaired: RepairedScorer,
+        progress: Progress,
+    ) -> None:
+        self.model, self.config, self.split = model, config, split
+        self.repaired, self.progress = repaired, progress
+        self.goal = check_options(config)
+        self.metric = METRICS[config.metric]
+        self.strategy = config.strategy or self.metric.strategy
+        stack, n_blocks = model.stack, len(model.stack)
+        self.candidates = candidates_for(self.goal, config.protect, n_blocks, stack.model.config)
+        self.protected = tuple(b for b in range(n_blocks) if b not in self.candidates)
+        if self.measures_heldout and (split.heldout is None or len(split.heldout.ids) < 2):
+            raise InputError(
+                "no two windows are left over to hold out, which --max-loss-increase and --curve "
+                "need: give more --text, fewer --windows, a shorter --length, or a larger --heldout"
+            )
+        checkpoint = Checkpoint.open(model.source.path)
+        with progress.stage("hashing the model", checkpoint.nbytes) as tick:
+            self.identity = _identity(checkpoint, n_blocks, tick)
+        self.similarity: Similarity | None = None
+        self.gate: SimilarityGate | None = None
+        if config.min_similarity is not None or self.metric.token is None:
+            self.similarity = measure_similarity(
+                model, split.search, measure="cosine", batch=config.batch, progress=progress
+            )
+            if config.min_similarity is not None:
+                least = removals(self.goal, n_blocks)
+                self.candidates, self.gate = above(
+                    self.similarity, self.candidates, config.min_similarity, least
+                )
+        self.costs = Costs.of(checkpoint, stack)
+        self.batch = config.batch or default_batch(stack, split.search.ids.shape[1])
+        self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
 
     @property
     def measures_heldout(self) -> bool:
-        """Whether the target needs windows that took no part in the choice."""
+        """Whether the target needs windows that take no part in the choice."""
         return self.config.curve or self.goal.max_loss_increase is not None
 
     @property
@@ -142,158 +162,87 @@ class _Task:
         """Identity of all that every score depends on."""
         record, config = self.split.search.record, self.config
         how = self.model.dtype + (", compiled" if config.compile else "")
-        parts = [
-            self.identity.model_dump(),
-            record.sha256,
-            record.seed,
-            config.metric,
-            how,
-        ]
+        parts = [self.identity.model_dump(), record.sha256, record.seed, config.metric, how]
         parts += [config.exact, versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def sweep(self, stack: BlockStack, ids: Tensor, metric: TokenMetric) -> Sweep:
-        """Scores sets on windows [N, T]."""
-        most = self.config.max_memory
-        most_bytes = None if most is None else parse_bytes(most, "--max-memory")
-        return Sweep(stack, ids, metric, batch=self.batch, max_bytes=most_bytes)
-
-
-def _prepare(
-    model: LoadedModel,
-    config: SearchConfig,
-    split: CalibrationSplit,
-    progress: Progress,
-) -> _Task:
-    """Measure what the choice of candidates needs.
-
-    Raises:
-        InputError: too few candidates, or no windows to hold out where the target needs them.
-    """
-    goal = check_options(config)
-    metric = METRICS[config.metric]
-    n_blocks = len(model.stack)
-    candidates = candidates_for(goal, config.protect, n_blocks, model.stack.model.config)
-    protected = tuple(b for b in range(n_blocks) if b not in candidates)
-    heldout = 0 if split.heldout is None else len(split.heldout.ids)
-    if (config.curve or goal.max_loss_increase is not None) and heldout < 2:
-        raise InputError(
-            "no two windows are left over to hold out, which --max-loss-increase and --curve "
-            "need: give more --text, fewer --windows, a shorter --length, or a larger --heldout"
-        )
-    checkpoint = Checkpoint.open(model.source.path)
-    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
-        identity = _identity(checkpoint, n_blocks, tick)
-    similarity, gate = None, None
-    if config.min_similarity is not None or metric.token is None:
-        similarity = measure_similarity(
-            model, split.search, measure="cosine", batch=config.batch, progress=progress
-        )
-        if config.min_similarity is not None:
-            least = removals(goal, n_blocks)
-            candidates, gate = above(similarity, candidates, config.min_similarity, least)
-    batch = config.batch or default_batch(model.stack, split.search.ids.shape[1])
-    stack = CompiledStack(model.stack.model, batch) if config.compile else model.stack
-    return _Task(
-        model=model,
-        stack=stack,
-        config=config,
-        split=split,
-        goal=goal,
-        metric=metric,
-        strategy=config.strategy or metric.strategy,
-        candidates=candidates,
-        protected=protected,
-        similarity=similarity,
-        gate=gate,
-        costs=Costs.of(checkpoint, model.stack),
-        identity=identity,
-        batch=batch,
-    )
-
-
-@dataclass(frozen=True)
-class _Search:
-    """The objectives of a task. Those after a repair are of the model's own stack, since blocks
-    whose weights change cannot be compiled."""
-
-    task: _Task
-    repaired: RepairedScorer
-    cache: ScoreCache
-    progress: Progress
-
-    def heldout(self, after_repair: bool) -> HeldoutEvaluation | None:
-        """The evidence for a depth, if the target needs any."""
-        task, windows = self.task, self.task.split.heldout
-        if windows is None or not task.measures_heldout:
-            return None
-        title, n = "measuring held-out loss", len(windows.ids)
-        if not after_repair or task.goal.max_loss_increase is None:
-            scorer = task.sweep(task.stack, windows.ids, NLL).scorer
-            plain = Objective(scorer, n, progress=self.progress, title=title)
-            return HeldoutEvaluation(plain, windows, task.costs)
-        ids = task.split.candidate_fit(FINAL_TOKENS).ids
-        scorer = self.repaired(task.sweep(task.model.stack, windows.ids, NLL), ids)
-        scores = self.cache.of(f"held-out, repaired: {digest(ids)} {digest(windows.ids)}")
-        losses = Objective(scorer, n, cache=scores, progress=self.progress, title=title)
-        return HeldoutEvaluation(losses, windows, task.costs, fitted=ids.numel())
-
-    def choose(self, rule: StoppingRule) -> SearchResult:
-        """Run the strategy, or rank all blocks at once if the metric does that."""
-        task, config = self.task, self.task.config
-        if task.metric.token is None:
-            assert task.similarity is not None
-            alike = task.similarity.per_window[:, task.candidates]
-            only = rank(task.candidates, 1 - alike.T, rule.most)
-            return SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
-        search = task.split.search
-        ids = search.ids if config.exact else search.ids[_shuffled(search, config.seed)]
-        objective = Objective(
-            task.sweep(task.stack, ids, task.metric.token).scorer,
-            len(ids),
-            cache=self.cache.of("plain"),
-            progress=self.progress,
-            enough=rule.enough,
-            exact=config.exact,
-        )
-        if task.metric.repaired:
-            sweep, fitted = (
-                task.sweep(task.model.stack, ids, task.metric.token),
-                self.fitted,
-            )
-            objective = ShortlistObjective(
-                objective,
-                self.repaired(sweep, fitted),
-                cache=self.cache.of(f"repaired: {digest(fitted)}"),
-                progress=self.progress,
-                enough=rule.enough,
-            )
-        if task.strategy == FINALS:
-            ids, fitted = task.split.final_comparison, self.fitted
-            objective.judge = Objective(
-                self.repaired(task.sweep(task.model.stack, ids, NLL), fitted),
-                len(ids),
-                cache=self.cache.of(f"final: {digest(fitted)} {digest(ids)}"),
-                progress=self.progress,
-            )
-        return STRATEGIES[task.strategy](objective, task.candidates, rule.most)
 
     @cached_property
     def fitted(self) -> Tensor:
         """Windows [N, T] that candidates' repairs are fitted on."""
-        tokens = FINAL_TOKENS if self.task.strategy == FINALS else SEARCH_TOKENS
-        return self.task.split.candidate_fit(tokens).ids
+        tokens = FINAL_TOKENS if self.strategy == GREEDY_OR_WINDOW else SEARCH_TOKENS
+        return self.split.candidate_fit(tokens).ids
+
+    def _plain(self, ids: Tensor, metric: TokenMetric) -> Scorer:
+        """Scores sets on windows [N, T]."""
+        return self._sweep(self.stack, ids, metric).scorer
+
+    def _repaired(self, ids: Tensor, metric: TokenMetric, fitted: Tensor) -> tuple[Scorer, str]:
+        """Scores sets on windows [N, T] after a repair, and names such scores. Blocks whose weights
+        change cannot be compiled."""
+        scorer = self.repaired(self._sweep(self.model.stack, ids, metric), fitted)
+        return scorer, f"{metric.name} repaired {digest(fitted)} {digest(ids)}"
+
+    def _sweep(self, stack: BlockStack, ids: Tensor, metric: TokenMetric) -> Sweep:
+        most = self.config.max_memory
+        most_bytes = None if most is None else parse_bytes(most, "--max-memory")
+        return Sweep(stack, ids, metric, batch=self.batch, max_bytes=most_bytes)
+
+    def heldout(self, cache: ScoreCache, after_repair: bool) -> HeldoutEvaluation | None:
+        """The evidence for a depth, if the target needs any."""
+        windows = self.split.heldout
+        if windows is None or not self.measures_heldout:
+            return None
+        scorer, kind, tokens = self._plain(windows.ids, NLL), "held-out", None
+        if after_repair and self.goal.max_loss_increase is not None:
+            fitted = self.split.candidate_fit(FINAL_TOKENS).ids
+            scorer, kind = self._repaired(windows.ids, NLL, fitted)
+            tokens = fitted.numel()
+        losses = Objective(
+            scorer,
+            len(windows.ids),
+            cache=cache,
+            kind=f"{kind} {windows.record.sha256}",
+            progress=self.progress,
+            title="measuring held-out loss",
+        )
+        return HeldoutEvaluation(losses, windows, self.costs, fitted=tokens)
+
+    def choose(self, cache: ScoreCache, rule: StoppingRule) -> SearchResult:
+        """Run the strategy, or rank all blocks at once if the metric does that."""
+        metric, split, config = self.metric.token, self.split, self.config
+        if metric is None:
+            assert self.similarity is not None
+            alike = self.similarity.per_window[:, self.candidates]
+            only = rank(self.candidates, 1 - alike.T, rule.most)
+            return SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
+        ids = split.search.ids
+        if not config.exact:
+            ids = ids[_shuffled(split.search, config.seed)]
+        shared: dict[str, Any] = {"cache": cache, "progress": self.progress}
+        objective = Objective(
+            self._plain(ids, metric), len(ids), enough=rule.enough, exact=config.exact, **shared
+        )
+        if self.metric.repaired:
+            scorer, kind = self._repaired(ids, metric, self.fitted)
+            objective = ShortlistObjective(
+                objective, scorer, len(ids), kind=kind, enough=rule.enough, **shared
+            )
+        if self.strategy == GREEDY_OR_WINDOW:
+            ids = split.final_comparison
+            scorer, kind = self._repaired(ids, NLL, self.fitted)
+            objective.final = Objective(scorer, len(ids), kind=kind, **shared)
+        return STRATEGIES[self.strategy](objective, self.candidates, rule.most)
 
     def comparison(self, found: SearchResult) -> FinalComparison | None:
         """The plan's record of the sets that the strategy has compared, if it has."""
         if not found.finalists:
             return None
-        windows = len(self.task.split.final_comparison)
+        windows = len(self.split.final_comparison)
         return FinalComparison(
             sets=found.finalists,
             fitted=self.fitted.numel(),
             windows=windows,
-            self_generated=windows - len(self.task.split.search.ids),
+            self_generated=windows - len(self.split.search.ids),
         )
 
 
@@ -303,14 +252,14 @@ def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
     mine = ""
     if here.local_rank == 0:
         mine = fingerprint(checkpoint, n_blocks, tick).model_dump_json()
-    said = {text.decode() for text in here.exchange(mine.encode()) if text}
+    found = {text.decode() for text in here.exchange(mine.encode()) if text}
     ours = {json.dumps(versions()).encode()}
-    if len(said) > 1 or len({*here.exchange(*ours)}) > 1:
+    if len(found) > 1 or len({*here.exchange(*ours)}) > 1:
         raise InputError(
             "the machines of this job have different weights, or different versions of sleb, torch "
             "or transformers: give all of them the same"
         )
-    return Fingerprint.model_validate_json(said.pop())
+    return Fingerprint.model_validate_json(found.pop())
 
 
 def versions() -> dict[str, str]:

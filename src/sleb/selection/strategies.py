@@ -15,11 +15,11 @@ from sleb.core.statistics import standard_error
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
 from sleb.selection.racing import leaders, rank, rounded
 
-__all__ = ["BEAM", "FINALS", "STRATEGIES", "SearchResult", "Strategy"]
+__all__ = ["BEAM", "GREEDY_OR_WINDOW", "STRATEGIES", "SearchResult", "Strategy"]
 
 BEAM = 4
-FINALS = "greedy-or-window"
-"""The strategy that asks the objective's judge."""
+GREEDY_OR_WINDOW = "greedy-or-window"
+"""The strategy that compares by the objective's ``final`` scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +139,10 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> SearchRes
     return greedy(objective, sorted(chosen), n)
 
 
-@STRATEGIES.register(FINALS)
+@STRATEGIES.register(GREEDY_OR_WINDOW)
 def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """What greedy finds, or the best run of as many neighbours: the one that loses less by the
-    objective's judge, which with this strategy is the loss after a repair."""
+    objective's ``final`` scores, which with this strategy are the loss after a repair."""
     found = {"greedy": greedy(objective, candidates, n)}
     size = len(found["greedy"].order)
     if _runs(candidates, size):
@@ -153,7 +153,7 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
     sets = [BlockSet(f.order) for f in found.values()]
     if len(set(sets)) == 1:
         return found["greedy"]
-    dense, *values = objective.judge.scores([DENSE, *sets], "greedy or window, each repaired")
+    dense, *values = objective.final.scores([DENSE, *sets], "greedy or window, each repaired")
     losses = dict(zip(found, values, strict=True))
     names = [[*found][i] for i in leaders(np.array(values))]
 

@@ -10,7 +10,10 @@ separate passes; where batches differ, to rounding.
 
 Prefixes share a forward call only within a *bundle*, a part of the sets that depends on nothing but
 the sets and the batch; what several bundles need is computed alone. So bundles can be sharded over
-processes, and every score is the same to the bit. See ``distributed``.
+processes, and every score is the same to the bit. A call, which is a batch of windows and the sets
+to score on it, goes whole to one rank; where fewer calls than ranks are left, several share one,
+each with some of its bundles. Scores are gathered after every few calls: often enough that little
+is lost when the job is killed, and seldom enough that ranks hardly wait for each other.
 
 Where blocks are offloaded to disk, a walk takes as many batches of windows as ``max_bytes`` of
 activations allow, and each block is read once for all of them. More windows take more walks: to
@@ -21,9 +24,12 @@ every block each prefix would have to come and go.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+import pickle
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain, pairwise
@@ -33,21 +39,22 @@ import torch
 from torch import Tensor
 
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
-from sleb.core.process_group import group
+from sleb.core.process_group import Group, group
 from sleb.models.stack import BlockStack, decoder_config
-from sleb.selection.distributed import distribute
 from sleb.selection.metrics import TokenMetric
-from sleb.selection.objective import DENSE, BlockSet, Scorer, Values
-from sleb.selection.prefixes import below, block_forwards, groups, needed, sharing
+from sleb.selection.objective import DENSE, BlockSet, Call, Scorer, Values
 from sleb.selection.resources import busy_tokens, default_batch, free_bytes, logit_bytes
 
-__all__ = ["Patch", "Sweep", "block_forwards"]
+__all__ = ["Patch", "Sweep", "block_forwards", "distribute"]
 
 logger = logging.getLogger(__name__)
 
 BUNDLES = 8
 """Parts of a call's sets that can go to different processes, where calls are large enough. More
 would have each process repeat more of what all sets share."""
+OFTEN_S, SELDOM_S = 2.0, 20.0
+"""Scores are gathered sooner than ``SELDOM_S`` seconds after the last time, and not before
+``OFTEN_S``, as far as whole calls allow."""
 
 Patch = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the model's blocks have other weights, as of a repair."""
@@ -331,3 +338,139 @@ class Sweep:
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
         self.stack.checked = True
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+def distribute(sweep: Sweep, calls: Sequence[Call]) -> Iterator[tuple[Call, Values]]:
+    """Each call with its scores, float64 [sets, windows] or [sets, windows, M], in order.
+
+    Raises:
+        Lost: another process has ended.
+        DataError: the ranks no longer do the same; or as :meth:`Sweep.scores`, on all ranks.
+    """
+    here = group()
+    if not here.several:
+        for call in calls:
+            yield call, sweep.scores(*call).numpy()
+        return
+    calls = [piece for call in calls for piece in _pieces(sweep, call, here, len(calls))]
+    whole, at = len(calls) - len(calls) % here.size, 0
+    shares = {i: _shared(sweep, calls, i, whole, here) for i in range(len(calls))}
+    turns = 1  # calls of each rank before scores are gathered
+    while at < len(calls):
+        some = range(at, min(at + turns * here.size, len(calls)))
+        seconds, found = _gathered(sweep, [(calls[i], shares[i]) for i in some], here)
+        yield from ((calls[i], values) for i, values in zip(some, found, strict=True))
+        if seconds < OFTEN_S:
+            turns *= 2
+        elif seconds > SELDOM_S:
+            turns = max(1, turns // 2)
+        at = some.stop
+
+
+Shares = dict[int, list[BlockSet]]
+"""By rank, the sets of a call that it scores."""
+
+
+def _pieces(sweep: Sweep, call: Call, here: Group, calls: int) -> Iterator[Call]:
+    """A call of many batches, as where blocks are streamed, in shorter ones for all ranks."""
+    sets, start, stop = call
+    batches = -(-(stop - start) // sweep.batch)
+    step = sweep.batch * max(1, -(-batches * calls // here.size))
+    for a in range(start, stop, step):
+        yield sets, a, min(a + step, stop)
+
+
+def _shared(sweep: Sweep, calls: Sequence[Call], i: int, whole: int, here: Group) -> Shares:
+    """Who scores what of call i. ``whole``: the number of calls that make equally many for all."""
+    sets, start, stop = calls[i]
+    ranks = here.size // (len(calls) - whole) if i >= whole else 1
+    bundles = sweep.bundles(list(dict.fromkeys(sets)), stop - start)
+    if min(ranks, len(bundles)) < 2:
+        return {i % here.size: list(sets)}
+    offset = (i - whole) * ranks
+    cost = [block_forwards(bundle, len(sweep.stack)) + len(bundle) for bundle in bundles]
+    load = dict.fromkeys(range(offset, offset + ranks), 0)
+    share: Shares = {rank: [] for rank in load}
+    for k in sorted(range(len(bundles)), key=lambda k: (-cost[k], k)):
+        rank = min(load, key=lambda r: load[r])
+        load[rank] += cost[k]
+        share[rank] += bundles[k]
+    return {rank: mine for rank, mine in share.items() if mine}
+
+
+def _gathered(
+    sweep: Sweep, work: Sequence[tuple[Call, Shares]], here: Group
+) -> tuple[float, list[Values]]:
+    """Do this rank's part and gather the others'. Gives the slowest one's seconds, and all scores
+    of each call."""
+    began = time.perf_counter()
+
+    def own() -> list[Values | None]:
+        return [
+            sweep.scores(mine, start, stop, among=sets).numpy() if mine else None
+            for (sets, start, stop), shares in work
+            for mine in [shares.get(here.rank)]
+        ]
+
+    mine = here.all_or_raise(own)
+    same = hashlib.sha256(repr(work).encode()).digest()
+    sent = pickle.dumps((time.perf_counter() - began, sweep.batch, same, mine))
+    seconds, batches, works, found = zip(*map(pickle.loads, here.exchange(sent)), strict=True)
+    if len({*works}) > 1:
+        raise DataError(
+            "the processes of this job no longer do the same work, so their machines or versions "
+            "differ: run it on machines of one kind, with the same software"
+        )
+    sweep.batch = min(batches)  # some may have run out of memory
+    values = []
+    for k, ((sets, _, _), shares) in enumerate(work):
+        rows: dict[BlockSet, Values] = {}
+        for rank, scored in shares.items():
+            rows |= zip(scored, found[rank][k], strict=True)
+        values.append(np.stack([rows[s] for s in sets]))
+    return max(seconds), values
+
+
+# -- prefixes -----------------------------------------------------------------------------------
+
+
+def groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]]:
+    """Cut into groups of a power of two, at most ``most``: few sizes, so few things to prepare."""
+    start = 0
+    while start < len(items):
+        size = 1 << (min(most, len(items) - start).bit_length() - 1)
+        yield items[start : start + size]
+        start += size
+
+
+def sharing(
+    runs: Collection[BlockSet], users: Sequence[Collection[BlockSet]]
+) -> list[list[BlockSet]]:
+    """``runs`` by the only one of ``users`` that needs them, those that several need alone, in an
+    order of their own."""
+    found: dict[tuple[int, ...], list[BlockSet]] = {}
+    for p in sorted(runs, key=sorted):
+        by = [k for k, those in enumerate(users) if p in those]
+        found.setdefault((by[0],) if len(by) == 1 else (-1, *sorted(p)), []).append(p)
+    return [found[key] for key in sorted(found)]
+
+
+def needed(sets: Sequence[BlockSet], n_blocks: int) -> list[set[BlockSet]]:
+    """The prefixes before each block, and after the last, that lead to the sets."""
+    found = [set(sets)]
+    for i in reversed(range(n_blocks)):
+        found.append({below(p, i) for p in found[-1]})
+    return found[::-1]
+
+
+def below(blocks: BlockSet, i: int) -> BlockSet:
+    """Those before block i."""
+    return BlockSet(b for b in blocks if b < i)
+
+
+def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
+    """Block forwards that one sweep over ``sets`` takes for a window, without running it."""
+    return sum(len({below(s, i) for s in sets if i not in s}) for i in range(n_blocks))

@@ -18,7 +18,7 @@ from sleb.core.plan import Curve, Point, Target, blocks_to_remove
 from sleb.core.statistics import interval, standard_error
 from sleb.models.stack import BlockStack
 from sleb.selection.objective import DENSE, BlockSet, Objective, Values
-from sleb.selection.racing import baseline
+from sleb.selection.racing import baseline, rounded
 from sleb.selection.request import Goal, parse_bytes
 
 __all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
@@ -82,16 +82,16 @@ class HeldoutEvaluation:
         """The model without ``order``, against the dense one."""
         dense, pruned = self._losses.scores([DENSE, BlockSet(order)])
         increase = pruned - dense
-        found, bound = interval(increase), upper_bound(increase)
+        found = interval(increase)
         return Point(
             depth=len(order),
             block=order[-1],
-            increase=_rounded(found.value),
-            low=None if found.low is None else _rounded(found.low),
-            high=None if found.high is None else _rounded(found.high),
-            bound=None if bound is None else _rounded(bound),
+            increase=round(found.value, 6),
+            low=rounded(found.low),
+            high=rounded(found.high),
+            bound=rounded(upper_bound(increase)),
             nbytes=self._costs.size(order),
-            speedup=_rounded(self._costs.speedup(order)),
+            speedup=round(self._costs.speedup(order), 6),
         )
 
     def curve(self, order: Sequence[int]) -> Curve:
@@ -133,45 +133,38 @@ class StoppingRule:
     ) -> None:
         self.goal, self._costs, self._heldout = goal, costs, heldout
         self.most = self._most(candidates)
-        self.known = goal.max_loss_increase is None  # whether ``most`` is about what it takes
 
     def _most(self, candidates: Sequence[int]) -> int:
         """Removals that surely reach the goal, or all that are possible."""
-        blocks = len(self._costs.blocks)
-        if self.goal.remove is not None:
-            return blocks_to_remove(self.goal.remove, blocks)
-        possible = min(len(candidates), blocks - 1)
-        if self.goal.max_loss_increase is not None:
+        goal, costs = self.goal, self._costs
+        if goal.remove is not None:
+            return blocks_to_remove(goal.remove, len(costs.blocks))
+        possible = min(len(candidates), len(costs.blocks) - 1)
+        if goal.max_loss_increase is not None:
             return possible
-        cheapest = sorted(candidates, key=lambda b: self._costs.blocks[b])
+        cheapest = sorted(candidates, key=lambda b: costs.blocks[b])
         for n in range(1, possible + 1):
-            if self._small_or_fast_enough(cheapest[:n]):
+            if self.enough(cheapest[:n]):
                 return n
-        all_gone = cheapest[-possible:]
-        if self.goal.size is not None:
-            raise InputError(
-                f"--size {self.goal.size} is not within reach: without all {possible} candidates "
-                f"the weights still take {self._costs.size(all_gone) / 1e6:,.1f} MB"
-            )
-        raise InputError(
-            f"--speedup {self.goal.speedup} is not within reach: without all {possible} candidates "
-            f"it is {self._costs.speedup(all_gone):.2f}"
-        )
-
-    def _small_or_fast_enough(self, order: Sequence[int]) -> bool:
-        if self.goal.size is not None:
-            return self._costs.size(order) <= parse_bytes(self.goal.size, "--size")
-        assert self.goal.speedup is not None
-        return self._costs.speedup(order) >= self.goal.speedup
+        gone = cheapest[-possible:]
+        asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
+        if goal.size is not None:
+            asked = f"--size {goal.size}"
+            left = f"the weights still take {costs.size(gone) / 1e6:,.1f} MB"
+        raise InputError(f"{asked} is not within reach: without all {possible} candidates {left}")
 
     def enough(self, order: Sequence[int]) -> bool:
         """Whether the search may stop after removing ``order``: the target is reached, or it is
         just exceeded and the last removal has to be taken back."""
-        if self.goal.remove is not None:
+        goal = self.goal
+        if goal.remove is not None:
             return len(order) >= self.most
-        if self.goal.max_loss_increase is not None:
-            return self._bound(order) > self.goal.max_loss_increase
-        return self._small_or_fast_enough(order)
+        if goal.max_loss_increase is not None:
+            return self._bound(order) > goal.max_loss_increase
+        if goal.size is not None:
+            return self._costs.size(order) <= parse_bytes(goal.size, "--size")
+        assert goal.speedup is not None
+        return self._costs.speedup(order) >= goal.speedup
 
     def settle(self, order: Sequence[int]) -> tuple[tuple[int, ...], Target]:
         """How much of ``order`` to use, and the record of it.
@@ -183,25 +176,22 @@ class StoppingRule:
         Raises:
             VerificationFailed: not even the first removal is within the limit on loss.
         """
-        limit = self.goal.max_loss_increase
+        goal = self.goal
         depth = next((d for d in range(1, len(order) + 1) if self.enough(order[:d])), len(order))
-        if limit is not None:
-            if self._bound(order[:depth]) > limit:
-                depth -= 1
-            if depth == 0:
+        used = tuple(order[:depth])
+        if (limit := goal.max_loss_increase) is not None:
+            if self._bound(used) > limit:
+                used = used[:-1]
+            if not used:
                 assert self._heldout
                 windows = len(self._heldout.windows.ids)
                 raise nothing_within_limit(limit, order[0], self._bound(order[:1]), windows)
-            reached = self._bound(order[:depth])
-            return tuple(order[:depth]), Target(
-                kind="max-loss-increase", limit=limit, reached=reached
-            )
-        used = tuple(order[:depth])
-        if self.goal.speedup is not None:
-            reached = _rounded(self._costs.speedup(used))
-            return used, Target(kind="speedup", limit=self.goal.speedup, reached=reached)
-        if self.goal.size is not None:
-            size = parse_bytes(self.goal.size, "--size")
+            return used, Target(kind="max-loss-increase", limit=limit, reached=self._bound(used))
+        if goal.speedup is not None:
+            reached = round(self._costs.speedup(used), 6)
+            return used, Target(kind="speedup", limit=goal.speedup, reached=reached)
+        if goal.size is not None:
+            size = parse_bytes(goal.size, "--size")
             return used, Target(kind="size", limit=size, reached=self._costs.size(used))
         return used, Target(kind="remove", limit=self.most, reached=depth)
 
@@ -210,7 +200,3 @@ class StoppingRule:
         bound = self._heldout.point(order).bound
         assert bound is not None  # at least two windows, see search
         return bound
-
-
-def _rounded(value: float) -> float:
-    return round(value, 6)
