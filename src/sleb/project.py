@@ -308,10 +308,10 @@ class _Session:
         fixed = stored_repair(plan, self.project.target, self.dense)
         return run_tasks(
             self.dense,
-            self.project.tasks,
+            task=self.project.tasks,
             removed=self.record.removed,
             patch=partial(fixed.patch, self.dense.stack) if fixed else None,
-            folder=folder,
+            tasks_folder=folder and str(folder),
             limit=measure.limit,
             seed=self.project.search.seed,
             progress=self.progress,

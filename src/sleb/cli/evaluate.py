@@ -116,10 +116,10 @@ def evaluate(
 
         results = run_tasks(
             loaded,
-            task,
+            task=task,
             removed=removed,
             patch=patch,
-            folder=tasks_folder,
+            tasks_folder=tasks_folder,
             limit=limit,
             batch=batch,
             seed=seed,
