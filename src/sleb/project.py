@@ -322,9 +322,8 @@ class _Session:
         options |= {"remove": len(self.record.removed), "curve": False}
         for other in ("max_loss_increase", "speedup", "size"):
             options[other] = None
-        text = options.pop("text")
         return transfer(
-            self.dense, text, heldout=self.project.search.heldout, progress=self.progress, **options
+            self.dense, heldout=self.project.search.heldout, progress=self.progress, **options
         )
 
     def answers(self) -> Comparison:

@@ -119,19 +119,20 @@ def bench(
 @searching
 def transfer(model: Model, record: Record = None, **options: Any) -> int:
     """Search on each --text and on all of them, and score every choice on every text."""
+    from sleb.config import TransferConfig
     from sleb.evaluation.transfer import check_transfer
     from sleb.evaluation.transfer import transfer as measure
     from sleb.models.load import load
 
     json = options.pop("json")
     options.pop("force")
-    options["text"] = options["text"] or ()
-    check_transfer(options)
+    config = TransferConfig.of({**options, "text": options["text"] or ()})
+    check_transfer(config)
     check_record(record)
     progress = terminal_progress()
     names = ("dtype", "device", "stream", "device_map", "tp", "trust_remote_code")
     loaded = load(model, **{name: options[name] for name in names}, progress=progress)
-    found = measure(loaded, options.pop("text"), progress=progress, **options)
+    found = measure(loaded, config, progress=progress)
     show.result(found, json)
     save(record, json, transfer=found)
     return 0
