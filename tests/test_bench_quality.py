@@ -180,7 +180,9 @@ def test_accuracies_are_those_of_the_cut_and_the_repaired_model(result, learned,
     changed = []
     for system in report["systems"]:
         cut = system["sets"][1]
-        (own,) = run_tasks(loaded, [name], removed=cut["blocks"], folder=tmp_path / "tasks")
+        (own,) = run_tasks(
+            loaded, task=[name], removed=cut["blocks"], tasks_folder=str(tmp_path / "tasks")
+        )
         plain, repaired = (cut[form]["tasks"][name] for form in ("plain", "repaired"))
         assert own.dense.value == pytest.approx(dense["accuracy"]["value"], abs=1e-5)
         assert own.pruned.value == pytest.approx(plain["accuracy"]["value"], abs=1e-5)

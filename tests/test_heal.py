@@ -256,21 +256,16 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     command += ["--device", "cpu", "--dtype", "float32", "-o", tmp_path / "H"]
     ran = run(capsys, *command)
     assert ran.code == 0, ran.err
-    head, *rows = ran.out.splitlines()[1:5]
-    assert head.split() == ["text", "windows", "dense", "cut", "healed", "divergence"]
-    assert [row.split()[0] for row in rows] == ["mail", "code", "all"]
-    for row in rows:
-        assert row.count(" to ") == 3, "two ratios with their intervals, and the divergence"
+    rows = {line.split()[0]: line for line in ran.out.splitlines() if line.count(" to ") == 3}
+    assert [*rows] == ["mail", "code", "all"], "two ratios with intervals, and the divergence"
     assert f"checkpoint written to {tmp_path / 'H'}" in ran.out
 
     assert "exists" in refused(capsys, 2, *command)
     found = run(capsys, *command, "--force", "--json").json
     assert found["overall"]["healed_divergence"]["value"] < 1
     assert found["heldout"]["windows"] == 8
-    message = refused(capsys, 2, "verify", tmp_path / "H", "--model", "MODEL")
-    assert "is healed: its weights were trained after the cut" in message
-    assert "verify the cut" in message
+    assert "healed" in refused(capsys, 2, "verify", tmp_path / "H", "--model", "MODEL")
 
     monkeypatch.setattr("sleb.cli.verbs.terminal_progress", lambda: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")
-    assert message.endswith(f"so far is in {tmp_path / 'N.heal'}: repeat the command to go on")
+    assert f"{tmp_path / 'N.heal'}: repeat" in message

@@ -119,7 +119,7 @@ def says(model, tokenizer, question: str) -> str:
 
 def test_choices_are_those_of_a_computation_by_hand(taught, tmp_path):
     rows = list(chosen())
-    (result,) = run_tasks(taught, [write(tmp_path / "q.jsonl", rows)], removed=REMOVED)
+    (result,) = run_tasks(taught, task=[write(tmp_path / "q.jsonl", rows)], removed=REMOVED)
     dense = [by_hand(taught.model, taught.tokenizer, row) for row in rows]
     with sleb.bypassed(taught, REMOVED):
         pruned = [by_hand(taught.model, taught.tokenizer, row) for row in rows]
@@ -138,8 +138,8 @@ def test_choices_are_those_of_a_computation_by_hand(taught, tmp_path):
 @pytest.mark.parametrize("removed", [(1, 3), (0, 4)], ids=["cached", "block 0, not cached"])
 def test_the_pruned_score_is_that_of_the_cut_checkpoint(taught, taught_dir, tmp_path, removed):
     tasks = [write(tmp_path / "choose.jsonl", chosen()), write(tmp_path / "say.jsonl", written())]
-    side = run_tasks(taught, tasks, removed=removed)
-    alone = run_tasks(cut(taught_dir, removed, tmp_path / "cut"), tasks)
+    side = run_tasks(taught, task=tasks, removed=removed)
+    alone = run_tasks(cut(taught_dir, removed, tmp_path / "cut"), task=tasks)
     assert [r.pruned for r in side] == [r.dense for r in alone]
     assert all(r.pruned is None and r.flips is None and r.retention is None for r in alone)
 
@@ -157,7 +157,7 @@ def test_generated_answers_are_those_of_the_cut_checkpoint(taught, taught_dir, t
             {"question": f"{t}?", "answer": a} for (t, _), a in zip(PAIRS, accepted, strict=True)
         ]
         path = write(tmp_path / "say.jsonl", rows)
-        (result,) = run_tasks(taught, [path], removed=removed)
+        (result,) = run_tasks(taught, task=[path], removed=removed)
         right = sum(a == b for a, b in zip(said, accepted, strict=True))
         assert result.pruned.value == right / len(PAIRS)
         agreed += right
@@ -179,14 +179,14 @@ def test_a_cache_is_used_where_bypassing_leaves_it_right(taught, tmp_path):
 
 
 def test_an_exact_match_forgives_case_space_and_a_full_stop_alone(taught, tmp_path):
-    (result,) = run_tasks(taught, [write(tmp_path / "say.jsonl", written())])
+    (result,) = run_tasks(taught, task=[write(tmp_path / "say.jsonl", written())])
     assert (result.metric, result.chance, result.dense.value) == ("exact_match", None, 1.0)
     wrong = [{"question": f"{thing}?", "answer": f"{colour}-"} for thing, colour in PAIRS]
-    (result,) = run_tasks(taught, [write(tmp_path / "wrong.jsonl", wrong)])
+    (result,) = run_tasks(taught, task=[write(tmp_path / "wrong.jsonl", wrong)])
     assert result.dense.value == 0
     # an answer that only begins like an accepted one does not match
     begin = [{"question": f"{thing}?", "answer": colour[:2]} for thing, colour in PAIRS]
-    (result,) = run_tasks(taught, [write(tmp_path / "begin.jsonl", begin)])
+    (result,) = run_tasks(taught, task=[write(tmp_path / "begin.jsonl", begin)])
     assert result.dense.value == 0
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_is_read_word_for_word(taught, tmp_path):
     tasks = first.load([*map(read_questions, both)], [], None, limit=None, seed=0)
     requests = [[i.args for i in task.task.instances] for task in tasks]
     assert requests[0] == requests[1]
-    a, b = run_tasks(taught, both, removed=REMOVED)
+    a, b = run_tasks(taught, task=both, removed=REMOVED)
     assert (a.dense, a.pruned, a.flips) == (b.dense, b.pruned, b.flips)
     glued = [row | {"choices": ["x", " y"], "answer": 1} for row in raw]
     (task,) = first.load(
@@ -247,7 +247,7 @@ def test_a_local_task_scores_as_the_harness_itself_does(taught, folder):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    (result,) = run_tasks(taught, ["colours"], folder=folder, removed=REMOVED)
+    (result,) = run_tasks(taught, task=["colours"], tasks_folder=str(folder), removed=REMOVED)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
 
     def itself() -> float:
@@ -285,8 +285,8 @@ def test_the_recipes_for_local_files_work(taught, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = sorted(path.stem for path in recipes.glob("*.yaml"))
     assert len(names) == 4
-    found = {r.name: r for r in run_tasks(taught, names, folder=recipes)}
-    (own,) = run_tasks(taught, [write(tmp_path / "own.jsonl", chosen(6))])
+    found = {r.name: r for r in run_tasks(taught, task=names, tasks_folder=str(recipes))}
+    (own,) = run_tasks(taught, task=[write(tmp_path / "own.jsonl", chosen(6))])
     for name in ("arc_easy_local", "piqa_local", "hellaswag_local"):
         assert (found[name].dense, found[name].metric) == (own.dense, "acc_norm")
     assert found["winogrande_local"].dense.value == 1.0
@@ -302,11 +302,11 @@ def test_the_documentations_example_works(taught, tmp_path, monkeypatch):
     for i, body in enumerate(jsonl):
         Path(f"rows{i}.jsonl").write_text(body, encoding="utf-8")
         if i < len(jsonl) - 1:  # the last one is the data of the task
-            assert run_tasks(taught, [f"rows{i}.jsonl"])[0].items == len(body.splitlines())
+            assert run_tasks(taught, task=[f"rows{i}.jsonl"])[0].items == len(body.splitlines())
     Path("tasks").mkdir()
     Path("tasks/tickets.yaml").write_text(yaml, encoding="utf-8")
     shutil.move(f"rows{len(jsonl) - 1}.jsonl", "tickets.jsonl")
-    (result,) = run_tasks(taught, ["tickets"], folder="tasks")
+    (result,) = run_tasks(taught, task=["tickets"], tasks_folder="tasks")
     assert (result.name, result.metric) == ("tickets", "acc_norm")
 
 
@@ -317,7 +317,7 @@ def test_scores_that_are_not_just_right_or_wrong_have_no_flips(taught, folder):
     (folder / "scores.py").write_text(
         "def half(doc, results):\n    return {'half': 0.25 if doc['answer'] else 0.5}\n"
     )
-    (result,) = run_tasks(taught, ["half"], folder=folder, removed=REMOVED)
+    (result,) = run_tasks(taught, task=["half"], tasks_folder=str(folder), removed=REMOVED)
     wanted = [0.25 if row["answer"] else 0.5 for row in chosen()]
     assert result.flips is None
     assert result.dense == result.pruned == sleb.core.statistics.interval(np.array(wanted))
@@ -334,13 +334,15 @@ def test_a_limit_draws_the_same_items_for_both_models(taught, folder):
     assert items(10, 0) != tuple(range(10))
     assert items(40, 0) is items(99, 0) is None
     picked = items(10, 5)
-    (result,) = run_tasks(taught, ["colours"], folder=folder, removed=[2], limit=10, seed=5)
+    (result,) = run_tasks(
+        taught, task=["colours"], tasks_folder=str(folder), removed=[2], limit=10, seed=5
+    )
     rows = list(chosen())
     (alone,) = run_tasks(
-        taught, [write(folder / "p.jsonl", [rows[i] for i in picked])], removed=[2]
+        taught, task=[write(folder / "p.jsonl", [rows[i] for i in picked])], removed=[2]
     )
     assert result.items == alone.items == 10
-    (whole,) = run_tasks(taught, ["colours"], folder=folder, removed=[2])
+    (whole,) = run_tasks(taught, task=["colours"], tasks_folder=str(folder), removed=[2])
     assert whole.items == 40
 
 
@@ -371,7 +373,12 @@ def test_progress_counts_requests_and_nothing_else_is_said_or_changed(
     say = write(tmp_path / "say.jsonl", written())
     try:
         run_tasks(
-            taught, ["colours", say], folder=folder, removed=REMOVED, limit=5, progress=watching
+            taught,
+            task=["colours", say],
+            tasks_folder=str(folder),
+            removed=REMOVED,
+            limit=5,
+            progress=watching,
         )
         assert taught.tokenizer.pad_token is None
     finally:
@@ -393,12 +400,12 @@ def test_a_group_gives_a_result_for_each_task(taught, folder, monkeypatch):
     (folder / "more.yaml").write_text(text.replace("task: colours", "task: more"))
     (folder / "group.yaml").write_text("group: all\ntask: [colours, more]\n")
     monkeypatch.setattr(harness_module, "TaskManager", _without_the_harness_own)
-    assert [r.name for r in run_tasks(taught, ["all"], folder=folder, limit=2)] == [
+    assert [r.name for r in run_tasks(taught, task=["all"], tasks_folder=str(folder), limit=2)] == [
         "colours",
         "more",
     ]
     with pytest.raises(InputError, match="leave one out"):
-        run_tasks(taught, ["all", "more"], folder=folder)
+        run_tasks(taught, task=["all", "more"], tasks_folder=str(folder))
 
 
 def _without_the_harness_own(include_path, include_defaults):

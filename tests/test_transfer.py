@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import rich.console
 from pydantic import TypeAdapter
 from scipy import stats
 
 import reference
 import sleb
 import sleb.evaluation.transfer as module
+from sleb.config import TransferConfig
 from sleb.core.errors import InputError
 from sleb.evaluation.transfer import Transfer, check_transfer, clearly_worse, transfer
-from sleb.views import items
-from sleb.views.terminal import draw
 from text_tools import letters
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -43,8 +40,8 @@ def searched(monkeypatch):
     """Every search that is made: name of its stage, its windows, its plan."""
     calls = []
 
-    def spy(model, *, split, progress, **options):
-        plan = sleb.search(model, split=split, **options)
+    def spy(model, config, *, split, progress):
+        plan = sleb.search(model, config, split=split)
         calls.append((progress.name, split.search, plan))
         return plan
 
@@ -57,7 +54,7 @@ def rows(windows):
 
 
 def test_each_plan_is_the_search_on_the_same_text(loaded, texts):
-    found = transfer(loaded, texts, remove=2, heldout=3, **SMALL)
+    found = transfer(loaded, text=texts, remove=2, heldout=3, **SMALL)
     assert found.domains == ("mail", "prog", "sums")
     assert [plan.source for plan in found.plans] == ["mail", "prog", "sums", "mix"]
     for plan, text in zip(found.plans, [*([spec] for spec in texts), texts], strict=True):
@@ -70,13 +67,13 @@ def test_searches_are_equal_in_windows_and_see_nothing_held_out(
 ):
     aside = []
 
-    def costs(model, plans, held, progress, options):
+    def costs(model, plans, held, config, progress):
         aside.extend(held)
         return [np.ones((4, 5))] * 3
 
     monkeypatch.setattr(module, "_costs", costs)
     weighted = [f"{texts[0]}@4", *texts[1:]]
-    transfer(loaded, weighted, remove=1, heldout=5, **SMALL)
+    transfer(loaded, text=weighted, remove=1, heldout=5, **SMALL)
     assert [name for name, _, _ in searched] == ["mail", "prog", "sums", "mix"]
     assert [len(windows.ids) for _, windows, _ in searched] == [6] * 4
     *own, mix = [windows for _, windows, _ in searched]
@@ -87,7 +84,7 @@ def test_searches_are_equal_in_windows_and_see_nothing_held_out(
 
 
 def test_costs_are_paired_increases_on_each_texts_own_windows(loaded, texts):
-    found = transfer(loaded, texts, remove=2, heldout=4, **SMALL)
+    found = transfer(loaded, text=texts, remove=2, heldout=4, **SMALL)
     model = loaded.model
     for i, spec in enumerate(texts):
         held = sleb.load_windows(loaded.tokenizer, [spec], **SMALL, seed=0, heldout=4)[1].ids
@@ -111,7 +108,7 @@ def test_all_plans_are_scored_in_one_walk(loaded, texts, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(module, "Sweep", Counted)
-    found = transfer(loaded, texts[:2], remove=1, heldout=4, **SMALL)
+    found = transfer(loaded, text=texts[:2], remove=1, heldout=4, **SMALL)
     (sweep,) = made
     sets = [frozenset(), *(frozenset(plan.removed) for plan in found.plans)]
     assert sweep.forwards == 8 * module.block_forwards(sets, 6)
@@ -134,7 +131,12 @@ def test_the_shortest_text_sets_the_number(loaded, write, searched, windows, hel
     write("short.txt", letters(10 * windows))
     write("long.txt", letters(2000, 5000))
     found = transfer(
-        loaded, ["short.txt", "long.txt"], remove=1, heldout=heldout, length=10, metric="cosine"
+        loaded,
+        text=["short.txt", "long.txt"],
+        remove=1,
+        heldout=heldout,
+        length=10,
+        metric="cosine",
     )
     assert (found.windows, found.heldout) == (scored, held)
     assert [len(used.ids) for _, used, _ in searched] == [scored] * 3
@@ -147,11 +149,11 @@ def no_search(*args, **options):
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
-        (None, "short.txt has 3 windows of 20 tokens, too few to search on and to hold out"),
-        (2, "short.txt leaves 1 windows of 20 tokens to hold out, and a comparison needs two"),
-        (3, "short.txt leaves 0 windows of 20 tokens to hold out, and a comparison needs two"),
-        (4, "short.txt holds 3 windows of 20 tokens, but 4 are wanted from it"),
-        (1, "--windows 1 leaves none for"),
+        (None, "short.txt has 3 windows"),
+        (2, "short.txt leaves 1 windows"),
+        (3, "short.txt leaves 0 windows"),
+        (4, "short.txt holds 3 windows"),
+        (1, "--windows 1"),
     ],
 )
 def test_texts_that_are_too_short_are_refused_before_a_search(
@@ -161,13 +163,13 @@ def test_texts_that_are_too_short_are_refused_before_a_search(
     write("short.txt", letters(60))
     write("long.txt", letters(2000, 5000))
     with pytest.raises(InputError, match=message):
-        transfer(loaded, ["long.txt", "short.txt"], remove=1, length=20, windows=windows)
+        transfer(loaded, text=["long.txt", "short.txt"], remove=1, length=20, windows=windows)
 
 
 def test_one_text_under_two_names_is_refused_before_a_search(loaded, texts, monkeypatch):
     monkeypatch.setattr(module, "search", no_search)
     with pytest.raises(InputError, match="are the same text"):
-        transfer(loaded, ["a=mail.txt", "b=mail.txt"], remove=1, **SMALL)
+        transfer(loaded, text=["a=mail.txt", "b=mail.txt"], remove=1, **SMALL)
 
 
 # -- what is refused without a model -------------------------------------------------------------
@@ -176,35 +178,33 @@ TWO = {"text": ["mail.txt", "code=code.txt"]}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "said"),
     [
-        ({"text": ()}, "compares texts: give two or more"),
-        ({"text": ["mail.txt"]}, "compares texts: give two or more"),
-        ({"text": ["mail.txt", "mail=code.txt"]}, "mail=code.txt: 'mail' is the name of two texts"),
-        ({"text": ["mail.txt", "mix=code.txt"]}, "mix=code.txt: 'mix' means all texts together"),
-        ({"text": ["mail.txt", "cod.txt"]}, "no file cod.txt .did you mean 'code.txt'"),
-        ({"remove": None}, "no target: give one of"),
-        ({"speedup": 1.5}, "--remove and --speedup are two targets"),
-        ({"curve": True}, "--curve measures one plan at many depths, and sleb transfer many"),
-        ({"remove": None, "max_loss_increase": 0.1}, "--max-loss-increase would have every plan"),
-        ({"heldout": 1}, "--heldout 1 is too few to compare on; give at least 2"),
-        ({"metric": "los"}, "unknown metric 'los'"),
-        ({"metric": "cosine", "strategy": "beam"}, "--metric cosine ranks all blocks at once"),
+        ({"text": ()}, "two or more"),
+        ({"text": ["mail.txt"]}, "two or more"),
+        ({"text": ["mail.txt", "mail=code.txt"]}, "mail=code.txt: 'mail'"),
+        ({"text": ["mail.txt", "mix=code.txt"]}, "mix=code.txt: 'mix'"),
+        ({"text": ["mail.txt", "cod.txt"]}, "cod.txt .*'code.txt'"),
+        ({"remove": None}, "no target"),
+        ({"speedup": 1.5}, "--remove and --speedup"),
+        ({"curve": True}, "--curve"),
+        ({"remove": None, "max_loss_increase": 0.1}, "--max-loss-increase"),
+        ({"heldout": 1}, "--heldout 1"),
+        ({"metric": "los"}, "metric 'los'"),
+        ({"metric": "cosine", "strategy": "beam"}, "--metric cosine"),
     ],
 )
-def test_mistakes_are_found_without_a_model(texts, options, message):
-    with pytest.raises(InputError, match=message):
-        check_transfer({**TWO, "remove": 1, **options})
+def test_mistakes_are_found_without_a_model(texts, options, said):
     given = {**TWO, "remove": 1, **options}
-    with pytest.raises(InputError, match=message):
-        transfer(None, given.pop("text"), **given)
+    with pytest.raises(InputError, match=said):
+        check_transfer(TransferConfig.of(given))
+    with pytest.raises(InputError, match=said):
+        transfer(None, **given)
 
 
-def test_what_a_command_line_hands_on_is_accepted(texts):
-    """Every option of a search, also those that were not given."""
-    check_transfer({**TWO, "remove": "20%", "curve": False, "max_loss_increase": None, **CPU})
-    check_transfer({**TWO, "speedup": 1.2})
-    check_transfer({**TWO, "size": "1MB"})
+@pytest.mark.parametrize("target", [{"remove": "20%"}, {"speedup": 1.2}, {"size": "1MB"}])
+def test_every_target_that_plans_can_share_is_accepted(texts, target):
+    check_transfer(TransferConfig.of({**TWO, **target}))
 
 
 # -- what follows from the costs -----------------------------------------------------------------
@@ -243,7 +243,7 @@ def outcome(loaded, write, monkeypatch, table):
     monkeypatch.setattr(module, "search", lambda *a, **o: SimpleNamespace(removed=next(plans)))
     columns = [np.array([cost(row[d]) for row in table]) for d in range(2)]
     monkeypatch.setattr(module, "_costs", lambda *a: columns)
-    return transfer(loaded, ["mail.txt", "code.txt"], remove=2, length=10)
+    return transfer(loaded, text=["mail.txt", "code.txt"], remove=2, length=10)
 
 
 @pytest.mark.parametrize(
@@ -298,19 +298,10 @@ def test_overlap_is_shared_over_either(loaded, write, monkeypatch):
     )
 
 
-def test_the_result_is_drawn_and_recorded(loaded, write, monkeypatch, capsys):
-    table = [(0.1, 0.9), (0.9, 0.1), (0.2, 0.1)]
-    found = outcome(loaded, write, monkeypatch, table)
+def test_the_result_is_read_back_from_its_record(loaded, write, monkeypatch):
+    found = outcome(loaded, write, monkeypatch, [(0.1, 0.9), (0.9, 0.1), (0.2, 0.1)])
     adapter = TypeAdapter(Transfer)
     assert adapter.validate_json(adapter.dump_json(found)) == found
-    draw(items(found), rich.console.Console(width=140, highlight=False, markup=False))
-    out = capsys.readouterr().out
-    number = r"0\.\d{4} \(0\.\d{4} to 0\.\d{4}\)"
-    assert re.search(rf"^mail +[\d, ]+ +{number} +{number} \*", out, re.MULTILINE)
-    assert re.search(rf"^all texts +1, 4 +{number} \* +{number}", out, re.MULTILINE)
-    assert re.search(r"^all texts +33\.3 % +0\.0 % +100\.0 %", out, re.MULTILINE)
-    assert "on mail (windows: 16)" in out
-    assert out.splitlines()[-1].endswith("the blocks chosen on all texts.")
 
 
 def test_stages_say_which_search_they_belong_to(loaded, texts):
@@ -321,7 +312,7 @@ def test_stages_say_which_search_they_belong_to(loaded, texts):
             titles.append(title)
             return sleb.core.progress.silent.stage(title, total)
 
-    transfer(loaded, texts[:2], remove=1, heldout=2, progress=Heard(), **SMALL)
+    transfer(loaded, text=texts[:2], remove=1, heldout=2, progress=Heard(), **SMALL)
     assert [*dict.fromkeys(t for t in titles if t.startswith("searching"))] == [
         "searching (mail)",
         "searching (prog)",
@@ -335,7 +326,7 @@ def test_on_a_real_model_every_plan_costs_something_at_home(real_model, write):
     write("list.txt", "".join(f"{i} {i + 1} {i + 2}\n" for i in range(200)))
     loaded = sleb.load(real_model, **CPU)
     options = {"remove": 6, "windows": 2, "length": 64, "heldout": 2, "metric": "cosine"}
-    found = transfer(loaded, ["default", "list.txt"], **options)
+    found = transfer(loaded, text=["default", "list.txt"], **options)
     assert found.domains == ("default", "list")
     assert [len(plan.removed) for plan in found.plans] == [6, 6, 6]
     assert all(plan.increase[0].value > 0 for plan in found.plans)

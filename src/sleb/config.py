@@ -135,6 +135,7 @@ class Options(BaseModel):
         return kind(**{k: v for k, v in self if k in kind.model_fields})
 
 
+R = TypeVar("R")
 O = TypeVar("O", bound=Options)  # noqa: E741 (as in typing's own documentation)
 
 
@@ -166,7 +167,7 @@ def _table(kind: type[Options], name: str) -> type[Options] | None:
     return found if inspect.isclass(found) and issubclass(found, Options) else None
 
 
-def takes(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """For ``function(..., config, ...)``: take the fields of ``kind`` as keywords too.
 
     ``search(model, remove=6)``, ``search(model, SearchConfig(remove=6))`` and
@@ -174,11 +175,11 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., A
     are given by position.
     """
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(function: Callable[..., R]) -> Callable[..., R]:
         own = inspect.signature(function)
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> R:
             fields = {name: kwargs.pop(name) for name in [*kwargs] if name in kind.model_fields}
             given = own.bind_partial(*args, **kwargs)
             config = given.arguments.get("config")

@@ -287,10 +287,10 @@ class _Session:
         fixed = stored_repair(plan, self.project.target, self.dense)
         return run_tasks(
             self.dense,
-            self.project.tasks,
+            task=self.project.tasks,
             removed=self.record.removed,
             patch=partial(fixed.patch, self.dense.stack) if fixed else None,
-            folder=folder,
+            tasks_folder=folder and str(folder),
             limit=measure.limit,
             batch=self.project.search.batch,
             seed=self.project.search.seed,
@@ -301,8 +301,8 @@ class _Session:
         """As many blocks as the run removed, whatever its target was."""
         others = dict.fromkeys(("max_loss_increase", "speedup", "size"))
         target = {**others, "remove": len(self.record.removed), "curve": False}
-        options = dict(self.project.search.part(TransferConfig).replaced(target))
-        return transfer(self.dense, options.pop("text"), progress=self.progress, **options)
+        config = self.project.search.part(TransferConfig).replaced(target)
+        return transfer(self.dense, config, progress=self.progress)
 
     def answers(self) -> Comparison:
         self.close()

@@ -163,10 +163,8 @@ def transfer(
         InputError, UnsupportedModel, DataError, ResourceError: see
             :func:`sleb.evaluation.transfer.transfer`.
     """
-    options = dict(config)
-    transfers.check_transfer(options)
-    loaded = _loaded(model, config, progress)
-    return transfers.transfer(loaded, options.pop("text"), progress=progress, **options)
+    transfers.check_transfer(config)
+    return transfers.transfer(_loaded(model, config, progress), config, progress=progress)
 
 
 # --- cutting -----------------------------------------------------------------------------------
@@ -549,17 +547,7 @@ def evaluate(
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if config.task:
-        return run_tasks(
-            loaded,
-            config.task,
-            removed=removed,
-            patch=patch,
-            folder=config.tasks_folder,
-            limit=config.limit,
-            batch=config.batch,
-            seed=config.seed,
-            progress=progress,
-        )
+        return run_tasks(loaded, config, removed=removed, patch=patch, progress=progress)
     scored, _ = load_windows(
         loaded.tokenizer,
         config.text,

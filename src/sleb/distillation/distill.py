@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sleb.calibration import Windows, check_sources, load_windows
+from sleb.calibration import Windows, check_sources
+from sleb.calibration.split import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
@@ -302,28 +303,18 @@ def heal_windows(
     Raises:
         InputError: not a whole step of ``batch`` windows is left to train on.
     """
-    heldout, batch = config.heldout, config.batch
-    first, more = load_windows(
+    split = CalibrationSplit.of(
         tokenizer,
         config.text,
         windows=None,
         length=length,
         seed=config.seed,
-        heldout=wanted + heldout,
+        heldout=wanted + config.heldout,
     )
-    pool = first + more if more is not None else first
-    texts = [[i for i, s in enumerate(pool.source) if s == k] for k in range(len(pool.names))]
-    each = max(1, heldout // len(texts))
-    aside = {i for rows in texts for i in _spread(rows, min(each, max(1, len(rows) // 4)))}
-    rest = [i for i in range(len(pool.ids)) if i not in aside]
-    rest = _spread(rest, min(len(rest), wanted))
-    if len(rest) < batch:
+    windows, validation = split.healing(wanted, config.heldout)
+    if len(windows.ids) < config.batch:
         raise InputError(
-            f"{len(rest)} windows of {length} tokens are left to train on, and a step takes "
-            f"{batch}: give more --text, a shorter --length, or a smaller --batch"
+            f"{len(windows.ids)} windows of {length} tokens are left to train on, and a step takes "
+            f"{config.batch}: give more --text, a shorter --length, or a smaller --batch"
         )
-    return pool.take(rest), pool.take(sorted(aside))
-
-
-def _spread(rows: Sequence[int], n: int) -> list[int]:
-    return [rows[(2 * k + 1) * len(rows) // (2 * n)] for k in range(n)]
+    return windows, validation

@@ -23,6 +23,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from yaml import YAMLError
 
 from sleb.core.errors import InputError, ResourceError, SlebError, did_you_mean
 from sleb.core.progress import Progress
@@ -36,6 +37,7 @@ __all__ = ["Harness", "Scores", "Task", "find_names"]
 
 METRICS = ("acc_norm", "acc", "exact_match")
 """In this order, if a task has several."""
+_TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
 _LOCAL = ("json", "csv", "parquet", "text", "arrow", "pandas")
 
 
@@ -107,10 +109,15 @@ class Harness:
         picked = None
         if limit is not None and limit < count:
             picked = tuple(sorted(random.Random(seed).sample(range(count), limit)))
-        with _broken(name), _seeded():
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            task.build_all_requests(samples=picked and list(picked), rank=0, world_size=1)
-            _check_answers(name, task, picked)
+        try:
+            with _seeded():
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+                task.build_all_requests(samples=picked and list(picked), rank=0, world_size=1)
+                _check_answers(name, task, picked)
+        except SlebError:
+            raise
+        except Exception as error:  # whatever its templates and functions raise on an item
+            raise InputError(f"task '{name}' cannot be built: {_say(error)}") from None
         longest = self.scorer.longest(name, task.instances, picked)
         return Task(name=name, metric=metric, task=task, picked=picked, longest=longest)
 
@@ -120,21 +127,23 @@ class Harness:
         """Score the model, with ``removed`` blocks bypassed if there are some, under ``patch``."""
         title = f"{task.name}, {'pruned' if removed else 'dense'}"
         self.scorer.prepare(title, self.batch, task.longest, bypassing=bool(removed))
-        with (
-            _quiet(),
-            _seeded(),
-            patch() if patch else contextlib.nullcontext(),
-            self.model.stack.bypassed(removed),
-            _memory(task.name),
-        ):
+        with contextlib.ExitStack() as stack:
+            for context in (_quiet(), _seeded(), *([patch()] if patch else [])):
+                stack.enter_context(context)
+            stack.enter_context(self.model.stack.bypassed(removed))
             task.task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            found = evaluate(
-                self.scorer,
-                {"tasks": {task.name: task.task}},
-                samples=task.picked and {task.name: list(task.picked)},
-                bootstrap_iters=0,
-                log_samples=True,
-            )
+            try:
+                found = evaluate(
+                    self.scorer,
+                    {"tasks": {task.name: task.task}},
+                    samples=task.picked and {task.name: list(task.picked)},
+                    bootstrap_iters=0,
+                    log_samples=True,
+                )
+            except torch.OutOfMemoryError:
+                raise ResourceError(
+                    f"task '{task.name}' does not fit in memory; try --batch 1"
+                ) from None
         rows = found["samples"][task.name]
         first = [row for row in rows if row["filter"] == rows[0]["filter"]]
         values = tuple(_value(task, row) for row in first)
@@ -157,18 +166,17 @@ def find_names(names: Sequence[str], folder: str | Path | None) -> Any:
     manager = _manager(folder, True)
     for name in names:
         if name not in manager.all_tasks:
-            raise InputError(f"unknown task '{name}'{_hint(name, folder, manager.all_tasks)}")
+            raise InputError(f"unknown task '{name}'{_hint(name, folder, manager)}")
     return manager
 
 
-def _hint(name: str, folder: str | Path | None, known: Sequence[str]) -> str:
+def _hint(name: str, folder: str | Path | None, manager: Any) -> str:
     """What may have been meant, or which file in the folder could not be read."""
     if name.endswith((".yaml", ".yml")):
         return "; give the `task` that the file names, and its folder with --tasks-folder"
-    if broken := _unreadable(folder):
+    if broken := _unreadable(folder, manager):
         return f"; in {folder}, this cannot be read: {broken}"
-    hint: str = did_you_mean(name, known)
-    return hint or "; give a .jsonl file, or see: lm_eval ls tasks"
+    return did_you_mean(name, manager.all_tasks) or "; give a .jsonl file, or see: lm_eval ls tasks"
 
 
 def _manager(folder: str | Path | None, defaults: bool) -> Any:
@@ -184,15 +192,16 @@ def _indexed(folder: str | None, defaults: bool, _: tuple[tuple[str, int], ...])
         return TaskManager(include_path=folder, include_defaults=defaults)
 
 
-def _unreadable(folder: str | Path | None) -> str:
+def _unreadable(folder: str | Path | None, manager: Any) -> str:
     """The first .yaml file that the harness passes over, and why."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for path in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
+    known = {getattr(entry, "yaml_path", None) for entry in manager.task_index.values()}
+    for path in sorted({*Path(folder).rglob("*.yaml")} - known) if folder is not None else ():
         try:
-            load_yaml(path, resolve_func=False)
-        except Exception as error:  # yaml's errors, or those of an include
+            manager.load([str(path)])
+        except (YAMLError, OSError, ValueError) as error:  # its own errors, or those of an include
             return f"{path.name}: {_say(error)}"
+        except Exception:  # readable, but no task by itself, as what others include
+            continue
     return ""
 
 
@@ -211,21 +220,14 @@ def _load(manager: Any, name: str) -> list[Any]:
         raise InputError(f"task '{name}' cannot be loaded: {_say(error)}") from None
 
 
-def _is_network(error: BaseException) -> bool:
+def _is_network(error: BaseException | None) -> bool:
     """Whether anything in the chain of causes is of a transport, or of the hub's client."""
-    seen: BaseException | None = error
-    while seen is not None:
-        module = type(seen).__module__.split(".")[0]
-        if isinstance(seen, (ConnectionError, TimeoutError)) or module in (
-            "httpx",
-            "httpcore",
-            "requests",
-            "urllib3",
-            "aiohttp",
-            "huggingface_hub",
-        ):
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError)):
             return True
-        seen = seen.__cause__ or seen.__context__
+        if type(error).__module__.split(".")[0] in _TRANSPORTS:
+            return True
+        error = error.__cause__ or error.__context__
     return False
 
 
@@ -299,25 +301,6 @@ def _quiet() -> Iterator[None]:
             lib.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _broken(name: str) -> Iterator[None]:
-    """One line for whatever a definition's templates and functions raise on an item."""
-    try:
-        yield
-    except SlebError:
-        raise
-    except Exception as error:
-        raise InputError(f"task '{name}' cannot be built: {_say(error)}") from None
-
-
-@contextlib.contextmanager
-def _memory(name: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise ResourceError(f"task '{name}' does not fit in memory; try --batch 1") from None
 
 
 @contextlib.contextmanager

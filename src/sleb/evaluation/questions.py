@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from typing_extensions import Self
 
+from sleb.calibration.rows import file_rows
 from sleb.core.errors import InputError, did_you_mean
-from sleb.core.jsonl import numbered_lines
 
 __all__ = ["Question", "Questions", "read_questions"]
 
-MAX_BYTES = 64 * 2**20
 IGNORED = (r"^\s+", r"[\s.。]+$")
 """What does not count in an answer: space around it, and full stops at its end."""
 _HINT = (
@@ -28,26 +28,81 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One item. ``text`` is all that the model reads before the answer. With ``choices``,
-    ``answers`` is the right one alone; else every text that is accepted. ``where``: its id, or its
-    line."""
+class Question(BaseModel):
+    """One row, checked."""
 
-    where: str
-    text: str
-    choices: tuple[str, ...] | None
-    answers: tuple[str, ...]
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: str | int | None = None
+    context: str | None = None
+    question: str | None = None
+    prompt: str | None = None
+    choices: list[str] | None = None
+    answer: int | str | list[str]
+
+    @property
+    def text(self) -> str:
+        """All that the model reads before the answer."""
+        if self.prompt is not None:
+            return self.prompt
+        context = f"{self.context.strip()}\n\n" if self.context and self.context.strip() else ""
+        return f"{context}Question: {(self.question or '').strip()}\nAnswer:"
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The right choice alone, or every text that is accepted."""
+        if self.choices is not None and isinstance(self.answer, int):
+            return (self.choices[self.answer],)
+        return tuple(self.answer) if isinstance(self.answer, list) else (str(self.answer),)
+
+    @property
+    def kind(self) -> str:
+        """What all rows of a file must have in common."""
+        answer = "answers in words" if self.choices is None else "choices"
+        return f"{answer} after a {'question' if self.prompt is None else 'prompt'}"
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        if (self.question is None) == (self.prompt is None):
+            raise ValueError("give either `question` or `prompt`")
+        if not (self.question or self.prompt or "").strip():
+            raise ValueError("the question is empty; write one or remove the row")
+        if self.prompt is not None and self.context is not None:
+            raise ValueError("a `prompt` is read as it is; put the `context` into it")
+        self._check_words() if self.choices is None else self._check_choices(self.choices)
+        return self
+
+    def _check_choices(self, choices: Sequence[str]) -> None:
+        if len(choices) < 2 or len({*choices}) < len(choices) or not all(map(str.strip, choices)):
+            raise ValueError("`choices` are two or more different texts, none of them empty")
+        if isinstance(self.answer, list):
+            raise ValueError("one choice is right: `answer` is its number, counted from 0")
+        if isinstance(self.answer, str) and self.answer not in choices:
+            raise ValueError(f"`answer` {self.answer!r} is none of the choices; give its number")
+        if isinstance(self.answer, int) and not 0 <= self.answer < len(choices):
+            raise ValueError(f"`answer` {self.answer} is not between 0 and {len(choices) - 1}")
+
+    def _check_words(self) -> None:
+        if isinstance(self.answer, int):
+            raise ValueError(f'without choices to count, write `answer` as "{self.answer}"')
+        if not self.answers:
+            raise ValueError("`answer` accepts nothing; give at least one text")
+        for answer in self.answers:
+            if not re.sub("|".join(IGNORED), "", answer):
+                raise ValueError(f"`answer` {answer!r} has nothing to compare; write it out")
+            if len(answer.strip().splitlines()) > 1:
+                raise ValueError(
+                    "`answer` has several lines, and a model's is read to the end of its first "
+                    "line; ask for something shorter"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """A file of questions of one kind. ``delimiter`` stands between text and choice."""
+    """A file of questions of one kind, by their ids or lines."""
 
     name: str
-    path: Path
-    delimiter: str
-    items: tuple[Question, ...]
+    items: dict[str, Question]
 
     def task(self, tokenizer: Any) -> dict[str, Any]:
         """The task's definition in the terms of lm-evaluation-harness.
@@ -55,8 +110,12 @@ class Questions:
         Choices get its two accuracies. An answer in words is generated greedily up to the end of
         the line, or until it is clearly longer than all accepted ones in this ``tokenizer``.
         """
-        choose = self.items[0].choices is not None
-        rows = [_chosen(item) if item.choices else _written(item) for item in self.items]
+        first = next(iter(self.items.values()))
+        choices = [choice for item in self.items.values() for choice in item.choices or ()]
+        # a space that every choice begins with is made the delimiter: acc_norm is by characters of
+        # the choice, and the harness does not count a delimiter
+        spaced = first.prompt is not None and all(c.startswith(" ") for c in choices)
+        rows = [_row(where, item, int(spaced)) for where, item in self.items.items()]
 
         def dataset(**_: Any) -> Any:
             from datasets import Dataset
@@ -70,17 +129,17 @@ class Questions:
             # names of columns, which the harness takes as they are; templates it would interpret
             "doc_to_text": "text",
             "doc_to_target": "answer",
-            "target_delimiter": self.delimiter,
+            "target_delimiter": " " if spaced or first.prompt is None or not choices else "",
             "num_fewshot": 0,
         }
         mean = {"aggregation": "mean", "higher_is_better": True}
-        if choose:
+        if choices:
             return shared | {
                 "output_type": "multiple_choice",
                 "doc_to_choice": "choices",
                 "metric_list": [{"metric": name, **mean} for name in ("acc", "acc_norm")],
             }
-        answers = [answer for item in self.items for answer in item.answers]
+        answers = [answer for item in self.items.values() for answer in item.answers]
         longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False).input_ids)
         exact = {"ignore_case": True, "regexes_to_ignore": list(IGNORED)}
         return shared | {
@@ -95,25 +154,13 @@ class Questions:
         }
 
 
-def _chosen(item: Question) -> dict[str, Any]:
-    choices = list(item.choices or ())
-    answer = choices.index(item.answers[0])
-    return {"where": item.where, "text": item.text, "choices": choices, "answer": answer}
-
-
-def _written(item: Question) -> dict[str, Any]:
-    return {"where": item.where, "text": item.text, "answer": list(item.answers)}
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    id: str | int | None = None
-    context: str | None = None
-    question: str | None = None
-    prompt: str | None = None
-    choices: list[str] | None = None
-    answer: int | str | list[str] = Field()
+def _row(where: str, item: Question, skipped: int) -> dict[str, Any]:
+    """A row of the harness's data set; of choices without so many characters at their start."""
+    if item.choices is None:
+        return {"where": where, "text": item.text, "answer": list(item.answers)}
+    choices = [choice[skipped:] for choice in item.choices]
+    answer = item.choices.index(item.answers[0])
+    return {"where": where, "text": item.text, "choices": choices, "answer": answer}
 
 
 def read_questions(path: str | Path) -> Questions:
@@ -123,143 +170,38 @@ def read_questions(path: str | Path) -> Questions:
         InputError: no such file, not UTF-8, no questions, a row of another form or of another kind
             than the first, an answer that is impossible, or an id used twice.
     """
-    path = Path(path)
     items: dict[str, Question] = {}
-    kind: tuple[bool, bool] | None = None
-    for number, line in numbered_lines(path, "questions", ".jsonl", MAX_BYTES):
-        at = f"{path}:{number}"
-        row = _row(line, at)
-        own = (row.choices is not None, row.prompt is not None)
-        kind = kind or own
-        if own != kind:
-            raise InputError(
-                f"{at}: {_kind(own)}, and the rows before are {_kind(kind)}; make a file of each"
-            )
-        where = f"line {number}" if row.id is None else str(row.id)
+    kind = None
+    for found, at in file_rows(str(path)):
+        item = _checked(found, at)
+        kind = kind or item.kind
+        if item.kind != kind:
+            raise InputError(f"{at}: {item.kind}, and rows before are {kind}; make a file of each")
+        where = at.removeprefix(f"{path} ") if item.id is None else str(item.id)
         if where in items:
             raise InputError(f"{at}: id '{where}' was there before; give each its own")
-        items[where] = Question(
-            where=where,
-            text=_text(row, at),
-            choices=None if row.choices is None else tuple(row.choices),
-            answers=_answers(row, at),
-        )
-    if kind is None:
+        items[where] = item
+    if not items:
         raise InputError(f"{path} has no questions; {_HINT}")
-    delimiter, found = _spaced(items.values()) if kind == (True, True) else (" ", items.values())
-    return Questions(name=path.stem, path=path, delimiter=delimiter, items=tuple(found))
+    return Questions(name=Path(path).stem, items=items)
 
 
-def _spaced(items: Collection[Question]) -> tuple[str, Iterable[Question]]:
-    """A space that every choice begins with, made the delimiter: acc_norm is by characters of the
-    choice, and the harness does not count a delimiter."""
-    if not all(c.startswith(" ") for item in items for c in item.choices or ()):
-        return "", items
-    return " ", (
-        replace(
-            item,
-            choices=tuple(c[1:] for c in item.choices or ()),
-            answers=tuple(a[1:] for a in item.answers),
-        )
-        for item in items
-    )
-
-
-def _row(line: str, at: str) -> _Row:
+def _checked(row: Any, at: str) -> Question:
     try:
-        found = json.loads(line)
-        json.dumps(found, ensure_ascii=False).encode()
-        return _Row.model_validate(found)
-    except ValidationError as error:
-        raise InputError(f"{at}: {_mistake(error)}; {_HINT}") from None
+        json.dumps(row, ensure_ascii=False).encode()
+        return Question.model_validate(row)
     except UnicodeEncodeError:
-        raise InputError(f"{at}: not text: it has half of a surrogate pair; remove that") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{at}: not JSON ({getattr(error, 'msg', error)}); {_HINT}") from None
-
-
-def _mistake(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if not first["loc"]:
-        return "not an object"
-    field = str(first["loc"][0])
-    if field == "answer" and first["type"] != "missing":
-        return "`answer` is the number of a choice, a text, or a list of texts"
-    if first["type"] == "extra_forbidden":
-        return f"there is no `{field}`{did_you_mean(field, _Row.model_fields)}"
-    return f"`{field}`: {first['msg'].lower()}"
-
-
-def _kind(kind: tuple[bool, bool]) -> str:
-    choose, prompt = kind
-    answer = "choices" if choose else "answers in words"
-    return f"{answer} after a {'prompt' if prompt else 'question'}"
-
-
-def _text(row: _Row, at: str) -> str:
-    if (row.question is None) == (row.prompt is None):
-        both = "neither `question` nor" if row.question is None else "both `question` and"
-        raise InputError(f"{at}: it has {both} `prompt`; {_HINT}")
-    if row.prompt is not None:
-        if row.context is not None:
-            raise InputError(f"{at}: a `prompt` is read as it is; put the `context` into it")
-        if not row.prompt.strip():
-            raise InputError(f"{at}: the prompt is empty; write one or remove the row")
-        return row.prompt
-    question = (row.question or "").strip()
-    if not question:
-        raise InputError(f"{at}: the question is empty; write one or remove the row")
-    context = f"{row.context.strip()}\n\n" if row.context and row.context.strip() else ""
-    return f"{context}Question: {question}\nAnswer:"
-
-
-def _answers(row: _Row, at: str) -> tuple[str, ...]:
-    if row.choices is not None:
-        return (_choice(row.choices, row.answer, at),)
-    if isinstance(row.answer, int):
         raise InputError(
-            f'{at}: answer {row.answer} is a number, and there are no choices to count: write "'
-            f'{row.answer}" for an answer in words'
-        )
-    answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
-    if not answers:
-        raise InputError(f"{at}: no answer is accepted; give at least one")
-    for answer in answers:
-        if not _counting(answer):
-            raise InputError(f"{at}: answer {answer!r} has nothing to compare; write it out")
-        if len(answer.strip().splitlines()) > 1:
-            raise InputError(
-                f"{at}: an accepted answer has several lines, and a model's is read to the end of "
-                "its first line; ask for something shorter"
-            )
-    return answers
-
-
-def _choice(choices: Sequence[str], answer: int | str | list[str], at: str) -> str:
-    if len(choices) < 2:
-        raise InputError(f"{at}: {len(choices)} choices; give at least 2")
-    for i, choice in enumerate(choices):
-        if not choice.strip():
-            raise InputError(f"{at}: choice {i} is empty; write one or remove it")
-        if choice in choices[:i]:
-            raise InputError(f"{at}: two choices are {choice!r}; make them differ")
-    if isinstance(answer, list):
-        raise InputError(f"{at}: one choice is right; give its number, counted from 0")
-    if isinstance(answer, str):
-        if answer not in choices:
-            raise InputError(
-                f"{at}: answer {answer!r} is none of the choices; give its number, from 0"
-            )
-        return answer
-    if not 0 <= answer < len(choices):
-        raise InputError(
-            f"{at}: answer {answer} is out of range: choices are counted from 0 to "
-            f"{len(choices) - 1}"
-        )
-    return choices[answer]
-
-
-def _counting(answer: str) -> str:
-    for ignored in IGNORED:
-        answer = re.sub(ignored, "", answer)
-    return answer
+            f"{at} is not text: it has half of a surrogate pair; remove that"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else ""
+        said = f"`{field}`: {first['msg'].lower()}" if field else first["msg"].partition(", ")[2]
+        if first["type"] == "model_type":
+            said = "not an object"
+        elif field == "answer" and first["type"] != "missing":
+            said = "`answer` is the number of a choice, a text, or a list of texts"
+        elif first["type"] == "extra_forbidden":
+            said = f"there is no `{field}`{did_you_mean(field, Question.model_fields)}"
+        raise InputError(f"{at}: {said}; {_HINT}") from None

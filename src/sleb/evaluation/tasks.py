@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sleb.config import EvalConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Flips, Interval, flips, interval, proportion
@@ -51,43 +52,54 @@ class TaskResult:
         return self.pruned.value / self.dense.value
 
 
-def check_tasks(tasks: Sequence[str], *, folder: str | Path | None = None) -> None:
+def check_tasks(
+    tasks: Sequence[str], *, folder: str | Path | None = None
+) -> tuple[list[Questions], list[str]]:
     """Find mistakes before a model is loaded: reads the .jsonl files, and looks the names up.
+
+    Returns what was read, and the names of the other tasks.
 
     Raises:
         InputError: see :func:`run_tasks`.
     """
-    _asked(tasks, folder)
+    if not tasks:
+        raise InputError("no task to score; name at least one")
+    # the cheap mistakes first: looking a name up can take half a minute
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("tasks need lm-evaluation-harness: pip install 'sleb[eval]'")
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"no folder of tasks at {folder}; give the one that has the .yaml files")
+    questions = [read_questions(task) for task in tasks if task.endswith(".jsonl")]
+    names = [task for task in tasks if not task.endswith(".jsonl")]
+    every = [*(q.name for q in questions), *names]
+    for name in every:
+        if every.count(name) > 1:
+            raise InputError(f"two tasks are named '{name}'; rename a file, or leave one out")
+    if names:
+        from sleb.evaluation.lm_eval import find_names
+
+        find_names(names, folder)
+    return questions, names
 
 
+@takes(EvalConfig)
 def run_tasks(
     model: LoadedModel,
-    tasks: Sequence[str],
+    config: EvalConfig,
     *,
     removed: Collection[int] = (),
     patch: Patch | None = None,
-    folder: str | Path | None = None,
-    limit: int | None = None,
-    batch: int | None = None,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[TaskResult, ...]:
-    """Score ``model``, and side by side with ``removed`` blocks bypassed, on each of ``tasks``.
+    """Score ``model``, and side by side with ``removed`` blocks bypassed, on each ``task``.
 
-    Args:
-        model: the dense model. It is as before afterwards.
-        tasks: paths of .jsonl files (see docs/tasks.md), or names of tasks, groups or tags, which
-            are looked up in ``folder`` and then among the harness's own. A group or tag gives a
-            result for each of its tasks.
-        removed: blocks to bypass for the second score; none: no second score.
-        patch: what the second score is taken under, as a repair.
-        folder: where further tasks are defined in the harness's YAML.
-        limit: items per task; where a task has more, a sample is drawn by ``seed``, the same for
-            both models. Few-shot examples are those that the harness draws by default.
-        batch: requests per forward pass. By default what fits, up to 16 on a CPU and 64 on a GPU.
-        seed: of the sample.
-        progress: a stage per task and model; the unit is a request, of which an item with four
-            choices has four.
+    ``task`` are paths of .jsonl files (see docs/tasks.md), or names of tasks, groups or tags, which
+    are looked up in ``tasks_folder`` and then among the harness's own; a group or tag gives a
+    result for each of its tasks. Where a task has more than ``limit`` items, a sample is drawn by
+    ``seed``, the same for both models; few-shot examples are those that the harness draws by
+    default. ``batch`` is in requests, by default what fits, up to 16 on a CPU and 64 on a GPU. The
+    second score is taken under ``patch``, as a repair. The unit of progress is a request, of which
+    an item with four choices has four.
 
     The metric is acc_norm if the task has it, else acc, else exact_match, else the first one that
     is a mean of scores per item, of which more is better. With several filters, the first counts.
@@ -100,46 +112,27 @@ def run_tasks(
         ResourceError: data of a task cannot be fetched; out of memory.
         DataError: a log-probability is NaN.
     """
-    questions, names = _asked(tasks, folder)
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit} is not possible; use at least 1")
-    if batch is not None and batch < 1:
-        raise InputError(f"--batch {batch} is not possible; use at least 1")
+    questions, names = check_tasks(config.task, folder=config.tasks_folder)
     from sleb.evaluation.lm_eval import Harness
 
-    harness = Harness(model, batch=batch, progress=progress)
-    found = harness.load(questions, names, folder, limit=limit, seed=seed)
-    both = []
-    for task in found:
+    harness = Harness(model, batch=config.batch, progress=progress)
+    folder, limit, seed = config.tasks_folder, config.limit, config.seed
+    scored = []
+    for task in harness.load(questions, names, folder, limit=limit, seed=seed):
         dense = harness.score(task)
-        both.append((task, dense, harness.score(task, removed, patch) if removed else None))
-    return tuple(_result(task.name, task.metric, dense, pruned) for task, dense, pruned in both)
-
-
-def _asked(tasks: Sequence[str], folder: str | Path | None) -> tuple[list[Questions], list[str]]:
-    if not tasks:
-        raise InputError("no task to score; name at least one")
-    # the cheap mistakes first: looking a name up can take half a minute
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("tasks need lm-evaluation-harness: pip install 'sleb[eval]'")
-    if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"no folder of tasks at {folder}; give the one that has the .yaml files")
-    questions = [read_questions(task) for task in tasks if task.endswith(".jsonl")]
-    names = [task for task in tasks if not task.endswith(".jsonl")]
-    seen: set[str] = set()
-    for name in (*(q.name for q in questions), *names):
-        if name in seen:
-            raise InputError(f"two tasks are named '{name}'; rename a file, or leave one out")
-        seen.add(name)
-    if names:
-        from sleb.evaluation.lm_eval import find_names
-
-        find_names(names, folder)
-    return questions, names
+        pruned = harness.score(task, removed, patch) if removed else None
+        scored.append(_result(task.name, task.metric, dense, pruned))
+    return tuple(scored)
 
 
 def _result(name: str, metric: str, dense: Scores, pruned: Scores | None) -> TaskResult:
     binary = all(set(s.values) <= {0.0, 1.0} for s in (dense, pruned) if s)
+
+    def averaged(scores: Scores) -> Interval:
+        if binary:
+            return proportion(int(sum(scores.values)), len(scores.values))
+        return interval(np.array(scores.values))
+
     compared = None
     if pruned and binary:
         compared = flips([v == 1 for v in dense.values], [v == 1 for v in pruned.values])
@@ -148,13 +141,7 @@ def _result(name: str, metric: str, dense: Scores, pruned: Scores | None) -> Tas
         metric=metric,
         items=len(dense.values),
         chance=dense.chance,
-        dense=_interval(dense, binary),
-        pruned=_interval(pruned, binary) if pruned else None,
+        dense=averaged(dense),
+        pruned=averaged(pruned) if pruned else None,
         flips=compared,
     )
-
-
-def _interval(scores: Scores, binary: bool) -> Interval:
-    if binary:
-        return proportion(int(sum(scores.values)), len(scores.values))
-    return interval(np.array(scores.values))

@@ -8,17 +8,16 @@ in one sweep, so that choices are compared on the very same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from sleb.calibration import DEFAULT_WINDOWS, Windows, check_sources, parse_source
 from sleb.calibration.split import CalibrationSplit
-from sleb.config import HeldoutOptions, LengthOptions, TransferConfig
+from sleb.config import TransferConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, Values, interval
@@ -33,7 +32,6 @@ from sleb.selection.sweep import Sweep, block_forwards
 __all__ = ["MIX", "Chosen", "Transfer", "check_transfer", "clearly_worse", "transfer"]
 
 MIX = "mix"
-HELDOUT, LENGTH = HeldoutOptions().heldout, LengthOptions().length
 WORSE = 0.1
 """Part of the other choice's loss increase by which a choice must exceed it to be clearly worse."""
 
@@ -73,83 +71,72 @@ class Transfer:
     recommended: str
 
 
-def check_transfer(options: Mapping[str, Any]) -> None:
-    """Find mistakes before a model is loaded, in the options of :func:`transfer` with ``text``.
+def check_transfer(config: TransferConfig) -> None:
+    """Find mistakes in the options of :func:`transfer` before a model is loaded.
 
     Raises:
         InputError: fewer than two texts, or two of one name; a target that plans cannot share; no
             windows to compare on; or as :func:`sleb.search`.
     """
-    text, heldout = options.get("text", ()), options.get("heldout", HELDOUT)
-    if len(text) < 2:
+    if len(config.text) < 2:
         raise InputError(
             "sleb transfer compares texts: give two or more, as in --text mail=mail.jsonl "
             "--text code=code.txt"
         )
-    names = [parse_source(spec).name for spec in text]
+    names = [MIX, *(parse_source(spec).name for spec in config.text)]
     for i, name in enumerate(names):
-        if name == MIX or name in names[:i]:
+        if name in names[:i]:
             why = "means all texts together" if name == MIX else "is the name of two texts"
-            raise InputError(f"{text[i]}: '{name}' {why}; give another name, as in NAME=FILE")
-    if options.get("curve"):
+            raise InputError(
+                f"{config.text[i - 1]}: '{name}' {why}; give another name, as in NAME=FILE"
+            )
+    if config.curve:
         raise InputError(
             "--curve measures one plan at many depths, and sleb transfer many plans at one: use "
             "--curve with sleb search"
         )
-    if options.get("max_loss_increase") is not None:
+    if config.max_loss_increase is not None:
         raise InputError(
             "--max-loss-increase would have every plan remove another number of blocks, so their "
             "losses would not compare; give --remove, --speedup or --size"
         )
-    if heldout < 2:
-        raise InputError(f"--heldout {heldout} is too few to compare on; give at least 2")
-    check_options(TransferConfig.of({**options, "text": tuple(text)}))
-    check_sources(text)
+    if config.heldout < 2:
+        raise InputError(f"--heldout {config.heldout} is too few to compare on; give at least 2")
+    check_options(config)
+    check_sources(config.text)
 
 
+@takes(TransferConfig)
 def transfer(
-    model: LoadedModel,
-    text: Sequence[str],
-    /,
-    *,
-    windows: int | None = None,
-    heldout: int = HELDOUT,
-    progress: Progress = silent,
-    **options: Any,
+    model: LoadedModel, config: TransferConfig, *, progress: Progress = silent
 ) -> Transfer:
     """Search on each text and on all of them, and score every choice on every held-out part.
 
-    Args:
-        model: the dense model.
-        text: two texts or more; their names are the domains. Weights (``@2``) shape the mix alone.
-        windows: of each search, the mix's included. By default up to 32, and as many as the
-            shortest text has beside its held-out windows; of a text too short for both, half.
-        heldout: windows to set aside of each text. None of them is in any search.
-        progress: receives the stages.
-        options: those of :func:`sleb.search`; the target must be ``remove``, ``size`` or
-            ``speedup``.
+    The names of the texts are the domains; their weights (``@2``) shape the mix alone. Each search,
+    the mix's included, is on as many ``windows``: by default up to 32, and as many as the shortest
+    text has beside its ``heldout`` windows; of a text too short for both, half. No window that is
+    held out is in any search. The target must be ``remove``, ``size`` or ``speedup``.
 
     Raises:
         InputError: see :func:`check_transfer`; or a text leaves fewer than two windows to hold out.
         DataError, ResourceError, UnsupportedModel: see ``sleb.core.errors``.
     """
-    check_transfer({**options, "text": text, "heldout": heldout})
-    cutter = _Cutter(model, options.get("length", LENGTH), options.get("seed", 0), heldout)
-    parts = cutter.parts(text, windows)
+    check_transfer(config)
+    parts = _parts(model, config)
     aside = [held for split in parts if (held := split.heldout) is not None]
-    mix = cutter.cut(text, len(parts[0].search.ids))
-    domains = tuple(parse_source(spec).name for spec in text)
+    mix = _split(model, config, config.text, len(parts[0].search.ids))
+    domains = tuple(parse_source(spec).name for spec in config.text)
 
     plans = {
-        name: search(model, split=split, progress=_Named(progress, name), **options).removed
+        name: search(model, config, split=split, progress=_Named(progress, name)).removed
         for name, split in zip((*domains, MIX), (*parts, mix), strict=True)
     }
-    costs = _costs(model, list(plans.values()), aside, progress, options)
+    costs = _costs(model, list(plans.values()), aside, config, progress)
     return Transfer(
         domains=domains,
         windows=mix.search.record.windows,
         heldout=tuple(len(held.ids) for held in aside),
-        length=mix.search.record.length,
+        length=config.length,
         plans=tuple(
             Chosen(
                 source=source,
@@ -195,18 +182,17 @@ def _costs(
     model: LoadedModel,
     plans: Sequence[Sequence[int]],
     aside: Sequence[Windows],
+    config: TransferConfig,
     progress: Progress,
-    options: Mapping[str, Any],
 ) -> list[Values]:
     """Increase of loss of each plan on each domain's held-out windows: [plans, windows] per
     domain, nats/token. One sweep does all, so what plans share is computed once."""
     ids = torch.cat([part.ids for part in aside])
     sets = [DENSE, *map(BlockSet, plans)]
     work = len(ids) * (block_forwards(sets, len(model.stack)) + len(set(sets)))
-    most = options.get("max_memory")
-    most_bytes = None if most is None else parse_bytes(most, "--max-memory")
-    sweep = Sweep(model.stack, ids, NLL, batch=options.get("batch"), max_bytes=most_bytes)
-    with on_threads(options.get("threads")), progress.stage("comparing", work) as tick:
+    most = None if config.max_memory is None else parse_bytes(config.max_memory, "--max-memory")
+    sweep = Sweep(model.stack, ids, NLL, batch=config.batch, max_bytes=most)
+    with on_threads(config.threads), progress.stage("comparing", work) as tick:
         sweep.on_work(tick)
         losses = sweep.values(sets, 0, len(ids))
     ends = np.cumsum([len(part.ids) for part in aside])[:-1]
@@ -217,53 +203,49 @@ def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
     return len({*a} & {*b}) / len({*a, *b})
 
 
-@dataclass(frozen=True)
-class _Cutter:
-    """Cuts texts into windows. A text's windows come in one seeded order, so those of the mix are
-    among those of its own search, and never among the held-out ones."""
+def _split(
+    model: LoadedModel, config: TransferConfig, text: Sequence[str], windows: int | None
+) -> CalibrationSplit:
+    """Windows to search on, and held-out ones as far as there are some. A text's windows come in
+    one seeded order, so those of the mix are among those of its own search, and never held out."""
+    return CalibrationSplit.of(
+        model.tokenizer,
+        text,
+        windows=windows,
+        length=config.length,
+        seed=config.seed,
+        heldout=config.heldout,
+    )
 
-    model: LoadedModel
-    length: int
-    seed: int
-    heldout: int
 
-    def cut(self, text: Sequence[str], windows: int | None) -> CalibrationSplit:
-        """Windows to search on, and held-out ones as far as there are some."""
-        return CalibrationSplit.of(
-            self.model.tokenizer,
-            text,
-            windows=windows,
-            length=self.length,
-            seed=self.seed,
-            heldout=self.heldout,
-        )
-
-    def parts(self, text: Sequence[str], windows: int | None) -> list[CalibrationSplit]:
-        """For each text as many windows to search on, and two or more held-out ones."""
-        found = {spec: self.cut([spec], windows) for spec in text}
-        if windows is None:
-            windows = min(self._share(spec, split) for spec, split in found.items())
-            for spec, split in found.items():
-                if len(split.search.ids) != windows:
-                    found[spec] = self.cut([spec], windows)
+def _parts(model: LoadedModel, config: TransferConfig) -> list[CalibrationSplit]:
+    """For each text as many windows to search on, and two or more held-out ones."""
+    windows, length = config.windows, config.length
+    found = {spec: _split(model, config, [spec], windows) for spec in config.text}
+    if windows is None:
         for spec, split in found.items():
-            left = 0 if split.heldout is None else len(split.heldout.ids)
-            if left < 2:
+            has = len(split.search.ids) + _heldout(split)
+            if has < 4:
                 raise InputError(
-                    f"{spec} leaves {left} windows of {self.length} tokens to hold out, and a "
-                    "comparison needs two: give more text, fewer --windows, or a shorter --length"
+                    f"{spec} has {has} windows of {length} tokens, too few to search on and to "
+                    "hold out: give more text, or a shorter --length"
                 )
-        return list(found.values())
-
-    def _share(self, spec: str, split: CalibrationSplit) -> int:
-        """How many of a text's windows to search on."""
-        has = len(split.search.ids) + (0 if split.heldout is None else len(split.heldout.ids))
-        if has < 4:
+            fits = min(DEFAULT_WINDOWS, max(has // 2, has - config.heldout))
+            windows = fits if windows is None else min(windows, fits)
+        for spec, split in found.items():
+            if len(split.search.ids) != windows:
+                found[spec] = _split(model, config, [spec], windows)
+    for spec, split in found.items():
+        if _heldout(split) < 2:
             raise InputError(
-                f"{spec} has {has} windows of {self.length} tokens, too few to search on and to "
-                "hold out: give more text, or a shorter --length"
+                f"{spec} leaves {_heldout(split)} windows of {length} tokens to hold out, and a "
+                "comparison needs two: give more text, fewer --windows, or a shorter --length"
             )
-        return min(DEFAULT_WINDOWS, max(has // 2, has - self.heldout))
+    return list(found.values())
+
+
+def _heldout(split: CalibrationSplit) -> int:
+    return 0 if split.heldout is None else len(split.heldout.ids)
 
 
 @dataclass(frozen=True)
