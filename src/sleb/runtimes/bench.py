@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -325,12 +326,12 @@ def gguf_file(ref: str | Path, folder: Path) -> Path | None:
 
 def _check(dense: BenchModel, pruned: BenchModel) -> None:
     """Refuse what is no pruned ``dense``: its ratio would say nothing about blocks."""
-    for field in ("model_type", "vocab_size", "hidden_size"):
-        theirs, ours = (getattr(decoder_config(one.config), field, None) for one in (pruned, dense))
-        if theirs != ours:
+    ours, theirs = (decoder_config(one.config) for one in (dense, pruned))
+    for name in ("model_type", "vocab_size", "hidden_size"):
+        if (old := getattr(ours, name, None)) != (new := getattr(theirs, name, None)):
             raise InputError(
-                f"{pruned.ref} is not {dense.ref} with blocks removed: its {field} is {theirs}, "
-                f"not {ours}"
+                f"{pruned.ref} is not {dense.ref} with blocks removed: its {name} is {new}, not "
+                f"{old}"
             )
     if pruned.blocks >= dense.blocks:
         raise InputError(
@@ -433,68 +434,24 @@ def there_and_back(turns: Sequence[T], number: int) -> list[T]:
     return list(turns if number % 2 == 0 else reversed(turns))
 
 
-def paired(
-    turns: Sequence[Turn],
-    workers: Mapping[int, Worker],
-    work: tuple[Case, Prompts],
-    rounds: int,
-    *,
-    tick: Tick,
-    skip: Callable[..., None],
-) -> dict[Turn, list[Run]]:
-    """Run a case once per turn in each round, after a round to warm up, in which memory is watched.
-
-    A case for which memory ends is left out for all models, and one with the fewest blocks that
-    does not run is left out alone; ``skip`` is told why, by the fields of :class:`Skipped`.
-    """
-    live, runs = list(turns), dict[Turn, list[Run]]()
-    case, prompts = work
-    for number in range(WARM_UP + rounds):
-        lacking = set()
-        for turn in there_and_back(live, number):
-            worker, fewest = workers[turn.model], turn.fewest
-            watched = number < WARM_UP and not fewest
-            try:
-                run = worker.work(prompts, case.new_tokens, fewest=fewest, watched=watched)
-                runs.setdefault(turn, []).append(run)
-            except (OutOfMemory, Failed, InputError, UnsupportedModel) as error:
-                if fewest:
-                    live.remove(turn)
-                    runs.pop(turn, None)
-                    skip(reason="no-bound", cases=(case.name,), detail=str(error))
-                elif isinstance(error, OutOfMemory):
-                    lacking.add(worker.name)
-                else:
-                    raise
-            tick(_effort(case), f"{case.name}, {worker.name}")
-        if lacking:
-            names = dict.fromkeys(workers[turn.model].name for turn in live)
-            out, fit = (tuple(n for n in names if (n in lacking) is x) for x in (True, False))
-            skip(reason="out-of-memory", cases=(case.name,), models=out, others=fit)
-            tick(_effort(case) * len(live) * (WARM_UP + rounds - number - 1))
-            return {}
-    return runs
-
-
 def _effort(case: Case) -> int:
     """Roughly how long a case takes, in steps of generation, for the progress bar alone."""
     return 1 + case.new_tokens + case.batch * (case.prompt_tokens + case.new_tokens) // 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Bench:
-    """The models, the first one dense, and the runtime that they run in; ``config`` says where and
-    how often, ``note`` is told what is not run."""
+    """The models, the first one dense, and the runtime that they run in. ``config`` says where and
+    how often, ``note`` is told what is not run; ``workers``, whose attributes stay, and ``runs`` by
+    the name of a case are what was found."""
 
     models: Sequence[BenchModel]
     runtime: str
     config: BenchConfig
     note: Callable[[Skipped], None]
     progress: Progress
-
-    def skip(self, **fields: Any) -> None:
-        """Note something, by its fields."""
-        self.note(Skipped(runtime=self.runtime, **fields))
+    workers: dict[int, Worker] = field(default_factory=dict)
+    runs: dict[str, dict[Turn, list[Run]]] = field(default_factory=lambda: defaultdict(dict))
 
     def run(self, cases: Sequence[Case]) -> Speed | None:
         """Time all models; None if the runtime cannot be used, which is noted. transformers always
@@ -506,53 +463,47 @@ class Bench:
         """
         if self.runtime == "llama.cpp":
             if lacking := tuple(m.ref for m in self.models if m.gguf is None):
-                self.skip(reason="no-gguf", models=lacking)
+                self._skip(reason="no-gguf", models=lacking)
                 return None
             if wide := tuple(case.name for case in cases if case.batch > 1):
-                self.skip(reason="one-sequence", cases=wide)
+                self._skip(reason="one-sequence", cases=wide)
             cases = [case for case in cases if case.batch == 1]
         try:
             return self._speed(cases)
         except (Failed, SlebError) as error:
             if self.runtime == "transformers":
                 raise
-            self.skip(reason="unusable", detail=str(error))
+            self._skip(reason="unusable", detail=str(error))
             return None
+
+    def _skip(self, **fields: Any) -> None:
+        self.note(Skipped(runtime=self.runtime, **fields))
 
     def _speed(self, cases: Sequence[Case]) -> Speed:
         everyone = range(len(self.models))
-        workers: dict[int, Worker] = {}
-        runs: dict[str, dict[Turn, list[Run]]] = {case.name: {} for case in cases}
         try:
             if not self._fit_together():
                 raise OutOfMemory
-            self._time(everyone, cases, workers, runs)
+            self._time(everyone, cases)
         except OutOfMemory:
             if len(everyone) == 1:
                 raise
-            self.skip(reason="apart")
-            runs = {case.name: {} for case in cases}
+            self._skip(reason="apart")
+            self.runs.clear()
             for i in everyone:
-                self._time([i], cases, workers, runs)
-        cases = [case for case in cases if all(Turn(i) in runs[case.name] for i in everyone)]
-        if not cases:
+                self._time([i], cases)
+        timed = [case for case in cases if all(Turn(i) in self.runs[case.name] for i in everyone)]
+        if not timed:
             raise ResourceError(
                 "no case fits in memory; try --quick, --dtype bfloat16 or fewer models at a time"
             )
         return Speed(
-            device=workers[0].device,
+            device=self.workers[0].device,
             dtype=self.config.dtype,
-            threads=workers[0].threads,
-            cases=tuple(cases),
-            models=tuple(
-                self._measured(i, workers[i], {case: runs[case.name][Turn(i)] for case in cases})
-                for i in everyone
-            ),
-            ratios=tuple(
-                self._ratio(i, case, runs[case.name], workers[0].fewest_blocks)
-                for i in everyone[1:]
-                for case in cases
-            ),
+            threads=self.workers[0].threads,
+            cases=tuple(timed),
+            models=tuple(self._measured(i, timed) for i in everyone),
+            ratios=tuple(self._ratio(i, case) for i in everyone[1:] for case in timed),
         )
 
     def _fit_together(self) -> bool:
@@ -563,15 +514,8 @@ class Bench:
         needed = sum(m.parameters for m in self.models) * DTYPES[self.config.dtype].itemsize
         return bool(needed < psutil.virtual_memory().available)
 
-    def _time(
-        self,
-        members: Sequence[int],
-        cases: Sequence[Case],
-        workers: dict[int, Worker],
-        runs: dict[str, dict[Turn, list[Run]]],
-    ) -> None:
-        """Load some of the models, time them in turn, and let go of them. Fills ``workers``, whose
-        attributes stay, and ``runs``."""
+    def _time(self, members: Sequence[int], cases: Sequence[Case]) -> None:
+        """Load some of the models, time them in turn, and let go of them."""
         needs = {
             "length": max(case.prompt_tokens + max(1, case.new_tokens) for case in cases),
             "batch": max(case.batch for case in cases),
@@ -579,22 +523,57 @@ class Bench:
         }
         with ExitStack() as stack:
             for i in members:
-                with self.progress.stage(f"loading {self.models[i].ref} ({self.runtime})", None):
-                    workers[i] = stack.enter_context(Worker(self.models[i].ref))
-                    workers[i].load(self.models[i].settings(self.config, self.runtime, **needs))
+                model = self.models[i]
+                with self.progress.stage(f"loading {model.ref} ({self.runtime})", None):
+                    self.workers[i] = stack.enter_context(Worker(model.ref))
+                    self.workers[i].load(model.settings(self.config, self.runtime, **needs))
             turns = [Turn(i) for i in members]
-            if members[0] == 0 and len(self.models) > 1 and workers[0].fewest_blocks is not None:
+            if members[0] == 0 and len(self.models) > 1 and self.workers[0].fewest_blocks:
                 turns.append(Turn(0, fewest=True))
             total = sum(map(_effort, cases)) * len(turns) * (WARM_UP + self.config.runs)
             with self.progress.stage(f"timing with {self.runtime}", total) as tick:
                 for case in cases:
-                    work = case, random_prompts(case, self.models[0].vocabulary)
-                    runs[case.name] |= paired(
-                        turns, workers, work, self.config.runs, tick=tick, skip=self.skip
-                    )
+                    self.runs[case.name] |= self._paired(turns, case, tick)
 
-    def _measured(self, i: int, worker: Worker, runs: dict[Case, list[Run]]) -> Measured:
-        model = self.models[i]
+    def _paired(self, turns: list[Turn], case: Case, tick: Tick) -> dict[Turn, list[Run]]:
+        """A case once per turn in each round, after a round to warm up, in which memory is watched.
+
+        A case for which memory ends is left out for all models, and one with the fewest blocks that
+        does not run is left out alone.
+        """
+        turns, runs = list(turns), dict[Turn, list[Run]]()
+        prompts, rounds = random_prompts(case, self.models[0].vocabulary), self.config.runs
+        for number in range(WARM_UP + rounds):
+            lacking = set()
+            for turn in there_and_back(turns, number):
+                worker, fewest = self.workers[turn.model], turn.fewest
+                watched = number < WARM_UP and not fewest
+                try:
+                    run = worker.work(prompts, case.new_tokens, fewest=fewest, watched=watched)
+                    runs.setdefault(turn, []).append(run)
+                except (OutOfMemory, Failed, InputError, UnsupportedModel) as error:
+                    if fewest:
+                        turns.remove(turn)
+                        runs.pop(turn, None)
+                        self._skip(reason="no-bound", cases=(case.name,), detail=str(error))
+                    elif isinstance(error, OutOfMemory):
+                        lacking.add(turn.model)
+                    else:
+                        raise
+                tick(_effort(case), f"{case.name}, {worker.name}")
+            if lacking:
+                models = {turn.model: self.models[turn.model].ref for turn in turns}
+                out, fit = (
+                    tuple(ref for i, ref in models.items() if (i in lacking) is x)
+                    for x in (True, False)
+                )
+                self._skip(reason="out-of-memory", cases=(case.name,), models=out, others=fit)
+                tick(_effort(case) * len(turns) * (WARM_UP + rounds - number - 1))
+                return {}
+        return runs
+
+    def _measured(self, i: int, cases: Sequence[Case]) -> Measured:
+        model, runs = self.models[i], [self.runs[case.name][Turn(i)] for case in cases]
         file = model.gguf if self.runtime == "llama.cpp" else None
         return Measured(
             path=model.ref,
@@ -602,22 +581,23 @@ class Bench:
             blocks=model.blocks,
             parameters=model.parameters,
             file_bytes=file.stat().st_size if file else model.nbytes,
-            peak_bytes=max(run.peak for timed in runs.values() for run in timed),
-            load_seconds=worker.load_seconds,
-            runs=tuple(_runs(case, _seconds(timed)) for case, timed in runs.items()),
+            peak_bytes=max(run.peak for timed in runs for run in timed),
+            load_seconds=self.workers[i].load_seconds,
+            runs=tuple(map(_runs, cases, map(_seconds, runs))),
         )
 
-    def _ratio(self, i: int, case: Case, runs: dict[Turn, list[Run]], fewest: int | None) -> Ratio:
+    def _ratio(self, i: int, case: Case) -> Ratio:
         dense, pruned = self.models[0], self.models[i]
-        whole, bound = _seconds(runs[Turn(0)]), None
-        if fewest is not None and Turn(0, fewest=True) in runs:
-            least, removed = _seconds(runs[Turn(0, fewest=True)]), dense.blocks - pruned.blocks
-            bound = amdahl_bound(whole, least, blocks=dense.blocks, ran=fewest, removed=removed)
+        seconds = {turn: _seconds(runs) for turn, runs in self.runs[case.name].items()}
+        whole, fewest, bound = seconds[Turn(0)], seconds.get(Turn(0, fewest=True)), None
+        if fewest and (ran := self.workers[0].fewest_blocks):
+            removed = dense.blocks - pruned.blocks
+            bound = amdahl_bound(whole, fewest, blocks=dense.blocks, ran=ran, removed=removed)
         return Ratio(
             path=pruned.ref,
             runtime=self.runtime,
             case=case.name,
-            ratio=median_ratio(whole, _seconds(runs[Turn(i)])),
+            ratio=median_ratio(whole, seconds[Turn(i)]),
             ideal=dense.blocks / pruned.blocks,
             possible=bound,
         )
