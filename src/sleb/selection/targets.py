@@ -147,8 +147,9 @@ class StoppingRule:
             if self.enough(cheapest[:n]):
                 return n
         gone = cheapest[-possible:]
-        asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
-        if goal.size is not None:
+        if goal.speedup is not None:
+            asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
+        else:
             asked = f"--size {goal.size}"
             left = f"the weights still take {costs.size(gone) / 1e6:,.1f} MB"
         raise InputError(f"{asked} is not within reach: without all {possible} candidates {left}")
