@@ -40,12 +40,11 @@ from torch import Tensor
 
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import Group, group
+from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.metrics import TokenMetric
-from sleb.selection.objective import DENSE, BlockSet, Call, Scorer, Values
+from sleb.selection.objective import DENSE, BlockSet, Call, Scorer
 from sleb.selection.resources import busy_tokens, default_batch, free_bytes, logit_bytes
-
-__all__ = ["Patch", "Sweep", "block_forwards", "distribute"]
 
 logger = logging.getLogger(__name__)
 

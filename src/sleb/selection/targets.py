@@ -15,13 +15,11 @@ from sleb.calibration import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
-from sleb.core.statistics import interval, standard_error
+from sleb.core.statistics import Values, interval, standard_error
 from sleb.models.stack import BlockStack
-from sleb.selection.objective import DENSE, BlockSet, Objective, Values
+from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import baseline, rounded
 from sleb.selection.request import Goal, parse_bytes
-
-__all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
 
 CONFIDENCE = 0.95
 
