@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 import sleb
-from sleb.selection.objective import DENSE, BlockSet, Values
+from sleb.core.statistics import Values
+from sleb.selection.objective import DENSE, BlockSet
 
 __all__ = ["Losses", "Spread", "fit"]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sleb
 import zoo
 from search_tools import fit_windows, split_of
 from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
 from sleb.repairs import RIDGES, repair
@@ -262,11 +265,14 @@ def test_verify_notices_a_tensor_that_is_not_the_plans(learned, loaded, material
     found = repair(loaded, plan.removed, *material)
     out = sleb.apply(plan, learned / "model", tmp_path / "out", repair=found)
     name, tensor = next(iter(found.tensors.items()))
-    again = type(found)(
-        record=found.record, tensors={**found.tensors, name: tensor + 1}, prefix=found.prefix
-    )
-    wrong = sleb.apply(plan, learned / "model", tmp_path / "wrong", repair=again)
-    checked = verify(wrong, model=learned / "model", plan=sleb.Plan.load(out / "plan.json"))
+    again = replace(found, tensors={**found.tensors, name: tensor + 1})
+    with pytest.raises(InputError, match=re.escape(name)):
+        sleb.apply(plan, learned / "model", tmp_path / "wrong", repair=again)
+    file, ours = out / "model.safetensors", sleb.Plan.load(out / "plan.json")
+    tensors = load_file(file)
+    changed = Cut.of(ours, folder=out).rename(name, found.prefix)
+    save_file({**tensors, changed: tensors[changed] + 1}, file, metadata={"format": "pt"})
+    checked = verify(out, model=learned / "model", plan=ours)
     assert not checked.passed
     assert "repaired tensors" in [c.name for c in checked.checks if not c.passed]
 

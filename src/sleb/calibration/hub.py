@@ -9,8 +9,6 @@ from typing import Any
 
 from sleb.core.errors import InputError, ResourceError
 
-__all__ = ["hub_rows"]
-
 
 def hub_rows(location: str) -> Iterator[dict[str, Any]]:
     """Rows of ``DATASET[/CONFIG]:SPLIT``; DATASET may be a local folder that ``datasets`` reads.

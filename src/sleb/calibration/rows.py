@@ -32,19 +32,6 @@ from sleb.core.errors import DataError, InputError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "ROW_FILES",
-    "Row",
-    "decode",
-    "existing_file",
-    "file_rows",
-    "first_line",
-    "parse_row",
-    "read_document",
-    "render",
-    "without_nulls",
-]
-
 ROW_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 """Suffixes of files of rows."""
 MAX_ROW = 128 * 2**20

@@ -38,15 +38,6 @@ from sleb.core.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "MAX_BYTES",
-    "SOURCES",
-    "Source",
-    "check_sources",
-    "parse_source",
-    "read_documents",
-]
-
 MAX_BYTES = 64 * 2**20
 DEFAULT = Path(__file__).parents[1] / "data" / "calibration.jsonl"
 

@@ -23,8 +23,6 @@ from sleb.core.plan import SourceRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SELF_GENERATED", "SHARE", "CalibrationSplit", "Writer", "joined"]
-
 VALIDATION = 32
 """Windows that decide whether a fit stays."""
 GENERATED_VALIDATION = (8, 32)

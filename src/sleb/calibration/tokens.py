@@ -11,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_text", "opening_tokens"]
-
 PIECE = 2**20  # characters; tokenizers need about half a kilobyte a token while they work
 MARGIN = 256  # characters on both sides of a seam that must agree
 TRIES = 64

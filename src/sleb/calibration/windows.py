@@ -21,8 +21,6 @@ from sleb.core.plan import Calibration, SourceRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_WINDOWS", "Texts", "Windows", "digest", "load_windows", "recount"]
-
 DEFAULT_WINDOWS = 32
 
 

@@ -18,29 +18,6 @@ from typing_extensions import Self
 from sleb.core.errors import InputError
 from sleb.core.files import write_text
 
-__all__ = [
-    "Baseline",
-    "Calibration",
-    "Curve",
-    "FinalComparison",
-    "Finalist",
-    "Fingerprint",
-    "Plan",
-    "Point",
-    "RepairRecord",
-    "RepairedGap",
-    "RepairedTensor",
-    "Round",
-    "Score",
-    "SimilarityGate",
-    "SourceRecord",
-    "Target",
-    "blocks_to_remove",
-    "parse_blocks",
-    "rounds_behind",
-    "upgrade",
-]
-
 MAX_BYTES = 32 * 2**20
 MAX_BLOCKS = 10_000
 SCHEMA: Literal[2] = 2

@@ -38,17 +38,6 @@ from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep
 
-__all__ = [
-    "RIDGES",
-    "Repair",
-    "check_repair",
-    "fit_repair",
-    "given_tokens",
-    "repair",
-    "repaired",
-    "stored_repair",
-]
-
 RIDGES = (0.1, 1.0, 10.0)
 """Ridges tried in turn, as shares of the Gram matrix's mean diagonal: each next one is a smaller
 step away from the original weights."""

@@ -44,8 +44,6 @@ from sleb.repairs.residual_writers import (
 )
 from sleb.selection.resources import room_bytes
 
-__all__ = ["REACH", "Gap", "Regression", "default_tokens", "gaps"]
-
 REACH = 2
 ROWS = 8192  # tokens that enter a product at once
 ROUNDS = 2  # of a matrix and the norm behind it

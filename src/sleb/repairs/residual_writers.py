@@ -23,16 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from sleb.models.overrides import full_input, whole
 from sleb.models.stack import BlockStack
 
-__all__ = [
-    "Norm",
-    "Outputs",
-    "ResidualWriters",
-    "bias_of",
-    "find_residual_writers",
-    "stream_before",
-    "weight_of",
-]
-
 PROBE_TOKENS = 8
 TOLERANCE = 1e-3
 

@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from sleb.core.statistics import Values
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.residual_writers import ResidualWriters
-from sleb.selection.objective import DENSE, BlockSet, Scorer, Values
+from sleb.selection.objective import DENSE, BlockSet, Scorer
 from sleb.selection.sweep import Sweep
-
-__all__ = ["RepairedScores", "repaired_scorer"]
 
 RIDGE = 0.1
 

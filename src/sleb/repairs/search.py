@@ -16,8 +16,6 @@ from sleb.selection.request import check_options, check_request
 from sleb.selection.search import find_blocks
 from sleb.selection.strategies import GREEDY_OR_WINDOW
 
-__all__ = ["search"]
-
 
 @takes(SearchConfig)
 def search(

@@ -25,8 +25,6 @@ from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.resources import room_bytes
 
-__all__ = ["can_generate", "with_self_generated", "write", "writer"]
-
 PIECE = 512
 """Tokens that are written in one go. Longer windows are put together from several, as windows of
 the user's text are of documents: all begin at once, and there are few steps to wait for."""

@@ -16,8 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from sleb.core.registry import Registry
 
-__all__ = ["METRICS", "Metric", "TokenMetric"]
-
 CACHE_BYTES = 2 * 2**20
 
 

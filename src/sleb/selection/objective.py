@@ -21,18 +21,8 @@ from sleb.core.errors import VerificationFailed
 from sleb.core.files import disk_errors
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
-from sleb.selection.racing import Race, Values
-
-__all__ = [
-    "DENSE",
-    "BlockSet",
-    "Call",
-    "Objective",
-    "ScoreCache",
-    "Scorer",
-    "ShortlistObjective",
-    "Values",
-]
+from sleb.core.statistics import Values
+from sleb.selection.racing import Race
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,6 @@ from scipy import stats
 from sleb.core.plan import Baseline, Round, Score
 from sleb.core.statistics import Values, standard_error
 
-__all__ = ["ERROR", "Race", "Values", "baseline", "leaders", "rank", "rounded"]
-
 ERROR = 0.05
 PRIOR = 16
 FIRST = 4

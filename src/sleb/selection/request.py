@@ -23,16 +23,6 @@ from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
 
-__all__ = [
-    "Goal",
-    "above",
-    "candidates_for",
-    "check_options",
-    "check_request",
-    "parse_bytes",
-    "removals",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:

@@ -15,15 +15,6 @@ import torch
 from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
 
-__all__ = [
-    "busy_tokens",
-    "default_batch",
-    "free_bytes",
-    "logit_bytes",
-    "on_threads",
-    "room_bytes",
-]
-
 
 def default_batch(stack: BlockStack, length: int) -> int:
     """Windows per batch: enough tokens to fill the device, with one activation per block in at most

@@ -50,8 +50,6 @@ from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, HeldoutEvaluation, StoppingRule
 
-__all__ = ["FINAL_TOKENS", "SEARCH_TOKENS", "RepairedScorer", "find_blocks", "versions"]
-
 SEARCH_TOKENS = 16_384
 """Tokens that the repair of a candidate is fitted on."""
 FINAL_TOKENS = 8192

@@ -19,12 +19,10 @@ from sleb.calibration import Windows
 from sleb.core.errors import DataError
 from sleb.core.progress import Progress, silent
 from sleb.core.registry import Registry
+from sleb.core.statistics import Values
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
-from sleb.selection.objective import Values
 from sleb.selection.resources import default_batch
-
-__all__ = ["MEASURES", "Similarity", "Spread", "measure_similarity"]
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """``measure(a [A, N, D], b [B, N, D]) -> float32 [A, B, N]`` per token, or [A, B, 1] per window."""

@@ -11,11 +11,9 @@ import numpy as np
 from sleb.core.errors import InputError
 from sleb.core.plan import Finalist, Round
 from sleb.core.registry import Registry
-from sleb.core.statistics import standard_error
-from sleb.selection.objective import DENSE, BlockSet, Objective, Values
+from sleb.core.statistics import Values, standard_error
+from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import leaders, rank, rounded
-
-__all__ = ["BEAM", "GREEDY_OR_WINDOW", "STRATEGIES", "SearchResult", "Strategy"]
 
 BEAM = 4
 GREEDY_OR_WINDOW = "greedy-or-window"

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -40,12 +40,11 @@ from torch import Tensor
 
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import Group, group
+from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.metrics import TokenMetric
-from sleb.selection.objective import DENSE, BlockSet, Call, Scorer, Values
+from sleb.selection.objective import DENSE, BlockSet, Call, Scorer
 from sleb.selection.resources import busy_tokens, default_batch, free_bytes, logit_bytes
-
-__all__ = ["Patch", "Sweep", "block_forwards", "distribute"]
 
 logger = logging.getLogger(__name__)
 
@@ -408,30 +407,41 @@ def _gathered(
     of each call."""
     began = time.perf_counter()
 
-    def own() -> list[Values | None]:
+    def own() -> list[Values]:
         return [
-            sweep.scores(mine, start, stop, among=sets).numpy() if mine else None
+            sweep.scores(shares[here.rank], start, stop, among=sets).numpy()
             for (sets, start, stop), shares in work
-            for mine in [shares.get(here.rank)]
+            if here.rank in shares
         ]
 
     mine = here.all_or_raise(own)
-    same = hashlib.sha256(repr(work).encode()).digest()
-    sent = pickle.dumps((time.perf_counter() - began, sweep.batch, same, mine))
-    seconds, batches, works, found = zip(*map(pickle.loads, here.exchange(sent)), strict=True)
-    if len({*works}) > 1:
+    head = {
+        "seconds": time.perf_counter() - began,
+        "batch": sweep.batch,
+        "work": hashlib.sha256(repr(work).encode()).hexdigest(),
+        "shapes": [part.shape for part in mine],
+    }
+    raw = b"".join(part.tobytes() for part in mine)
+    heads, parts = [], []  # of every rank; parts in the order of its calls
+    for text in here.exchange(json.dumps(head).encode() + b"\n" + raw):
+        line, _, rest = text.partition(b"\n")
+        heads.append(json.loads(line))
+        ends = np.cumsum([math.prod(shape) for shape in heads[-1]["shapes"]], dtype=int)
+        rows = np.split(np.frombuffer(rest, dtype=np.float64), ends[:-1])
+        parts.append(iter([r.reshape(s) for r, s in zip(rows, heads[-1]["shapes"], strict=False)]))
+    if len({head["work"] for head in heads}) > 1:
         raise DataError(
             "the processes of this job no longer do the same work, so their machines or versions "
             "differ: run it on machines of one kind, with the same software"
         )
-    sweep.batch = min(batches)  # some may have run out of memory
+    sweep.batch = min(head["batch"] for head in heads)  # some may have run out of memory
     values = []
-    for k, ((sets, _, _), shares) in enumerate(work):
-        rows: dict[BlockSet, Values] = {}
+    for (sets, _, _), shares in work:
+        found: dict[BlockSet, Values] = {}
         for rank, scored in shares.items():
-            rows |= zip(scored, found[rank][k], strict=True)
-        values.append(np.stack([rows[s] for s in sets]))
-    return max(seconds), values
+            found |= zip(scored, next(parts[rank]), strict=True)
+        values.append(np.stack([found[s] for s in sets]))
+    return max(head["seconds"] for head in heads), values
 
 
 # -- prefixes -----------------------------------------------------------------------------------

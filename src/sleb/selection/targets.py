@@ -15,13 +15,11 @@ from sleb.calibration import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
-from sleb.core.statistics import interval, standard_error
+from sleb.core.statistics import Values, interval, standard_error
 from sleb.models.stack import BlockStack
-from sleb.selection.objective import DENSE, BlockSet, Objective, Values
+from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import baseline, rounded
 from sleb.selection.request import Goal, parse_bytes
-
-__all__ = ["Costs", "HeldoutEvaluation", "StoppingRule", "nothing_within_limit", "upper_bound"]
 
 CONFIDENCE = 0.95
 
@@ -147,8 +145,9 @@ class StoppingRule:
             if self.enough(cheapest[:n]):
                 return n
         gone = cheapest[-possible:]
-        asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
-        if goal.size is not None:
+        if goal.speedup is not None:
+            asked, left = f"--speedup {goal.speedup:g}", f"it is {costs.speedup(gone):.2f}"
+        else:
             asked = f"--size {goal.size}"
             left = f"the weights still take {costs.size(gone) / 1e6:,.1f} MB"
         raise InputError(f"{asked} is not within reach: without all {possible} candidates {left}")
