@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -17,9 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rich.console import Console
 from scipy import stats
 
 import sleb
@@ -32,11 +28,8 @@ from sleb.evaluation.answer_checks import (
     language,
     repetition,
     script,
-    switched,
 )
-from sleb.evaluation.answers import Answer, Comparison, Pair, Prompt, compare, read_prompts
-from sleb.views import items
-from sleb.views.terminal import draw
+from sleb.evaluation.answers import Comparison, Prompt, compare, read_prompts
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (
@@ -322,86 +315,6 @@ class TestMistakes:
     def test_options_are_checked(self, tiny_dir, out, prompts, options, message):
         with pytest.raises(InputError, match=message):
             compare(tiny_dir, out, prompts, **{**CPU, **options})
-
-
-# -- the terminal --------------------------------------------------------------------------------
-
-
-def answer(text: str, **options) -> Answer:
-    facts = {"tokens": 9, "seconds": 1.0, "ended": True, "repetition": 0.0, "json_valid": None}
-    return Answer(text=text, script=script(text), language="", **{**facts, **options})
-
-
-def drawn(compared: Comparison, pairs: list[Pair], width: int = 100) -> str:
-    stream = io.StringIO()
-    console = Console(file=stream, width=width, markup=False, emoji=False)
-    draw(items(replace(compared, pairs=tuple(pairs))), console)
-    return stream.getvalue()
-
-
-def pair(id: str, dense: Answer, pruned: Answer, agreed: int = 0) -> Pair:
-    differ = switched(dense.text, pruned.text)
-    return Pair(
-        id=id, prompt=f"say {id}", dense=dense, pruned=pruned, agreed=agreed, switched=differ
-    )
-
-
-def test_the_worst_three_are_shown(compared):
-    good = answer("good")
-    pairs = [
-        pair("same", good, good, 9),
-        pair("late", good, answer("fine"), 5),
-        pair("early", good, answer("well"), 1),
-        pair("broken", answer("{}", json_valid=True), answer("{", json_valid=False), 7),
-        pair("both", answer("no", repetition=0.9), answer("yes", repetition=0.8), 6),
-        pair("loop", good, answer("だめ", repetition=0.8, ended=False), 8),
-    ]
-    shown = drawn(compared, pairs)
-    heads = [line for line in shown.splitlines() if line.startswith("Prompt ")]
-    assert [head.split()[1] for head in heads] == ["loop:", "broken:", "early:"]
-    assert "part: 8. The pruned model answered in another language" in heads[0]
-    whole = " ".join(shown.split())
-    assert "cut off at the limit" in whole
-    assert "80.0 % repetition" in whole
-    assert "not valid JSON" in whole
-    assert "say loop" in shown
-    assert "Prompt same" not in drawn(compared, pairs[:1])
-
-
-def test_the_table_has_no_json_row_if_none_was_asked_for(compared):
-    assert "valid JSON" in drawn(compared, [])
-    none = [replace(m, json_valid=None) for m in (compared.dense, compared.pruned)]
-    assert "valid JSON" not in drawn(replace(compared, dense=none[0], pruned=none[1]), [])
-    assert "Time per token" in drawn(compared, [])
-    assert "Time per token" not in drawn(replace(compared, seconds_per_token_ratio=None), [])
-
-
-def test_answers_cannot_steer_the_terminal(compared):
-    bad = "\x1b[31mred\x1b]0;title\x07 [bold red]x[/] [/nonsense] :smile: \u202eback\r\n\x9b2J"
-    shown = drawn(compared, [pair(bad, answer(bad), answer(""), 0)])
-    assert not set("\x1b\x07\x9b\r\u202e") & set(shown)
-    assert "[bold red]x[/] [/nonsense] :smile:" in " ".join(shown.split())
-    assert "(empty)" in shown
-    assert "\u200c" in drawn(compared, [pair("fa", answer("می\u200cخواهم"), answer("x"))])
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 900), st.integers(40, 120))
-def test_long_texts_are_cut_around_where_they_part(compared, common, width):
-    start = "日本語 " * (common // 4)
-    pairs = [
-        pair("long", answer(start + "DENSE" + "a" * 900), answer(start + "PRUNED" + "b" * 900))
-    ]
-    shown = drawn(compared, pairs, width)
-    assert "DENSE" in shown.replace("\n", "")
-    assert shown.count("a") < 400
-
-
-def test_the_table_says_if_languages_are_told_apart_by_script_alone(compared):
-    shown = drawn(replace(compared, languages=False), [])
-    assert "were not told apart" in " ".join(shown.split())
-    assert "sleb[lang]" in shown
-    assert "sleb[lang]" not in drawn(replace(compared, languages=True), [])
 
 
 # -- a real model --------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def spoken(*pairs):
         ({"prompt": TURNS[:1], "completion": "yo"}, SAID),
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]},
          "<user>hi\n<assistant>\n"),
-        ({"messages": [TURNS[0], {"role": "assistant"}]}, "<user>hi\n<assistant>\n"),
+        ({"messages": [{"role": "user", "value": "hi"}]}, "<user>hi\n"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, "i"]}]},
          "<user>hi\n"),
     ],
@@ -133,7 +133,9 @@ def test_what_is_asked_is_the_row_without_its_answer():
         ({"messages": [TURNS[0], "yo"]}, "turn 2 is no object"),
         ({"messages": [{"content": "a"}]}, "turn 1 has no `role`"),
         ({"conversations": [{"from": "gtp", "value": "a"}]}, "turn 1 is from 'gtp'.*'gpt'"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no `content`"),
         ({"messages": [{"role": "user", "content": 3}]}, "turn 1: `content` is neither"),
+        ({"instruction": "a", "output": "b", "history": ["ab"]}, "`history`"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
          "turn 1 has a part of type 'image_url'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "1 has a tool call"),
@@ -186,6 +188,9 @@ def test_nulls_that_a_column_is_filled_with_are_no_values(write):
     first, second = documents("a.parquet", chat_template=every)
     assert second == "t"
     assert '<assistant>[weather {"city": "Oslo"}][clock {"zone": "UTC"}]' in first
+    silent = [{"messages": [TURNS[0], {"role": "assistant", "content": None}]}]
+    pq.write_table(pa.Table.from_pylist([*rows, *silent]), "b.parquet")
+    assert documents("b.parquet", chat_template=CHAT)[-1] == "<user>hi\n<assistant>\n"
 
 
 @pytest.mark.parametrize(

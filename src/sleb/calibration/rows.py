@@ -122,12 +122,15 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
         # a task without its answer is a prompt; of other fields that would be a guess
         if isinstance(row.get(asked), str) and (answer is not None or asked == "instruction"):
             task = [row[asked], *([row.get("input")] if asked == "instruction" else [])]
-            pairs = [*_listed(row.get("history")), ("\n".join(filter(None, task)), answer)]
+            turns = _listed(row.get("history"))
+            if any(not isinstance(pair, list) or len(pair) != 2 for pair in turns):
+                raise InputError(f"{where}: `history` is no list of pairs of texts; correct it")
+            pairs = [*turns, ("\n".join(filter(None, task)), answer)]
             return [
-                {"role": role, "content": str(content)}
+                {"role": role, "content": _content(said, where)}
                 for pair in pairs
-                for role, content in zip(("user", "assistant"), pair, strict=False)
-                if content is not None
+                for role, said in zip(("user", "assistant"), pair, strict=True)
+                if said is not None
             ]
     return None
 
@@ -152,6 +155,7 @@ def _listed(value: Any) -> list[Any]:
 def _turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise InputError(f"{where} is no object; give it a `role` and its `content`")
+    nothing_said = not {"content", "value", "text"} & turn.keys()
     turn = {key: value for key, value in turn.items() if value is not None}
     if "role" not in turn and "from" in turn:
         turn = _sharegpt(turn, where)
@@ -162,7 +166,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     calls = _listed(turn.pop("tool_calls", None))
     if calls:
         turn["tool_calls"] = [_call(call, where) for call in calls]
-    return {**turn, "content": _content(turn.get("content", ""), where)}
+    elif nothing_said:
+        raise InputError(f"{where} has no `content`; give it, or null for nothing")
+    said = next((turn[key] for key in ("content", "value", "text") if key in turn), "")
+    return {**turn, "content": _content(said, where)}
 
 
 def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
@@ -185,11 +192,11 @@ def _content(content: Any, where: str) -> str:
         raise InputError(f"{where}: `content` is neither text nor a list of parts; correct it")
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
+        kind = str(part.get("type", "text")) if isinstance(part, dict) else "text"
+        text = part.get("text") or "" if isinstance(part, dict) else part
+        if not isinstance(text, str) or not kind.endswith("text"):
             raise InputError(
-                f"{where} has a part of type {kind!a}, and sleb reads text alone; leave it out"
+                f"{where} has a part of type {kind[:40]!a}, and sleb reads text alone; leave it out"
             )
         texts.append(text)
     return "".join(texts)
@@ -411,9 +418,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 def without_nulls(value: Any) -> Any:
     """``value`` without the nulls that columns of structs are filled with where a row's object
-    lacks a field that another's has."""
+    lacks a field that another's has; a turn that says nothing says so."""
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        said = {"content", "value"} if {"role", "from"} & value.keys() else set()
+        items = ((k, v) for k, v in value.items() if v is not None or k in said)
+        return {key: without_nulls(item) for key, item in items}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
