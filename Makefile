@@ -4,13 +4,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-slow test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-quantize check lint format types clean
+.PHONY: help demo test test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       prune a real model, SmolLM2-135M-Instruct, and prove the result"
-	@echo "make test       the test suite"
-	@echo "make test-slow  the long tests as well"
+	@echo "make test       the test suite, in five minutes on two cores"
+	@echo "make test-all   the rest as well: all architectures, interrupts, several processes, ..."
+	@echo "make test-random  the tests that draw examples, with others than the usual"
+	@echo "make compare-builds OLD=DIR  the same results as another checkout, byte by byte"
 	@echo "make test-llama-cpp  cut GGUF files, run in llama.cpp (builds it once, 10 minutes)"
 	@echo "make test-mergekit  exported plans, run in mergekit (fetches it once)"
 	@echo "make test-quantize  the tests with llm-compressor (fetches it once)"
@@ -23,11 +25,22 @@ help:
 demo: $(READY) $(MODEL)
 	$(BIN)/sleb demo --model $(MODEL)
 
-test: $(READY) $(MODEL)
-	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST = OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-test-slow: $(READY) $(MODEL)
-	OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m ""
+test: $(READY) $(MODEL)
+	$(PYTEST)
+
+# Marked slow: what takes long, and all but the first example of each kind.
+test-rest: $(READY) $(MODEL)
+	$(PYTEST) -m slow
+
+test-all: test test-rest
+
+test-random: $(READY) $(MODEL)
+	$(PYTEST) -m hypothesis --hypothesis-profile random
+
+compare-builds: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/compare_builds.py $(OLD) .
 
 # llama.cpp is compiled once, into an environment of its own. SLEB_TEST_GEMMA=FILE, a GGUF of
 # Gemma-3-270M, adds the test of sliding windows.
