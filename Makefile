@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-quantize check lint format types clean
+.PHONY: help demo test test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-answers bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-quantize  the tests with llm-compressor (fetches it once)"
 	@echo "make bench-search  the published search against ours, timed"
 	@echo "make bench-quality  what each choice of blocks costs, with and without repair"
+	@echo "make bench-answers  right answers of the cuts: code that passes its tests, sums"
 	@echo "make bench-quantize  what pruning and quantizing cost, each and together"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
@@ -92,6 +93,11 @@ WORK ?= bench-quantize
 RESULT ?= benchmarks/results/quality.json
 bench-quality: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/quality.py $(MODEL) --data $(DATA) $(BENCH) -o $(RESULT)
+
+# Runs the code that the model writes. A GPU, and a model that can code: MODEL=... BENCH="--limit 100".
+bench-answers: $(READY) $(MODEL)
+	$(BIN)/python benchmarks/answers.py $(MODEL) --data $(DATA) --removed 1,2,3,4,6 $(BENCH) \
+		-o benchmarks/results/answers.json
 
 # Texts are yours to give, in DATA; see docs/quantization.md. Takes an hour or more on 2 cores.
 bench-quantize: $(QUANTIZE) $(MODEL)
