@@ -15,7 +15,7 @@ import sleb
 import zoo
 from sleb.checkpoints.checkpoint import INDEX, Checkpoint
 from sleb.checkpoints.cut import Cut
-from sleb.checkpoints.depth_fields import RULES
+from sleb.checkpoints.depth_fields import DERIVED_FROM, RULES
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.load import load_config, strict_model
 from sleb.models.pruned_config import pruned_config
@@ -122,7 +122,7 @@ def test_bypass_is_the_cut_checkpoint(family, tmp_path):
         a, b = written_config(dense), written_config(out)
         changed = {name for name in {*a, *b} if a.get(name) != b.get(name)}
         depth = {"num_hidden_layers", *type(model.config).attribute_map.values()}
-        assert changed <= {*RULES, *depth}
+        assert changed <= {*RULES, *depth, *DERIVED_FROM}
 
 
 @every_family

@@ -17,7 +17,8 @@ BLOCKS = "number of blocks"
 WEIGHTS = "weights equal the original's"
 LOGITS = "logits equal the original with blocks bypassed"
 GENERATION = "generation with cache equals without"
-ORDER = [CONFIG, RELOAD, BLOCKS, WEIGHTS, LOGITS, GENERATION]
+KEPT = "config.json keeps the original's fields"
+ORDER = [KEPT, CONFIG, RELOAD, BLOCKS, WEIGHTS, LOGITS, GENERATION]
 
 
 def failed(found: verification.Verification) -> list[str]:

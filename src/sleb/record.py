@@ -264,6 +264,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 # -- records of schema 1, which held sentences ---------------------------------------------------
 
 _CHECKS = {
+    "config.json keeps the original's fields": "config-kept",
     "files match SHA256SUMS": "checksums",
     "repaired tensors": "repaired-tensors",
     "depth-dependent config fields": "depth-fields",

@@ -11,14 +11,23 @@ To support a new field, add a row to ``RULES``; docs/extending.md shows how.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
 from sleb.core.errors import UnsupportedModel
 
-__all__ = ["DepthField", "depth_fields", "refuse_unsupported", "reindex"]
+__all__ = [
+    "DERIVED_FROM",
+    "NUMBER_OF_BLOCKS",
+    "DepthField",
+    "depth_fields",
+    "keeps_pattern",
+    "refuse_unsupported",
+    "reindex",
+    "reindex_written",
+]
 
 Config = dict[str, Any]
 Kept = Sequence[int]
@@ -62,7 +71,8 @@ def _remap(config: Config, field: str, kept: Kept, n: int) -> Any:
 def _remap_keys(config: Config, field: str, kept: Kept, n: int) -> Any:
     entries = {int(key): value for key, value in config[field].items()}
     moved = {new: entries[old] for new, old in enumerate(kept) if old in entries}
-    width = len(str(max(moved, default=0)))  # padded with zeros, as transformers writes them
+    padded = any(len(str(key)) > 1 and str(key)[0] == "0" for key in config[field])
+    width = len(str(max(moved, default=0))) if padded else 1  # as transformers writes them
     return {str(new).zfill(width): value for new, value in moved.items()}
 
 
@@ -328,6 +338,9 @@ DERIVED_FROM = {
     "index_topk_pattern": "indexer_types",
 }
 
+# How configs call the number of blocks, besides what transformers calls it in their class.
+NUMBER_OF_BLOCKS = _names("num_hidden_layers n_layer n_layers num_layers")
+
 # Lists whose length may equal the number of blocks by chance.
 NEVER_PER_BLOCK = _names(
     "architectures eos_token_id bos_token_id pad_token_id suppress_tokens begin_suppress_tokens "
@@ -403,3 +416,37 @@ def reindex(config: Config, kept: Kept, n: int, depth_field: str = "num_hidden_l
         new["mlp_only_layers"] = _mlp_only(config, "mlp_only_layers", kept, n)
     new[depth_field] = len(kept)
     return new
+
+
+def reindex_written(
+    written: Config, config: Config, kept: Kept, n: int, aliases: Mapping[str, str]
+) -> Config:
+    """The decoder's part of a config.json for the model cut down to ``kept``: as it is ``written``,
+    in its own words and order, with nothing changed but the fields that depend on depth.
+
+    ``config`` is what transformers makes of it, which says what is not written; ``aliases`` are its
+    names of fields, by the names that may stand for them.
+
+    Raises:
+        UnsupportedModel: a field's meaning cannot be kept exactly for this cut.
+    """
+    meant = {**config, **written}
+    meant |= {aliases[name]: value for name, value in written.items() if name in aliases}
+    refuse_unsupported(meant, n)
+    rules, new = dict(_applying(meant, n)), dict(written)
+    for name, value in written.items():
+        known = aliases.get(name, name)
+        if value == n and {name, known} & NUMBER_OF_BLOCKS:
+            new[name] = len(kept)
+        elif known in rules:
+            new[name] = rules[known].apply(meant, known, kept, n)
+    if "decoder_sparse_step" in written and (dense := _mlp_only(meant, "mlp_only_layers", kept, n)):
+        new["mlp_only_layers"] = dense
+    return new
+
+
+def keeps_pattern(pattern: Any, kept: Kept) -> bool:
+    """Whether a pattern over block ids, a period or one entry per block that is repeated, gives
+    every block that stays the kind that it had."""
+    period = pattern if isinstance(pattern, int) else len(pattern)
+    return all(period < 2 or (old - new) % period == 0 for new, old in enumerate(kept))

@@ -20,7 +20,10 @@ from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.registry import Registry
+from sleb.models.load import load_config
+from sleb.models.pruned_config import pruned_config
 from sleb.models.source import ModelSource, resolve
+from sleb.models.stack import decoder_config
 
 __all__ = ["FORMATS", "Export", "export_plan"]
 
@@ -251,10 +254,6 @@ def _rewritten(asked: _Asked, source: ModelSource, *, skip_uniform: bool = False
         InputError: the plan is for another model, as far as the config tells.
         UnsupportedModel: the model cannot be cut exactly at all.
     """
-    from sleb.models.load import load_config
-    from sleb.models.pruned_config import pruned_config
-    from sleb.models.stack import decoder_config
-
     config = load_config(source.path, trust_remote_code=asked.trust)
     _check_config(asked, read_json(source.path / "config.json"), decoder_config(config))
     text, cut = (

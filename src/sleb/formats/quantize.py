@@ -20,13 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sleb.calibration import check_sources, load_windows
-from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import Checkpoint, read_json
 from sleb.checkpoints.checksums import write_sums
 from sleb.core.card import with_section
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Calibration
 from sleb.core.progress import Progress, silent
+from sleb.models.load import load_config, load_tokenizer
+from sleb.models.pruned_config import both_spellings, write_json
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, resolve
 from sleb.surgery.apply import carry, refuse_source
@@ -176,8 +178,6 @@ def quantize(
         raise InputError(f"--scheme {scheme} is not calibrated: leave out --text")
     check_sources(text)
     writable_target(out, force=force)
-    from sleb.models.load import load_config, load_tokenizer
-
     source = resolve(model, progress)
     refuse_source(out, source.path)
     before = Checkpoint.open(source.path)
@@ -204,6 +204,7 @@ def quantize(
     )
     with staged_dir(out, force=force) as stage:
         rounding.save(stage)
+        _keep_config(before, stage, spell_both=source.is_gguf)
         for path in sorted(source.path.iterdir()):
             carry(path, stage)
         for name in ("plan.json", "heal.json"):
@@ -228,6 +229,17 @@ def quantize(
         _describe(source, done, stage)
         write_sums(stage, progress)
     return done
+
+
+def _keep_config(before: Checkpoint, stage: Path, *, spell_both: bool) -> None:
+    """config.json in the model's own words, with the library's section on its quantization."""
+    saved = read_json(stage / "config.json")
+    if saved.get("model_type") != before.config.get("model_type"):
+        return  # another class than the files': its text model alone
+    fields = {**before.config, "quantization_config": saved["quantization_config"]}
+    if spell_both:
+        fields = both_spellings(fields, load_config(stage))
+    write_json(fields, before.path / "config.json", stage / "config.json")
 
 
 def _describe(source: ModelSource, done: Quantized, stage: Path) -> None:

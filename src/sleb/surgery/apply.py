@@ -33,22 +33,30 @@ from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_dir
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, Tick, silent
-from sleb.models.pruned_config import check_structure, pruned_config
+from sleb.models.load import empty_model, load_config
+from sleb.models.pruned_config import (
+    both_spellings,
+    check_structure,
+    pruned_config,
+    pruned_json,
+    write_json,
+)
 from sleb.models.quantization_names import renumber_metadata, renumber_quantization
 from sleb.models.source import resolve
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.rollback_keep import keep_original
 from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sleb.models.stack import BlockStack
     from sleb.repairs import Repair
 
 __all__ = [
     "apply",
     "carry",
     "cut_checkpoint",
+    "cut_config",
     "refuse_source",
     "write_cut",
 ]
@@ -91,9 +99,6 @@ def apply(
         DataError: the source is corrupt.
         ResourceError: the disk is full.
     """
-    from sleb.models.load import load_config
-    from sleb.models.stack import decoder_config
-
     out = Path(out)
     cut = Cut.of(plan, depth)
     if repair:
@@ -114,6 +119,7 @@ def apply(
             used,
             stage,
             lines=lines if keep else None,
+            spell_both=source.is_gguf,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -134,16 +140,19 @@ def write_cut(
     stage: Path,
     *,
     lines: Mapping[str, str] | None,
+    spell_both: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Write the ``cut`` of ``checkpoint`` and the plan as far as it was ``used`` into the folder
-    ``stage``; and, given the checkpoint's :func:`tensor_lines`, what is needed to restore it."""
+    ``stage``; and, given the checkpoint's :func:`tensor_lines`, what is needed to restore it.
+    ``spell_both``: see :func:`sleb.models.pruned_config.both_spellings`."""
     written = cut_checkpoint(
         checkpoint,
         cut,
         stage,
         keep=lines is not None,
+        spell_both=spell_both,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
@@ -164,23 +173,22 @@ def cut_checkpoint(
     stage: Path,
     *,
     keep: bool = False,
+    spell_both: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Written:
     """Write the ``cut`` of ``checkpoint``, whose repaired tensors have the dtypes and shapes of the
     original's, into the folder ``stage``. ``keep`` asks for the disk space that what was removed
     and replaced will need too."""
-    from sleb.models.load import empty_model, load_config
-    from sleb.models.stack import BlockStack, decoder_config
-
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
     n = decoder_config(config).num_hidden_layers
     after = pruned_config(config, cut.removed)
     check_structure(stack, cut.kept, empty_model(after, trust_remote_code=trust_remote_code))
     prefix = checkpoint.block_prefix(n, stack.path)
-    if quantization := checkpoint.config.get("quantization_config"):
-        after.quantization_config = _renumbered(quantization, checkpoint, stack, prefix, cut)
+    fields = cut_config(checkpoint, stack, cut, config, after)
+    if spell_both:
+        fields = both_spellings(fields, after)
 
     def rename(name: str) -> str | None:
         return cut.rename(name, prefix)
@@ -195,7 +203,7 @@ def cut_checkpoint(
     enough_space(stage.parent, kept_bytes + spared)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
         _write_shards(renumbered, names, replaced, stage, tick)
-    after.save_pretrained(stage)
+    write_json(fields, checkpoint.path / "config.json", stage / "config.json")
     carried = [name for path in sorted(checkpoint.path.iterdir()) for name in carry(path, stage)]
     return Written(prefix=prefix, names=names, replaced=frozenset(replaced), carried=tuple(carried))
 
@@ -263,6 +271,22 @@ def carry(path: Path, stage: Path) -> list[str]:
     if path.is_dir() and path.name != FOLDER:
         logger.info("not carried over: folder %s", path)
     return []
+
+
+def cut_config(
+    checkpoint: Checkpoint, stack: BlockStack, cut: Cut, config: Any, after: Any
+) -> dict[str, Any]:
+    """config.json of the ``cut`` of ``checkpoint``. ``config``: what transformers reads of the
+    checkpoint's, ``after``: the same, cut; ``stack``: of the uncut model, with or without weights.
+
+    Raises:
+        UnsupportedModel: a field cannot follow the cut exactly.
+    """
+    fields = pruned_json(checkpoint.config, config, after, cut.removed)
+    if cut.removed and (quantization := fields.get("quantization_config")):
+        prefix = checkpoint.block_prefix(len(stack), stack.path)
+        fields["quantization_config"] = _renumbered(quantization, checkpoint, stack, prefix, cut)
+    return fields
 
 
 def _renumbered(

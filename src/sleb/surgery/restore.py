@@ -15,6 +15,7 @@ from sleb.core.card import cut_card
 from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
+from sleb.surgery.apply import refuse_source, write_cut
 from sleb.surgery.rollback_original import Original, open_original
 
 __all__ = ["Restored", "restore"]
@@ -59,8 +60,6 @@ def restore(
     cut, out = Path(cut), Path(out)
     writable_target(out, force=force)
     with disk_errors(out):
-        from sleb.surgery.apply import refuse_source
-
         refuse_source(out, cut)
         original = open_original(cut, progress)
         plan = original.plan
@@ -116,8 +115,6 @@ def _write_files(original: Original, folder: Path) -> None:
 def _write_cut(
     original: Original, depth: int, stage: Path, trust_remote_code: bool, progress: Progress
 ) -> None:
-    from sleb.surgery.apply import write_cut
-
     cut = Cut(blocks=original.plan.model.blocks, removed=original.plan.at_depth(depth))
     used = cut.used(original.plan)
     with tempfile.TemporaryDirectory(prefix="sleb-") as folder:
@@ -128,6 +125,7 @@ def _write_cut(
             used,
             stage,
             lines=original.lines,
+            spell_both=original.spelled_twice,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

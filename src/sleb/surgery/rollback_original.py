@@ -51,13 +51,15 @@ class Original:
     """A checked original. ``checkpoint`` has its tensors, each with the file that holds it; its
     ``path`` holds the original's config and card, but not what the cut carried over, which is in
     ``files``: where each file beside the weights is now, by its name in the original. ``layout``:
-    tensors of each shard in the order of their bytes."""
+    tensors of each shard in the order of their bytes. ``spelled_twice``: the cut's config.json has
+    the words of transformers 4 beside those of 5, since the original came from a GGUF file."""
 
     plan: Plan
     checkpoint: Checkpoint
     lines: Mapping[str, str]
     files: Mapping[str, Path]
     layout: Mapping[str, tuple[str, ...]]
+    spelled_twice: bool
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +109,14 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
         raise DataError(f"{side} does not make the model that {out / 'plan.json'} was made for")
     files = {name: out / name for name in manifest.carried}
     files |= {n.removeprefix(FILES): side / n for n in manifest.files if n.startswith(FILES)}
-    return Original(plan=plan, checkpoint=checkpoint, lines=lines, files=files, layout=layout)
+    return Original(
+        plan=plan,
+        checkpoint=checkpoint,
+        lines=lines,
+        files=files,
+        layout=layout,
+        spelled_twice="torch_dtype" in cut.config and "torch_dtype" not in checkpoint.config,
+    )
 
 
 def _refuse_without(out: Path, side: Path) -> None:

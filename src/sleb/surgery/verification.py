@@ -30,7 +30,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import SUMS, check_sums
 from sleb.checkpoints.cut import Cut
-from sleb.checkpoints.depth_fields import depth_fields
+from sleb.checkpoints.depth_fields import NUMBER_OF_BLOCKS, depth_fields
 from sleb.core.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -43,25 +43,40 @@ from sleb.models.load import (
     stream_places,
     strict_model,
 )
-from sleb.models.pruned_config import pruned_config
+from sleb.models.pruned_config import lost_fields, pruned_config
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs import repaired
+from sleb.surgery.apply import cut_config
 
 __all__ = ["Check", "Verification", "verify"]
 
 HEALED = "heal.json"
 """File of a checkpoint that was trained after the cut."""
+NAMES = {
+    "checksums": f"files match {SUMS}",
+    "repaired-tensors": "repaired tensors",
+    "config-kept": "config.json keeps the original's fields",
+    "depth-fields": "depth-dependent config fields",
+    "clean-reload": "clean reload",
+    "blocks": "number of blocks",
+    "weights": "weights equal the original's",
+    "weights-but-repaired": "weights equal the original's, but for the repaired",
+    "logits": "logits equal the original with blocks bypassed",
+    "generation": "generation with cache equals without",
+}
+"""Gates by their keys, in the order in which they are asked."""
 NEW_TOKENS = 16
 MAX_PROBE = 1040
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One gate: what was measured, against which limit."""
+    """One gate: what was measured, against which limit. ``key`` names it for programs."""
 
     name: str
+    key: str = ""
     passed: bool
     measured: str
     limit: str
@@ -160,6 +175,7 @@ def verify(
         _align(original.model)
         stack = original.stack
         prefix = given.block_prefix(len(stack), stack.path)
+        wanted = cut_config(given, stack, cut, config, expected)
         with repaired(stack, cut.repair or {}, prefix):
             if streams:
                 weights = _stored_digests(lines, cut, prefix)
@@ -170,6 +186,7 @@ def verify(
         gc.collect()
 
     with progress.stage("reloading the checkpoint", None):
+        checks.append(_kept_check(Path(out), wanted, expected))
         checks.append(_config_check(Path(out), expected, trust))
         try:
             checkpoint = Checkpoint.open(out)
@@ -181,12 +198,12 @@ def verify(
                 pruned = strict_model(Path(out), checked_dtype, trust).to(target)
             _align(pruned)
         except (DataError, UnsupportedModel) as error:
-            checks.append(_check("clean reload", False, str(error), "no tensor missing or extra"))
+            checks.append(_check("clean-reload", False, str(error), "no tensor missing or extra"))
             return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
-        checks.append(_check("clean reload", True, "0 missing, unexpected, mismatched", "0"))
+        checks.append(_check("clean-reload", True, "0 missing, unexpected, mismatched", "0"))
     blocks = len(BlockStack(pruned))
     left = plan.model.blocks - len(removed)
-    checks.append(_check("number of blocks", blocks == left, str(blocks), str(left)))
+    checks.append(_check("blocks", blocks == left, str(blocks), str(left)))
     stays = _stored_digests(tensor_lines(checkpoint)) if streams else _digests(pruned)
     checks.append(_weight_check(stays, weights, len(cut.record.tensors) if cut.record else 0))
     if blocks == left:
@@ -200,12 +217,12 @@ def verify(
 
 def _repair_check(cut: Cut, plan: Plan, out: Path) -> tuple[Check, Cut]:
     """Whether the checkpoint has the plan's repaired tensors; and the cut with those, if so."""
-    name, limit = "repaired tensors", "the hashes in the plan"
+    key, limit = "repaired-tensors", "the hashes in the plan"
     try:
         found = Cut.of(plan, len(cut.removed), out)
     except (DataError, InputError) as error:
-        return _check(name, False, str(error), limit), cut
-    return _check(name, True, f"{len(found.repair or ())} tensors are the plan's", limit), found
+        return _check(key, False, str(error), limit), cut
+    return _check(key, True, f"{len(found.repair or ())} tensors are the plan's", limit), found
 
 
 def _sums_check(out: Path, progress: Progress) -> Check:
@@ -213,7 +230,7 @@ def _sums_check(out: Path, progress: Progress) -> Check:
     count, wrong = check_sums(out, progress)
     measured = "; ".join([*wrong[:3], *(["..."] if len(wrong) > 3 else [])])
     measured = measured or f"{count} files are as written"
-    return _check(f"files match {SUMS}", not wrong, measured, "equal SHA-256")
+    return _check("checksums", not wrong, measured, "equal SHA-256")
 
 
 def probe_ids(config: Any) -> Tensor:
@@ -301,29 +318,28 @@ def _stored(tensor: Any) -> list[Tensor]:
 
 def _weight_check(found: dict[str, str], expected: dict[str, str], repaired: int) -> Check:
     """Whether every tensor is as ``expected``: the original's, or one of the ``repaired``."""
-    name, limit = "weights equal the original's", "equal bytes in every tensor that stays"
+    key, limit = "weights", "equal bytes in every tensor that stays"
     equal = f"{len(found)} tensors are equal"
     if repaired:
-        name = "weights equal the original's, but for the repaired"
+        key = "weights-but-repaired"
         limit += ", or the plan's"
         equal = f"{len(found) - repaired} tensors are equal, {repaired} are the plan's"
     differ = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
     if differ:
         measured = f"{len(differ)} of {len(expected)} tensors differ, for example {differ[0]}"
-        return _check(name, False, measured, limit)
-    return _check(name, True, equal, limit)
+        return _check(key, False, measured, limit)
+    return _check(key, True, equal, limit)
 
 
 def _logit_check(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> Check:
-    name = "logits equal the original with blocks bypassed"
     if found.shape != expected.shape:
-        return _check(name, False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
+        return _check("logits", False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
     gap = (found - expected).abs().max().item()
     if exact:
         limit = 0.0
     else:
         limit = expected.abs().max().item() * (1e-4 if dtype == torch.float32 else 2e-2)
-    return _check(name, gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
+    return _check("logits", gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
 
 
 def _generation_check(
@@ -331,17 +347,17 @@ def _generation_check(
 ) -> Check:
     """Greedy tokens with and without the key-value cache must agree; if they do not, but neither
     do the original's, the cut is not to blame."""
-    name, limit = "generation with cache equals without", f"{tokens} equal tokens"
+    key, limit = "generation", f"{tokens} equal tokens"
     try:
         same = _cache_agrees(pruned, ids, tokens)
     except Exception as error:  # any failure of generate() is a failed gate, and is shown
         said = " ".join(str(error).split())[:400]
-        return _check(name, False, f"generate() fails: {type(error).__name__}: {said}", limit)
+        return _check(key, False, f"generate() fails: {type(error).__name__}: {said}", limit)
     if same:
-        return _check(name, True, f"{tokens} equal tokens", limit)
+        return _check(key, True, f"{tokens} equal tokens", limit)
     if not _cache_agrees(reload().model, ids, tokens):
-        return _check(name, True, "differs, and so does the original", limit)
-    return _check(name, False, "tokens differ", limit)
+        return _check(key, True, "differs, and so does the original", limit)
+    return _check(key, False, "tokens differ", limit)
 
 
 def _cache_agrees(model: Any, ids: Tensor, tokens: int) -> bool:
@@ -357,21 +373,35 @@ def _cache_agrees(model: Any, ids: Tensor, tokens: int) -> bool:
     return bool(torch.equal(cached, plain))
 
 
+def _kept_check(out: Path, wanted: dict[str, Any], expected: Any) -> Check:
+    """Every field of config.json must be the original's, in its words: other readers than this
+    version of transformers would take a default for one that is gone. (Those that transformers
+    knows to depend on depth are for the next check.)"""
+    text = decoder_config(expected)
+    known = {field.name for field in depth_fields(text.to_dict(), text.num_hidden_layers)}
+    lost = list(lost_fields(wanted, read_json(out / "config.json"), known | NUMBER_OF_BLOCKS))
+    measured = ", ".join(lost[:8]) + (" and others" if len(lost) > 8 else "")
+    key, limit = "config-kept", "every field as the original has it"
+    if lost:
+        return _check(key, False, f"gone or changed: {measured}", limit)
+    return _check(key, True, f"{len(wanted)} fields are kept", limit)
+
+
 def _config_check(out: Path, expected: Any, trust_remote_code: bool) -> Check:
     """Every depth-dependent field must be what the re-index rules make of the original's."""
-    name = "depth-dependent config fields"
+    key = "depth-fields"
     try:
         text = decoder_config(load_config(out, trust_remote_code=trust_remote_code)).to_dict()
     except SlebError as error:
-        return _check(name, False, str(error), "a config that loads")
+        return _check(key, False, str(error), "a config that loads")
     want = decoder_config(expected).to_dict()
     depth = decoder_config(expected).num_hidden_layers
     names = [field.name for field in depth_fields(want, depth)]
     for field in names:
         if text.get(field) != want.get(field):
-            return _check(name, False, f"{field} = {text.get(field)}", f"{want.get(field)}")
-    return _check(name, True, ", ".join(names) or "none besides the number of blocks", "re-indexed")
+            return _check(key, False, f"{field} = {text.get(field)}", f"{want.get(field)}")
+    return _check(key, True, ", ".join(names) or "none besides the number of blocks", "re-indexed")
 
 
-def _check(name: str, passed: bool, measured: str, limit: str) -> Check:
-    return Check(name=name, passed=passed, measured=measured, limit=limit)
+def _check(key: str, passed: bool, measured: str, limit: str) -> Check:
+    return Check(name=NAMES[key], key=key, passed=passed, measured=measured, limit=limit)

@@ -1,0 +1,174 @@
+"""A cut keeps config.json in its maker's words: only what depends on depth changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sleb
+from hub_configs import BLOCKS, HUB, hub_folder
+from plan_tools import plan_of
+from sleb.checkpoints.depth_fields import DERIVED_FROM
+from sleb.models.load import load_config
+from sleb.models.pruned_config import lost_fields, pruned_config, pruned_json, write_json
+
+# What each file says of depth, besides patterns.
+DEPTH = {
+    "num_hidden_layers",
+    "n_layer",
+    "max_window_layers",
+    "layer_types",
+    "no_rope_layers",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "first_k_dense_replace",
+}
+CASES = [(name, removed) for name, (_, cuts) in HUB.items() for removed in cuts]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request, tmp_path):
+    """What a file says, its path, the blocks to remove, and what a cut makes of it."""
+    name, removed = request.param
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HUB[name][0]))
+    config = load_config(tmp_path)
+    new = pruned_json(HUB[name][0], config, pruned_config(config, removed), removed)
+    return HUB[name][0], path, removed, new
+
+
+def test_nothing_changes_but_what_depends_on_depth(case):
+    given, _, removed, new = case
+    assert [k for k in new if k in given] == [k for k in given if k in new], "another order"
+    for name, value in given.items():
+        if name in DERIVED_FROM:
+            assert new.get(name, value) == value
+        elif name not in DEPTH:
+            assert name in new
+            assert new[name] == value, name
+    assert set(new) - set(given) <= DEPTH
+    depth = "n_layer" if "n_layer" in given else "num_hidden_layers"
+    assert new[depth] == BLOCKS - len(removed)
+    kinds = given.get("layer_types")
+    if kinds:
+        assert new["layer_types"] == [k for i, k in enumerate(kinds) if i not in removed]
+
+
+def test_transformers_reads_the_cut_from_it(case):
+    _, path, removed, new = case
+    config = load_config(path.parent)
+    expected = pruned_config(config, removed).to_dict()
+    write_json(new, path, path)
+    found = load_config(path.parent).to_dict()
+    ignored = {"transformers_version", "_name_or_path", *DERIVED_FROM}
+    differ = {k for k in {*expected, *found} if expected.get(k) != found.get(k)}
+    assert differ <= ignored
+
+
+@pytest.mark.parametrize("name", ["gemma3", "cohere2", "exaone4", "qwen3_next"])
+def test_a_pattern_stays_only_where_it_is_still_true(name, tmp_path):
+    given, cuts = HUB[name]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    config = load_config(tmp_path)
+    (pattern,) = set(given) & set(DERIVED_FROM)
+    for removed in cuts:
+        new = pruned_json(given, config, pruned_config(config, removed), removed)
+        kept = [i for i in range(BLOCKS) if i not in removed]
+        assert new["layer_types"] == [config.layer_types[i] for i in kept]
+        in_a_row = len(removed) == max(removed) - min(removed) + 1
+        assert (pattern in new) == in_a_row
+
+
+@pytest.mark.parametrize("name", ["llama", "granitemoehybrid", "gemma3"])
+def test_a_cut_is_verified_and_taken_back_to_the_byte(name, tmp_path):
+    source = hub_folder(name, tmp_path / "source")
+    plan = plan_of(source, 4, 1)
+    out = sleb.apply(plan, source, tmp_path / "out")
+    found = sleb.verify(out, model=source, plan=plan)
+    found.require()
+    assert "config-kept" in [check.key for check in found.checks]
+    text = (out / "config.json").read_text()
+    assert text.startswith('{\n "architectures"')  # in the form of the original's
+    assert text.endswith("}\n")
+    sleb.restore(out, tmp_path / "back")
+    sleb.restore(out, tmp_path / "less", depth=1)
+    sleb.apply(plan, source, tmp_path / "one", depth=1)
+    configs = {p: (tmp_path / p / "config.json").read_bytes() for p in ("back", "less", "one")}
+    assert configs["back"] == (source / "config.json").read_bytes()
+    assert configs["less"] == configs["one"]
+
+    fields = json.loads(text)  # as transformers 5 would have it
+    theta = {"rope_theta": fields.pop("rope_theta"), "rope_type": "default"}
+    (out / "SHA256SUMS").unlink()
+    (out / "config.json").write_text(json.dumps({**fields, "rope_parameters": theta}))
+    checks = sleb.verify(out, model=source, plan=plan).checks
+    failed = {check.key: check.measured for check in checks if not check.passed}
+    assert "rope_theta" in failed["config-kept"]
+
+
+def test_what_is_lost_is_named_and_what_is_added_is_not():
+    wanted = {"a": 1, "text_config": {"b": 2, "c": [3]}, "transformers_version": "4"}
+    assert list(lost_fields(wanted, {**wanted, "d": 4, "transformers_version": "5"})) == []
+    found = {"text_config": {"b": 2.5, "c": [3]}, "sliding_window_pattern": 6}
+    assert list(lost_fields(wanted, found)) == ["a", "text_config.b", "sliding_window_pattern"]
+    assert list(lost_fields(wanted, found, {"a", "b"})) == ["sliding_window_pattern"]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e-5,\n "b": "\\u00e9"}', '{\n\t"a": 1,\n\t"b": "é"\n}\n'])
+def test_a_file_that_says_the_same_keeps_its_bytes(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    write_json(json.loads(text), path, tmp_path / "same.json")
+    assert (tmp_path / "same.json").read_bytes() == path.read_bytes()
+    write_json({**json.loads(text), "a": 2}, path, tmp_path / "new.json")
+    new = (tmp_path / "new.json").read_text(encoding="utf-8")
+    assert json.loads(new) == {"a": 2, "b": "é"}
+    assert new.isascii() == text.isascii()
+    assert ("\n\t" in new, new[-1]) == ("\n\t" in text, text[-1])
+
+
+LOGITS = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 103)[None]
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=ids, use_cache=False).logits, path + "/logits4.pt")
+print(transformers.__version__)
+"""
+
+
+@pytest.mark.skipif("SLEB_TEST_TRANSFORMERS4" not in os.environ, reason="needs transformers 4.57")
+@pytest.mark.parametrize("name", HUB)
+def test_transformers_4_reads_the_cut_as_it_reads_the_original(name, tmp_path):
+    """SLEB_TEST_TRANSFORMERS4: a folder with transformers 4.57, put in front of this one's path."""
+    from transformers import AutoModelForCausalLM
+
+    source = hub_folder(name, tmp_path / "source")
+    folders = [source]
+    for i, removed in enumerate(HUB[name][1]):
+        folders.append(sleb.apply(plan_of(source, *removed), source, tmp_path / str(i)))
+    run = subprocess.run(
+        [sys.executable, "-c", LOGITS, *map(str, folders)],
+        env={**os.environ, "PYTHONPATH": os.environ["SLEB_TEST_TRANSFORMERS4"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("4.")
+    gaps = []
+    for folder in map(Path, folders):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            own = model(input_ids=torch.arange(3, 103)[None], use_cache=False).logits
+        other = torch.load(folder / "logits4.pt", weights_only=True)
+        gaps.append((own - other).abs().max() / own.abs().max())
+    assert max(gaps[1:]) <= 1e-4 + 2 * gaps[0], gaps
