@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -131,26 +131,12 @@ class Ratio:
     possible: float | None
 
 
-_REASONS = {
-    "too-long": "{cases}: {asked} new tokens are more than the {limit} that {models} reads",
-    "shortened": "{cases}: prompts of {asked} tokens, shortened to {used}, as {models} reads "
-    "{limit}",
-    "no-gguf": "there is no .gguf file of {models}",
-    "one-sequence": "{cases}: it runs one sequence at a time here",
-    "unusable": "installed, but cannot be used: {detail}",
-    "apart": "the models do not fit in memory together and were timed one after the other, so a "
-    "machine that changes its pace shows in the ratios",
-    "no-bound": "what is possible for {cases}: not measured ({detail})",
-    "out-of-memory": "{cases}: out of memory with {models}{enough}",
-    "note": "{detail}",
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """What was not run, or not as planned. ``reason``: a key of ``_REASONS``, which has it in
-    English. The rest is what that is about: ``models`` that lack something and ``others`` that do
-    not; tokens ``asked`` for and ``used``, and a ``limit`` of them; a library's own words."""
+    """What was not run, or not as planned. ``reason``: a key of the views' words, or ``note`` of an
+    older record, whose sentence is in ``detail``. The rest is what that is about: ``models`` that
+    lack something and ``others`` that do not; tokens ``asked`` for and ``used``, and a ``limit`` of
+    them; a library's own words."""
 
     reason: str
     runtime: str = "transformers"
@@ -161,15 +147,6 @@ class Skipped:
     used: int = 0
     limit: int = 0
     detail: str = ""
-
-    def __str__(self) -> str:
-        given = {
-            name: ", ".join(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-        enough = f", though {given['others']} had enough" if self.others else ""
-        said = _REASONS[self.reason].format(**given, enough=enough)
-        return said if self.runtime == "transformers" else f"{self.runtime}: {said}"
 
 
 def _skipped(given: Any) -> Any:
