@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from report_plan import plan, repaired_plan
 from sleb.core.statistics import Interval
 from sleb.record import EvaluationText, GateResult, RunRecord
+from sleb.runtimes.bench import Skipped
 from sleb.surgery.verification import Check
 from sleb.views.html import render
 from sleb.views.locale import Locale
@@ -149,7 +150,7 @@ def hostile(evil=EVIL, image='"><img src=x onerror=alert(1)>'):
         "answers.pairs.4.id": image,
         "answers.pairs.4.pruned.text": f"</p>{image}",
         "answers.pairs.3.pruned.script": evil,
-        "speed.skipped": (evil, image),
+        "speed.skipped": tuple(Skipped(reason="note", detail=x) for x in (evil, image)),
         "speed.device": evil,
         "draft.drafts.0.path": evil,
         "runtimes.verdicts.1.why": evil,

@@ -34,6 +34,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.record import RepairStatus, check_key
+from sleb.runtimes.bench import Skipped
 from sleb.selection.metrics import METRICS
 from sleb.views.locale import LANGUAGES, LINK, Locale, bounds
 from sleb.views.speed import SERVERS
@@ -89,7 +90,7 @@ UNSHOWN = re.compile(
     r"(removed|blocks|schema_version|evaluation_text|repair)\b.*|.*\.removed\.\d+"
     r"|evaluation\..*loss(_increase)?\..*|evaluation\.domains\..*\.tokens"
     r"|evaluation\.unrepaired\.(?!.*perplexity_ratio).*"
-    r"|answers\.pairs\.[027]\..*|answers\.pairs\..*\.repetition"
+    r"|speed\.skipped\..*|answers\.pairs\.[027]\..*|answers\.pairs\..*\.repetition"
     r"|speed\.models\..*\.(seconds\.\d|1\.tokens_per_second)|draft\.(blocks|threads|seconds).*"
     r"|draft\.drafts\.0\.(blocks|tallies|seconds).*"
 )
@@ -373,6 +374,9 @@ def test_every_linked_term_is_in_the_glossary_and_every_term_is_linked(words):
         assert "  " not in text, key
 
 
+REASONS = [*EN.tables["skipped"]][:-2]  # the last two are parts of sentences
+
+
 def variety():
     """Records and plans that between them have the views say all that they can."""
     full, chosen, first = complete(), plan(), plan().rounds[0]
@@ -383,6 +387,7 @@ def variety():
     yield from [(full, chosen), (sparse(), bare_plan()), (full, worse), (full, early)]
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
+    about = {"runtime": "vllm", "models": ("a",), "others": ("b",)}
     by = SimilarityGate(measure="cosine", threshold=0.9, candidates=(4, 7, 8))
     yield full, plan(similarity=by)
     for kind in ("remove", "speedup", "size"):
@@ -398,6 +403,9 @@ def variety():
     )
     for path, new in {
         "gate": passed_gate(),
+        "speed.skipped": tuple(
+            Skipped(reason=key, **about) for key in [*EN.tables["skipped"]][:-2]
+        ),
         "verification.checks.0.passed": False,
         "gate.rows.3.near": "law",
         "speed.ratios.0.runtime": "vllm",

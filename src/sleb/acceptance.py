@@ -21,6 +21,7 @@ from typing_extensions import Self
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
+from sleb.evaluation.answers import Comparison
 from sleb.evaluation.tasks import TaskResult
 from sleb.record import GateResult, GateRow, RunRecord
 
@@ -44,7 +45,7 @@ class _Figure:
     runtime: str = ""
 
 
-Figures = Iterator[_Figure]
+Getter = Callable[[RunRecord], list[_Figure]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Limit:
     an upper bound if it begins with max, else a lower one."""
 
     key: str
-    figures: Callable[[RunRecord], Figures]
+    figures: Getter
     unit: str
     number: Any = Positive
     by_name: str = ""
@@ -69,7 +70,7 @@ class Limit:
     ) -> Iterator[GateRow]:
         """The limit for ``every`` figure but those that have one of their ``own``, held against
         the record; then the names that the record lacks."""
-        figures = list(self.figures(record))
+        figures = self.figures(record)
         names = list(dict.fromkeys(f.of for f in figures if f.of))
         alone = len(names) == 1 and any(not f.of for f in figures)  # one text is all texts
         for figure in figures:
@@ -101,103 +102,84 @@ class Limit:
         )
 
 
-def _ratios(record: RunRecord) -> Figures:
+def _ratios(record: RunRecord) -> list[_Figure]:
     """Perplexity of the pruned model over the dense one's: of all texts together, and of each."""
     whole = record.evaluation
-    yield _Figure(whole.perplexity_ratio if whole else None)
-    for name, text in (whole.domains if whole else {}).items():
-        yield _Figure(text.perplexity_ratio, name)
+    if whole is None:
+        return [_Figure(None)]
+    texts = [_Figure(text.perplexity_ratio, name) for name, text in whole.domains.items()]
+    return [_Figure(whole.perplexity_ratio), *texts]
 
 
-def _evaluated(name: str) -> Callable[[RunRecord], Figures]:
-    def figures(record: RunRecord) -> Figures:
-        yield _Figure(getattr(record.evaluation, name, None))
-
-    return figures
+def _evaluated(name: str) -> Getter:
+    return lambda record: [_Figure(getattr(record.evaluation, name, None))]
 
 
-def _retentions(record: RunRecord) -> Figures:
-    """Share of the dense model's score that the pruned one keeps, by task."""
-    if not record.tasks:
-        yield _Figure(None)
-    for task in record.tasks or ():
-        value, missing = _retention(task)
-        yield _Figure(value, task.name, missing)
+def _retentions(record: RunRecord) -> list[_Figure]:
+    """Share of the dense model's score that the pruned one keeps, by task: 1 + d / s, of the lower
+    bound d of the paired difference and the dense score s. The plain share would let luck decide:
+    with 100 items, a few flips either way are noise."""
+
+    def retention(task: TaskResult) -> _Figure:
+        if task.flips is None or task.flips.difference.low is None:
+            return _Figure(None, task.name, "not-paired")
+        if not task.dense.value:
+            return _Figure(None, task.name, "dense-zero")
+        return _Figure(max(0.0, 1 + task.flips.difference.low / task.dense.value), task.name)
+
+    return [*map(retention, record.tasks or ())] or [_Figure(None)]
 
 
-def _retention(task: TaskResult) -> tuple[float | None, str]:
-    """1 + d / s, of the lower bound d of the paired difference and the dense score s. The plain
-    share would let luck decide: with 100 items, a few flips either way are noise."""
-    if task.flips is None or task.flips.difference.low is None:
-        return None, "not-paired"
-    if not task.dense.value:
-        return None, "dense-zero"
-    return max(0.0, 1 + task.flips.difference.low / task.dense.value), ""
-
-
-def _answered(name: str) -> Callable[[RunRecord], Figures]:
+def _answered(share: Callable[[Comparison], float | None]) -> Getter:
     """A share of the pruned model's answers to the prompts of `sleb compare`."""
 
-    def figures(record: RunRecord) -> Figures:
+    def figures(record: RunRecord) -> list[_Figure]:
         both = record.answers
-        if both is None:
-            yield _Figure(None)
-        elif name == "unfinished":  # cut off at the longest length
-            yield _Figure(round(1 - both.pruned.ended.value, 12))  # 1 - 0.7 is a bit above 0.3
-        else:
-            share = both.switched if name == "switched" else getattr(both.pruned, name)
-            yield _Figure(share.value if share else None, missing="no-json-prompt")
+        return [_Figure(share(both), missing="no-json-prompt") if both else _Figure(None)]
 
     return figures
 
 
-def _speedups(record: RunRecord) -> Figures:
+def _unfinished(both: Comparison) -> float:
+    return round(1 - both.pruned.ended.value, 12)  # 1 - 0.7 is a little above 0.3
+
+
+def _json_valid(both: Comparison) -> float | None:
+    return both.pruned.json_valid.value if both.pruned.json_valid else None
+
+
+def _speedups(record: RunRecord) -> list[_Figure]:
     """Times as fast as the dense model, by case of `sleb bench`."""
     ratios = record.speed.ratios if record.speed else ()
-    if not ratios:
-        yield _Figure(None)
     several = len({(r.path, r.runtime) for r in ratios}) > 1
-    for r in ratios:
-        model = {"path": r.path, "runtime": r.runtime} if several else {}
-        yield _Figure(r.ratio, r.case, **model)
+    named = [(r, (r.path, r.runtime) if several else ("", "")) for r in ratios]
+    return [_Figure(r.ratio, r.case, "", *model) for r, model in named] or [_Figure(None)]
 
 
-def _memory(record: RunRecord) -> Figures:
+def _memory(record: RunRecord) -> list[_Figure]:
     """Most memory in use while `sleb bench` ran each pruned model, MB of 10^6 bytes."""
     models = record.speed.models if record.speed else ()
     pruned = [model for model in models if model.blocks < models[0].blocks]
-    if not pruned:
-        yield _Figure(None)
-    for m in pruned:
-        model = {"path": m.path, "runtime": m.runtime} if len(pruned) > 1 else {}
-        yield _Figure(m.peak_bytes / 1e6, **model)
+    named = [(m, (m.path, m.runtime) if len(pruned) > 1 else ("", "")) for m in pruned]
+    return [_Figure(m.peak_bytes / 1e6, "", "", *model) for m, model in named] or [_Figure(None)]
 
 
-def _size(record: RunRecord) -> Figures:
-    """Weights of the pruned checkpoint on disk, MB of 10^6 bytes."""
-    yield _Figure(record.nbytes[1] / 1e6)
-
-
-def _drafts(name: str) -> Callable[[RunRecord], Figures]:
+def _drafts(name: str) -> Getter:
     """A figure of each pruned model as a draft of the dense one."""
 
-    def figures(record: RunRecord) -> Figures:
+    def figures(record: RunRecord) -> list[_Figure]:
         drafts = record.draft.drafts if record.draft else ()
-        if not drafts:
-            yield _Figure(None)
-        for draft in drafts:
-            yield _Figure(getattr(draft, name), path=draft.path if len(drafts) > 1 else "")
+        paths = [d.path if len(drafts) > 1 else "" for d in drafts]
+        found = [_Figure(getattr(d, name), "", "", p) for d, p in zip(drafts, paths, strict=True)]
+        return found or [_Figure(None)]
 
     return figures
 
 
-def _deviations(record: RunRecord) -> Figures:
+def _deviations(record: RunRecord) -> list[_Figure]:
     """Mean deviation of log-probabilities from those of transformers, by runtime."""
     verdicts = record.runtimes.verdicts if record.runtimes else ()
-    if not verdicts:
-        yield _Figure(None)
-    for verdict in verdicts:
-        yield _Figure(verdict.pruned, verdict.runtime)
+    return [_Figure(v.pruned, v.runtime) for v in verdicts] or [_Figure(None)]
 
 
 LIMITS = (
@@ -205,17 +187,17 @@ LIMITS = (
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
     Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("tasks.min_retention", _retentions, "%", by_name="each"),
-    Limit("answers.max_repetitive", _answered("repetitive"), "%", Share),
-    Limit("answers.max_empty", _answered("empty"), "%", Share),
-    Limit("answers.max_unfinished", _answered("unfinished"), "%", Share),
-    Limit("answers.max_switched", _answered("switched"), "%", Share),
-    Limit("answers.min_json_valid", _answered("json_valid"), "%", Share),
+    Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive.value), "%", Share),
+    Limit("answers.max_empty", _answered(lambda a: a.pruned.empty.value), "%", Share),
+    Limit("answers.max_unfinished", _answered(_unfinished), "%", Share),
+    Limit("answers.max_switched", _answered(lambda a: a.switched.value), "%", Share),
+    Limit("answers.min_json_valid", _answered(_json_valid), "%", Share),
     Limit("speed.min_speedup", _speedups, "x", by_name="cases"),
     Limit("draft.min_speedup", _drafts("ratio"), "x"),
     Limit("draft.min_acceptance", _drafts("acceptance"), "%", Share),
     Limit("runtimes.max_deviation", _deviations, "nats/token", NotNegative, by_name="each"),
     Limit("memory.max_mb", _memory, "MB"),
-    Limit("size.max_mb", _size, "MB"),
+    Limit("size.max_mb", lambda record: [_Figure(record.nbytes[1] / 1e6)], "MB"),
 )
 """Every limit, in the order of the tables of a gate file."""
 

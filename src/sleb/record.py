@@ -312,10 +312,7 @@ def upgrade(record: Any) -> Any:
     text, repair = str(new.pop("evaluation_note", "")), str(new.pop("repair_note", ""))
     new["evaluation_text"] = _evaluation_text(text)
     new["repair"] = _repair_status(repair) if repair else None
-    for section, rows, change in (
-        ("verification", "checks", _check),
-        ("gate", "rows", _gate_row),
-    ):
+    for section, rows, change in (("verification", "checks", _check), ("gate", "rows", _gate_row)):
         found = new.get(section)
         if isinstance(found, dict) and isinstance(found.get(rows), list):
             changed = [change(row) if isinstance(row, dict) else row for row in found[rows]]
@@ -331,12 +328,7 @@ def _evaluation_text(note: str) -> dict[str, Any] | None:
         return {"windows": 0, "length": 0, "source": "given", "note": note}
     texts = [] if found[2] else found[4].split(", ")
     source = "held-out" if found[2] else "given"
-    return {
-        "windows": int(found[1]),
-        "length": int(found[3]),
-        "source": source,
-        "texts": texts,
-    }
+    return {"windows": int(found[1]), "length": int(found[3]), "source": source, "texts": texts}
 
 
 def _repair_status(note: str) -> dict[str, Any]:

@@ -128,15 +128,9 @@ def _heat(chart: Heat) -> Figure:
         axis.set_tick_params(length=0)
     axes.set_title(chart.row_label)
     axes.set_xlabel(chart.column_label)
-    dot: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 3,
-        "mfc": "white",
-        "mec": "#555555",
-        "mew": 0.5,
-    }
-    halo: dict[str, Any] = {"marker": "x", "markersize": 8, "mew": 3.5, "color": "white"}
-    cross: dict[str, Any] = {"marker": "x", "markersize": 7, "mew": 1.5, "color": INK}
+    dot: Any = {"marker": "o", "ms": 3, "mfc": "white", "mec": "#555555", "mew": 0.5}
+    halo: Any = {"marker": "x", "ms": 8, "mew": 3.5, "color": "white"}
+    cross: Any = {"marker": "x", "ms": 7, "mew": 1.5, "color": INK}
     for marks, style in ((chart.dots, dot), (chart.crosses, halo), (chart.crosses, cross)):
         if marks:
             rows, columns = zip(*marks, strict=True)
@@ -168,28 +162,18 @@ def _line(chart: Line) -> Figure:
 
     figure, axes = _axes(NARROW, 3.4)
     if all(low is not None for low in chart.low):
-        axes.fill_between(
-            chart.x,
-            np.array(chart.low, dtype=float),
-            np.array(chart.high, dtype=float),
-            color=BLUE,
-            alpha=0.18,
-            linewidth=0,
-        )
+        low, high = np.array(chart.low, dtype=float), np.array(chart.high, dtype=float)
+        axes.fill_between(chart.x, low, high, color=BLUE, alpha=0.18, linewidth=0)
     axes.axhline(0, color="#8a9099", linewidth=0.8)
     axes.plot(chart.x, chart.y, color=BLUE, marker="o", markersize=4)
     if chart.chosen in chart.x:
         at = chart.x.index(chart.chosen)
         axes.plot(chart.chosen, chart.y[at], "o", color=ORANGE, markersize=8)
-        side = "right" if chart.chosen > (chart.x[0] + chart.x[-1]) / 2 else "left"
-        axes.annotate(
-            chart.chosen_label,
-            (chart.chosen, chart.y[at]),
-            xytext=(-8 if side == "right" else 8, 8 if side == "right" else -14),
-            textcoords="offset points",
-            ha=side,
-            color=ORANGE,
-        )
+        right = chart.chosen > (chart.x[0] + chart.x[-1]) / 2
+        place: Any = {"xytext": (-8, 8) if right else (8, -14), "textcoords": "offset points"}
+        where = (chart.chosen, chart.y[at])
+        place |= {"ha": "right" if right else "left", "color": ORANGE}
+        axes.annotate(chart.chosen_label, where, **place)
     _numbers(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -212,19 +196,13 @@ def _dots(chart: Dots) -> Figure:
     axes.plot(chart.values, at, "o", color=BLUE, label=chart.measured, zorder=4)
     for (name, values), marker in zip(chart.references, ("|", "D"), strict=True):
         known = [(v, i) for i, v in enumerate(values) if v is not None]
+        style: Any = {"marker": marker, "mew": 1.6, "mfc": "none", "label": name, "zorder": 3}
+        style |= {"ms": 14, "color": ORANGE} if marker == "|" else {"ms": 6, "color": INK}
         if known:
-            axes.plot(
-                *zip(*known, strict=True),
-                linestyle="none",
-                marker=marker,
-                markersize=14 if marker == "|" else 6,
-                markeredgewidth=1.6,
-                markerfacecolor="none",
-                color=ORANGE if marker == "|" else INK,
-                label=name,
-                zorder=3,
-            )
-    _rows(axes, chart.rows, rows)
+            axes.plot(*zip(*known, strict=True), linestyle="none", **style)
+    axes.set_ylim(rows - 0.5, -0.75)
+    axes.margins(x=0.08)
+    _names(axes, {i - 0.42: name for i, name in enumerate(chart.rows)})
     _numbers(axes.xaxis)
     axes.set_xlabel(chart.label)
     _legend(figure)
@@ -244,49 +222,28 @@ def _bars(chart: Bars) -> Figure:
         axes.barh(at, [v / 1e6 for v in values], height=0.82, color=colour, label=name)
         for y, value, text, mark in zip(at, values, chart.shown[s], chart.marks[s], strict=True):
             end = max(value, mark or 0.0)
-            axes.annotate(
-                text,
-                (end / 1e6, y),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=10,
-            )
+            beside: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (end / 1e6, y), fontsize=10, **beside)
             if mark is not None:
-                label = None if marked else chart.mark_label
-                axes.plot(
-                    [mark / 1e6] * 2, [y - 0.5, y + 0.5], color=ORANGE, linewidth=2, label=label
-                )
+                at_mark, label = [mark / 1e6] * 2, None if marked else chart.mark_label
+                axes.plot(at_mark, [y - 0.5, y + 0.5], color=ORANGE, linewidth=2, label=label)
                 marked = True
     axes.set_xlim(0, 1.25 * most / 1e6)
     axes.set_ylim(groups * pitch - 0.3, -0.4)
-    axes.set_yticks([])
-    axes.spines.left.set_visible(False)
-    for g, name in enumerate(chart.groups):
-        axes.annotate(
-            name, (0, g * pitch), xycoords=("axes fraction", "data"), va="center", fontsize=10.5
-        )
+    _names(axes, {g * pitch: name for g, name in enumerate(chart.groups)})
     _numbers(axes.xaxis)
     axes.set_xlabel(chart.label)
     _legend(figure)
     return figure
 
 
-def _rows(axes: Axes, names: tuple[str, ...], rows: int) -> None:
-    """Name each row above its marks."""
-    axes.set_ylim(rows - 0.5, -0.75)
+def _names(axes: Axes, names: dict[float, str]) -> None:
+    """Names of rows, by their heights, above their marks."""
     axes.set_yticks([])
     axes.spines.left.set_visible(False)
-    axes.margins(x=0.08)
-    for i, name in enumerate(names):
-        axes.annotate(
-            name,
-            (0, i - 0.42),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=10.5,
-            bbox=BEHIND,
-        )
+    style: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 10.5}
+    for height, name in names.items():
+        axes.annotate(name, (0, height), bbox=BEHIND, **style)
 
 
 def _legend(figure: Figure) -> None:

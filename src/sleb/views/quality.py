@@ -37,38 +37,22 @@ Columns = dict[str, Callable[[Any], str]]
 
 
 def evaluation(t: Locale, e: Evaluation) -> list[Item]:
-    """Loss and perplexity of all text, with what else was compared, and then by text."""
-    rows = [("original", e.loss, e.perplexity)]
-    if e.pruned_loss and e.pruned_perplexity and e.loss_increase and e.perplexity_ratio:
-        rows += [
-            (f"without {t.join(e.removed)}", e.pruned_loss, e.pruned_perplexity),
-            ("increase, ratio (paired)", e.loss_increase, e.perplexity_ratio),
-        ]
-    items: list[Item] = [
-        Table(
-            columns=("95 % intervals", "loss, nats/token", "perplexity"),
-            rows=tuple(
-                (name, t.interval(loss, t.nats), t.interval(level, t.level))
-                for name, loss, level in rows
-            ),
-        )
-    ]
+    """Perplexity by text and of all, and then the loss and what else was compared."""
+    lines = [f"loss of the original {t.interval(e.loss, t.nats)} nats/token"]
+    if e.loss_increase:
+        lines[0] += f"; increase without {t.join(e.removed)} {t.interval(e.loss_increase, t.nats)}"
     if e.unrepaired:
         ratio = t.interval(e.unrepaired.perplexity_ratio, t.ratio)
         level = t.interval(e.unrepaired.pruned_perplexity, t.level)
         about = f"the plain cut's perplexity is {level}, its ratio {ratio}"
-        items.append(Text(f"pruned is the cut with its repair; {about}"))
+        lines.append(f"pruned is the cut with its repair; {about}")
     if e.divergence:
-        items.append(
-            Text(
-                f"divergence from the original {t.interval(e.divergence, t.nats)} nats/token; the "
-                f"likeliest token is the same for {t.interval(e.agreement, t.percent)}"
-            )
+        lines.append(
+            f"divergence from the original {t.interval(e.divergence, t.nats)} nats/token; the "
+            f"likeliest token is the same for {t.interval(e.agreement, t.percent)}"
         )
-    if len(e.domains) > 1:
-        items.append(by_text(t, e))
     scored = f"{e.windows} windows of {e.length} tokens, {t.count(e.tokens)} tokens scored"
-    return [*items, Text(scored)]
+    return [by_text(t, e), *map(Text, [*lines, f"{scored}; 95 % intervals, ratios paired"])]
 
 
 def by_text(t: Locale, e: Evaluation) -> Table:

@@ -187,8 +187,8 @@ class Report:
         names = ("evaluation", "tasks", "answers", "speed", "transfer")
         lacking = [name for name in names if not getattr(self.record, name)]
         lines = [self.t(f"missing.{name}", command=self._command(name)) for name in lacking]
-        skipped = self.record.speed.skipped if self.record.speed else ()
-        lines += [self.t("untested.skipped", what=what) for what in skipped]
+        left_out = self.record.speed.skipped if self.record.speed else ()
+        lines += [speed.skipped(self.t, what) for what in left_out]
         return [Listing((*lines, self.t("untested.other")))]
 
     def _rollback(self) -> list[Item]:

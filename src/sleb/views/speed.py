@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sleb.runtimes.bench import Case, Measured, Ratio, Speed
+from sleb.runtimes.bench import Case, Measured, Ratio, Skipped, Speed
 from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import Bars, Dots, Figure, Item, Listing, Missing, Table, Text
 
-__all__ = ["case", "drafting", "ratios", "runtimes", "saved", "servers", "speed"]
+__all__ = ["case", "drafting", "ratios", "runtimes", "saved", "servers", "skipped", "speed"]
 
 SERVERS = 10  # the example's load, as a number of servers that it now keeps busy
 ROWS = 5  # of a table that page one has room for
@@ -47,8 +48,22 @@ def speed(t: Locale, s: Speed) -> list[Item]:
             share = t.percent(UNSTEADY)
             items.append(Text(t("speed.busy", cases=t.join(busy), share=share)))
     if s.skipped:
-        items.append(Listing(tuple(t("untested.skipped", what=what) for what in s.skipped)))
+        items.append(Listing(tuple(skipped(t, what) for what in s.skipped)))
     return items
+
+
+def skipped(t: Locale, what: Skipped) -> str:
+    """What was not timed, or not as planned."""
+    about = {
+        name: t.join(value) if isinstance(value, tuple) else value
+        for name, value in asdict(what).items()
+    }
+    said = t(f"skipped.{what.reason}", **about)
+    if what.others:
+        said = t("skipped.enough", what=said, others=about["others"])
+    if what.runtime != "transformers":
+        said = t("skipped.under", what=said, runtime=what.runtime)
+    return t("untested.skipped", what=said)
 
 
 def _spread(s: Speed, of: Case) -> float:
