@@ -10,6 +10,7 @@ import pytest
 import sleb.project as project_module
 from conftest import save_tiny
 from sleb.cli.main import main
+from sleb.config import PruneConfig
 from sleb.core.errors import InputError
 from sleb.project import Project, run, write_project
 from sleb.record import RunRecord
@@ -136,12 +137,16 @@ def test_other_settings_do_not_overwrite_a_result(place):
     [
         ("remove = 2", "", "no target"),
         ("remove = 2", "remove = 2\nspeedup = 1.5", "two targets"),
-        ("heldout = 6", "heldot = 6", "search.heldot: .*did you mean 'heldout'"),
-        ("heldout = 6", "heldout = 'six'", "search.heldout"),
+        ("heldout = 6", "heldot = 6", r"\[search\] .*heldot \(did you mean 'heldout'"),
+        ("heldout = 6", "heldout = 'six'", r"\[search\] heldout 'six'"),
+        ("heldout = 6", "heldout = 1", "heldout"),
+        ("remove = 2", "remove = 2\ndevice = 'cpu'", "device stands above the tables and in"),
+        ("remove = 2", "remove = 2\ncurve = true", r"\[search\] curve"),
+        ("bench = false", "bensh = false", r"\[measure\] .*bensh \(did you mean 'bench'"),
         ("[gate.perplexity]", "[gate.perplexty]", "did you mean 'perplexity'"),
         ('model = "model"', "", "model: field required"),
         ('"questions.jsonl"', '"quests.jsonl"', "quests.jsonl"),
-        ('"prompts.jsonl"', '"prompt.jsonl"', "no file of prompts at .*prompt.jsonl"),
+        ('"prompts.jsonl"', '"prompt.jsonl"', "prompt.jsonl"),
         ('mail = "mail.txt"', 'mail = "mail.text"', "mail.text"),
         ('model = "model"', 'model = "./modell"', "no model at .*did you mean 'model'"),
         ('["en", "ja"]', '["fr"]', "reports"),
@@ -172,7 +177,7 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     # what is commented out is right as well
     text = (tmp_path / "sleb.toml").read_text()
     keys = re.findall(r"^#? ?(\w+) = ", text, re.MULTILINE)
-    tables = [project_module.Search, project_module.Measure, Project]
+    tables = (PruneConfig, project_module.Measure, Project)
     known = {name for table in tables for name in table.model_fields}
     assert set(keys) - known == {
         "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",

@@ -137,6 +137,7 @@ class Options(BaseModel):
 
 R = TypeVar("R")
 O = TypeVar("O", bound=Options)  # noqa: E741 (as in typing's own documentation)
+R = TypeVar("R")
 
 
 def _plain(value: Any) -> Any:
