@@ -34,6 +34,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+GUIDE = "docs/guide.md"
 GUIDES = {"en": "docs/proof-of-concept.md", "ja": "docs/proof-of-concept.ja.md"}
 VERBS = typer.main.get_command(app).commands
 guides = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
@@ -68,17 +69,17 @@ def check_command(words: list[str]) -> None:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a model called MODEL and the README's texts, to run its examples in."""
+    """A folder with a model called MODEL and the guide's texts, to run its examples in."""
     save_tiny(tmp_path / "MODEL", blocks=8)
-    other = read("README.md") * 3
+    other = read("docs/guide.md") * 3
     (tmp_path / "mail.jsonl").write_text('{"text": "%s"}\n' % ("mail to all of you " * 900))
     (tmp_path / "other.txt").write_text(other, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_readmes_commands_work_in_their_order(workplace, capsys):
-    commands = [words for words in shell("README.md") if words[0] == "sleb"]
+def test_the_guides_commands_work_in_their_order(workplace, capsys):
+    commands = [words for words in shell(GUIDE) if words[0] == "sleb"]
     ran, measuring = commands[:9], commands[9:]
     assert [c[1] for c in ran] == [
         "prune", "search", "apply", "inspect", "similarity", "search", "eval", "apply", "verify",
@@ -97,11 +98,11 @@ def test_the_readmes_commands_work_in_their_order(workplace, capsys):
 
 
 @pytest.mark.slow
-def test_the_readmes_measurements_work_in_their_order(workplace):
+def test_the_guides_measurements_work_in_their_order(workplace):
     Path("prompts.jsonl").write_text('{"prompt": "Dear all,"}\n')
     Path("questions.jsonl").write_text(fenced(GUIDES["en"], "json")[1])
     Path("gate.toml").write_text("size.max_mb = 100\n")
-    for command in [words for words in shell("README.md") if words[0] == "sleb"][9:]:
+    for command in [words for words in shell(GUIDE) if words[0] == "sleb"][9:]:
         few = ["--new-tokens", "8"] if command[1] == "compare" else []  # the model reads only 256
         code = main([*command[1:], *few])
         # a random model may be slower than the limit that `sleb init` writes
@@ -112,8 +113,8 @@ def test_the_readmes_measurements_work_in_their_order(workplace):
     assert Path("report.html").is_file()
 
 
-def test_the_readmes_python_works(workplace):
-    examples = fenced("README.md", "python")
+def test_the_guides_python_works(workplace):
+    examples = fenced(GUIDE, "python")
     assert len(examples) == 2
     scope: dict[str, object] = {}
     for example in reversed(examples):  # the second one writes what the first one loads
@@ -121,16 +122,23 @@ def test_the_readmes_python_works(workplace):
     assert scope["model"].config.num_hidden_layers == 6
 
 
+def test_the_readme_is_short_and_the_guide_has_all_of_its_commands():
+    readme = read("README.md")
+    assert len(readme.splitlines()) < 120
+    assert all(words in shell(GUIDE) for words in shell("README.md"))
+    assert all(example in fenced(GUIDE, "python") for example in fenced("README.md", "python"))
+
+
 def test_the_exit_codes_are_those_of_the_errors():
-    rows = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|", read(GUIDE), re.MULTILINE)
     errors = {cls.exit_code for cls in SlebError.__subclasses__()}
     assert {int(code) for code in rows} == errors | {0, 1, 130}
 
 
 def test_every_verb_is_documented_and_its_example_names_it():
-    readme = (ROOT / "README.md").read_text()
+    guide = read(GUIDE)
     for verb in verbs.VERBS:
-        assert f"sleb {verb.name}" in readme or f"make {verb.name}" in readme
+        assert f"sleb {verb.name}" in guide or f"make {verb.name}" in guide
         assert verb.example.startswith(f"sleb {verb.name}")
 
 
@@ -228,7 +236,7 @@ def test_the_guides_exit_codes_are_the_readmes(guide):
         rows = re.findall(r"^\| (\d[\d,、 ]*) \|", read(path), re.MULTILINE)
         return {code for row in rows for code in re.findall(r"\d+", row)}
 
-    assert codes(guide) == codes("README.md")
+    assert codes(guide) == codes(GUIDE)
 
 
 @guides

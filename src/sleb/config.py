@@ -135,7 +135,6 @@ class Options(BaseModel):
         return kind(**{k: v for k, v in self if k in kind.model_fields})
 
 
-R = TypeVar("R")
 O = TypeVar("O", bound=Options)  # noqa: E741 (as in typing's own documentation)
 R = TypeVar("R")
 
