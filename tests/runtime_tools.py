@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -161,10 +164,15 @@ class Llama:
 """
 
 
-def write_runtimes(folder: Path) -> Path:
-    """Modules that pretend to be vLLM and llama.cpp: their answers are in oracle.json beside a
-    checkpoint, and in the file that would be a .gguf."""
+@contextmanager
+def pretending(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Modules that pretend to be vLLM and llama.cpp, for this process and its children: their
+    answers are in oracle.json beside a checkpoint, and in the file that would be a .gguf."""
     folder.mkdir()
-    (folder / "vllm.py").write_text(VLLM)
-    (folder / "llama_cpp.py").write_text(LLAMA)
-    return folder
+    for name, text in {"vllm": VLLM, "llama_cpp": LLAMA}.items():
+        (folder / f"{name}.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield patch
+    for name in ("vllm", "llama_cpp"):
+        sys.modules.pop(name, None)

@@ -19,7 +19,7 @@ import sleb
 from cli_tools import refused, run
 from conftest import byte_tokenizer
 from plan_tools import plan_of
-from runtime_tools import InProcess, write_runtimes
+from runtime_tools import InProcess, pretending
 from sleb.checkpoints.checkpoint import tensor_bytes
 from sleb.config import VerifyConfig
 from sleb.core.errors import InputError, VerificationFailed
@@ -75,10 +75,6 @@ class Place:
         (folder / "oracle.json").write_text(text)
         folder.with_name(folder.name + ".gguf").write_text(text)
 
-    def quick(self, monkeypatch) -> None:
-        """The reference is computed once for all tests."""
-        monkeypatch.setattr(module, "_reference", lambda *_: self.answers["reference"])
-
     def check(self, *runtimes: str, **options) -> RuntimeReport:
         return check_runtimes(
             self.out, model=self.dense, plan=self.plan, runtimes=runtimes, **options
@@ -88,14 +84,16 @@ class Place:
 @pytest.fixture
 def place(tmp_path, tiny_dir, answers, monkeypatch) -> Place:
     """Children are in this process, where a test does not want them to be real."""
-    modules = write_runtimes(tmp_path / "modules")
-    monkeypatch.syspath_prepend(modules)
-    for name in ("vllm", "llama_cpp"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(worker, "Child", InProcess)
-    yield Place(tmp_path, tiny_dir, answers)
-    for name in ("vllm", "llama_cpp"):
-        sys.modules.pop(name, None)
+    with pretending(tmp_path / "modules"):
+        yield Place(tmp_path, tiny_dir, answers)
+
+
+@pytest.fixture
+def quick(place, monkeypatch) -> Place:
+    """The reference is computed once for all tests."""
+    monkeypatch.setattr(module, "_reference", lambda *_: place.answers["reference"])
+    return place
 
 
 def one(found: RuntimeReport):
@@ -130,10 +128,9 @@ def test_a_runtime_that_computes_the_same_is_accepted(place):
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "llama.cpp"])
-def test_a_runtime_that_runs_other_blocks_is_caught(place, runtime, monkeypatch):
-    place.quick(monkeypatch)
-    place.says(place.out, place.answers["wrong"])
-    found = place.check(runtime)
+def test_a_runtime_that_runs_other_blocks_is_caught(quick, runtime):
+    quick.says(quick.out, quick.answers["wrong"])
+    found = quick.check(runtime)
     v = one(found)
     assert (v.verdict, v.how) == ("refused", "loaded")
     assert v.pruned > 0.1 > v.limit > v.dense
@@ -151,13 +148,10 @@ def test_a_runtime_that_runs_other_blocks_is_caught(place, runtime, monkeypatch)
         (0.0, 0.0022, "refused"),
     ],
 )
-def test_a_runtime_may_deviate_as_it_does_on_the_dense_model(
-    place, dense, pruned, verdict, monkeypatch
-):
-    place.quick(monkeypatch)
-    place.says(place.dense, place.answers["dense"], by=dense)
-    place.says(place.out, place.answers["pruned"], by=pruned)
-    v = one(place.check("vllm"))
+def test_a_runtime_may_deviate_as_it_does_on_the_dense_model(quick, dense, pruned, verdict):
+    quick.says(quick.dense, quick.answers["dense"], by=dense)
+    quick.says(quick.out, quick.answers["pruned"], by=pruned)
+    v = one(quick.check("vllm"))
     assert v.verdict == verdict
     assert (v.dense, v.pruned) == pytest.approx((dense / 2, pruned / 2), abs=1e-5)
     assert v.limit == pytest.approx(3 * dense / 2 + 0.001, abs=1e-5)
@@ -172,13 +166,12 @@ def test_a_runtime_may_deviate_as_it_does_on_the_dense_model(
         ("out", {"logprobs": [float("nan")] * 254}, "refused", "not finite"),
     ],
 )
-def test_a_runtime_that_does_not_run_a_model(place, which, answer, verdict, why, monkeypatch):
-    place.quick(monkeypatch)
+def test_a_runtime_that_does_not_run_a_model(quick, which, answer, verdict, why, monkeypatch):
     if "dies" in answer:
         monkeypatch.setattr(worker, "Child", Child)
-    known = place.answers["pruned"] if "logprobs" in answer else {"ids": []}
-    place.says(place.out if which == "out" else place.dense, {**known, **answer})
-    found = place.check("vllm")
+    known = quick.answers["pruned"] if "logprobs" in answer else {"ids": []}
+    quick.says(quick.out if which == "out" else quick.dense, {**known, **answer})
+    found = quick.check("vllm")
     assert one(found).verdict == verdict
     assert why in one(found).why
     assert "\n" not in one(found).why
@@ -257,22 +250,21 @@ def test_a_checkpoint_is_scored_as_any_user_of_transformers_has_it(place, monkey
     assert not any(f"sleb.{name}" in done.stdout for name in ("models", "checkpoints", "config"))
 
 
-def test_a_gguf_file_alone_is_run(place, capsys, monkeypatch):
-    place.quick(monkeypatch)
-    monkeypatch.setattr(module, "resolve", lambda ref, *_: SimpleNamespace(path=place.out))
+def test_a_gguf_file_alone_is_run(quick, capsys, monkeypatch):
+    monkeypatch.setattr(module, "resolve", lambda ref, *_: SimpleNamespace(path=quick.out))
     monkeypatch.setattr(worker, "Child", Child)
-    file = place.out.with_name("out.gguf")
-    verify = ["verify", file, "--model", place.dense]
+    file = quick.out.with_name("out.gguf")
+    verify = ["verify", file, "--model", quick.dense]
     assert "verified by running it: --runtime" in refused(capsys, 2, *verify)
     assert "no plan" in refused(capsys, 2, *verify, "--runtime", "llama-cpp")
-    place.plan.save(place.out.with_name("out.plan.json"))
+    quick.plan.save(quick.out.with_name("out.plan.json"))
     ran = run(capsys, *verify, "--runtime", "llama.cpp", "--json")
     assert (ran.code, list(ran.json)) == (0, ["runtimes"])
     assert ran.json["runtimes"]["verdicts"][0]["verdict"] == "accepted"
-    place.says(place.out, place.answers["wrong"])
+    quick.says(quick.out, quick.answers["wrong"])
     assert run(capsys, *verify, "--runtime", "llama-cpp").code == 3
-    said = refused(capsys, 2, "verify", "none", "--model", place.dense, "--plan", "x.json")
-    assert "no checkpoint folder at none" in said
+    said = refused(capsys, 2, "verify", "none", "--model", quick.dense)
+    assert "none" in said
 
 
 def test_what_cannot_be_asked_for(place, tmp_path, capsys, monkeypatch):

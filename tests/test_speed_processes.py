@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 import sleb
 from conftest import byte_tokenizer, save_tiny, tiny_llama
-from runtime_tools import CPU, PROMPT, WRITE, InProcess, settings, write_runtimes
+from runtime_tools import CPU, PROMPT, WRITE, InProcess, pretending, settings
 from sleb.core.errors import InputError, ResourceError
 from sleb.runtimes import worker
 from sleb.runtimes.base import installed
@@ -208,19 +208,14 @@ def test_errors_keep_their_kind_across_processes(error, kind, monkeypatch):
 
 
 @pytest.fixture
-def pretending(monkeypatch, tmp_path) -> Path:
-    """vLLM and llama.cpp, for this process and its children; and what llama.cpp was asked for."""
-    modules = write_runtimes(tmp_path / "modules")
-    monkeypatch.syspath_prepend(modules)
-    for name in ("vllm", "llama_cpp"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    yield tmp_path / "log"
-    for name in ("vllm", "llama_cpp"):
-        sys.modules.pop(name, None)
+def log(tmp_path) -> Path:
+    """What llama.cpp was asked for; it and vLLM are played."""
+    with pretending(tmp_path / "modules") as patch:
+        patch.setenv("FAKE_LOG", str(tmp_path / "log"))
+        yield tmp_path / "log"
 
 
-def test_a_bench_in_three_runtimes(tiny_dir, tiny_plan, pretending, tmp_path, monkeypatch):
+def test_a_bench_in_three_runtimes(tiny_dir, tiny_plan, log, tmp_path, monkeypatch):
     """Of both tiny models, in this process; nothing but the clock is real."""
     monkeypatch.setattr(worker, "Child", InProcess)
     assert installed() == ("transformers", "vllm", "llama.cpp")
@@ -259,14 +254,14 @@ def test_a_bench_in_three_runtimes(tiny_dir, tiny_plan, pretending, tmp_path, mo
         assert r.possible is None or 1 < r.possible <= 2
     assert TypeAdapter(Speed).validate_json(json.dumps(asdict(found))) == found
     # llama.cpp: one warm-up and six rounds of two models: each reads its whole prompt anew
-    log = pretending.read_text().splitlines()
-    assert log[:2] == ["load 6 256", "load 3 256"]
+    asked = log.read_text().splitlines()
+    assert asked[:2] == ["load 6 256", "load 3 256"]
     turns = {255: [], 64: [], 32: ["eval 1"] * 15}
     expected = [2 * 7 * ["reset", f"eval {n}", *more] for n, more in turns.items()]
-    assert log[2:] == [line for case in expected for line in case]
+    assert asked[2:] == [line for case in expected for line in case]
 
 
-def test_what_other_runtimes_refuse(pretending, tmp_path):
+def test_what_other_runtimes_refuse(log, tmp_path):
     file = tmp_path / "m.gguf"
     file.write_text(json.dumps({"blocks": 30}))
     given = settings(file, runtime="llama.cpp", blocks=24)
