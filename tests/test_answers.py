@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-import time
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,40 +225,6 @@ def test_one_model_is_in_memory_at_a_time(tiny_dir, out, monkeypatch):
     finally:
         gc.enable()
     assert len(seen) == 2
-
-
-def test_the_first_answer_is_not_the_slow_one(tiny_dir, monkeypatch):
-    from transformers import LlamaForCausalLM
-
-    generate, warm = LlamaForCausalLM.generate, weakref.WeakSet()
-
-    def slow_at_first(self, *args, **kwargs):
-        if self not in warm:
-            warm.add(self)
-            time.sleep(0.3)
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", slow_at_first)
-    found = compare(tiny_dir, tiny_dir, PROMPTS[:2], max_new_tokens=2, **CPU).pairs
-    assert max(a.seconds for p in found for a in (p.dense, p.pruned)) < 0.25
-
-
-def test_progress_is_a_stage_for_each_model_and_a_tick_for_each_answer(tiny_dir, out):
-    done = {}
-
-    class Counting:
-        @contextmanager
-        def stage(self, title, total):
-            done[title] = [total, 0]
-
-            def tick(n=1, note=""):
-                done[title][1] += n
-
-            yield tick
-
-    compare(tiny_dir, out, PROMPTS, max_new_tokens=2, **CPU, progress=Counting())
-    assert done[f"answering with {tiny_dir}"] == [3, 3]
-    assert done[f"answering with {out}"] == [3, 3]
 
 
 # -- mistakes, found before any weights are loaded -----------------------------------------------

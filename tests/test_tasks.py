@@ -164,20 +164,6 @@ def test_generated_answers_are_those_of_the_cut_checkpoint(taught, taught_dir, t
     assert agreed > 0  # or the test would be of nothing
 
 
-def test_a_cache_is_used_where_bypassing_leaves_it_right(taught, tmp_path):
-    one = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
-    asked = read_questions(write(tmp_path / "say.jsonl", written()))
-    (task,) = one.load([asked], [], None, limit=None, seed=0)
-    own, used = taught.model.generate, []
-    taught.model.generate = lambda **given: used.append(given["use_cache"]) or own(**given)
-    try:
-        for removed, cached in [((), True), ((1, 3), True), ((0, 3), False)]:
-            one.score(task, removed)
-            assert used[-1] is cached  # those before it find out
-    finally:
-        del taught.model.generate
-
-
 def test_an_exact_match_forgives_case_space_and_a_full_stop_alone(taught, tmp_path):
     (result,) = run_tasks(taught, task=[write(tmp_path / "say.jsonl", written())])
     assert (result.metric, result.chance, result.dense.value) == ("exact_match", None, 1.0)
@@ -201,22 +187,21 @@ def test_a_prompt_is_read_word_for_word(taught, tmp_path):
         }
         for i, row in enumerate(asked)
     ]
-    both = [write(tmp_path / "a.jsonl", asked), write(tmp_path / "b.jsonl", raw)]
-    first = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
-    tasks = first.load([*map(read_questions, both)], [], None, limit=None, seed=0)
-    requests = [[i.args for i in task.task.instances] for task in tasks]
-    assert requests[0] == requests[1]
-    a, b = run_tasks(taught, task=both, removed=REMOVED)
+    harness = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
+
+    def requests(name, rows):
+        asked = read_questions(write(tmp_path / f"{name}.jsonl", rows))
+        (task,) = harness.load([asked], [], None, limit=None, seed=0)
+        return [request.args for request in task.task.instances]
+
+    assert requests("a", asked) == requests("b", raw)
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    a, b = run_tasks(taught, task=files, removed=REMOVED)
     assert (a.dense, a.pruned, a.flips) == (b.dense, b.pruned, b.flips)
-    glued = [row | {"choices": ["x", " y"], "answer": 1} for row in raw]
-    (task,) = first.load(
-        [read_questions(write(tmp_path / "glued.jsonl", glued))], [], None, limit=None, seed=0
-    )
-    assert [i.args[1] for i in task.task.instances[:2]] == ["x", " y"]
-    assert requests[0][0][0].startswith("Question: ")
-    context = write(tmp_path / "c.jsonl", [asked[0] | {"context": " Look up. "}])
-    (task,) = first.load([read_questions(context)], [], None, limit=None, seed=0)
-    assert task.task.instances[0].args[0].startswith("Look up.\n\nQuestion: ")
+    glued = requests("glued", [row | {"choices": ["x", " y"], "answer": 1} for row in raw])
+    assert [answer for _, answer in glued[:2]] == ["x", " y"]
+    ((text, _), *_) = requests("c", [asked[0] | {"context": " Look up. "}])
+    assert text.startswith("Look up.\n\nQuestion: ")
 
 
 YAML = """
@@ -333,17 +318,12 @@ def test_a_limit_draws_the_same_items_for_both_models(taught, folder):
     assert len(set(items(10, 0))) == 10
     assert items(10, 0) != tuple(range(10))
     assert items(40, 0) is items(99, 0) is None
-    picked = items(10, 5)
-    (result,) = run_tasks(
-        taught, task=["colours"], tasks_folder=str(folder), removed=[2], limit=10, seed=5
-    )
+    options = {"removed": [2], "limit": 10, "seed": 5}
+    (result,) = run_tasks(taught, task=["colours"], tasks_folder=str(folder), **options)
     rows = list(chosen())
-    (alone,) = run_tasks(
-        taught, task=[write(folder / "p.jsonl", [rows[i] for i in picked])], removed=[2]
-    )
-    assert result.items == alone.items == 10
-    (whole,) = run_tasks(taught, task=["colours"], tasks_folder=str(folder), removed=[2])
-    assert whole.items == 40
+    alone = write(folder / "p.jsonl", [rows[i] for i in items(10, 5)])
+    (again,) = run_tasks(taught, task=[alone], removed=[2])
+    assert result.items == again.items == 10
 
 
 class Watching:

@@ -116,13 +116,14 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     if isinstance(prompt, list):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        return _chat([*prompt, *_listed(completion)], f"{where}: `prompt`")
+        answer = _list(completion, f"{where}: `completion`")
+        return _chat([*prompt, *answer], f"{where}: `prompt`")
     for asked, answers in ANSWERS.items():
         answer = next((row[name] for name in answers if isinstance(row.get(name), str)), None)
         # a task without its answer is a prompt; of other fields that would be a guess
         if isinstance(row.get(asked), str) and (answer is not None or asked == "instruction"):
             task = [row[asked], *([row.get("input")] if asked == "instruction" else [])]
-            turns = _listed(row.get("history"))
+            turns = _list(row.get("history"), f"{where}: `history`")
             if any(not isinstance(pair, list) or len(pair) != 2 for pair in turns):
                 raise InputError(f"{where}: `history` is no list of pairs of texts; correct it")
             pairs = [*turns, ("\n".join(filter(None, task)), answer)]
@@ -136,20 +137,25 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
 
 
 def _chat(value: Any, where: str) -> list[dict[str, Any]]:
-    turns = _listed(value)
+    turns = _list(value, where)
     if not turns:
-        raise InputError(
-            f"{where} is no list of turns; give some as {{'role': ..., 'content': ...}}"
-        )
+        raise InputError(f"{where} is no list of turns; give each its `role` and `content`")
     return [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, 1)]
 
 
-def _listed(value: Any) -> list[Any]:
-    """A list, or the JSON text of one."""
+def _parsed(value: Any) -> Any:
+    """``value``, or if that is a JSON text what it says, as some sets keep structures."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
-    return value if isinstance(value, list) else []
+            return json.loads(value)
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    value = _parsed(value) or []
+    if not isinstance(value, list):
+        raise InputError(f"{where} is no list, nor the JSON text of one; correct it")
+    return value
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{where} has no `role`; say who speaks")
     if isinstance(turn.get("function_call"), dict):  # as the API had it before `tool_calls`
         turn["tool_calls"] = [turn.pop("function_call")]
-    calls = _listed(turn.pop("tool_calls", None))
+    calls = _list(turn.pop("tool_calls", None), f"{where}: `tool_calls`")
     if calls:
         turn["tool_calls"] = [_call(call, where) for call in calls]
     elif nothing_said:
@@ -179,7 +185,8 @@ def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where} is from {speaker[:40]!a}{did_you_mean(speaker, SHAREGPT)}; known: "
             f"{', '.join(SHAREGPT)}"
         )
-    calls = _listed(said) or _listed(f"[{said}]") if speaker == "function_call" else []
+    call = _parsed(said) if speaker == "function_call" else None
+    calls = call if isinstance(call, list) else [call] if isinstance(call, dict) else []
     spoken = {"content": "", "tool_calls": calls} if calls else {"content": said}
     return {**turn, "role": SHAREGPT[speaker], **spoken}
 
@@ -207,25 +214,17 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{where} has a tool call without the name of a function; correct it")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+    arguments = _parsed(function.get("arguments", {}))
     outer = {k: v for k, v in call.items() if v is not None and function is not call}
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
 
 
 def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     """Definitions of tools: a list, or JSON text of it or in it; bare functions are wrapped."""
-    found = []
-    for tool in _listed(value):
-        one = next(iter(_listed(f"[{tool}]")), None) if isinstance(tool, str) else tool
-        if not isinstance(one, dict):
-            raise InputError(f"{where}: `tools` holds what is no object; give their definitions")
-        found.append({"type": "function", "function": one} if "name" in one else one)
-    if value and not found and value != "[]":
-        raise InputError(f"{where}: `tools` is no list, nor the JSON text of one; correct it")
-    return tuple(found)
+    tools = [_parsed(tool) for tool in _list(value, f"{where}: `tools`")]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{where}: `tools` holds what is no object; give their definitions")
+    return tuple({"type": "function", "function": t} if "name" in t else t for t in tools)
 
 
 # -- what a model reads ----------------------------------------------------------------------------

@@ -106,8 +106,6 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
         raise InputError(
             f"{cut} has no plan.json, so it is not known what was cut from which model"
         )
-    if not config.heldout:
-        raise InputError("--heldout 0 leaves nothing to validate on; give more than 0")
     if config.lora:
         check_adapters()
     check_sources(config.text)

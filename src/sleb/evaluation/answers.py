@@ -22,7 +22,7 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
-from sleb.evaluation.prompts import Prompt, read_alike, read_prompts
+from sleb.evaluation.prompts import Prompt, Read, read_alike, read_prompts
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.models.source import quiet_transformers
 
@@ -182,6 +182,16 @@ def compare(
             answered.append(list(_answers(loaded, prompts, given, max_new_tokens, tick)))
         del loaded  # its memory is needed for the next one
         gc.collect()
+    return _compared(prompts, read, answered, max_new_tokens)
+
+
+def _compared(
+    prompts: Sequence[Prompt],
+    read: Sequence[Read],
+    answered: Sequence[Sequence[tuple[list[int], Answer]]],
+    max_new_tokens: int,
+) -> Comparison:
+    """Of both models' tokens and answers, by prompt."""
     pairs = tuple(
         Pair(
             id=prompt.id,
