@@ -32,16 +32,12 @@ UPWARD: dict[str, set[str]] = {}
 CIRCLES: set[str] = {"models.load", "models.load_from_plan"}
 LAZY: set[str] = {
     "calibration",
-    "calibration.sources",
     "evaluation.tasks",
-    "formats.exports",
     "formats.quantize",
     "models.load",
     "models.load_from_plan",
     "runtimes.transformers",
-    "surgery.apply",
     "surgery.gguf_cut",
-    "surgery.restore",
 }
 
 SHARING = {("test_report_browser", "test_report")}

@@ -306,7 +306,7 @@ def applied(
         writable_target(Path(out), force=config.force)
     fixed = repair if isinstance(repair, Repair) else None
     if fit:
-        fixed = _repair(model, given, config.part(RepairConfig), progress)
+        fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
     record = fixed.record if fixed else None
     if to_gguf:
         cut = cut_gguf(

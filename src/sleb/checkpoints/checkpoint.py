@@ -256,7 +256,7 @@ def identity(checkpoint: Checkpoint, blocks: int, lines: Mapping[str, str]) -> F
     canonical = json.dumps(config, sort_keys=True, ensure_ascii=False)
     return Fingerprint(
         model_type=str(config.get("model_type", "")),
-        architecture=checkpoint.architecture,
+        architecture=checkpoint.architecture[:4096],  # as much as a plan holds
         blocks=blocks,
         config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
         weights_sha256=hashlib.sha256("".join(lines.values()).encode()).hexdigest(),
