@@ -192,6 +192,7 @@ HUB: dict[str, tuple[dict[str, Any], tuple[tuple[int, ...], ...]]] = {
             rope_theta=1000000,
             sliding_window=8,
             sliding_window_pattern="LLLG",
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
         ),
         (*ANY, (1, 2, 3, 4)),
     ),

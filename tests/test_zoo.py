@@ -307,7 +307,7 @@ REFUSED = [
     ("rwkv", {"rescale_every": 3}, "set it to 0"),
     (
         "llama",
-        {"widget_sizes": [1] * 8},
+        {"widget_sizes": [1, 2] * 4},
         "`widget_sizes` has one entry per block .8. but no",
     ),
     ("jamba", {}, "attn_layer_period` is a period of 4: blocks .* 4 blocks in a row"),

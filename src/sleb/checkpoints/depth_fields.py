@@ -204,13 +204,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **_fields(
         "layer_types mlp_layer_types layers_block_type no_rope_layers attention_layers attn_layers "
         "layer_rope_theta num_attention_heads_per_layer num_key_value_heads_per_layer "
-        "activation_sparsity_pattern swiglu_limits swiglu_limits_shared compress_ratios",
+        "activation_sparsity_pattern swiglu_limits swiglu_limits_shared compress_ratios "
+        "attn_type_list is_moe_layer hybrid_layer_pattern",
         LIST,
     ),
     # a number for all blocks, or a list with one for each
     **_fields(
         "num_experts moe_topk intermediate_size num_key_value_heads num_attention_heads "
-        "num_query_heads num_kv_heads ffn_hidden_size",
+        "num_query_heads num_kv_heads ffn_hidden_size moe_intermediate_size num_shared_expert",
         LIST,
     ),
     **_fields(
@@ -232,6 +233,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
             applies=lambda value, n: _list(value, n) and "shared" in value,
         ),
         LIST,
+    ),
+    "hybrid_override_pattern": (
+        Rule(
+            kind="one letter per block: sliced",
+            apply=lambda c, f, k, n: "".join(_slice(c, f, k, n)),
+            applies=lambda value, n: isinstance(value, str) and value != "",
+        ),
     ),
     "per_layer_config": (
         Rule(kind="entries by block id: renumbered", apply=_remap_keys, applies=_mapping),
@@ -357,13 +365,23 @@ def depth_fields(config: Config, n: int) -> list[DepthField]:
 
 
 def _applying(config: Config, n: int) -> list[tuple[str, Rule]]:
-    """The fields that a rule is_main_process for, each with the first such rule."""
+    """The fields that a rule is for, each with the first such rule. A list that nobody knows, but
+    that says the same of every block, is one of those with an entry per block."""
     found = []
     for name, rules in RULES.items():
         rule = next((rule for rule in rules if rule.applies(config.get(name), n)), None)
         if rule:
             found.append((name, rule))
+    for name, value in config.items():
+        if _unknown_list(name, value, n) and all(entry == value[0] for entry in value):
+            found.append((name, LIST))
     return found
+
+
+def _unknown_list(name: str, value: Any, n: int) -> bool:
+    """Whether a field without a rule is as long as there are blocks."""
+    known = name in RULES or name in NEVER_PER_BLOCK
+    return not known and _list(value, n) and len(value) == n and n > 1
 
 
 def refuse_unsupported(config: Config, n: int) -> None:
@@ -395,7 +413,7 @@ def refuse_unsupported(config: Config, n: int) -> None:
                     f"config field `{name}` = {short(value)} depends on depth, but not in a form "
                     "that sleb knows"
                 )
-        elif name not in NEVER_PER_BLOCK and _list(value, n) and len(value) == n and n > 1:
+        elif name not in applying and _unknown_list(name, value, n):
             raise UnsupportedModel(
                 f"config field `{name}` has one entry per block ({n}) but no re-index rule; "
                 "add a row to RULES in sleb/checkpoints/depth_fields.py (see docs/extending.md)"

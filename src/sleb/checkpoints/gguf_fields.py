@@ -18,7 +18,7 @@ from sleb.checkpoints.gguf_file import ARRAY, BOOL, STRING, GGUFFile, Value
 from sleb.core.errors import DataError, UnsupportedModel, did_you_mean
 from sleb.core.plan import MAX_BLOCKS
 
-__all__ = ["ARCHITECTURES", "GGUFModel", "architecture_of", "block_of", "recut"]
+__all__ = ["ARCHITECTURES", "GGUFModel", "architecture_of", "block_of", "recut", "windows_of"]
 
 PATTERN = "attention.sliding_window_pattern"
 
@@ -283,7 +283,7 @@ def recut(model: GGUFModel, removed: Collection[int]) -> dict[str, Value]:
         )
     values |= _sliced(model, kept)
     pattern = f"{model.name}.{PATTERN}"
-    if windows := _windows(model, architecture):
+    if windows := windows_of(model):
         _keep_both(windows, kept, "attention", model)
         own = [windows[block] for block in kept]
         values.setdefault(pattern, Value(kind=ARRAY, item=BOOL, data=own))
@@ -360,10 +360,10 @@ def _sliced(model: GGUFModel, kept: Sequence[int]) -> dict[str, Value]:
     return values
 
 
-def _windows(model: GGUFModel, architecture: Architecture) -> list[bool] | None:
-    """Which blocks of the uncut model llama.cpp runs with a sliding window; None if it has no such
+def windows_of(model: GGUFModel) -> list[bool] | None:
+    """Which blocks of a model llama.cpp runs with a sliding window; None if it has no such
     pattern."""
-    period = architecture.window(model)
+    period = architecture_of(model).window(model)
     if not period:
         return None
     if isinstance(stated := model.get(PATTERN), list):

@@ -10,7 +10,7 @@ from sleb.checkpoints.depth_fields import DepthField, depth_fields, refuse_unsup
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Progress, silent
-from sleb.models.load import empty_model, load_config
+from sleb.models.load import empty_model, load_config, refuse_unread
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 
@@ -73,6 +73,7 @@ def describe(
         text = decoder_config(config)
         stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
         refuse_unsupported(text.to_dict(), len(stack))
+        refuse_unread(checkpoint, config, trust_remote_code=trust_remote_code)
     except UnsupportedModel as error:
         return Description(**facts, supported=False, reason=str(error))  # type: ignore[arg-type]
 

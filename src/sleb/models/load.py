@@ -25,7 +25,15 @@ from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
 
-__all__ = ["DTYPES", "LoadedModel", "empty_model", "load", "load_config", "load_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "LoadedModel",
+    "empty_model",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "refuse_unread",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,10 +107,11 @@ def load(
         )
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     source = group().sequentially(lambda: resolve(ref, progress))
-    Checkpoint.open(source.path)  # its errors say more than those of loading
+    checkpoint = Checkpoint.open(source.path)  # its errors say more than those of loading
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     text = decoder_config(config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
+    refuse_unread(checkpoint, config, trust_remote_code=trust_remote_code)
     weights = None
     if plan is not None:
         from sleb.models.load_from_plan import weights_from_plan
@@ -290,6 +299,36 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     if not isinstance(n, int) or not 1 <= n < MAX_BLOCKS:
         raise DataError(f"{path / 'config.json'} is not valid: num_hidden_layers is {n}")
     return config
+
+
+def refuse_unread(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool = False) -> None:
+    """Refuse files that are in order, but that transformers does not load as this causal LM.
+
+    Raises:
+        UnsupportedModel: a way of quantization that it does not know; or a vision tower beside the
+            text model, where it loads the text model alone and does not pass over the rest.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"{checkpoint.path} is quantized by {method}, which transformers does not read: give "
+            "the model as it was before that"
+        )
+    if decoder_config(config) is config:
+        return
+    model: Any = empty_model(config, trust_remote_code=trust_remote_code)
+    if isinstance(model.config, type(config)):
+        return
+    passed_over = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in checkpoint.tensors:
+        tower = re.search(r"(^|\.)(vision|visual|multi_modal|audio)\w*\.", name)
+        if tower and not any(re.search(pattern, name) for pattern in passed_over):
+            raise UnsupportedModel(
+                f"{checkpoint.path} is a {config.model_type} with more than text ({name}), and "
+                f"transformers loads {type(model).__name__} only from files without that"
+            )
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

@@ -18,13 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
+from sleb.models.gguf_source import check_tensors, corrections
 
 __all__ = ["ModelSource", "cache_dir", "resolve"]
 
 logger = logging.getLogger(__name__)
+
+CONVERSION = 2
+"""Version of what is made of a GGUF file; those of earlier ones are not used again."""
 
 HUB_FILES = [
     "*.safetensors",
@@ -123,7 +128,7 @@ def _dequantized(path: Path, progress: Progress) -> Path:
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise DataError(f"{path} does not start as a GGUF file: fetch it again")
-    out = cache_dir() / "gguf" / file_sha256(path)[:32]
+    out = cache_dir() / "gguf" / f"{file_sha256(path)[:32]}-{CONVERSION}"
     if not (out / "config.json").is_file():
         logger.info("dequantizing %s into %s", path, out)
         with (
@@ -139,6 +144,7 @@ def _convert(path: Path, out: Path) -> None:
     from huggingface_hub import ModelCardData
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    file = GGUFFile.open(path)  # its errors say more than those of transformers
     where: dict[str, Any] = {"gguf_file": path.name}
     with quiet_transformers():
         try:
@@ -156,12 +162,15 @@ def _convert(path: Path, out: Path) -> None:
             ) from None
         except MemoryError:
             raise
-        except Exception as error:  # a damaged file fails in many ways
+        except Exception as error:  # of many types; the file itself is sound, as was checked
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"{path} cannot be read: truncated, corrupt, or an architecture that transformers "
-                f"does not convert ({first})"
+            raise UnsupportedModel(
+                f"{path}: transformers {version('transformers')} does not convert this file "
+                f"({first}); give the model as a Hugging Face checkpoint"
             ) from None
+        check_tensors(file, model)
+        for name, value in corrections(file, model.config).items():
+            setattr(model.config, name, value)
         model.config._name_or_path = ""
         vars(model.config).pop("_model_name_or_path", None)
         try:
@@ -172,9 +181,6 @@ def _convert(path: Path, out: Path) -> None:
             raise
         tokenizer.save_pretrained(out)
         stated = _stated(path)
-        if isinstance(stated["windows"], list):
-            _set_windows(path, model.config, stated["windows"])
-            model.config.save_pretrained(out)
         again = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
         _check_tokenizer(path, tokenizer, again, stated)
     keys = ("license", "license_name", "license_link", "language")
@@ -183,8 +189,7 @@ def _convert(path: Path, out: Path) -> None:
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    """What a GGUF file states of its licence, languages, tokenizer and sliding windows; None where
-    it is silent."""
+    """What a GGUF file states of its licence, languages and tokenizer; None where it is silent."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -195,25 +200,8 @@ def _stated(path: Path) -> dict[str, Any]:
         "language": "general.languages",
         "tokenizer": "tokenizer.ggml.model",
         "add_bos": "tokenizer.ggml.add_bos_token",
-        "windows": f"{fields['general.architecture'].contents()}.attention.sliding_window_pattern",
     }
     return {k: fields[name].contents() if name in fields else None for k, name in names.items()}
-
-
-def _set_windows(path: Path, config: Any, windows: list[bool]) -> None:
-    """Give ``config`` the sliding windows that the file states block by block, as that of a cut
-    model does. transformers passes over them, and would derive them from the uncut pattern.
-
-    Raises:
-        UnsupportedModel: the config has no such list.
-    """
-    kinds = getattr(config, "layer_types", None) or []
-    if len(kinds) != len(windows) or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise UnsupportedModel(
-            f"{path} states sliding windows block by block, and transformers has no place for them "
-            f"in the config of {config.model_type}; give the model as a Hugging Face checkpoint"
-        )
-    config.layer_types = ["sliding_attention" if window else "full_attention" for window in windows]
 
 
 def _check_tokenizer(path: Path, converted: Any, reloaded: Any, stated: dict[str, Any]) -> None:
