@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import setting
+from common import main_of, save, setting
 from texts import prepare
 
 import sleb
-from sleb.core.files import write_text
 from sleb.core.statistics import flips, proportion
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -164,10 +163,10 @@ def main() -> None:
         cut = sleb.load(folder, device=options.device)
         row = {"system": name, "blocks": len(cut.stack), **more}
         report["cuts"].append(row | measured(cut, sets, report["dense"], options))
-        write_text(options.out, json.dumps(report, indent=1) + "\n")
+        save(options.out, report)
         print(json.dumps({k: v for k, v in report["cuts"][-1].items() if k != "plan"}), flush=True)
 
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     for given in options.cuts:
         name, _, folder = given.partition("=")
         add(name, folder)
@@ -187,7 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except sleb.SlebError as error:
-        sys.exit(f"answers.py: {error}")
+    main_of(main)
