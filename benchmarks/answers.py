@@ -131,6 +131,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuts", nargs="*", default=[], help="NAME=FOLDER of cuts that are there")
     parser.add_argument("--removed", default="", help="cut so many blocks, in every system")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--limit", type=int, help="items of each set")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
     parser.add_argument("--batch", type=int, default=128)
@@ -153,7 +155,9 @@ def main() -> None:
         "model": Path(options.model).name,
         "blocks": len(model.stack),
         **setting(model.stack.input_device, model.stack.dtype),
-        "what": {key: getattr(options, key) for key in ("limit", "new", "batch")},
+        "what": {
+            key: getattr(options, key) for key in ("windows", "length", "limit", "new", "batch")
+        },
         "dense": measured(model, sets, None, options),
         "cuts": [],
     }
@@ -177,9 +181,15 @@ def main() -> None:
             for name in options.systems.split(","):
                 out = Path(place) / f"{name}-{depth}"
                 start = time.perf_counter()
-                asked = {"text": text, "windows": 64, "length": 512, **SYSTEMS[name]}
+                asked = {"text": text, "windows": options.windows, "length": options.length}
                 done = sleb.prune(
-                    options.model, out, remove=depth, device=options.device, keep=False, **asked
+                    options.model,
+                    out,
+                    remove=depth,
+                    device=options.device,
+                    keep=False,
+                    **asked,
+                    **SYSTEMS[name],
                 )
                 seconds = round(time.perf_counter() - start, 1)
                 add(name, out, removed=done.plan.removed, prune_seconds=seconds)

@@ -33,7 +33,6 @@ from plot import finals, summary
 from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
 
 import sleb
-from sleb import LoadedModel
 from sleb.calibration.split import SHARE, CalibrationSplit
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import blocks_to_remove
