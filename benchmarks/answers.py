@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import setting
+from common import main_of, save, setting
 from texts import prepare
 
 import sleb
-from sleb.core.files import write_text
 from sleb.core.statistics import flips, proportion
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -132,6 +131,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuts", nargs="*", default=[], help="NAME=FOLDER of cuts that are there")
     parser.add_argument("--removed", default="", help="cut so many blocks, in every system")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--limit", type=int, help="items of each set")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
     parser.add_argument("--batch", type=int, default=128)
@@ -154,7 +155,9 @@ def main() -> None:
         "model": Path(options.model).name,
         "blocks": len(model.stack),
         **setting(model.stack.input_device, model.stack.dtype),
-        "what": {key: getattr(options, key) for key in ("limit", "new", "batch")},
+        "what": {
+            key: getattr(options, key) for key in ("windows", "length", "limit", "new", "batch")
+        },
         "dense": measured(model, sets, None, options),
         "cuts": [],
     }
@@ -164,10 +167,10 @@ def main() -> None:
         cut = sleb.load(folder, device=options.device)
         row = {"system": name, "blocks": len(cut.stack), **more}
         report["cuts"].append(row | measured(cut, sets, report["dense"], options))
-        write_text(options.out, json.dumps(report, indent=1) + "\n")
+        save(options.out, report)
         print(json.dumps({k: v for k, v in report["cuts"][-1].items() if k != "plan"}), flush=True)
 
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     for given in options.cuts:
         name, _, folder = given.partition("=")
         add(name, folder)
@@ -178,16 +181,19 @@ def main() -> None:
             for name in options.systems.split(","):
                 out = Path(place) / f"{name}-{depth}"
                 start = time.perf_counter()
-                asked = {"text": text, "windows": 64, "length": 512, **SYSTEMS[name]}
+                asked = {"text": text, "windows": options.windows, "length": options.length}
                 done = sleb.prune(
-                    options.model, out, remove=depth, device=options.device, keep=False, **asked
+                    options.model,
+                    out,
+                    remove=depth,
+                    device=options.device,
+                    keep=False,
+                    **asked,
+                    **SYSTEMS[name],
                 )
                 seconds = round(time.perf_counter() - start, 1)
                 add(name, out, removed=done.plan.removed, prune_seconds=seconds)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except sleb.SlebError as error:
-        sys.exit(f"answers.py: {error}")
+    main_of(main)

@@ -21,32 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from common import save
+from perf_core import Shape, byte_tokenizer, random_llama
 
-def random_llama(folder: Path, hidden: int, mlp: int, blocks: int, heads: int, shared: int) -> None:
-    """A checkpoint with random weights, drawn wide enough that blocks matter."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokens = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+def random_checkpoint(folder: Path, sizes: list[int]) -> None:
+    """A checkpoint with random weights."""
+    names = ("width", "inner", "blocks", "heads", "kv_heads")
+    shape = Shape(**dict(zip(names, sizes, strict=True)), vocab=256)
+    random_llama(shape, torch.device("cpu")).save_pretrained(folder)
+    byte_tokenizer(folder, shape.vocab)
 
 
 def search(model: str, ranks: int, out: Path, options: list[str]) -> dict[str, float]:
@@ -79,7 +64,7 @@ def main() -> None:
         model = asked.model
         if asked.shape:
             model = f"{folder}/model"
-            random_llama(Path(model), *asked.shape)
+            random_checkpoint(Path(model), asked.shape)
         plans, runs = [], []
         for ranks in asked.ranks:
             out = Path(folder) / f"plan-{ranks}.json"
@@ -93,7 +78,7 @@ def main() -> None:
     found = {"options": options, "shape": asked.shape, "runs": runs, "same_plan": same}
     print(json.dumps(found, indent=1))
     if asked.json:
-        Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
+        save(Path(asked.json), found)
     raise SystemExit(0 if same else 1)
 
 

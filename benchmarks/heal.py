@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import setting
+from common import asked, main_of, save, setting
 from texts import DOMAINS, UNSEEN, prepare
 
 import sleb
-from sleb.core.errors import SlebError
-from sleb.core.files import write_text
 from sleb.distillation import heal
 
 
@@ -47,7 +44,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         texts = prepare(options.data, Path(place), options.seed)
         dense = sleb.load(options.model, device=options.device)
@@ -85,9 +81,7 @@ def main() -> None:
         after = losses(sleb.load(healed, device=options.device))
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     report = {
-        "what": {
-            k: v for k, v in vars(options).items() if k not in ("out", "model", "cut", "data")
-        },
+        "what": asked(options, "out", "model", "cut", "data"),
         "model": Path(options.model).name,
         **setting(device, dtype),
         "tokens": done.tokens,
@@ -98,7 +92,7 @@ def main() -> None:
         "cut": ratios(before, base),
         "healed": ratios(after, base),
     }
-    write_text(options.out, json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     for name in ("cut", "healed"):
         print(name, json.dumps(report[name]))
     print(f"{done.tokens:,} tokens in {done.seconds:.0f} s, all in {seconds:.0f} s")
@@ -115,7 +109,4 @@ def ratios(losses: dict[str, float], base: dict[str, float]) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SlebError as error:
-        sys.exit(f"heal.py: {error}")
+    main_of(main)

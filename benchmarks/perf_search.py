@@ -1,22 +1,27 @@
-"""Sections: the machine, one block, the search of a random Llama, the repair of its cut."""
+"""Sections: the machine, one block, the search of a random Llama, the repair of its cut; and the
+same of a small real model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from perf_core import OutOfTime, Run, best_seconds
-from perf_shapes import Shape
+from perf_core import OutOfTime, Run, Shape, best_seconds, shape_of
+from perf_speed import speed
 from race_model import Losses, Spread
 
+import sleb
+from sleb.calibration import CalibrationSplit
 from sleb.core.process_group import group
 from sleb.models.compiled import CompiledStack
 from sleb.models.stack import BlockStack
-from sleb.repairs import RIDGES
+from sleb.repairs import RIDGES, given_tokens
+from sleb.repairs import repair as fit_repair
 from sleb.repairs.regression import Regression, gaps
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Call, Objective
@@ -24,7 +29,7 @@ from sleb.selection.resources import default_batch
 from sleb.selection.strategies import STRATEGIES
 from sleb.selection.sweep import Sweep, block_forwards, distribute
 
-__all__ = ["block", "machine", "repair", "search"]
+__all__ = ["block", "machine", "real", "repair", "search"]
 
 
 def machine(run: Run, row: dict[str, Any]) -> None:
@@ -302,3 +307,71 @@ def repair(
         "seconds": round(seconds, 2),
         "memory": memory,
     }
+
+
+def real(
+    run: Run,
+    row: dict[str, Any],
+    path: Path,
+    *,
+    matmul: float | None,
+    windows: int,
+    length: int,
+    remove: int,
+    tokens: int,
+    prompt: int,
+    new_tokens: int,
+    compiled: bool,
+) -> None:
+    """Losses, plans and repairs are of the model itself; texts are the built-in ones."""
+    model = sleb.load(path, device=str(run.device))
+    shape = shape_of(model.stack.model.config)
+    row |= {"model": path.name, "blocks": len(model.stack), "dtype": model.dtype}
+    split = CalibrationSplit.of(
+        model.tokenizer, (), windows=windows, length=length, seed=0, heldout=16
+    )
+    scored = split.search
+    ids = scored.ids[torch.randperm(len(scored.ids), generator=torch.Generator().manual_seed(0))]
+    row["searches"] = {}
+    kinds = [("exact, states kept", True, False), ("racing", False, False)]
+    for name, exact, compiling in [*kinds, *([("racing, compiled", False, True)] * compiled)]:
+        found: dict[str, Any] = {}
+        row["searches"][name] = found
+        search(
+            run,
+            found,
+            model.stack,
+            shape,
+            ids,
+            remove,
+            exact=exact,
+            compiled=compiling,
+            matmul=matmul,
+        )
+        run.write()
+    order = row["searches"]["racing"]["order"]
+    row["same_order"] = order == row["searches"]["exact, states kept"]["order"]
+    split = split.with_repair(given_tokens(model.stack, tokens))
+    fitted, judged = split.repair_fit, split.repair_validation
+    fixed, seconds, memory = run.measured(lambda: fit_repair(model, order, fitted, judged))
+    row["repair"] = {
+        "removed": order,
+        "tokens": fitted.ids.numel(),
+        "seconds": round(seconds, 2),
+        "memory": memory,
+        "gaps": [
+            {"removed": list(g.removed), "ridge": g.ridge, "before": g.before, "after": g.after}
+            for g in fixed.record.gaps
+        ],
+    }
+    run.write()
+    row["speed"] = {}
+    speed(
+        run,
+        row["speed"],
+        model.stack.model,
+        vocab=shape.vocab,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        generate=(1, 64) if run.device.type == "cuda" else (1,),
+    )

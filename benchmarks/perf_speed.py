@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from perf_core import OutOfTime, Run
-from perf_shapes import shortened
+from perf_core import OutOfTime, Run, shortened
 
 __all__ = ["REFERENCE", "cuts", "speed"]
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perf_core import Run
-from perf_shapes import Shape, llama_config
+from perf_core import Run, Shape, byte_tokenizer, llama_config
 
 import sleb
 from sleb.selection.metrics import NLL
@@ -24,7 +23,7 @@ from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.resources import default_batch
 from sleb.selection.sweep import Sweep
 
-__all__ = ["fetched", "stream"]
+__all__ = ["stream"]
 
 
 def stream(
@@ -115,14 +114,6 @@ def _walks(
     }
 
 
-def fetched(row: dict[str, Any], key: str) -> float:
-    """GB/s that a walk read. In results without ``reads`` each walk was timed with the check of the
-    model, a pass through its own code that reads all blocks once more."""
-    walk = row[key]
-    reads = walk.get("reads", walk["walks"] + 1)
-    return float(reads * row["blocks_on_disk"] * row["block_gb"] / walk["seconds"])
-
-
 def _write(shape: Shape, folder: Path, blocks: int, device: torch.device) -> list[Path]:
     """A checkpoint of so many blocks with random weights, one block to a file."""
     from safetensors.torch import save_file
@@ -154,18 +145,8 @@ def _write(shape: Shape, folder: Path, blocks: int, device: torch.device) -> lis
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    _tokenizer(folder, shape.vocab)
+    byte_tokenizer(folder, shape.vocab)
     return sorted(folder.glob("block-*.safetensors"))
-
-
-def _tokenizer(folder: Path, vocab: int) -> None:
-    """Words w0, w1, ...: a model folder needs a tokenizer, and this benchmark has no text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
 def _drop(path: Path) -> None:

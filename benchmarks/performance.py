@@ -41,10 +41,10 @@ from typing import Any
 
 import perf_search
 import torch
-from perf_core import Run
-from perf_render import render
-from perf_shapes import SHAPES, Shape, random_llama
+from pages import render
+from perf_core import SHAPES, Run, Shape, random_llama
 from perf_speed import speed
+from perf_stream import stream
 from race_model import Spread
 
 from sleb.core.process_group import joined
@@ -252,12 +252,10 @@ def about(device: torch.device, shape: str, size: Size) -> dict[str, Any]:
 
 
 def real_section(run: Run, row: dict[str, Any], models: Models, path: Path, size: Size) -> None:
-    from perf_real import real
-
     models.close()
     windows, length, remove = size.real
     cuda = run.device.type == "cuda"
-    real(
+    perf_search.real(
         run,
         row,
         path,
@@ -275,8 +273,6 @@ def real_section(run: Run, row: dict[str, Any], models: Models, path: Path, size
 def stream_section(
     run: Run, row: dict[str, Any], models: Models, shape: Shape, disk: Path | None, size: Size
 ) -> None:
-    from perf_stream import stream
-
     models.close()
     stream(
         run,

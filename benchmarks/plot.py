@@ -1,42 +1,297 @@
-"""Draw benchmarks/results/growth-*.json: python benchmarks/plot.py RESULT.json -o docs/growth.svg
+"""Draw what quality.py or search.py --growth has measured, or print it as Markdown tables.
 
-The published algorithm's time is its block forwards times the shortest time per block forward that
-was measured in the run, in its favour.
+    python benchmarks/plot.py RESULT.json [RESULT.json ...] -o docs/quality.svg
+    python benchmarks/plot.py RESULT.json --markdown
+    python benchmarks/plot.py RESULT.json --against EARLIER.json
+    python benchmarks/plot.py GROWTH.json -o docs/growth.svg
+
+For the growth of a search the published algorithm's time is its block forwards times the shortest
+time per block forward that was measured in the run, in its favour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import matplotlib.pyplot as plt
-from search import published_forwards
+from common import table
 
+__all__ = ["changes", "draw", "finals", "markdown", "published_forwards", "summary"]
+
+COLOURS = ("#888888", "#c44e52", "#3b75af", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
+FORMS = {"plain": "--", "repaired": "-"}
 AXES = {"windows": "calibration windows", "removed": "blocks removed", "blocks": "blocks"}
-COLOURS = {"published": "#888888", "exact": "#3b75af", "racing": "#c44e52"}
+GROWTH = {"published": "#888888", "exact": "#3b75af", "racing": "#c44e52"}
 
 
-def forwards(row: dict[str, Any]) -> int:
-    blocks = row["blocks"]
-    return published_forwards(blocks, blocks - 2, row["removed"], row["windows"])
+def cuts(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """System and set of blocks, the smaller cuts first."""
+    found = [(s["system"], cut) for s in report["systems"] for cut in s["sets"]]
+    return sorted(found, key=lambda pair: pair[1]["removed"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    options = parser.parse_args()
-    report = json.loads(options.result.read_text())
+def summary(report: dict[str, Any]) -> str:
+    """One row for each system and depth."""
+    head = ["removed", "system", "plain", "repaired", "worst domain", "unseen", "accuracy"]
+    rows = []
+    for system, cut in cuts(report):
+        plain, repaired = cut["plain"], cut["repaired"]
+        best = repaired or plain
+        worst = best["domains"][best["worst"]]["ratio"]["value"]
+        rows.append(
+            [
+                str(cut["removed"]),
+                system,
+                spread(plain["geo"]),
+                spread(repaired["geo"]) if repaired else "-",
+                f"{best['worst']} {worst:.2f}",
+                f"{plain['unseen_geo']['value']:.2f} → {best['unseen_geo']['value']:.2f}",
+                f"{accuracy(plain)} → {accuracy(repaired)}" if plain["tasks"] else "-",
+            ]
+        )
+    return table(head, rows, words=2)
+
+
+def spread(value: dict[str, Any]) -> str:
+    """A ratio and half of its interval."""
+    if value["high"] is None:
+        return f"{value['value']:.2f}"
+    return f"{value['value']:.2f} ± {(value['high'] - value['low']) / 2:.2f}"
+
+
+def accuracy(row: dict[str, Any] | None) -> str:
+    """Mean accuracy in percent."""
+    return f"{100 * row['tasks']['mean']:.1f}" if row and row["tasks"] else "-"
+
+
+def by_domain(report: dict[str, Any]) -> str:
+    """Ratio for every text, plain and repaired."""
+    names = [*report["domains"], *report["unseen"]]
+    rows = [
+        [
+            str(cut["removed"]),
+            f"{system}, {form}",
+            *(f"{cut[form]['domains'][name]['ratio']['value']:.2f}" for name in names),
+        ]
+        for system, cut in cuts(report)
+        for form in FORMS
+        if cut[form]
+    ]
+    dense = [f"{report['dense']['perplexity'][name]['value']:.2f}" for name in names]
+    return table(["removed", "system", *names], [["0", "dense", *dense], *rows], words=2)
+
+
+def by_kind(report: dict[str, Any]) -> str:
+    """Geometric means of ratios after the repair, over texts that nobody gave and over all."""
+    unseen = [*report["unseen"]]
+    kinds = {
+        "not given": unseen,
+        "these without japanese": [name for name in unseen if name != "japanese"],
+        "all texts": [*report["domains"], *unseen],
+    }
+    rows = []
+    for system, cut in cuts(report):
+        found = (cut["repaired"] or cut["plain"])["domains"]
+        means = [geometric_mean(found[n]["ratio"]["value"] for n in of) for of in kinds.values()]
+        rows.append([str(cut["removed"]), system, *(f"{mean:.2f}" for mean in means)])
+    return table(["removed", "system", *kinds], rows, words=2)
+
+
+def by_task(report: dict[str, Any]) -> str:
+    """Accuracy in percent for every task."""
+    names = [name for name in report["dense"]["tasks"] if name != "mean"]
+    heads = [name.removesuffix("_local") for name in names]
+
+    def cells(tasks: dict[str, Any]) -> list[str]:
+        values = [tasks[name]["accuracy"]["value"] for name in names] + [tasks["mean"]]
+        return [f"{100 * value:.1f}" for value in values]
+
+    rows = [["0", "dense", *cells(report["dense"]["tasks"])]]
+    for system, cut in cuts(report):
+        rows += [
+            [str(cut["removed"]), f"{system}, {form}", *cells(cut[form]["tasks"])]
+            for form in FORMS
+            if cut[form]
+        ]
+    return table(["removed", "system", *heads, "mean"], rows, words=2)
+
+
+def chosen(report: dict[str, Any]) -> str:
+    """Which blocks, and what finding and repairing them took."""
+    seconds = {s["system"]: s["searches"] for s in report["systems"]}
+    rows = []
+    for system, cut in cuts(report):
+        search = next(
+            (s for s in seconds[system] if s["removed"] == cut["removed"]), seconds[system][-1]
+        )
+        fixed = cut["repair"]
+        gaps = fixed.get("gaps", [])
+        accepted = sum(gap["ridge"] is not None for gap in gaps)
+        own = search["removed"] == cut["removed"]
+        rows.append(
+            [
+                str(cut["removed"]),
+                system,
+                " ".join(map(str, cut["blocks"])),
+                f"{search['seconds']:.1f}" if own else f"(of {search['removed']})",
+                f"{fixed['seconds']:.1f}" if gaps else "-",
+                f"{accepted} of {len(gaps)}" if gaps else "refused",
+                str(fixed.get("tensors", "-")),
+            ]
+        )
+    head = ["removed", "system", "blocks", "search, s", "repair, s", "gaps repaired", "matrices"]
+    return table(head, rows, words=3)
+
+
+def changes(report: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """What became of the sets of blocks that an earlier result has too, after their repair."""
+    unseen = [*report["unseen"]]
+
+    def figures(cut: dict[str, Any]) -> list[str]:
+        row = cut["repaired"] or cut["plain"]
+        ratios = [row["domains"][name]["ratio"]["value"] for name in unseen]
+        return [f"{x:.2f}" for x in (row["geo"]["value"], *ratios)] + [accuracy(row)]
+
+    known = {(system, tuple(cut["blocks"])): figures(cut) for system, cut in cuts(earlier)}
+    rows = [
+        [
+            str(cut["removed"]),
+            system,
+            *(f"{a} → {b}" for a, b in zip(before, figures(cut), strict=True)),
+        ]
+        for system, cut in cuts(report)
+        if (before := known.get((system, tuple(cut["blocks"]))))
+    ]
+    return table(["removed", "system", "five domains", *unseen, "accuracy"], rows, words=2)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """All tables of one result."""
+    what, texts = report["what"], report["texts"]
+    said = (
+        f"{report['machine']}, {report['dtype']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}. Search on {texts['search']['windows']} windows of "
+        f"{texts['search']['length']} tokens; *sleb* on {texts['published']['windows']} of "
+        f"{texts['published']['length']}; repair fitted on {texts['repair']['windows']} windows of "
+        f"{texts['repair']['length']}, judged on {texts['repair_judges']['windows']}; test on "
+        f"{what['test_windows']} windows of {texts['test']['length']} for each text."
+    )
+    if "processes" in report:
+        said += f" {report['processes']} processes ran beside each other, so times are longer."
+    parts = [f"## {report['model']}, {report['blocks']} blocks", said, summary(report)]
+    parts += ["Geometric means of texts after repair:", by_kind(report)]
+    parts += ["Perplexity of the dense model, and its multiple after a cut:", by_domain(report)]
+    if report["dense"]["tasks"]:
+        parts += ["Accuracy, %:", by_task(report)]
+    parts += ["What was chosen, and how long it took:", chosen(report)]
+    if report["not_begun"]:
+        parts.append(f"Not begun for lack of time: {', '.join(report['not_begun'])}.")
+    return "\n\n".join(parts)
+
+
+def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
+    """A row of panels for each result: the five domains, unseen texts, accuracy where measured."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    plt = pyplot()
+    tasks = any(report["dense"]["tasks"] for report in reports)
+    size = (3 + tasks * 1.5 + 4, 2.9 * len(reports))
+    figure, grid = plt.subplots(
+        len(reports), 2 + tasks, figsize=size, layout="constrained", squeeze=False
+    )
+    known: list[str] = list(dict.fromkeys(s["system"] for r in reports for s in r["systems"]))
+    colour = dict(zip(known, COLOURS, strict=False))
+    for report, panels in zip(reports, grid, strict=True):
+        for system in report["systems"]:
+            for form, dashes in FORMS.items():
+                rows = [cut for cut in system["sets"] if cut[form]]
+                x = [cut["removed"] for cut in rows]
+                for panel, key in zip(panels, ("geo", "unseen_geo"), strict=False):
+                    y = [cut[form][key]["value"] for cut in rows]
+                    panel.plot(
+                        x, y, dashes, marker="o", markersize=3, color=colour[system["system"]]
+                    )
+                if report["dense"]["tasks"]:
+                    y = [100 * cut[form]["tasks"]["mean"] for cut in rows]
+                    panels[2].plot(
+                        x, y, dashes, marker="o", markersize=3, color=colour[system["system"]]
+                    )
+        depths = sorted({cut["removed"] for _, cut in cuts(report)})
+        for panel in panels:
+            panel.set(xlabel=f"blocks removed of {report['blocks']}", xticks=depths)
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        for panel in panels[:2]:
+            panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            steps = (1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 3)  # few enough to be read
+            panel.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
+        panels[0].set_ylabel("perplexity over the dense model's")
+        panels[0].set_title(f"{report['model']}: the five domains", fontsize=8)
+        panels[1].set_title("texts of other kinds", fontsize=8)
+        if report["dense"]["tasks"]:
+            panels[2].axhline(100 * report["dense"]["tasks"]["mean"], color="black", lw=0.8)
+            panels[2].set_title("zero-shot accuracy, % (black: dense)", fontsize=8)
+        elif tasks:
+            panels[2].set_axis_off()
+    marks = [Line2D([], [], color=colour[name], label=name) for name in known]
+    marks += [
+        Line2D([], [], color="black", ls=dashes, label=form) for form, dashes in FORMS.items()
+    ]
+    figure.legend(handles=marks, loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def finals(found: dict[str, Any]) -> str:
+    """The comparison of quality.py --finals. Bold: the lower of greedy and window."""
+    rows = []
+    for row in found["depths"]:
+        pair = [name for name in ("greedy", "window") if name in row["sets"]]
+        taken = min(pair, key=lambda name: row["sets"][name]["increase"], default=None)
+        for name, s in row["sets"].items():
+            tasks = s["measured"]["tasks"]
+            figures = [f"{s[key]:.3f}" for key in ("given", "own", "increase")]
+            figures += [f"{s['measured'][key]:.2f}" for key in ("five", "unseen")]
+            figures.append("" if tasks is None else f"{100 * tasks:.1f}")
+            rows.append([str(row["removed"]), f"**{name}**" if name == taken else name, *figures])
+    head = ["removed", "blocks of", "given text", "own text", "all", "five domains", "unseen"]
+    return table([*head, "accuracy"], rows, words=2)
+
+
+def published_forwards(blocks: int, candidates: int, n: int, windows: int) -> int:
+    """Block forwards of the published algorithm, which shares none."""
+    return windows * sum((candidates - r) * (blocks - r - 1) for r in range(n))
+
+
+def pyplot() -> Any:
+    """Matplotlib, set to draw the same file each time."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9})
+    return plt
+
+
+def draw_growth(report: dict[str, Any], out: Path) -> None:
+    """Seconds of the three ways to search, over windows, removals and blocks."""
+
+    def forwards(row: dict[str, Any]) -> int:
+        return published_forwards(row["blocks"], row["blocks"] - 2, row["removed"], row["windows"])
+
     rows = report["seconds"]
     quickest = min(r["published"] / forwards(r) for r in rows)
-    plt.rcParams.update({"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9})
+    plt = pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
         chosen = [r for r in rows if r["axis"] == axis]
         x = [r[axis] for r in chosen]
-        for system, colour in COLOURS.items():
+        for system, colour in GROWTH.items():
             y = [quickest * forwards(r) if system == "published" else r[system] for r in chosen]
             dashed = "--" if system == "published" else "-"
             panel.plot(x, y, dashed, marker="o", markersize=3, color=colour, label=system)
@@ -48,7 +303,27 @@ def main() -> None:
     panels[0].set_ylabel("seconds")
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.suptitle(f"{report['model']}, {report['machine']}, {report['length']} tokens a window")
-    figure.savefig(options.out, metadata={"Date": None})
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--markdown", action="store_true", help="print tables")
+    parser.add_argument("--against", type=Path, help="print what differs from an earlier result")
+    options = parser.parse_args()
+    if not (options.out or options.markdown or options.against):
+        parser.error("give -o FILE.svg, --markdown or --against FILE")
+    reports = [json.loads(path.read_text()) for path in options.results]
+    if options.markdown:
+        print("\n\n".join(finals(r) if "depths" in r else markdown(r) for r in reports))
+    if options.against:
+        print(changes(reports[0], json.loads(options.against.read_text())))
+    if options.out and "systems" in reports[0]:
+        draw(reports, options.out)
+    elif options.out:
+        draw_growth(reports[0], options.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,12 @@ FOLDER is laid out as texts.py says. Every set of blocks is scored as a plain cu
 one, on text that neither search nor repair has seen: perplexity over the dense model's on the same
 windows, by domain; their geometric mean over the five domains that calibrate; likewise over texts
 of other kinds; and zero-shot accuracy with --tasks. The JSON is written after every set.
+
+    python benchmarks/quality.py MODEL --data FOLDER --finals quality.json --systems greedy,window \
+        --windows 40 --length 256 -o out.json
+
+sets the quick comparison at the end of a search beside what a result of this script has measured of
+the same sets after a full repair, on the texts given, on others, and of answers.
 """
 
 from __future__ import annotations
@@ -13,32 +19,36 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import measure, setting
-from plot_quality import summary
+from common import asked, main_of, measure, rounded, setting, used
+from common import save as save_json
+from plot import finals, summary
 from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
-from zeroshot import Tasks, local_tasks
 
 import sleb
 from sleb.calibration.split import SHARE, CalibrationSplit
-from sleb.core.errors import InputError, SlebError, UnsupportedModel
-from sleb.core.files import write_text
-from sleb.core.plan import Calibration, blocks_to_remove
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import silent
-from sleb.core.statistics import Interval, exponential
+from sleb.core.statistics import Interval, exponential, flips, proportion, standard_error
 from sleb.evaluation.tasks import check_tasks
 from sleb.repairs import Repair, repair
 from sleb.repairs.regression import default_tokens
-from sleb.repairs.self_generated import with_self_generated
-from sleb.selection.sweep import Patch
+from sleb.repairs.scoring import RepairedScores
+from sleb.repairs.self_generated import with_self_generated, writer
+from sleb.selection.metrics import NLL
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.search import FINAL_TOKENS
+from sleb.selection.sweep import Patch, Sweep
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +122,14 @@ class Bench:
     def texts(self) -> dict[str, Any]:
         """What was used of which text."""
         return {
-            "search": _used(self.scored.record),
+            "search": used(self.scored.record),
             "published": {
                 "note": "as much as the released code, which takes 128 rows of the training set",
-                **_used(self.narrow.search.record),
+                **used(self.narrow.search.record),
             },
-            "repair": {**_used(self.fitted.record), "writing_seconds": self.writing},
-            "repair_judges": _used(self.judges.record),
-            "test": _used(self.test.record),
+            "repair": {**used(self.fitted.record), "writing_seconds": self.writing},
+            "repair_judges": used(self.judges.record),
+            "test": used(self.test.record),
         }
 
     def run(self, found: dict[str, Any]) -> Iterator[None]:
@@ -221,14 +231,6 @@ def geometric(increases: Sequence[Interval]) -> dict[str, Any]:
     return asdict(exponential(Interval(value=mean, low=mean - half, high=mean + half)))
 
 
-def _used(record: Calibration) -> dict[str, Any]:
-    sources = [
-        {"name": Path(s.spec).stem, **s.model_dump(mode="json", exclude={"spec"})}
-        for s in record.sources
-    ]
-    return {"windows": record.windows, "length": record.length, "sources": sources}
-
-
 def _brief(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "removed": row["blocks"],
@@ -236,15 +238,6 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
         "repaired": row["repaired"] and round(row["repaired"]["geo"]["value"], 3),
         "repair_seconds": round(row["repair"].get("seconds", 0), 1),
     }
-
-
-def _rounded(value: Any) -> Any:
-    """Six figures are more than any of these means."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def merged(paths: Sequence[Path]) -> dict[str, Any]:
@@ -270,11 +263,142 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
     return first  # type: ignore[no-any-return]
 
 
+class Tasks:
+    """Zero-shot tasks, read once, and the dense model's score of every item of theirs."""
+
+    def __init__(
+        self,
+        model: sleb.LoadedModel,
+        names: Sequence[str],
+        folder: Path,
+        limit: int | None,
+        seed: int,
+    ) -> None:
+        from sleb.evaluation.lm_eval import Harness
+
+        self.harness = Harness(model, batch=None, progress=silent)
+        self.found = self.harness.load([], names, folder, limit=limit, seed=seed)
+        self._dense = {task.name: self.harness.score(task) for task in self.found}
+        for name, scores in self._dense.items():
+            if set(scores.values) - {0.0, 1.0}:
+                raise InputError(f"task {name!r} does not score items as right or wrong")
+
+    def dense(self) -> dict[str, Any]:
+        """Accuracies of the dense model."""
+        rows = {
+            task.name: {
+                "metric": task.metric,
+                "items": len(self._dense[task.name].values),
+                "chance": self._dense[task.name].chance,
+                **_accuracy(self._dense[task.name].values),
+            }
+            for task in self.found
+        }
+        return _with_mean(rows)
+
+    def score(self, removed: Collection[int], patch: Patch | None) -> dict[str, Any]:
+        """Accuracies without ``removed`` blocks, and what flipped against the dense model."""
+        rows = {}
+        for task in self.found:
+            values = self.harness.score(task, removed, patch).values
+            before = self._dense[task.name].values
+            change = flips([v == 1 for v in before], [v == 1 for v in values])
+            rows[task.name] = {**_accuracy(values), "lost": change.lost, "won": change.won}
+        return _with_mean(rows)
+
+
+def _accuracy(values: Sequence[float]) -> dict[str, Any]:
+    return {"accuracy": asdict(proportion(int(sum(values)), len(values)))}
+
+
+def _with_mean(rows: dict[str, Any]) -> dict[str, Any]:
+    return {"mean": float(np.mean([row["accuracy"]["value"] for row in rows.values()])), **rows}
+
+
+def local_tasks(data: Path, names: Sequence[str], folder: Path) -> list[str]:
+    """The public tasks of examples/tasks, on the files in ``data``: their names, which are defined
+    in ``folder`` then.
+
+    Raises:
+        InputError: there is no such example, or no file for it.
+    """
+    examples = {path.stem.removesuffix("_local"): path for path in EXAMPLES.glob("*_local.yaml")}
+    if unknown := [name for name in names if name not in examples]:
+        known = ", ".join(sorted(examples))
+        raise InputError(f"no task {unknown[0]!r} in examples/tasks; it has {known}")
+    folder.mkdir()
+    for task, path in examples.items():  # all, since some include others
+        text = path.read_text(encoding="utf-8")
+        files = sorted((data / "zeroshot").glob(f"{task}*.jsonl"), key=lambda f: len(f.name))
+        if files:
+            text = text.replace(f"data/{task}.jsonl", json.dumps(str(files[0].resolve())))
+        elif task in names:
+            raise InputError(f"no file {task}*.jsonl in {data / 'zeroshot'}; leave the task out")
+        (folder / path.name).write_text(text, encoding="utf-8")
+    return [f"{name}_local" for name in names]
+
+
+def compared(options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison at every depth, in nats/token over the dense model, and what is known."""
+    known = json.loads(options.finals.read_text(encoding="utf-8"))
+    systems = {s["system"]: s["sets"] for s in known["systems"]}
+    names = options.systems
+    model = sleb.load(options.model, dtype=options.dtype, device=options.device)
+    device = model.stack.input_device
+    with tempfile.TemporaryDirectory() as folder:
+        mix = [*prepare(options.data, Path(folder) / "texts", options.seed).calibration.values()]
+        split = CalibrationSplit.of(
+            model.tokenizer, mix, windows=options.windows, length=options.length, seed=options.seed
+        ).with_self_generated(writer(model, silent), compare=True)
+        judging, writing, _ = measure(device, lambda: split.final_comparison)
+    given, n, fitted = len(split.search.ids), len(judging), split.candidate_fit(FINAL_TOKENS).ids
+    sweep = Sweep(model.stack, judging, NLL, batch=8)
+    scores = RepairedScores(sweep, fitted)
+    dense = scores.values([DENSE], 0, n)[0]
+    rows = []
+    for found in zip(*(systems[name] for name in names), strict=True):
+        above = {}
+        sets = {}
+        for name, measured in zip(names, found, strict=True):
+            work = functools.partial(scores.values, [BlockSet(measured["blocks"])], 0, n)
+            losses, seconds, _ = measure(device, work)
+            above[name] = losses[0] - dense
+            sets[name] = {
+                "blocks": measured["blocks"],
+                "increase": float(above[name].mean()),
+                "given": float(above[name][:given].mean()),
+                "own": float(above[name][given:].mean()),
+                "seconds": seconds,
+                "measured": {
+                    "five": measured["repaired"]["geo"]["value"],
+                    "unseen": measured["repaired"]["unseen_geo"]["value"],
+                    "tasks": (measured["repaired"]["tasks"] or {}).get("mean"),
+                },
+            }
+        taken = min(names, key=lambda name: sets[name]["increase"])
+        for name in names:
+            excess = above[name] - above[taken]
+            sets[name]["excess"] = [float(excess.mean()), standard_error(excess)]
+        rows.append({"removed": found[0]["removed"], "taken": taken, "sets": sets})
+        print(json.dumps(rows[-1]), flush=True)
+    return {
+        "model": Path(options.model).name,
+        "result": options.finals.name,
+        "seed": options.seed,
+        "setting": setting(device, model.stack.dtype),
+        "fitted_tokens": fitted.numel(),
+        "judges": {"given": given, "own": n - given, "length": options.length},
+        "writing_seconds": writing,
+        "depths": rows,
+    }
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--merge", type=Path, nargs="+", help="make one of several results")
     parser.add_argument("--data", type=Path, help="folder of texts and items")
+    parser.add_argument("--finals", type=Path, help="a result, to compare its sets quickly")
     parser.add_argument("--removed", default="10%,20%,30%", help="depths: blocks, or percentages")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--windows", type=int, default=64, help="to search on, over all domains")
@@ -312,9 +436,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     start = time.monotonic()
     options = parse()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.merge:
-        write_text(options.out, json.dumps(merged(options.merge), indent=1) + "\n")
+        save_json(options.out, merged(options.merge))
+        return
+    if options.finals:
+        found = compared(options)
+        save_json(options.out, found)
+        print(finals(found))
         return
     with tempfile.TemporaryDirectory() as place:
         texts = prepare(options.data, Path(place), options.seed)
@@ -327,9 +455,9 @@ def main() -> None:
         bench = Bench(options, texts)
         if names:
             bench.tasks = Tasks(bench.model, names, folder, options.limit, options.seed)
-        paths = ("out", "model", "data", "tasks_folder", "merge")
+        paths = ("out", "model", "data", "tasks_folder", "merge", "finals")
         report: dict[str, Any] = {
-            "what": {k: v for k, v in vars(options).items() if k not in paths},
+            "what": asked(options, *paths),
             "model": Path(options.model).name,
             "blocks": len(bench.model.stack),
             **setting(bench.device, bench.model.stack.dtype),
@@ -343,7 +471,7 @@ def main() -> None:
 
         def save() -> None:
             report["seconds"] = time.monotonic() - start
-            write_text(options.out, json.dumps(_rounded(report), indent=1) + "\n")
+            save_json(options.out, rounded(report))
 
         save()
         while report["not_begun"]:
@@ -359,7 +487,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SlebError as error:
-        sys.exit(f"quality.py: {error}")
+    main_of(main)

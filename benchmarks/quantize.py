@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,14 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import setting
+from common import asked, main_of, rounded, setting, table, used
+from common import save as save_json
 from texts import DOMAINS, prepare
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import sleb
 from sleb.calibration import Windows
-from sleb.core.errors import SlebError, UnsupportedModel
-from sleb.core.files import write_text
+from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.statistics import Values, exponential, interval
 from sleb.formats.quantize import quantize
@@ -62,7 +61,7 @@ class Bench:
         """All of it; ``save`` is called whenever ``report`` has more."""
         plan = self.plan("dense", self.dense)
         report["removed"] = plan.removed
-        report["plan_calibration"] = _used(plan.calibration)
+        report["plan_calibration"] = used(plan.calibration)
         folders = {"dense": self.dense, "pruned": self.cut(plan)}
         folders["repaired"], report["repair"] = self.repaired(plan)
         if folders["repaired"] is None:
@@ -164,7 +163,7 @@ class Bench:
     def row(self, name: str, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         model = sleb.load(folder)
         windows = self.test(model)
-        report["test"] = _used(windows.record)
+        report["test"] = used(windows.record)
         self.windows = windows
         losses = _losses(model, windows, [()])[0]
         self.losses[name] = losses
@@ -275,32 +274,19 @@ def _memory(model: torch.nn.Module) -> int:
     return total
 
 
-def _used(record: Any) -> dict[str, Any]:
-    sources = [{"name": Path(s.spec).stem, "windows": s.windows} for s in record.sources]
-    return {"windows": record.windows, "length": record.length, "sources": sources}
-
-
-def _rounded(value: Any) -> Any:
-    """Six figures are more than any of these means."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def summary(report: dict[str, Any]) -> str:
     """The result as Markdown."""
     domains = [*report["rows"][0]["perplexity"]]
     head = ["", *domains, "all, over dense", "disk", "memory", "reading", "writing"]
-    lines = [_cells(head), _cells(["---", *["---:"] * (len(head) - 1)])]
+    rows = []
     for row in report["rows"]:
         cells = [row["name"], *(f"{row['perplexity'][d]['value']:.1f}" for d in domains)]
         cells += [_range(row["ratio"])]
         cells += [f"{row[f'{kind}_bytes'] / 1e6:,.0f} MB" for kind in ("disk", "memory")]
         speed = row.get("speed", {})
         cells += [f"{speed[w]['median']:.2f}" for w in ("prefill", "generation") if speed]
-        lines.append(_cells(cells))
+        rows.append(cells)
+    lines = [table(head, rows)]
     for found in report.get("interactions", ()):
         lines += ["", f"{found['cut']} and {found['scheme']}: {_range(found, '+.3f')} nats/token"]
     if order := report.get("other_order"):
@@ -308,10 +294,6 @@ def summary(report: dict[str, Any]) -> str:
         for name in ("own_minus_dense_blocks", "cut_first_minus_quantized_first"):
             lines += ["", f"{name}: {_range(order[name], '+.3f')} nats/token"]
     return "\n".join(lines)
-
-
-def _cells(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _range(found: dict[str, Any], form: str = ".2f") -> str:
@@ -345,13 +327,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     start = time.monotonic()
     options = parse()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.retime:
         return retime(options)
     paths = ("out", "model", "data", "work", "name", "retime")
     report: dict[str, Any] = {
-        "what": {k: v for k, v in vars(options).items() if k not in paths},
+        "what": asked(options, *paths),
         "model": options.name or Path(options.model).name,
         **setting(torch.device("cpu"), sleb.load(options.model).stack.dtype),
         "rows": [],
@@ -359,7 +340,7 @@ def main() -> None:
 
     def save() -> None:
         report["seconds"] = time.monotonic() - start
-        write_text(options.out, json.dumps(_rounded(report), indent=1) + "\n")
+        save_json(options.out, rounded(report))
 
     with tempfile.TemporaryDirectory() as place:
         Bench(options, Path(place)).run(save, report)
@@ -378,12 +359,9 @@ def retime(options: argparse.Namespace) -> None:
                 bench.dense, bench.dense if row["name"] == "dense" else folder
             )
     report["timing"] = {"rounds": options.rounds, **setting(torch.device("cpu"), torch.bfloat16)}
-    write_text(options.out, json.dumps(_rounded(report), indent=1) + "\n")
+    save_json(options.out, rounded(report))
     print(summary(report))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SlebError as error:
-        sys.exit(f"quantize.py: {error}")
+    main_of(main)

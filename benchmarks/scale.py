@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from perf_render import merged
-from perf_shapes import SHAPES
-from perf_stream import fetched
+from pages import fetched, merged, scale_page
+from perf_core import SHAPES
 from race_model import Losses, Spread
-from scale_page import page
 
 from sleb.selection.objective import BlockSet, Call, Objective, Scorer
 from sleb.selection.strategies import STRATEGIES
@@ -393,7 +391,7 @@ def main() -> None:
     found = figures(options.performance, options.seeds, options.gpus)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(page(found), end="")
+    print(scale_page(found), end="")
 
 
 if __name__ == "__main__":

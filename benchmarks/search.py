@@ -13,6 +13,7 @@ Systems, each timed from a loaded model to the order of removal:
 Block forwards are counted per window of tokens. Peak memory is the process's (CPU) or the
 allocator's (CUDA), and is also given over the weights. A random Llama of the 7B shape, for time
 only: --shape 7b in place of MODEL. On it racing replays the --schedule of a real model's race.
+--growth measures instead how the cost grows.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import measure, setting
+from common import asked, measure, save, setting
+from perf_core import SHAPES, random_llama
+from plot import published_forwards
 from torch import Tensor
 
 import sleb
+from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective, Scorer
@@ -100,32 +106,71 @@ def extrapolated(naive: Published, seconds: float, candidates: list[int], n: int
     return windows * sum((len(candidates) - r) * (first + r * step) for r in range(n))
 
 
-def published_forwards(blocks: int, candidates: int, n: int, windows: int) -> int:
-    return windows * sum((candidates - r) * (blocks - r - 1) for r in range(n))
+def seconds_per_pass(loaded: LoadedModel, ids: torch.Tensor) -> float:
+    naive = Published(loaded.stack, ids[:16].to(loaded.stack.input_device))
+    naive.loss([1])
+    start = time.perf_counter()
+    naive.loss([1])
+    return (time.perf_counter() - start) / 16
 
 
-def random_llama(shape: str, device: torch.device) -> Any:
-    """Random weights: times and memory are those of a real model, losses mean nothing."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def growth(options: argparse.Namespace) -> None:
+    """How the cost grows with windows, removals and blocks. The published algorithm is not run: its
+    time is that of a pass of the same model times the number of passes. Models of fewer blocks are
+    MODEL after removals."""
 
-    width, inner, blocks, heads = {
-        "7b": (4096, 11008, 32, 32),
-        "13b": (5120, 13824, 40, 40),
-    }[shape]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        max_position_embeddings=4096,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    def load(ref: str | Path) -> LoadedModel:
+        return sleb.load(ref, dtype=options.dtype, device=options.device)
+
+    whole = load(options.model)
+    ids = sleb.load_windows(
+        whole.tokenizer, options.text, windows=128, length=options.length, seed=0
+    )[0].ids
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    rows: list[dict[str, Any]] = []
+
+    def add(axis: str, loaded: LoadedModel, windows: int, n: int) -> None:
+        stack, device = loaded.stack, loaded.stack.input_device
+        candidates = list(range(1, len(stack) - 1))
+        row: dict[str, Any] = {
+            "axis": axis,
+            "blocks": len(stack),
+            "windows": windows,
+            "removed": n,
+        }
+        passes = windows * sum(len(candidates) - r for r in range(n))
+        row["published"] = round(passes * seconds_per_pass(loaded, ids), 3)
+        for name in ("exact", "racing"):
+            (order, _), seconds, _ = measure(
+                device, lambda e=name == "exact": ours(stack, ids[:windows], candidates, n, e)
+            )
+            row[name] = round(seconds, 3)
+            row[f"{name}_order"] = order
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    BlockStack.exit(whole.stack, whole.stack.enter(ids[:1])[0])  # warm up
+    ours(whole.stack, ids[:8], list(range(1, len(whole.stack) - 1)), 1, True)
+    for windows in (8, 32, 128):
+        add("windows", whole, windows, 6)
+    for n in (1, 3, 6, 12):
+        add("removed", whole, 32, n)
+    plan = sleb.search(whole, remove=12, windows=32, text=options.text, length=options.length)
+    with tempfile.TemporaryDirectory() as folder:
+        for gone in (12, 6):
+            sleb.apply(plan, options.model, Path(folder) / str(gone), depth=gone)
+            add("blocks", load(Path(folder) / str(gone)), 32, 4)
+    add("blocks", whole, 32, 4)
+    device = whole.stack.input_device
+    report = {
+        "model": Path(options.model).name,
+        "length": options.length,
+        "dtype": whole.dtype,
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "seconds": rows,
+    }
+    save(options.out, report)
 
 
 def main() -> None:
@@ -143,11 +188,14 @@ def main() -> None:
     parser.add_argument("--systems", default="racing,exact,published")
     parser.add_argument("--published-rounds", type=int, default=99)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--growth", action="store_true", help="over windows, removals and blocks")
     options = parser.parse_args()
+    if options.growth:
+        return growth(options)
 
     if options.shape:
         device = torch.device("cuda" if options.device == "auto" else options.device)
-        stack = BlockStack(random_llama(options.shape, device))
+        stack = BlockStack(random_llama(SHAPES[options.shape], device))
         ids = torch.randint(0, 32000, (options.windows, options.length))
     else:
         loaded = sleb.load(options.model, dtype=options.dtype, device=options.device)
@@ -211,17 +259,14 @@ def main() -> None:
             row["removals_compared"] = known
             row["same_order_as_published"] = row["order"][:known] == slowest["order"]
     report = {
-        "what": {
-            k: v for k, v in vars(options).items() if k not in ("out", "model", "text", "schedule")
-        },
+        "what": asked(options, "out", "model", "text", "schedule"),
         "model": options.shape or Path(options.model).name,
         "text": [Path(t).name for t in options.text] or ["default"],
         "blocks": n_blocks,
         **setting(device, stack.dtype),
         "systems": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
 
 
 if __name__ == "__main__":

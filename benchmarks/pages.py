@@ -1,4 +1,4 @@
-"""The page of the performance benchmark, from its results and a frame of text around them."""
+"""The pages docs/performance.md and docs/scale.md, from results and a frame of text around them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perf_stream import fetched
-from scale_page import table
+from common import table
 
-__all__ = ["merged", "render"]
+__all__ = ["fetched", "merged", "render", "scale_page"]
 
-FRAME = Path(__file__).resolve().parent / "performance.md.in"
+HERE = Path(__file__).resolve().parent
 Sections = Mapping[str, Any]
 UNMEASURED = {"error", "skipped", "stopped"}
 COMMAND = """```bash
 python benchmarks/performance.py --model SMOLLM2 -o benchmarks/results/performance.json
 python benchmarks/performance.py --render benchmarks/results/performance*.json > docs/performance.md
 ```"""
+
+RATES = {
+    "tflops": "TFLOP/s of a sweep on one GPU",
+    "fetch": "GB/s at which the GPUs of one machine together fetch streamed blocks",
+    "link": "GB/s of an all-reduce within a machine",
+    "network": "GB/s of an all-reduce between machines, per GPU",
+    "meet": "seconds that ranks take to meet after a step",
+    "memory": "GB of a GPU for weights and hidden states",
+}
 
 
 def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -36,7 +44,7 @@ def render(paths: Sequence[Path]) -> str:
     """The whole page; see :func:`merged`."""
     reports = [json.loads(path.read_text()) for path in paths]
     body = "\n".join(_measured(reports)) if reports else "Not measured yet."
-    return FRAME.read_text().replace("{measured}", f"{body}\n\n{COMMAND}")
+    return (HERE / "performance.md.in").read_text().replace("{measured}", f"{body}\n\n{COMMAND}")
 
 
 def _measured(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -317,3 +325,97 @@ def _shape(section: str) -> str:
 def _memory(row: Mapping[str, Any]) -> str:
     peak = row.get("memory", {}).get("peak_over_held_gb")
     return f"{peak} GB" if peak else ""
+
+
+def fetched(row: dict[str, Any], key: str) -> float:
+    """GB/s that a walk read. In results without ``reads`` each walk was timed with the check of the
+    model, a pass through its own code that reads all blocks once more."""
+    walk = row[key]
+    reads = walk.get("reads", walk["walks"] + 1)
+    return float(reads * row["blocks_on_disk"] * row["block_gb"] / walk["seconds"])
+
+
+def scale_page(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    gaps = [row["simulated"] / row["measured"] - 1 for row in found["check"]]
+    values = {
+        "windows": str(found["windows"]),
+        "length": str(found["length"]),
+        "seeds": str(found["seeds"]),
+        "off": f"{100 * min(gaps):+.0f} to {100 * max(gaps):+.0f} %",
+        "check": _check(found),
+        "models": _models(found),
+        "rates": _rates(found),
+        "predictions": _predictions(found),
+    }
+    text = (HERE / "scale.md.in").read_text()
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _check(found: Mapping[str, Any]) -> str:
+    many = f"simulated, mean of {found['seeds_check']}"
+    head = ["measured in", "windows x tokens", "block forwards measured", many, "least, most"]
+    return table(
+        [*head, "by the formula"],
+        (
+            (
+                row["result"],
+                f"{row['windows']} x {row['length']}",
+                f"{row['measured']:,}",
+                f"{row['simulated']:,}",
+                f"{row['least']:,}, {row['most']:,}",
+                f"{row['formula']:,}",
+            )
+            for row in found["check"]
+        ),
+        words=2,
+    )
+
+
+def _models(found: Mapping[str, Any]) -> str:
+    first, *others = found["models"][0]["left"]
+    head = ["model", "blocks", "removed", "steps", "block forwards", "by the formula"]
+    head += ["exact search", f"candidates left at window {first}", *map(str, others)]
+    rows = []
+    for row in found["models"]:
+        left = [f"{c:.0f}" if c >= 10 else f"{c:.1f}" for c in row["left"].values()]
+        counts = [f"{row[k]:,}" for k in ("block_forwards", "formula", "exact_block_forwards")]
+        rows.append((row["model"], row["blocks"], row["removed"], row["steps"], *counts, *left))
+    return table(head, rows)
+
+
+def _rates(found: Mapping[str, Any]) -> str:
+    rates = found["rates"]
+    rows = [(label, rates["source"][k], f"{rates[k]:.3g}") for k, label in RATES.items()]
+    return table(["rate", "from", "value"], rows, words=2)
+
+
+def _predictions(found: Mapping[str, Any]) -> str:
+    weights = {row["model"]: row["gb"] for row in found["models"]}
+    head = ["model", "a model is on", "weights", "GPUs", "ranks", "predicted", "computing"]
+    rows = []
+    for row in found["predictions"]:
+        seconds = row["seconds"]
+        rows.append(
+            (
+                row["model"],
+                "each GPU, streamed" if row["streamed"] else f"{row['group']} GPUs",
+                f"{weights[row['model']]:,} GB",
+                row["gpus"],
+                row["replicas"],
+                f"**{_time(seconds['total'])}**",
+                *(_time(seconds.get(k)) for k in ("compute", "between GPUs", "fetch", "meeting")),
+                f"{100 * row['busy']:.0f} %",
+            )
+        )
+    return table([*head, "between GPUs", "fetching", "meeting", "ranks busy"], rows, words=2)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

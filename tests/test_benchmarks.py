@@ -1,0 +1,246 @@
+"""The benchmarks on tiny models: each script runs, and its figures are what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import sys
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sleb
+from sleb.core.errors import InputError
+from sleb.models.stack import BlockStack
+from sleb.selection.objective import BlockSet
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import plot  # noqa: E402
+import quality  # noqa: E402
+import scale  # noqa: E402
+from answers import right  # noqa: E402
+from pages import render  # noqa: E402
+from perf_core import SHAPES, random_llama, shape_of, shortened  # noqa: E402
+from perf_speed import against_line, generated  # noqa: E402
+from race_model import Losses, Spread, fit  # noqa: E402
+from texts import DOMAINS, UNSEEN, prepare  # noqa: E402
+
+SENTENCES = (  # what the model of conftest has learned
+    "the block of a model passes its input through",
+    "and nothing at all is lost",
+    "for ever",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of texts and items as the benchmarks want it."""
+    folder, place = tmp_path_factory.mktemp("data"), random.Random(0)
+    for path in [*(f for files in DOMAINS.values() for f in files), *UNSEEN.values()]:
+        rows = [". ".join(place.choices(SENTENCES, k=20)) for _ in range(12)]
+        if path.endswith(".jsonl"):
+            rows = [json.dumps({"text": row}) for row in rows]
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "answers").mkdir()
+    row = {"prompt": "for ever", "answer": "4", "tests": "assert True"}
+    for kind, without in (("code", "answer"), ("math", "tests")):
+        item = {key: value for key, value in row.items() if key != without}
+        (folder / f"answers/{kind}_dev.jsonl").write_text(json.dumps(item) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script in this process: its name, then its arguments, of which "out.json" is kept."""
+
+    def ran(name: str, *arguments: object):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        importlib.import_module(name).main()
+        return json.loads(Path(arguments[-1]).read_text())
+
+    return ran
+
+
+SIZES = ["--windows", 10, "--length", 32, "--dtype", "float32", "--device", "cpu"]
+SMALL = ["--published-windows", 2, "--published-length", 32, "--repair-tokens", 3000]
+SMALL += ["--test-windows", 3, "--test-length", 48, "--removed", "1,40%", "--no-own"]
+
+
+def test_quality_scores_every_system_and_its_page_shows_it(run, learned, data, tmp_path, capsys):
+    model, out = learned / "model", tmp_path / "out.json"
+    common = [model, "--data", data, *SIZES, *SMALL]
+    report = run("quality", *common, "--systems", "sleb,greedy,window", "-o", out)
+    assert str(data) not in json.dumps(report)
+    loaded = sleb.load(model, dtype="float32", device="cpu")
+    specs = prepare(data, tmp_path / "texts", 0).test
+    windows, _ = sleb.load_windows(
+        loaded.tokenizer, [*specs.values()], windows=3 * len(specs), length=48, seed=0
+    )
+    for system in report["systems"]:
+        assert [s["removed"] for s in system["sets"]] == [1, 3]
+        for cut in system["sets"]:
+            for form in ("plain", "repaired"):
+                ratios = {n: q["ratio"]["value"] for n, q in cut[form]["domains"].items()}
+                mean = sum(log(ratios[name]) for name in DOMAINS) / len(DOMAINS)
+                assert log(cut[form]["geo"]["value"]) == pytest.approx(mean, abs=1e-4)
+    cut = report["systems"][1]["sets"][0]
+    found = sleb.evaluate(loaded, windows, removed=cut["blocks"])
+    for name, row in cut["plain"]["domains"].items():
+        ratio = found.domains[name].perplexity_ratio.value
+        assert ratio == pytest.approx(row["ratio"]["value"], rel=1e-4)
+    text = plot.markdown(report)
+    for name in (*DOMAINS, *UNSEEN):
+        assert f"{report['dense']['perplexity'][name]['value']:.2f}" in text
+    plot.draw([report], tmp_path / "plot.svg")
+    assert len(plot.changes(report, report).splitlines()) == 2 + 6
+    # a result of two runs is that of one, if they measured alike
+    for name, systems in (("a", report["systems"][:1]), ("b", report["systems"][1:])):
+        what = {**report["what"], "systems": [s["system"] for s in systems]}
+        (tmp_path / name).write_text(json.dumps({**report, "systems": systems, "what": what}))
+    assert quality.merged([tmp_path / "a", tmp_path / "b"]) == {**report, "processes": 2}
+    (tmp_path / "b").write_text(json.dumps({**report, "dtype": "float16"}))
+    with pytest.raises(InputError, match="dtype"):
+        quality.merged([tmp_path / "a", tmp_path / "b"])
+    # the quick comparison of its sets
+    pair = ["--systems", "greedy,window", "--finals", out, "-o", tmp_path / "finals.json"]
+    compared = run("quality", model, "--data", data, *SIZES, *pair)
+    for row in compared["depths"]:
+        assert row["taken"] == min(row["sets"], key=lambda n: row["sets"][n]["increase"])
+    assert plot.finals(compared).count("**") == 4
+    late = run("quality", *common, "--minutes", 0.0001, "-o", tmp_path / "late.json")
+    assert late["systems"] == []
+    assert "not begun for lack of time: cosine" in capsys.readouterr().out
+
+
+def test_what_calibrates_does_not_test(data, tmp_path):
+    found = prepare(data, tmp_path / "one", 0)
+    documents = [
+        {row for spec in specs.values() for row in Path(spec).read_text().splitlines()}
+        for specs in (found.calibration, found.test)
+    ]
+    assert not documents[0] & documents[1]
+    twice = (data / "domains/c4_calibration.jsonl").read_text()
+    path = data / "domains/c4_test.jsonl"
+    kept = path.read_text()
+    path.write_text(kept + twice)
+    with pytest.raises(InputError, match="c4"):
+        prepare(data, tmp_path / "two", 0)
+    path.write_text(kept)
+
+
+def test_answers_are_right_by_their_tests_or_their_number():
+    code = {"tests": "assert add(1, 2) == 3"}
+    good = "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+    assert right(code, good)
+    assert not right(code, good.replace("+", "-"))
+    assert not right(code, "def add(a, b)")
+    for text in ("so 3 + 1,001 is\nAnswer: $1,004.", "it is 1004", "2\nAnswer: 1004.0 of 7"):
+        assert right({"answer": "1004"}, text)
+    assert not right({"answer": "1004"}, "Answer: none")
+    assert not right({"answer": "1004"}, "1004\nAnswer: 4")
+
+
+def test_answers_of_a_cut_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
+    asked = ["--new", 4, "--removed", 1, "--systems", "default", *SIZES[:4], "--device", "cpu"]
+    report = run("answers", learned / "model", "--data", data, *asked, "-o", tmp_path / "o.json")
+    (cut,) = report["cuts"]
+    assert cut["blocks"] == report["blocks"] - 1
+    assert cut["code"]["right"]["value"] == report["dense"]["code"]["right"]["value"]
+
+
+def test_searches_are_timed_against_the_published_one(run, tiny_dir, tmp_path):
+    report = run("search", tiny_dir, *SIZES, "--remove", 2, "-o", tmp_path / "out.json")
+    published, exact = (
+        next(s for s in report["systems"] if s["system"] == name) for name in ("published", "exact")
+    )
+    assert exact["same_order_as_published"]
+    assert exact["block_forwards"] < published["block_forwards"]
+
+
+def test_the_work_of_a_random_llama_is_that_of_the_model():
+    model = random_llama(SHAPES["tiny"], torch.device("cpu"))
+    shape = shape_of(model.config)
+    linear = [m for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    assert shape.block_parameters == sum(m.weight.numel() for m in linear)
+    # token t sees t tokens: a product of its query with each key, and of each weight with a value
+    attention = sum(2 * 2 * seen * shape.width for seen in (1, 2, 3))
+    assert shape.block_flops(3) == 2 * 3 * shape.block_parameters + attention
+    short = shortened(model, frozenset({2, 5}))
+    ids = torch.randint(0, 256, (2, 16))
+    with torch.inference_mode(), BlockStack(model).bypassed({2, 5}):
+        whole = model(input_ids=ids, use_cache=False).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(short(input_ids=ids, use_cache=False).logits, whole)
+    assert generated(short, ids, 3).shape == (2, 19)  # with a cache: layers are renumbered
+
+
+def test_the_line_says_what_a_cut_could_reach():
+    blocks = {"dense": 32, "10%": 28, "20%": 25, "half": 16, "quarter": 8}
+    times = {name: [1.0 + 0.5 * n] * 3 for name, n in blocks.items()}
+    times["20%"] = [1.05 * t for t in times["20%"]]
+    found = against_line(times, blocks)["cuts"]
+    assert found["10%"]["over_ideal"] == pytest.approx(0, abs=1e-4)
+    assert found["20%"]["over_ideal"] == pytest.approx(0.05, abs=1e-4)
+
+
+def test_performance_runs_and_its_page_shows_it(run, tmp_path):
+    out = tmp_path / "results.json"
+    sections = "machine,7b.search,7b.exact,7b.repair,7b.speed,70b"
+    report = run("performance", "--shape", "tiny", "--sections", sections, "-o", out)
+    bad = {"error", "skipped", "stopped"}
+    assert not [name for name, row in report["sections"].items() if row.keys() & bad]
+    page = render([out])
+    for said in ("no figures", "### Search", "### Repair", "### Prompt and gen", "### 70B shape"):
+        assert said in page
+
+
+def test_the_committed_page_is_the_rendered_one():
+    """Nothing on it is written by hand."""
+    results = sorted((ROOT / "benchmarks/results").glob("performance*.json"))
+    assert (ROOT / "docs/performance.md").read_text() == render(results)
+
+
+SPREAD = Spread(
+    damages=(0.1, 0.2, 0.4), own_floor=0.03, own_slope=0.2, fresh=0.02, joint=0.01, level=0.4
+)
+
+
+def test_drawn_losses_have_the_spread_that_they_are_drawn_from():
+    losses = Losses(SPREAD, 24, 4000, seed=1)
+    best = min(range(24), key=lambda b: losses.damage[b])
+    sets = [BlockSet(), *(BlockSet([b]) for b in range(24))]
+    sets += [BlockSet([best, b]) for b in range(24) if b != best]
+    again = fit(dict(zip(sets, losses(sets, 0, 4000), strict=True)))
+    for name in ("fresh", "own_slope", "level"):
+        assert getattr(again, name) == pytest.approx(getattr(SPREAD, name), rel=0.1)
+
+
+def test_more_ranks_never_take_longer_and_large_models_are_streamed():
+    race = scale.Simulated(12, 2, 32, 1, Losses(SPREAD, 12, 32, seed=0))
+    times = [race.busiest(n)[0] for n in (1, 2, 4, 8, 64)]
+    assert times[0] == race.forwards
+    assert times == sorted(times, reverse=True)
+    assert times[1] < 0.65 * times[0]
+    few, many = (scale.predict(scale.MODELS[1], n, 1, [race], scale.rates([])) for n in (8, 64))
+    assert (few["streamed"], many["streamed"]) == (True, False)
+    assert few["seconds"]["total"] > many["seconds"]["total"]
+
+
+def test_examples_for_clusters_start_the_search_with_torchrun():
+    job = yaml.safe_load((ROOT / "examples/pytorchjob.yaml").read_text())
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    container = worker["template"]["spec"]["containers"][0]
+    assert container["command"][0] == "torchrun"
+    each = int(container["command"][container["command"].index("--nproc-per-node") + 1])
+    assert each == container["resources"]["limits"]["nvidia.com/gpu"]
+    batch = (ROOT / "examples/slurm.sbatch").read_text()
+    for text in (" ".join(container["command"]), batch.replace(" \\\n", " ")):
+        assert "-m sleb search" in text
+        assert "--remove 10% --windows 128 --length 2048 --dtype bfloat16" in text
