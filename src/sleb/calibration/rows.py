@@ -116,8 +116,8 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     if isinstance(prompt, list):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        answer = _list(completion, f"{where}: `completion`")
-        return _chat([*prompt, *answer], f"{where}: `prompt`")
+        answered = _list(completion, f"{where}: `completion`")
+        return _chat([*prompt, *answered], f"{where}: `prompt`")
     for asked, answers in ANSWERS.items():
         answer = next((row[name] for name in answers if isinstance(row.get(name), str)), None)
         # a task without its answer is a prompt; of other fields that would be a guess
