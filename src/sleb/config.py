@@ -26,6 +26,7 @@ __all__ = [
     "ApplyConfig",
     "BatchOptions",
     "BenchConfig",
+    "CheckOptions",
     "CompareConfig",
     "ComputeOptions",
     "DepthOptions",
@@ -465,12 +466,39 @@ class RestoreConfig(DepthOptions, OutputOptions, TrustOptions):
     )
 
 
-class VerifyConfig(DepthOptions, DeviceOptions):
-    """`sleb verify`."""
+class CheckOptions(DepthOptions, DeviceOptions):
+    """How a checkpoint is loaded to be checked."""
 
     device: str = like(DeviceOptions, "device", "cpu")
     dtype: str = like(DeviceOptions, "dtype", "float32")
     stream: bool = like(LoadOptions, "stream")
+
+
+class VerifyConfig(CheckOptions):
+    """`sleb verify`."""
+
+    gate: str | None = option(None, "Limits on what OUT/run.json has recorded.", metavar="FILE")
+    runtimes: str | None = option(
+        None,
+        "Try it there too: transformers, vllm, llama-cpp; several with commas.",
+        flag="--runtime",
+        metavar="NAMES",
+    )
+    pythons: tuple[str, ...] = option(
+        (),
+        "Interpreter that has a runtime, as vllm=/venv/bin/python; repeat for several.",
+        flag="--python",
+        metavar="NAME=PATH",
+    )
+    runtime_dtype: str | None = option(
+        None, "What runtimes compute in, and are compared in. Default: that of --dtype."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.pythons and self.runtimes is None:
+            raise InputError("--python is for --runtime; give that too, or leave it out")
+        return self
 
 
 class EvalConfig(DepthOptions, TextOptions, LoadOptions, BatchOptions):

@@ -456,28 +456,21 @@ def verify(
     *,
     model: str | Path,
     plan: Plan | str | Path | None = None,
-    gate: str | Path | None = None,
-    runtimes: str | Sequence[str] | None = None,
-    pythons: Sequence[str] | None = None,
-    runtime_dtype: str | None = None,
     progress: Progress = silent,
 ) -> Verified:
     """Check that ``out`` is ``model`` without the plan's blocks, that ``runtimes`` run it as such,
     and that its record keeps the limits of ``gate``.
 
-    ``plan`` is by default the one that lies with ``out``; ``pythons`` are interpreters that have a
-    runtime, as ``vllm=/venv/bin/python``. The result's ``require()`` raises what failed.
+    ``plan`` is by default the one that lies with ``out``. The result's ``require()`` raises what
+    failed.
 
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
-    names = runtimes if runtimes is None or isinstance(runtimes, str) else ",".join(runtimes)
-    if names is None and pythons:
-        raise InputError("--python is for --runtime; give that too, or leave it out")
-    tried = parse_runtimes(names) if names is not None else ()
-    interpreters = parse_pythons(pythons or (), tried)
-    used = _plan(plan if plan is not None else plan_of(out, running=names is not None))
-    judged = Gate.load(gate).check(RunRecord.load(out)) if gate else None
+    tried = () if config.runtimes is None else parse_runtimes(config.runtimes)
+    interpreters = parse_pythons(config.pythons, tried)
+    used = _plan(plan if plan is not None else plan_of(out, running=bool(tried)))
+    judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
     shared: dict[str, Any] = {
         "model": model,
         "plan": used,
@@ -495,7 +488,7 @@ def verify(
             out,
             runtimes=tried,
             pythons=interpreters,
-            dtype=runtime_dtype or config.dtype,
+            dtype=config.runtime_dtype or config.dtype,
             **shared,
         )
     record = Path(out) if (Path(out) / "run.json").is_file() else None

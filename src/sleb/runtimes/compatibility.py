@@ -20,7 +20,7 @@ import torch
 from sleb.calibration import load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
-from sleb.config import VerifyConfig, takes
+from sleb.config import CheckOptions, takes
 from sleb.core.errors import InputError, SlebError, VerificationFailed, did_you_mean
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -46,7 +46,7 @@ FACTOR = 3.0
 SLACK = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 """What a deviation may be beyond the dense model's, in nats: less than rounding in the dtype."""
 TOKENS, MAX_TOKENS = 256, 1040
-_DEFAULTS = VerifyConfig()
+_DEFAULTS = CheckOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +152,10 @@ class _Reference:
     pruned: Values
 
 
-@takes(VerifyConfig)
+@takes(CheckOptions)
 def check_runtimes(
     out: str | Path,
-    config: VerifyConfig = _DEFAULTS,
+    config: CheckOptions = _DEFAULTS,
     *,
     model: str | Path,
     plan: Plan,
@@ -234,7 +234,7 @@ def _window(config: dict[str, Any]) -> int | None:
     return config.get("sliding_window") if "sliding_attention" in kinds and len(kinds) > 1 else None
 
 
-def _reference(model: str | Path, config: VerifyConfig, plan: Plan, pruned: Path) -> _Reference:
+def _reference(model: str | Path, config: CheckOptions, plan: Plan, pruned: Path) -> _Reference:
     """What transformers computes; the model is gone afterwards."""
     loaded = load(
         model,
