@@ -99,6 +99,13 @@ def test_rows_of_a_gate_become_keys(name, missing, facts):
     assert {key: row.get(key, "") for key in facts} == facts
 
 
+def test_what_was_not_timed_and_the_names_of_runtimes_become_keys():
+    old = {"speed": {"skipped": ["words"]}, "runtimes": {"verdicts": [{"runtime": "llama-cpp"}]}}
+    found = upgrade(old)
+    assert found["speed"]["skipped"] == [{"reason": "note", "detail": "words"}]
+    assert found["runtimes"]["verdicts"] == [{"runtime": "llama.cpp"}]
+
+
 def test_an_old_example_is_read_and_shown_in_full():
     record = RunRecord.load(EXAMPLE)
     assert record.schema_version == 2

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -312,10 +312,10 @@ def upgrade(record: Any) -> Any:
     text, repair = str(new.pop("evaluation_note", "")), str(new.pop("repair_note", ""))
     new["evaluation_text"] = _evaluation_text(text)
     new["repair"] = _repair_status(repair) if repair else None
-    for section, rows, change in (("verification", "checks", _check), ("gate", "rows", _gate_row)):
+    for section, rows, kind, change in _CHANGED:
         found = new.get(section)
         if isinstance(found, dict) and isinstance(found.get(rows), list):
-            changed = [change(row) if isinstance(row, dict) else row for row in found[rows]]
+            changed = [change(row) if isinstance(row, kind) else row for row in found[rows]]
             new[section] = {**found, rows: changed}
     return new
 
@@ -375,3 +375,20 @@ def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
         near = re.search(r"did you mean '([^']*)'", missing)
         new["near"] = near[1] if near else ""
     return new
+
+
+def _verdict(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "runtime": str(row.get("runtime", "")).replace("llama-cpp", "llama.cpp")}
+
+
+def _skipped(sentence: str) -> dict[str, Any]:
+    return {"reason": "note", "detail": sentence}
+
+
+_CHANGED: tuple[tuple[str, str, type, Callable[[Any], dict[str, Any]]], ...] = (
+    ("verification", "checks", dict, _check),
+    ("gate", "rows", dict, _gate_row),
+    ("runtimes", "verdicts", dict, _verdict),
+    ("speed", "skipped", str, _skipped),
+)
+"""Sections, their lists, and how an entry of schema 1 becomes one of today."""

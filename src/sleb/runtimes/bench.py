@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import isnan
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
-from pydantic import BeforeValidator
 from scipy import stats
 
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -150,11 +149,6 @@ class Skipped:
     detail: str = ""
 
 
-def _skipped(given: Any) -> Any:
-    """Older records have a sentence."""
-    return {"reason": "note", "detail": given} if isinstance(given, str) else given
-
-
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """A whole bench: the first of ``models`` is the dense one."""
@@ -165,7 +159,7 @@ class Speed:
     cases: tuple[Case, ...]
     models: tuple[Measured, ...]
     ratios: tuple[Ratio, ...]
-    skipped: tuple[Annotated[Skipped, BeforeValidator(_skipped)], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 FULL = (

@@ -165,14 +165,13 @@ def check_runtimes(
 ) -> RuntimeReport:
     """Judge the checkpoint ``out`` in each of ``runtimes``.
 
-    The reference is ``model`` in transformers with the plan's blocks bypassed (and the repaired
-    tensors of ``out`` in place, by their hashes those of the plan), on embedded text of 256 tokens,
-    or up to 1,040 to pass a sliding window. A runtime computes in another order and with kernels of
-    its own, so it deviates from that on the dense model as well. That much is granted it: the mean
-    absolute deviation of log-probabilities on the pruned model must be at most
-    ``3 * the dense model's + slack`` (0.001 nats in float32, 0.01 in float16, 0.02 in bfloat16).
-    llama.cpp runs the .gguf file that ``out`` and ``model`` are, or OUT.gguf beside OUT, or the one
-    in that folder, in its own types.
+    The reference is ``model`` in transformers with the plan's blocks bypassed (and the plan's
+    repaired tensors of ``out`` in place), on embedded text of 256 tokens, or up to 1,040 to pass a
+    sliding window. A runtime computes in another order and with kernels of its own, so it deviates
+    from that on the dense model as well. That much is granted it: the mean absolute deviation of
+    log-probabilities on the pruned model must be at most ``3 * the dense model's + slack`` (0.001
+    nats in float32, 0.01 in float16, 0.02 in bfloat16). llama.cpp runs the .gguf file that ``out``
+    and ``model`` are, or OUT.gguf beside OUT, or the one in that folder, in its own types.
 
     Raises:
         InputError: ``out`` is no checkpoint, its repaired tensors are not the plan's, or an unknown
@@ -188,6 +187,7 @@ def check_runtimes(
     files: dict[str, list[Path | None]] = {name: [dense, pruned] for name in names}
     files["llama.cpp"] = [gguf_file(model, dense), gguf_file(out, pruned)]
     there = {name for name in names if known.get(name) or release(name)}
+    given: dict[str, Any] = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     reference = None
     if any(all(files[name]) for name in there):
         with progress.stage("reference in transformers", None):
@@ -197,13 +197,7 @@ def check_runtimes(
     for name in names:
         if reference and name in there and all(files[name]):
             settings = Settings(
-                runtime=name,
-                purpose="score",
-                path="",
-                device=str(device),
-                dtype=str(dtype).removeprefix("torch."),
-                length=len(reference.ids) + 1,
-                trust_remote_code=trust,
+                runtime=name, purpose="score", path="", trust_remote_code=trust, **given
             )
             with progress.stage(f"loading in {name}", None):
                 verdict = _loaded(settings, files[name], known.get(name), reference)
@@ -214,11 +208,10 @@ def check_runtimes(
     return RuntimeReport(
         checkpoint=str(out),
         removed=cut.removed,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
         tokens=len(reference.ids) - 1 if reference else 0,
         moved=float(np.abs(reference.dense - reference.pruned).mean()) if reference else None,
         verdicts=tuple(verdicts),
+        **given,
     )
 
 
@@ -271,6 +264,7 @@ def _loaded(
 ) -> Verdict:
     """Both models in a runtime. One that cannot run the dense model decides nothing."""
     name, deviations = settings.runtime, list[float]()
+    settings = replace(settings, length=len(reference.ids) + 1)
     about: dict[str, Any] = {"runtime": name, "version": None, "how": "loaded"}
     for path, expected in zip(files, (reference.dense, reference.pruned), strict=True):
         what = "pruned model" if deviations else "dense model"
