@@ -76,12 +76,15 @@ def repaired(**changes):
     for path, ratio in ratios.items():
         plain = put(plain, path, ratio)
     checks = record.verification.checks
-    new = {"passed": True, "measured": "6 tensors are the plan's", "limit": "the plan's hashes"}
-    known = {f.name for f in fields(Check)}
-    plans = {"key": "repaired-tensors", "name": "repaired tensors"}
-    first = Check(**{k: v for k, v in (plans | new).items() if k in known})
-    but = {"key": "weights-but-repaired", "name": f"{checks[3].name}, but for the repaired"}
-    weights = replace(checks[3], **{k: v for k, v in but.items() if k in known})
+    first = Check(
+        key="repaired-tensors",
+        name="repaired tensors",
+        passed=True,
+        measured="6 tensors are the plan's",
+        limit="the plan's hashes",
+    )
+    name = f"{checks[3].name}, but for the repaired"
+    weights = replace(checks[3], key="weights-but-repaired", name=name)
     checks = (first, *checks[:3], weights, *checks[4:])
     record = put(record, "verification.checks", checks)
     record = replace(record, evaluation=replace(record.evaluation, unrepaired=plain))

@@ -32,7 +32,7 @@ from sleb.cli.main import app
 from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
-from sleb.record import RepairStatus, check_key
+from sleb.record import RepairStatus
 from sleb.runtimes.bench import Skipped
 from sleb.selection.metrics import METRICS
 from sleb.views.locale import LANGUAGES, LINK, Locale, bounds
@@ -399,7 +399,7 @@ def test_keys_of_the_record_have_words(words):
     """What the library can write into a record is told in the reader's language."""
     assert {*METRICS} == {*words.tables["metrics"]}
     assert {limit.key for limit in LIMITS} == {*words.tables["limits"]} - {"all"}
-    checks = {check_key(c.name) for r in (complete(), repaired()) for c in r.verification.checks}
+    checks = {c.key for r in (complete(), repaired()) for c in r.verification.checks}
     assert checks <= {*words.tables["checks"]}
 
 

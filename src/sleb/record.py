@@ -41,7 +41,6 @@ __all__ = [
     "RepairStatus",
     "RunRecord",
     "Stopwatch",
-    "check_key",
     "environment",
     "upgrade",
 ]
@@ -298,11 +297,6 @@ _MISSING = {
 }
 
 
-def check_key(name: str) -> str:
-    """The key of a check of the verification; the name itself if it has none."""
-    return _CHECKS.get(name, name)
-
-
 def upgrade(record: Any) -> Any:
     """A run record of any schema, as JSON gives it, in this one's form; what is no record, and what
     has another form than schema 1 had, is left as it is, for the validation to find."""
@@ -355,7 +349,7 @@ def _repair_status(note: str) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any]) -> dict[str, Any]:
-    return {"key": check_key(str(row.get("name", ""))), **row}
+    return {"key": _CHECKS.get(str(row.get("name", "")), ""), **row}
 
 
 def _gate_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sleb.core.plan import Calibration, Plan
-from sleb.record import COMMANDS, GateRow, RunRecord, check_key
+from sleb.record import COMMANDS, GateRow, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.surgery.verification import Check, Verification
 from sleb.views.locale import Locale
@@ -22,7 +22,7 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
     """A line per check; on a page also what they show of a cut with ``repaired`` matrices."""
 
     def name(check: Check) -> str:
-        return t.named("checks", check_key(check.name))
+        return t.named("checks", check.key)
 
     if not t.markup:
         rows = tuple(
