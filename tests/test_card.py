@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import sleb
 from sleb.core.card import cut_card, front_matter, inherited, with_section
+from sleb.core.printable import printable
 
 
 @pytest.fixture(scope="module")
