@@ -284,6 +284,7 @@ class TestMistakes:
 # -- a real model --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_real_model_answers_and_a_cut_one_differs(real_model, tmp_path):
     plan = sleb.search(real_model, remove=3, windows=1, length=32, metric="one-shot-loss")

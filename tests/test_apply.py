@@ -230,6 +230,7 @@ print(cutting, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """A file of 346 MB, with tensors of 131 MB, is cut with less than 80 MB above the imports."""

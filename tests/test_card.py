@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import sleb
 from sleb.core.card import cut_card, front_matter, inherited, with_section
+from sleb.core.printable import printable
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_every_cut_has_a_card_that_says_what_it_is(cut, tiny_dir, tiny_plan):
 def test_a_code_block_cannot_be_ended_from_inside(tiny_plan, tmp_path):
     command = "sleb prune 'a```b'\n```\n# owned"
     card = cut_card(tiny_plan, tmp_path, command=command)
-    assert f"````\n{command}\n````\n" in card
+    assert f"````\n{printable(command)}\n````\n" in card
 
 
 def test_a_section_says_that_what_stands_above_is_of_before(tmp_path):

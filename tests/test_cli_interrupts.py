@@ -42,7 +42,9 @@ def uninterrupted(tiny_dir, tmp_path_factory) -> tuple[str, int]:
     return plan.read_text(), len(calls)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_search_that_is_stopped_goes_on_to_the_same_plan(place, capsys, uninterrupted, number):
     command = [*SEARCH, *CPU, "-o", "new.json"]
     journal = place / "new.json.journal"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 
 from cli_tools import run
 from gguf_tools import plan_of, write_tiny
+from report_tools import hostile as hostile_record
+from report_tools import html
 from sleb.core.errors import SlebError
 from sleb.core.printable import LONGEST_MESSAGE, printable, printable_json
+from sleb.views.card import model_card
 
 FORBIDDEN = set(map(chr, [*range(32), *range(127, 160), *range(0xD800, 0xE000)]))
 FORBIDDEN |= set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -241,3 +245,11 @@ def test_from_settings_and_prompts(here, capsys, text):
     told(capsys, "verify", "MODEL", "--model", "MODEL", "--gate", "gate.toml")
     (here / "rows.jsonl").write_text(json.dumps({text: text}))
     told(capsys, "search", "MODEL", "--remove", "1", "--text", "rows.jsonl")
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_from_a_record_on_the_page_and_in_the_card(tmp_path, tiny_dir, lang):
+    record, plan = hostile_record(EVERY_KIND, EVERY_KIND)
+    record = replace(record, environment={**record.environment, "dtype": EVERY_KIND})
+    assert not (FORBIDDEN - {"\n"}) & set(html(record, plan, lang))
+    harmless(model_card(plan, record, tiny_dir), sys.maxsize)

@@ -34,6 +34,7 @@ def plan(loaded, windows):
     return sleb.search(loaded, remove=2, split=CalibrationSplit(search=windows))
 
 
+@pytest.mark.slow
 def test_the_order_and_scores_are_the_published_algorithms(loaded, windows, plan):
     order, rounds = reference.greedy(loaded.model, windows.ids, 2, protected=(0, 29))
     assert list(plan.order) == order
@@ -57,6 +58,7 @@ def test_inspect_says_what_the_model_is(real_model):
     assert found.nbytes - found.savings[1].nbytes == 6 * found.block_bytes[0]
 
 
+@pytest.mark.slow
 def test_from_plan_to_a_checkpoint_that_plain_transformers_loads(
     real_model, plan, tmp_path, capsys
 ):
@@ -86,6 +88,7 @@ print(model.config.num_hidden_layers, model.dtype, tokenizer.decode(made[0]))
     assert done.stdout.startswith("28 torch.bfloat16 The capital of France is")
 
 
+@pytest.mark.slow
 def test_the_chat_template_and_tokenizer_come_along(real_model, plan, tmp_path):
     sleb.apply(plan, real_model, tmp_path / "out")
     original, cut = (sleb.load(path, **CPU).tokenizer for path in (real_model, tmp_path / "out"))

@@ -162,6 +162,7 @@ print(plan.order)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_real_model_is_searched_in_less_memory_than_it_has(real_model, tmp_path, tiny_dir):
     """A process that may hold, beyond what it had before, no more than its float32 weights:

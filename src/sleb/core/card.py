@@ -226,7 +226,7 @@ def _provenance(plan: Plan, source: Path, model: str | None) -> Iterable[str]:
 
 def _fenced(text: str) -> list[str]:
     """Lines of a code block that ``text`` cannot end."""
-    text = printable(text, None, lines=True)
+    text = printable(text, None)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, text, fence]
