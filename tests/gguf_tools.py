@@ -63,10 +63,13 @@ def write_tiny(
     norms: tuple[str, ...] = (),
     kind: gguf.GGMLQuantizationType = Q4_1,
     alignment: int | None = None,
+    without: str | None = None,
+    extra: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """A file of ``blocks`` blocks with random matrices of type ``kind``. ``fields`` are of the
     architecture, ``last`` have full names; a value is a number, a list, or a text. ``norms`` are
-    norms that each block has besides Llama's two."""
+    norms that each block has besides Llama's two; the tensor ``without`` is left out, and those of
+    ``extra`` are there too."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     if alignment:
@@ -93,6 +96,8 @@ def write_tiny(
 
     def matrix(name, rows, columns):
         values = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
+        if name == without:
+            return
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def norm(name, length=WIDTH):
@@ -113,6 +118,8 @@ def write_tiny(
         ]:
             matrix(f"blk.{i}.{name}.weight", rows, columns)
     norm("output_norm.weight")
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -274,7 +274,7 @@ def test_the_depth_field_has_other_names():
         ({"interleave_moe_layer_step": 2, "moe_layers": None}, "no `moe_layers` list"),
         # unknown fields, and known ones in an unknown form
         (
-            {"widget_sizes": [1] * 8},
+            {"widget_sizes": [1, 2] * 4},
             r"`widget_sizes` has one entry per block \(8\) but no re-index",
         ),
         ({"moe_layer_start_index": [1, 2]}, r"`moe_layer_start_index` = \[1, 2\] .* not in a form"),

@@ -62,6 +62,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "expert_weights_scale": (0.0, 1.0),
     "ssm.dt_b_c_rms": (False,),
     "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
 }
 """Fields of which transformers' converter supposes one of these values."""
 _QUERY_SCALE = frozenset({"gemma2", "gemma3"})
@@ -232,7 +235,7 @@ class _Carrier:
         full["rope_theta"] = self.get("rope.freq_base") or 10000.0
         if by_kind:
             swa = self.get("rope.freq_base_swa") or 10000.0
-            parts["sliding_attention"]["rope_theta"] = swa
+            parts.setdefault("sliding_attention", {})["rope_theta"] = swa
         elif self.get("rope.freq_base_swa"):
             raise self.refusal(f"{self.name}.rope.freq_base_swa")
         self.turned(full)

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from sleb.checkpoints.gguf_file import GGUFFile
-from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.core.errors import (
+    DataError,
+    InputError,
+    ResourceError,
+    SlebError,
+    UnsupportedModel,
+    did_you_mean,
+)
 from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
 from sleb.models.gguf_source import check_tensors, corrections
@@ -144,10 +151,10 @@ def _convert(path: Path, out: Path) -> None:
     from huggingface_hub import ModelCardData
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    file = GGUFFile.open(path)  # its errors say more than those of transformers
     where: dict[str, Any] = {"gguf_file": path.name}
     with quiet_transformers():
         try:
+            file = GGUFFile.open(path)  # its errors say more than those of transformers
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 dtype=torch.bfloat16,
@@ -160,7 +167,7 @@ def _convert(path: Path, out: Path) -> None:
             raise InputError(
                 f"reading {path.name} needs the gguf package: pip install gguf ({error})"
             ) from None
-        except MemoryError:
+        except (MemoryError, SlebError):
             raise
         except Exception as error:  # of many types; the file itself is sound, as was checked
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
