@@ -22,10 +22,13 @@ from common import save
 from sleb.core.process_group import group
 
 __all__ = [
+    "FULL",
     "SHAPES",
+    "TINY",
     "OutOfTime",
     "Run",
     "Shape",
+    "Size",
     "best_seconds",
     "byte_tokenizer",
     "random_llama",
@@ -54,6 +57,12 @@ class Run:
     def left(self) -> float:
         """Seconds until the budget is spent."""
         return self.budget - (time.perf_counter() - self.started)
+
+    @property
+    def matmul(self) -> float | None:
+        """TFLOP/s of a large matrix product, where that section has run."""
+        found: float | None = self.results["sections"].get("machine", {}).get("matmul_tflops")
+        return found
 
     def check(self, need: float = 0.0) -> None:
         """Raise OutOfTime if less than ``need`` seconds are left."""
@@ -164,6 +173,41 @@ class Shape:
     def head_flops(self, tokens: int) -> float:
         """Of the output head on a window, of which the last token predicts nothing."""
         return 2.0 * self.width * self.vocab * (tokens - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything is measured."""
+
+    windows: int = 128
+    length: int = 2048
+    exact_windows: int = 16
+    repair_tokens: int = 100_000
+    prompt: int = 2048
+    new_tokens: int = 128
+    start: int = 64
+    batches: tuple[int, ...] = (1, 16, 64)
+    stream_blocks: int = 8
+    stream_windows: int = 16
+    stream_candidates: int = 4
+    real: tuple[int, int, int] = (64, 256, 6)  # windows, tokens of each, removed
+
+
+FULL = Size()
+TINY = Size(
+    windows=12,
+    length=32,
+    exact_windows=4,
+    repair_tokens=512,
+    prompt=64,
+    new_tokens=8,
+    start=8,
+    batches=(1, 2),
+    stream_blocks=3,
+    stream_windows=6,
+    stream_candidates=1,
+    real=(6, 64, 2),
+)
 
 
 SHAPES = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from perf_core import OutOfTime, Run, Shape, best_seconds, shape_of
+from perf_core import OutOfTime, Run, Shape, Size, best_seconds, shape_of
 from perf_speed import speed
 from race_model import Losses, Spread
 
@@ -176,7 +176,6 @@ def search(
     rounds: int | None = None,
     spread: Spread | None = None,
     compiled: bool = False,
-    matmul: float | None = None,
     max_bytes: int | None = None,
 ) -> None:
     """A search as ``sleb search`` runs it: Sweep, Objective, greedy. ``seconds`` are
@@ -226,7 +225,7 @@ def search(
         "heads": work.heads,
         "petaflop": round(flops / 1e15, 3),
         "tflops": round(flops / seconds / 1e12, 2),
-        "share_of_matmul": round(flops / seconds / 1e12 / matmul, 3) if matmul else None,
+        "share_of_matmul": round(flops / seconds / 1e12 / run.matmul, 3) if run.matmul else None,
         "windows_times_candidates": sum(
             c["sets"] * (c["windows"][1] - c["windows"][0]) for c in work.calls
         ),
@@ -309,21 +308,10 @@ def repair(
     }
 
 
-def real(
-    run: Run,
-    row: dict[str, Any],
-    path: Path,
-    *,
-    matmul: float | None,
-    windows: int,
-    length: int,
-    remove: int,
-    tokens: int,
-    prompt: int,
-    new_tokens: int,
-    compiled: bool,
-) -> None:
+def real(run: Run, row: dict[str, Any], path: Path, size: Size) -> None:
     """Losses, plans and repairs are of the model itself; texts are the built-in ones."""
+    windows, length, remove = size.real
+    cuda = run.device.type == "cuda"
     model = sleb.load(path, device=str(run.device))
     shape = shape_of(model.stack.model.config)
     row |= {"model": path.name, "blocks": len(model.stack), "dtype": model.dtype}
@@ -334,7 +322,7 @@ def real(
     ids = scored.ids[torch.randperm(len(scored.ids), generator=torch.Generator().manual_seed(0))]
     row["searches"] = {}
     kinds = [("exact, states kept", True, False), ("racing", False, False)]
-    for name, exact, compiling in [*kinds, *([("racing, compiled", False, True)] * compiled)]:
+    for name, exact, compiling in [*kinds, *([("racing, compiled", False, True)] * cuda)]:
         found: dict[str, Any] = {}
         row["searches"][name] = found
         search(
@@ -346,12 +334,11 @@ def real(
             remove,
             exact=exact,
             compiled=compiling,
-            matmul=matmul,
         )
         run.write()
     order = row["searches"]["racing"]["order"]
     row["same_order"] = order == row["searches"]["exact, states kept"]["order"]
-    split = split.with_repair(given_tokens(model.stack, tokens))
+    split = split.with_repair(given_tokens(model.stack, size.repair_tokens))
     fitted, judged = split.repair_fit, split.repair_validation
     fixed, seconds, memory = run.measured(lambda: fit_repair(model, order, fitted, judged))
     row["repair"] = {
@@ -371,7 +358,7 @@ def real(
         row["speed"],
         model.stack.model,
         vocab=shape.vocab,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        generate=(1, 64) if run.device.type == "cuda" else (1,),
+        prompt=size.prompt,
+        new_tokens=size.new_tokens,
+        generate=(1, 64) if cuda else (1,),
     )

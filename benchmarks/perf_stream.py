@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from perf_core import Run, Shape, byte_tokenizer, llama_config
+from perf_core import Run, Shape, Size, byte_tokenizer, llama_config
 
 import sleb
 from sleb.selection.metrics import NLL
@@ -26,19 +27,9 @@ from sleb.selection.sweep import Sweep
 __all__ = ["stream"]
 
 
-def stream(
-    run: Run,
-    row: dict[str, Any],
-    shape: Shape,
-    folder: Path,
-    *,
-    blocks: int,
-    candidates: int,
-    windows: int,
-    length: int,
-) -> None:
-    """One walk of ``candidates`` sets of one removed block over ``windows`` windows."""
-    folder.mkdir(parents=True, exist_ok=True)
+def stream(run: Run, row: dict[str, Any], shape: Shape, disk: Path | None, size: Size) -> None:
+    """One walk of sets of one removed block over some windows."""
+    folder, blocks = Path(tempfile.mkdtemp(prefix="sleb-70b-", dir=disk)), size.stream_blocks
     need = 2 * (blocks * shape.block_parameters + 2 * shape.width * shape.vocab)
     free = shutil.disk_usage(folder).free
     row |= {"blocks_on_disk": blocks, "blocks_of_the_shape": shape.blocks, "bytes": need}
@@ -48,7 +39,7 @@ def stream(
         started = time.perf_counter()
         files = _write(shape, folder, blocks, run.device)
         row["write_seconds"] = round(time.perf_counter() - started, 2)
-        _walks(run, row, shape, folder, files, blocks, candidates, windows, length)
+        _walks(run, row, shape, folder, files, size)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -59,11 +50,9 @@ def _walks(
     shape: Shape,
     folder: Path,
     files: list[Path],
-    blocks: int,
-    candidates: int,
-    windows: int,
-    length: int,
+    size: Size,
 ) -> None:
+    blocks, windows, length = size.stream_blocks, size.stream_windows, size.length
     block_bytes = sum(f.stat().st_size for f in files) / blocks
     row["block_gb"] = round(block_bytes / 1e9, 4)
     row["disk_gb_per_s"] = round(_read(files[:4], cold=True) / 1e9, 2)
@@ -71,7 +60,7 @@ def _walks(
     model = sleb.load(folder, dtype="bfloat16", device=str(run.device), stream=True)
     assert model.stack.streamed
     ids = torch.randint(0, shape.vocab, (windows, length))
-    sets = [DENSE, *(BlockSet([b]) for b in range(1, 1 + candidates))]
+    sets = [DENSE, *(BlockSet([b]) for b in range(1, 1 + size.stream_candidates))]
     Sweep(model.stack, ids, NLL, batch=1).values(sets[:1], 0, 1)  # checks the model once
     forwards = 0
     for name, cold in (("from_disk", True), ("from_page_cache", False)):

@@ -42,7 +42,7 @@ from typing import Any
 import perf_search
 import torch
 from pages import render
-from perf_core import SHAPES, Run, Shape, random_llama
+from perf_core import FULL, SHAPES, TINY, Run, Shape, Size, random_llama
 from perf_speed import speed
 from perf_stream import stream
 from race_model import Spread
@@ -53,41 +53,6 @@ from sleb.models.stack import BlockStack
 HERE = Path(__file__).resolve().parent
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # to compile takes what it does at first
 SPREAD = HERE / "results" / "spread-smollm2.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much of everything is measured."""
-
-    windows: int = 128
-    length: int = 2048
-    exact_windows: int = 16
-    repair_tokens: int = 100_000
-    prompt: int = 2048
-    new_tokens: int = 128
-    start: int = 64
-    batches: tuple[int, ...] = (1, 16, 64)
-    stream_blocks: int = 8
-    stream_windows: int = 16
-    stream_candidates: int = 4
-    real: tuple[int, int, int] = (64, 256, 6)  # windows, tokens of each, removed
-
-
-FULL = Size()
-TINY = Size(
-    windows=12,
-    length=32,
-    exact_windows=4,
-    repair_tokens=512,
-    prompt=64,
-    new_tokens=8,
-    start=8,
-    batches=(1, 2),
-    stream_blocks=3,
-    stream_windows=6,
-    stream_candidates=1,
-    real=(6, 64, 2),
-)
 
 
 class Models:
@@ -118,18 +83,12 @@ def shape_sections(
     )
     scale = shape.block_parameters * shape.blocks / SHAPES["7b"].block_parameters / 32
 
-    def matmul() -> float | None:
-        value: float | None = run.results["sections"].get("machine", {}).get("matmul_tflops")
-        return value
-
     def search(row: dict[str, Any], **options: Any) -> None:
         stack = models.of(name, shape)
         spread = None if options.get("exact") else Spread.read(SPREAD, size.length)
         windows = ids[: options.pop("windows", None)]
         row["weights_gb"] = round(sum(p.nbytes for p in stack.model.parameters()) / 1e9, 3)
-        perf_search.search(
-            run, row, stack, shape, windows, remove, spread=spread, matmul=matmul(), **options
-        )
+        perf_search.search(run, row, stack, shape, windows, remove, spread=spread, **options)
 
     def exact(row: dict[str, Any]) -> None:
         search(row, exact=True, rounds=1, windows=size.exact_windows)
@@ -214,15 +173,17 @@ def measure(options: argparse.Namespace) -> None:
             100,
         )
     if options.model:
-        planned["real"] = (lambda row: real_section(run, row, models, options.model, size), 45)
+        planned["real"] = (lambda row: perf_search.real(run, row, options.model, size), 45)
     planned |= shape_sections(run, models, "13b", shapes["13b"], 3 if tiny else 8, size)
     planned["70b.stream"] = (
-        lambda row: stream_section(run, row, models, shapes["70b"], options.disk, size),
+        lambda row: stream(run, row, shapes["70b"], options.disk, size),
         60,
     )
     wanted, unwanted = _names(options.sections), _names(options.skip)
     for name, (work, need) in planned.items():
         if (not wanted or name.startswith(wanted)) and not (unwanted and name.startswith(unwanted)):
+            if not name.startswith(models.name or name):
+                models.close()
             run.section(name, work, 0 if tiny else need)
     models.close()
 
@@ -249,41 +210,6 @@ def about(device: torch.device, shape: str, size: Size) -> dict[str, Any]:
         "size": dataclasses.asdict(size),
         "dtype": "bfloat16",
     }
-
-
-def real_section(run: Run, row: dict[str, Any], models: Models, path: Path, size: Size) -> None:
-    models.close()
-    windows, length, remove = size.real
-    cuda = run.device.type == "cuda"
-    perf_search.real(
-        run,
-        row,
-        path,
-        matmul=run.results["sections"].get("machine", {}).get("matmul_tflops"),
-        windows=windows,
-        length=length,
-        remove=remove,
-        tokens=size.repair_tokens,
-        prompt=size.prompt,
-        new_tokens=size.new_tokens,
-        compiled=cuda,
-    )
-
-
-def stream_section(
-    run: Run, row: dict[str, Any], models: Models, shape: Shape, disk: Path | None, size: Size
-) -> None:
-    models.close()
-    stream(
-        run,
-        row,
-        shape,
-        Path(tempfile.mkdtemp(prefix="sleb-70b-", dir=disk)),
-        blocks=size.stream_blocks,
-        candidates=size.stream_candidates,
-        windows=size.stream_windows,
-        length=size.length,
-    )
 
 
 def ranks_section(
