@@ -45,6 +45,12 @@ INTENDED = [
     ("*", "*schema_version", "records of schema 2 hold keys in place of sentences"),
     ("*", "*checks.*", "checks have keys, and there are more of them; exit codes are compared"),
     ("*", "split*", "plans name the windows of every role since there is one split of the text"),
+    (
+        "*/config.json",
+        "*sliding_window_pattern",
+        "a period beside a list that it no longer describes",
+    ),
+    ("*/config.json", "no_rope_layer_interval", "likewise; transformers reads the list"),
     *(("*", f"gate.rows.*.{k}", "a limit is named by keys") for k in ("name", "of", "path")),
     *(("*", f"gate.rows.*.{k}", "a limit is named by keys") for k in ("near", "runtime")),
     ("heal *", "stopped", "a key in place of a sentence"),
