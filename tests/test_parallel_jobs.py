@@ -173,4 +173,4 @@ def test_one_process_needs_no_job(monkeypatch):
         assert here.exchange(b"x") == [b"x"]
         assert here.broadcast_from_main(lambda: "done") == "done"
         assert here.all_or_raise(lambda: 3) == here.sequentially(lambda: 3) == 3
-        assert here.is_main_process()
+        assert here.reports_errors()

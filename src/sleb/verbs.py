@@ -36,7 +36,7 @@ from sleb.config import (
 from sleb.core.errors import InputError, SlebError
 from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan, RepairRecord
-from sleb.core.process_group import group, main_process_first
+from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
 from sleb.evaluation import answers, perplexity
 from sleb.evaluation import transfer as transfers
@@ -192,7 +192,7 @@ def prune(
     check_scheme(quantize)
     writable_target(beside, force=asked.force)
     done = pipeline.prune(model, out, *config, progress=progress, **options)
-    if not main_process_first():
+    if not leave_group():
         return done
     try:
         return replace(done, quantized=_quantized(out, beside, quantize, asked, progress))

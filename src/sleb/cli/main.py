@@ -19,7 +19,7 @@ from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
 from sleb.core.errors import SlebError
 from sleb.core.printable import LONGEST_MESSAGE, printable
-from sleb.core.process_group import Group, is_main_process, joined
+from sleb.core.process_group import Group, joined, reports_errors
 
 __all__ = ["app", "main"]
 
@@ -124,7 +124,7 @@ def _system_error(error: OSError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    if is_main_process():
+    if reports_errors():
         line = printable(" ".join(message.split("\n")), LONGEST_MESSAGE, ending=400)
         print(f"sleb: {line}", file=sys.stderr)  # noqa: T201
     return code

@@ -38,7 +38,7 @@ from sleb.config import (
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target
 from sleb.core.plan import Plan
-from sleb.core.process_group import Lost, group, main_process_first
+from sleb.core.process_group import Lost, group, leave_group
 
 __all__ = ["VERBS", "Interrupted", "Verb", "register"]
 
@@ -589,7 +589,7 @@ def _check_record(given: Given) -> None:
 
 def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]:
     def call(context: typer.Context, given: dict[str, Any]) -> int:
-        if group().several and not verb.shared and not main_process_first():
+        if group().several and not verb.shared and not leave_group():
             return 0
         try:
             code = _run(verb, given, context.obj)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "Lost", "group", "is_main_process", "joined", "launched", "main_process_first"]
+__all__ = ["Group", "Lost", "group", "joined", "launched", "leave_group", "reports_errors"]
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
 """Of a rank that lives and does not take part: longer than any one step of work."""
@@ -222,12 +222,12 @@ class Group:
                     raise _deserialized(failure)
         return self.exchange(text.encode())[0].decode()
 
-    def is_main_process(self) -> bool:
-        """See :func:`is_main_process`."""
+    def reports_errors(self) -> bool:
+        """See :func:`reports_errors`."""
         if self._store is None:
             return True
         try:
-            return self._store.add("spoken", 1) == 1
+            return self._store.add("reported", 1) == 1
         except RuntimeError:  # the store has gone with its process
             return True
 
@@ -241,10 +241,10 @@ def group() -> Group:
     return _current
 
 
-def is_main_process() -> bool:
+def reports_errors() -> bool:
     """Whether this process may say how its job, which may have ended, did so: the first that asks
     may, so that one line is said and not one by each."""
-    return _last.is_main_process()
+    return _last.reports_errors()
 
 
 def launched() -> bool:
@@ -298,7 +298,7 @@ def joined() -> Iterator[Group]:
         _current = _SINGLE
 
 
-def main_process_first() -> bool:
+def leave_group() -> bool:
     """For work that one process does: leave the job, and tell whether this is the one. It looks
     then as if it had been started by itself, also to programs that it starts."""
     global _current
