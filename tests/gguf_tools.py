@@ -53,7 +53,7 @@ def readable(monkeypatch, tmp_path):
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
 
 
-def write_tiny(
+def write_tiny(  # noqa: PLR0913
     path: Path,
     architecture: str = "llama",
     blocks: int = 8,
@@ -63,13 +63,12 @@ def write_tiny(
     norms: tuple[str, ...] = (),
     kind: gguf.GGMLQuantizationType = Q4_1,
     alignment: int | None = None,
-    without: str | None = None,
-    extra: dict[str, np.ndarray] | None = None,
+    extra: dict[str, np.ndarray | None] | None = None,
 ) -> Path:
     """A file of ``blocks`` blocks with random matrices of type ``kind``. ``fields`` are of the
     architecture, ``last`` have full names; a value is a number, a list, or a text. ``norms`` are
-    norms that each block has besides Llama's two; the tensor ``without`` is left out, and those of
-    ``extra`` are there too."""
+    norms that each block has besides Llama's two; of ``extra`` tensors, those that are None are
+    left out."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     if alignment:
@@ -96,7 +95,7 @@ def write_tiny(
 
     def matrix(name, rows, columns):
         values = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
-        if name == without:
+        if name in (extra or {}):
             return
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
@@ -119,7 +118,8 @@ def write_tiny(
             matrix(f"blk.{i}.{name}.weight", rows, columns)
     norm("output_norm.weight")
     for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
+        if values is not None:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

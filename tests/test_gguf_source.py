@@ -131,7 +131,7 @@ def test_caps_windows_and_bases_are_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "named"),
     [
-        ({"without": "blk.2.ffn_up.weight"}, DataError, r"blk\.2\.ffn_up\.weight"),
+        ({"extra": {"blk.2.ffn_up.weight": None}}, DataError, r"blk\.2\.ffn_up\.weight"),
         ({"extra": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}}, UnsupportedModel, "64 elem"),
         ({"last": {"split.count": 2}}, InputError, "2 parts"),
         ({"architecture": "glm4moe"}, UnsupportedModel, "glm4moe"),

@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_fails_and_a_missing_one_is_a_mistake(tiny_dir, pla
     found = sleb.verify(out, model=tiny_dir, plan=plan)
     assert failed(found) == [CONFIG, RELOAD]
     for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=r"has no config\.json|no model at"):
+        with pytest.raises(InputError, match=r"has no config\.json|no checkpoint folder at"):
             sleb.verify(place, model=tiny_dir, plan=plan)
 
 

@@ -469,7 +469,8 @@ def verify(
     """
     tried = () if config.runtimes is None else parse_runtimes(config.runtimes)
     interpreters = parse_pythons(config.pythons, tried)
-    used = _plan(plan if plan is not None else plan_of(out, running=bool(tried)))
+    beside = plan_of(out, running=bool(tried))  # refuses what there is nothing to check of
+    used = _plan(beside if plan is None else plan)
     judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
     shared: dict[str, Any] = {
         "model": model,

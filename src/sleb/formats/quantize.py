@@ -27,6 +27,7 @@ from sleb.core.errors import InputError, did_you_mean
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Calibration
 from sleb.core.progress import Progress, silent
+from sleb.formats.quantizers import read_back, rounded
 from sleb.models.load import load_config, load_tokenizer
 from sleb.models.pruned_config import both_spellings, write_json
 from sleb.models.quantization_names import quant_method
@@ -192,8 +193,6 @@ def quantize(
     if wanted.calibrated:
         tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
         calibration, _ = load_windows(tokenizer, text, windows=windows, length=length, seed=seed)
-    from sleb.formats.quantizers import read_back, rounded
-
     rounding = rounded(
         source.path,
         bits=wanted.bits,

@@ -53,6 +53,7 @@ _AGREE: dict[str, tuple[str, ...]] = {
         ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_epsilon"),
     ),
     "expert_used_count": ("num_experts_per_tok",),
+    "expert_weights_norm": ("norm_topk_prob",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
@@ -164,33 +165,23 @@ class _Carrier:
         return self.changes
 
     def field(self, key: str) -> None:
-        """Account for one field, but for those of positions and windows."""
+        """Account for one field; for those of positions and windows, that they are read at all."""
         value = self.get(key)
         if key in _CONVERTED or key in _WITHOUT_EFFECT or self.name in _OF_ITS_OWN:
             return
-        if key.startswith(("rope.", "attention.sliding_window")):
-            if key in _ONLY and not any(_close(value, only) for only in _ONLY[key]):
-                raise self.refusal(f"{self.name}.{key} = {value}")
-            if key not in _ROPE and key not in _ONLY and "sliding_window" not in key:
-                raise self.refusal(f"{self.name}.{key} = {value}")
-            return
-        if key in _AGREE:
-            places = [self.agree(name, value) for name in _AGREE[key]]  # all of them
-            if not any(places):
-                raise self.refusal(f"{self.name}.{key} = {value}")
-        elif key in _ONLY:
-            if not any(_close(value, only) for only in _ONLY[key]):
-                raise self.refusal(f"{self.name}.{key} = {value}")
-        elif key in ("attention.key_length", "attention.value_length"):
-            if self.head_dim() != value:
-                raise self.refusal(f"{self.name}.{key} = {value}")
-        elif key == "expert_gating_func":
-            if self.name != "minimax-m2" and value != 1:  # softmax
-                raise self.refusal(f"{self.name}.{key} = {value}")
-        elif key == "expert_weights_norm":
-            self.agree("norm_topk_prob", value)
-        else:
+        if not self.accounted(key, value):
             raise self.refusal(f"{self.name}.{key} = {value}")
+
+    def accounted(self, key: str, value: Any) -> bool:
+        if key in _ONLY:
+            return any(_close(value, only) for only in _ONLY[key])
+        if key in _AGREE:
+            return any([self.agree(name, value) for name in _AGREE[key]])  # noqa: C419 (all)
+        if key in ("attention.key_length", "attention.value_length"):
+            return bool(self.head_dim() == value)
+        if key == "expert_gating_func":
+            return self.name == "minimax-m2" or value == 1  # softmax
+        return key in _ROPE or key.startswith("attention.sliding_window")
 
     def head_dim(self) -> int:
         config = self.config

@@ -6,21 +6,31 @@ import re
 import tempfile
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from sleb.checkpoints.checkpoint import Checkpoint, read_json
+from sleb.checkpoints.checkpoint import (
+    Checkpoint,
+    check_fingerprint,
+    fingerprint,
+    identity,
+    read_json,
+)
+from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import refuse_unsupported
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
 from sleb.core.plan import MAX_BLOCKS, Plan
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
+from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
@@ -114,14 +124,12 @@ def load(
     refuse_unread(checkpoint, config, trust_remote_code=trust_remote_code)
     weights = None
     if plan is not None:
-        from sleb.models.load_from_plan import weights_from_plan
-
-        weights = weights_from_plan(
+        weights = _cut_weights(
             source,
+            checkpoint,
             config,
             plan,
-            depth=depth,
-            repaired=repaired,
+            Cut.of(plan, depth, repaired),
             check=check,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -150,6 +158,57 @@ def load(
         source=source,
         removed=plan.at_depth(depth) if plan else (),
     )
+
+
+def _cut_weights(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    config: Any,
+    plan: Plan,
+    cut: Cut,
+    *,
+    check: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model cut by ``plan`` without weights (on the meta device), and its tensors by the names
+    that they would have in its checkpoint: on the CPU, mapped from the files that ``source`` has.
+    ``check``: hash the tensors to see that the plan is of this model."""
+    if cut.record and cut.record.tensors and cut.repair is None:
+        raise InputError(
+            "the plan is of a repaired cut, and has only the hashes of the repaired tensors: give "
+            "repaired=FOLDER, the checkpoint that was written with it, or a smaller depth"
+        )
+    if checkpoint.config.get("quantization_config"):
+        raise UnsupportedModel(
+            f"{source.ref} is quantized, and is not cut while it loads: write a checkpoint with "
+            "sleb apply and load that"
+        )
+    n = decoder_config(config).num_hidden_layers
+    if check:
+        with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
+            found = fingerprint(checkpoint, n, tick)
+    else:
+        unread = {"weights_sha256": plan.model.weights_sha256}
+        found = identity(checkpoint, n, {}).model_copy(update=unread)
+    check_fingerprint(plan.model, found, source.ref)
+
+    stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
+    empty = empty_model(pruned_config(config, cut.removed), trust_remote_code=trust_remote_code)
+    check_structure(stack, cut.kept, empty)
+    prefix, others = checkpoint.block_prefix(n, stack.path), cut.repair or {}
+    names = {old: new for old in checkpoint.tensors if (new := cut.rename(old, prefix)) is not None}
+    with ExitStack() as opened:
+        files = {
+            shard: opened.enter_context(safe_open(source.path / shard, framework="pt"))
+            for shard in {checkpoint.tensors[name].shard for name in names}
+        }
+        tensors = {
+            new: others[name] if name in others else files[shard].get_tensor(name)
+            for name, new in names.items()
+            if (shard := checkpoint.tensors[name].shard)
+        }
+    return empty, tensors
 
 
 def strict_model(

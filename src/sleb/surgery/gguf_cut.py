@@ -29,10 +29,10 @@ from sleb.core.files import enough_space, staged_files, writable_target
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.source import resolve
+from sleb.surgery.gguf_repair import Requantized, quantize_again
 
 if TYPE_CHECKING:
     from sleb.repairs import Repair
-    from sleb.surgery.gguf_repair import Requantized
 
 __all__ = ["CutGGUF", "check_gguf", "cut_gguf", "plan_beside"]
 
@@ -108,8 +108,6 @@ def cut_gguf(
             )
     requantized: tuple[Requantized, ...] = ()
     if cut.repair is not None:
-        from sleb.surgery.gguf_repair import quantize_again
-
         requantized = quantize_again(model, cut.repair, original)
     tensors = _renumbered(file, cut, requantized)
     nbytes = sum(tensor.nbytes for tensor in tensors)
