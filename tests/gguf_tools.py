@@ -53,7 +53,7 @@ def readable(monkeypatch, tmp_path):
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
 
 
-def write_tiny(  # noqa: PLR0913
+def write_tiny(
     path: Path,
     architecture: str = "llama",
     blocks: int = 8,

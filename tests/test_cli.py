@@ -99,7 +99,7 @@ def test_search_apply_verify_and_eval(place, capsys):
 
     text = run(capsys, "verify", "out", "--model", "MODEL")  # OUT/plan.json says what was cut
     assert (text.code, text.err) == (0, "")
-    assert len(re.findall(r"^pass ", text.out, re.MULTILINE)) == 7
+    assert len(re.findall(r"^pass ", text.out, re.MULTILINE)) == 8
     explicit = ["verify", "out", "--model", "MODEL", "--plan", "plan.json", "--depth", "2"]
     found = run(capsys, *explicit, "--json").json
     assert all(check["passed"] for check in found["checks"])
