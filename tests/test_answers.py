@@ -27,7 +27,8 @@ from sleb.evaluation.answer_checks import (
     repetition,
     script,
 )
-from sleb.evaluation.answers import Comparison, Prompt, compare, read_prompts
+from sleb.evaluation.answers import Comparison, compare
+from sleb.evaluation.prompts import Prompt, read_prompts
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (

@@ -20,7 +20,7 @@ from sleb.cli import verbs
 from sleb.cli.main import app, main
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
-from sleb.evaluation.answers import read_prompts
+from sleb.evaluation.prompts import read_prompts
 from sleb.project import Project, write_project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS

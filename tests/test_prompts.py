@@ -9,7 +9,7 @@ import pytest
 
 from sleb.core.errors import InputError
 from sleb.evaluation.answer_checks import script
-from sleb.evaluation.answers import Prompt, read_prompts
+from sleb.evaluation.prompts import Prompt, read_prompts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sleb.checkpoints.checkpoint import renamer
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import UnsupportedModel
 from sleb.models.quantization_names import quant_method, renumber_metadata, renumber_quantization
 
@@ -18,10 +18,10 @@ MODULES = ["lm_head", "model.embed_tokens", "model.vision.layers.1.fc"] + [
 
 
 def renumber(quantization, removed=(1, 4)):
-    rename = renamer(f"{PATH}.", removed)
+    cut = Cut(blocks=12, removed=removed)
 
     def named(name):
-        new = rename(f"{name}.")
+        new = cut.rename(f"{name}.", f"{PATH}.")
         return None if new is None else new[:-1]
 
     return renumber_quantization(quantization, MODULES, PATH, named)
@@ -120,7 +120,8 @@ def test_metadata_follows():
     metadata = {"format": "pt", "tensor_names": json.dumps(names)} | dict(
         zip(names, "0128", strict=True)
     )
-    new = renumber_metadata(metadata, renamer("model.layers.", {1}))
+    cut = Cut(blocks=3, removed=(1,))
+    new = renumber_metadata(metadata, lambda name: cut.rename(name, "model.layers."))
     assert json.loads(new.pop("tensor_names")) == [
         "model.layers.0.a",
         "model.layers.1.a",

@@ -25,8 +25,6 @@ from sleb.evaluation.answers import Comparison
 from sleb.evaluation.tasks import TaskResult
 from sleb.record import GateResult, GateRow, RunRecord
 
-__all__ = ["LIMITS", "Gate", "Limit"]
-
 # strict: a number in quotes is a mistake
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]

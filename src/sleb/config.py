@@ -21,46 +21,6 @@ from typing_extensions import Self
 
 from sleb.core.errors import InputError, did_you_mean
 
-__all__ = [
-    "GROUPS",
-    "ApplyConfig",
-    "BatchOptions",
-    "BenchConfig",
-    "CheckOptions",
-    "CompareConfig",
-    "ComputeOptions",
-    "DepthOptions",
-    "DeviceOptions",
-    "EvalConfig",
-    "ExportConfig",
-    "HealConfig",
-    "HeldoutOptions",
-    "KeepOptions",
-    "LengthOptions",
-    "LoadOptions",
-    "Options",
-    "OutputOptions",
-    "PruneConfig",
-    "PushConfig",
-    "QuantizeConfig",
-    "RepairConfig",
-    "RepairOptions",
-    "RestoreConfig",
-    "SearchConfig",
-    "SelectionOptions",
-    "SimilarityConfig",
-    "TargetOptions",
-    "TextOptions",
-    "ThreadsOptions",
-    "TransferConfig",
-    "TrustOptions",
-    "VerifyConfig",
-    "group_of",
-    "like",
-    "option",
-    "takes",
-]
-
 
 def option(
     default: Any, help: str, *, flag: str = "", metavar: str = "", hide: bool = False, **checks: Any

@@ -16,8 +16,6 @@ from sleb.models.load import LoadedModel, load
 from sleb.models.source import quiet_transformers
 from sleb.pipeline import Pruned, prune
 
-__all__ = ["Demo", "demo"]
-
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000

@@ -38,8 +38,6 @@ from sleb.surgery.apply import apply, refuse_source
 from sleb.surgery.verification import verify
 from sleb.views.card import model_card
 
-__all__ = ["Pruned", "prune"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:

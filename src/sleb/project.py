@@ -36,7 +36,8 @@ from sleb.core.files import file_sha256, write_text
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.toml import read_toml
-from sleb.evaluation.answers import Comparison, compare, read_prompts
+from sleb.evaluation.answers import Comparison, compare
+from sleb.evaluation.prompts import read_prompts
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, pick_device
@@ -47,9 +48,6 @@ from sleb.runtimes.bench import Speed, bench
 from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
 from sleb.views import write_report
-
-__all__ = ["Project", "run", "write_project"]
-
 
 _ELSEWHERE = {
     "text": "texts have names here: give them in [text]",

@@ -33,18 +33,6 @@ from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
 from sleb.surgery.verification import Verification
 
-__all__ = [
-    "COMMANDS",
-    "EvaluationText",
-    "GateResult",
-    "GateRow",
-    "RepairStatus",
-    "RunRecord",
-    "Stopwatch",
-    "environment",
-    "upgrade",
-]
-
 MAX_BYTES = 256 * 2**20
 SCHEMA = 2
 

@@ -69,26 +69,6 @@ from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.verification import Check, Verification
 from sleb.views import write_report
 
-__all__ = [
-    "Applied",
-    "Verified",
-    "applied",
-    "apply",
-    "bench",
-    "compare",
-    "evaluate",
-    "export",
-    "init",
-    "prune",
-    "repair",
-    "report",
-    "search",
-    "similarity",
-    "transfer",
-    "verify",
-]
-
-
 _BENCH, _OUTPUT = BenchConfig(), OutputOptions()
 
 

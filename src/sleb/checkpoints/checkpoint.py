@@ -26,19 +26,6 @@ from sleb.core.plan import Fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "Checkpoint",
-    "TensorInfo",
-    "check_fingerprint",
-    "fingerprint",
-    "identity",
-    "read_json",
-    "read_shard",
-    "shard_head",
-    "tensor_bytes",
-    "tensor_lines",
-]
-
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 2 * 2**20

@@ -17,8 +17,6 @@ from sleb.core.errors import DataError
 from sleb.core.files import file_sha256
 from sleb.core.progress import Progress, silent
 
-__all__ = ["ROLLBACK", "SUMS", "check_sums", "covered", "read_sums", "write_sums"]
-
 SUMS = "SHA256SUMS"
 ROLLBACK = "rollback"
 """The side-car's folder in a checkpoint folder."""

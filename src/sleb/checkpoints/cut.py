@@ -19,8 +19,6 @@ from sleb.core.plan import Plan, RepairRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cut", "consecutive_runs"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:

@@ -18,17 +18,6 @@ from typing import Any
 
 from sleb.core.errors import UnsupportedModel
 
-__all__ = [
-    "DERIVED_FROM",
-    "NUMBER_OF_BLOCKS",
-    "DepthField",
-    "depth_fields",
-    "keeps_pattern",
-    "refuse_unsupported",
-    "reindex",
-    "reindex_written",
-]
-
 Config = dict[str, Any]
 Kept = Sequence[int]
 

@@ -18,8 +18,6 @@ from sleb.checkpoints.gguf_file import ARRAY, BOOL, STRING, GGUFFile, Value
 from sleb.core.errors import DataError, UnsupportedModel, did_you_mean
 from sleb.core.plan import MAX_BLOCKS
 
-__all__ = ["ARCHITECTURES", "GGUFModel", "architecture_of", "block_of", "recut", "windows_of"]
-
 PATTERN = "attention.sliding_window_pattern"
 
 

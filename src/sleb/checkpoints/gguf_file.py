@@ -18,8 +18,6 @@ from typing import Any
 
 from sleb.core.errors import DataError, InputError, UnsupportedModel
 
-__all__ = ["Field", "GGUFFile", "GGUFTensor", "NewTensor", "Value", "write_gguf"]
-
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 CHUNK = 2 * 2**20

@@ -16,8 +16,6 @@ from typer.core import TyperCommand
 
 from sleb.config import GROUPS, Options, declared, group_of
 
-__all__ = ["Argument", "add_command"]
-
 
 @dataclass(frozen=True)
 class Argument:

@@ -21,8 +21,6 @@ from sleb.core.errors import SlebError
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Group, joined, reports_errors
 
-__all__ = ["app", "main"]
-
 EPILOG = """\
 Exit codes: 0 done; 1 a bug; 2 bad input; 3 verification failed; 4 model not supported;
 5 corrupt data, NaN or inf; 6 out of disk, memory or network; 130 interrupted.

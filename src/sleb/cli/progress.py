@@ -24,8 +24,6 @@ from sleb.core.process_group import group
 from sleb.core.progress import Progress as ProgressProtocol
 from sleb.core.progress import Tick, silent
 
-__all__ = ["terminal_progress"]
-
 QUIET_S = 2.0
 LINE_EVERY_S = 15.0
 

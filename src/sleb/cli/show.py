@@ -8,8 +8,6 @@ from typing import Any
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
 
-__all__ = ["as_json", "note", "show"]
-
 
 def show(result: Any) -> None:
     """Draw ``result`` for a person."""

@@ -40,8 +40,6 @@ from sleb.core.files import writable_target
 from sleb.core.plan import Plan
 from sleb.core.process_group import Lost, group, leave_group
 
-__all__ = ["VERBS", "Interrupted", "Verb", "register"]
-
 Given = Mapping[str, Any]
 """The values of a command's parameters, by name."""
 

@@ -16,8 +16,6 @@ from typing import Any
 from sleb.core.plan import Plan
 from sleb.core.printable import printable
 
-__all__ = ["cut_card", "front_matter", "inherited", "with_section"]
-
 logger = logging.getLogger(__name__)
 
 MAX_CARD = 2**20

@@ -20,16 +20,6 @@ from collections.abc import Iterable
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
 
-__all__ = [
-    "DataError",
-    "InputError",
-    "ResourceError",
-    "SlebError",
-    "UnsupportedModel",
-    "VerificationFailed",
-    "did_you_mean",
-]
-
 
 class SlebError(Exception):
     """Base of all errors that a user can cause or meet. ``exit_code`` is the process status."""

@@ -13,16 +13,6 @@ from pathlib import Path
 
 from sleb.core.errors import InputError, ResourceError
 
-__all__ = [
-    "disk_errors",
-    "enough_space",
-    "file_sha256",
-    "staged_dir",
-    "staged_files",
-    "writable_target",
-    "write_text",
-]
-
 CHUNK = 2 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (

@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import re
 
-__all__ = ["LONGEST_MESSAGE", "printable", "printable_json"]
-
 LONGEST_MESSAGE = 2000
 """Characters of an error message, which may quote several things."""
 

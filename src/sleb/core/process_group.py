@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "Lost", "group", "joined", "launched", "leave_group", "reports_errors"]
-
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
 """Of a rank that lives and does not take part: longer than any one step of work."""
 

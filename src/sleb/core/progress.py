@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Tick", "silent"]
-
 Tick = Callable[..., None]
 """``tick(n=1, note="")``: n more units are done; ``note`` is shown beside the bar."""
 

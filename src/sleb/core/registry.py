@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 
 from sleb.core.errors import InputError, did_you_mean
 
-__all__ = ["Registry"]
-
 T = TypeVar("T")
 
 

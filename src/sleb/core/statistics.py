@@ -9,17 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = [
-    "Flips",
-    "Interval",
-    "Values",
-    "exponential",
-    "flips",
-    "interval",
-    "proportion",
-    "standard_error",
-]
-
 Values = NDArray[np.float64]
 
 

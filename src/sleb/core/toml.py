@@ -13,8 +13,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # its name before it became part of Python
 
-__all__ = ["read_toml"]
-
 MAX_BYTES = 2**20
 
 

@@ -36,8 +36,6 @@ from sleb.models.stack import decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.verification import HEALED, probe_ids
 
-__all__ = ["heal", "heal_windows"]
-
 LENGTH = 1024
 TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 1024}
 

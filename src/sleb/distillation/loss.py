@@ -21,8 +21,6 @@ from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import token_nll, token_quality
 
-__all__ = ["SplitModel", "agree", "backward_kl", "chunks", "kl", "validate"]
-
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Float32 logits of one chunk, at most. Four or five tensors of that size exist at a time."""
 

@@ -14,8 +14,6 @@ from sleb.core.card import with_section
 from sleb.core.plan import Calibration
 from sleb.core.statistics import Interval, Values, exponential, interval
 
-__all__ = ["Healed", "HealedText", "Reason", "by_text", "card"]
-
 Reason = Literal["steps", "time", "no-gain"]
 """Why a run ended: all steps done, its minutes spent, or no better several times on end."""
 

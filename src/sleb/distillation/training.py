@@ -32,18 +32,6 @@ from sleb.distillation.loss import SplitModel, backward_kl, validate
 from sleb.distillation.record import Reason
 from sleb.models.stack import BlockStack
 
-__all__ = [
-    "PATIENCE",
-    "Schedule",
-    "Student",
-    "Training",
-    "TrainingState",
-    "check_adapters",
-    "interruptible",
-    "recomputed",
-    "rows_of",
-]
-
 PATIENCE = 3
 """Checks without a better validation divergence after which a run stops."""
 CHECKS = 10

@@ -10,17 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = [
-    "first_difference",
-    "is_empty",
-    "is_json",
-    "language",
-    "repetition",
-    "script",
-    "switched",
-    "tells_languages",
-]
-
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # control, format, spaces and separators
 _FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 

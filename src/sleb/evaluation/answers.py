@@ -22,11 +22,9 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
-from sleb.evaluation.prompts import Prompt, Read, read_alike, read_prompts
+from sleb.evaluation.prompts import Prompt, Read, read_alike
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.models.source import quiet_transformers
-
-__all__ = ["Answer", "Answers", "Comparison", "Pair", "Prompt", "compare", "read_prompts"]
 
 REPETITIVE = 0.5
 WARM_UP = 4  # tokens generated before the first answer is timed

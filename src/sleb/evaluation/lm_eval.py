@@ -39,8 +39,6 @@ from sleb.models.source import quiet_transformers
 from sleb.models.stack import decoder_config
 from sleb.selection.sweep import Patch
 
-__all__ = ["Harness", "Scores", "Task", "find_names"]
-
 METRICS = ("acc_norm", "acc", "exact_match")
 """In this order, if a task has several."""
 NO_LIMIT = 2**17  # tokens; for models that read texts of any length

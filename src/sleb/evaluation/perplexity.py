@@ -15,8 +15,6 @@ from sleb.selection.metrics import NLL, QUALITY
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Patch, Sweep, block_forwards
 
-__all__ = ["Evaluation", "Quality", "evaluate"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:

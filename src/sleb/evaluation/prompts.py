@@ -26,8 +26,6 @@ from sleb.models.load import load_config, load_tokenizer
 from sleb.models.source import quiet_transformers, resolve
 from sleb.models.stack import decoder_config
 
-__all__ = ["Prompt", "Read", "read_alike", "read_as", "read_prompts"]
-
 MAX_BYTES = 64 * 2**20
 
 

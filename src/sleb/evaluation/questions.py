@@ -18,8 +18,6 @@ from typing_extensions import Self
 from sleb.calibration.rows import file_rows
 from sleb.core.errors import InputError, did_you_mean
 
-__all__ = ["Question", "Questions", "read_questions"]
-
 IGNORED = (r"^\s+", r"[\s.。]+$")
 """What does not count in an answer: space around it, and full stops at its end."""
 _HINT = (

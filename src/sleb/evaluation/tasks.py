@@ -24,8 +24,6 @@ from sleb.selection.sweep import Patch
 if TYPE_CHECKING:
     from sleb.evaluation.lm_eval import Scores
 
-__all__ = ["TaskResult", "check_tasks", "run_tasks"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:

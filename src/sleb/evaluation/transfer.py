@@ -29,8 +29,6 @@ from sleb.selection.request import check_options, parse_bytes
 from sleb.selection.resources import on_threads
 from sleb.selection.sweep import Sweep, block_forwards
 
-__all__ = ["MIX", "Chosen", "Transfer", "check_transfer", "clearly_worse", "transfer"]
-
 MIX = "mix"
 WORSE = 0.1
 """Part of the other choice's loss increase by which a choice must exceed it to be clearly worse."""

@@ -25,8 +25,6 @@ from sleb.models.pruned_config import pruned_config
 from sleb.models.source import ModelSource, resolve
 from sleb.models.stack import decoder_config
 
-__all__ = ["FORMATS", "Export", "export_plan"]
-
 DRAFT_TOKENS = 4
 """Tokens that a draft proposes at a time; a start, to be tuned on the user's own load."""
 # Fields that only derive others, which are written out, and which the tool does not read.

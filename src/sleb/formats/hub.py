@@ -18,8 +18,6 @@ from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.surgery.rollback_original import open_original
 
-__all__ = ["Pushed", "files_to_push", "push"]
-
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REVISION = re.compile(r"[\w.][\w./-]{0,200}")
 # Formats that run code when they are opened, and what sleb leaves behind when it is interrupted.

@@ -34,8 +34,6 @@ from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, resolve
 from sleb.surgery.apply import carry, refuse_source
 
-__all__ = ["QUANTIZED", "SCHEMES", "Quantized", "Scheme", "check_scheme", "quantize"]
-
 QUANTIZED = "quantize.json"
 """File of a quantized checkpoint that says how it was made."""
 DEFAULT_LENGTH = 512

@@ -25,8 +25,6 @@ from sleb.surgery.verification import probe_ids
 if TYPE_CHECKING:
     from sleb.calibration import Windows
 
-__all__ = ["Rounding", "linear_layers", "read_back", "rounded"]
-
 GROUPS = (128, 64, 32)
 MOST = 0.8
 """Share of the blocks' weights that must be in matrices, for the word quantized to be true."""

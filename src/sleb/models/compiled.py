@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from sleb.core.errors import InputError, ResourceError
 from sleb.models.stack import BlockStack
 
-__all__ = ["CompiledStack"]
-
 
 class CompiledStack(BlockStack):
     """A stack whose full batches, of ``windows`` windows, run compiled; others run as they are.

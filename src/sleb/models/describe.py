@@ -14,8 +14,6 @@ from sleb.models.load import empty_model, load_config, refuse_unread
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
 
-__all__ = ["Description", "Saving", "describe"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:

@@ -21,8 +21,6 @@ from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, GGUFModel, bloc
 from sleb.checkpoints.gguf_file import ARRAY, STRING, GGUFFile
 from sleb.core.errors import DataError, UnsupportedModel
 
-__all__ = ["check_tensors", "corrections"]
-
 _CONVERTED = frozenset(
     {
         "block_count",

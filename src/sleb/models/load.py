@@ -35,16 +35,6 @@ from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
 
-__all__ = [
-    "DTYPES",
-    "LoadedModel",
-    "empty_model",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "refuse_unread",
-]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

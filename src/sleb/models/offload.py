@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from sleb.models.shard_reader import Files
 
-__all__ = ["Reader", "fetch", "fetcher", "offloading"]
-
 Weights = list[dict[str, Tensor]]
 """For each hook of a block, its module's tensors by name."""
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from sleb.models.offload import fetcher
 from sleb.models.stack import BlockStack
 
-__all__ = ["WeightOverrides", "full_input", "whole"]
-
 
 def whole(parameter: Tensor) -> Tensor:
     """A parameter in one piece. One that is split over processes is gathered: all have to ask."""

@@ -14,8 +14,6 @@ from sleb.core.errors import InputError, UnsupportedModel, did_you_mean
 from sleb.core.process_group import group
 from sleb.models.stack import decoder_config
 
-__all__ = ["check_placing", "device_map_options", "tensor_parallel_options"]
-
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 

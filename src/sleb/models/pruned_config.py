@@ -28,15 +28,6 @@ from sleb.core.errors import UnsupportedModel
 from sleb.models.source import quiet_transformers
 from sleb.models.stack import BlockStack, decoder_config
 
-__all__ = [
-    "both_spellings",
-    "check_structure",
-    "lost_fields",
-    "pruned_config",
-    "pruned_json",
-    "write_json",
-]
-
 Json = dict[str, Any]
 
 _READ_ALIKE = frozenset(

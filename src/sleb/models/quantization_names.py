@@ -15,8 +15,6 @@ from typing import Any
 
 from sleb.core.errors import UnsupportedModel
 
-__all__ = ["quant_method", "renumber_metadata", "renumber_quantization"]
-
 Rename = Callable[[str], "str | None"]
 Matches = Callable[[str, str], bool]
 

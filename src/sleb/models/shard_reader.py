@@ -21,8 +21,6 @@ from torch import Tensor
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, TensorInfo, read_shard
 from sleb.core.errors import DataError
 
-__all__ = ["Files", "ShardSlice"]
-
 THREADS = 8
 PIECE = 2**25  # bytes of one read
 

@@ -31,8 +31,6 @@ from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
 from sleb.models.gguf_source import check_tensors, corrections
 
-__all__ = ["ModelSource", "cache_dir", "resolve"]
-
 logger = logging.getLogger(__name__)
 
 CONVERSION = 2

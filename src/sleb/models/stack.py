@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.offload import Reader, fetch, offloading
 
-__all__ = ["BlockStack", "bypassed", "find_blocks"]
-
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index")
 
 

@@ -14,15 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
-__all__ = [
-    "RUNTIMES",
-    "Prompts",
-    "Runtime",
-    "Settings",
-    "installed",
-    "release",
-]
-
 Prompts = list[list[int]]
 """Token ids [batch, tokens]."""
 

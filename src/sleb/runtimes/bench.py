@@ -26,22 +26,6 @@ from sleb.models.stack import decoder_config
 from sleb.runtimes.base import Prompts, Settings, installed
 from sleb.runtimes.worker import Failed, OutOfMemory, Run, Worker
 
-__all__ = [
-    "BenchModel",
-    "Case",
-    "Measured",
-    "Ratio",
-    "Runs",
-    "Skipped",
-    "Speed",
-    "bench",
-    "bench_models",
-    "gguf_file",
-    "median_ratio",
-    "resolved",
-    "there_and_back",
-]
-
 T = TypeVar("T")
 _DEFAULTS = BenchConfig()
 

@@ -34,14 +34,6 @@ from sleb.runtimes.base import RUNTIMES, Settings, release
 from sleb.runtimes.bench import gguf_file
 from sleb.runtimes.worker import VERSION_S, Failed, Worker
 
-__all__ = [
-    "RuntimeReport",
-    "Verdict",
-    "check_runtimes",
-    "parse_pythons",
-    "parse_runtimes",
-]
-
 FACTOR = 3.0
 SLACK = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 """What a deviation may be beyond the dense model's, in nats: less than rounding in the dtype."""

@@ -8,8 +8,6 @@ from importlib import import_module
 from sleb.core.errors import InputError
 from sleb.runtimes.base import Prompts, Runtime, Settings
 
-__all__ = ["LlamaCpp"]
-
 
 class LlamaCpp(Runtime):
     """One context. ``settings.dtype`` is not used."""

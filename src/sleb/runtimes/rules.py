@@ -16,8 +16,6 @@ from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED, GGUFModel
 from sleb.checkpoints.gguf_file import GGUFFile
 
-__all__ = ["READ", "Ruling", "judge", "llama_cpp", "vllm"]
-
 READ = {"vllm": "0.32.0", "llama.cpp": "0.3.36"}
 """The releases whose code was read: vllm/model_executor/models and vllm/models; and llama.cpp as
 llama-cpp-python carries it."""

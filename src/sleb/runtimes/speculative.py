@@ -32,8 +32,6 @@ from sleb.runtimes.bench import (
 )
 from sleb.runtimes.worker import Worker
 
-__all__ = ["Draft", "Drafting", "Tally", "acceptance_rate", "draft"]
-
 PROMPTS, PROMPT_TOKENS = 8, 64
 """What is drafted for without prompts of one's own: beginnings of embedded text."""
 _DEFAULTS = BenchConfig()

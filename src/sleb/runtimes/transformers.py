@@ -11,8 +11,6 @@ from typing import Any
 from sleb.core.errors import DataError, UnsupportedModel
 from sleb.runtimes.base import Prompts, Runtime, Settings
 
-__all__ = ["Transformers"]
-
 
 class Transformers(Runtime):
     """Greedy, with a cache. To time, blocks are found by sleb's own loader, so that they can be

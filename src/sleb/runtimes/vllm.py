@@ -10,8 +10,6 @@ from typing import Any
 from sleb.core.errors import DataError, InputError
 from sleb.runtimes.base import Prompts, Runtime, Settings
 
-__all__ = ["VLLM"]
-
 MEMORY_SHARE = 0.9  # of a GPU, its own default
 
 

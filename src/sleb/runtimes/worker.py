@@ -39,8 +39,6 @@ from sleb.runtimes.llama_cpp import LlamaCpp
 from sleb.runtimes.transformers import Transformers
 from sleb.runtimes.vllm import VLLM
 
-__all__ = ["Child", "Failed", "Meter", "OutOfMemory", "Run", "Session", "Worker", "serve"]
-
 ADAPTERS: dict[str, type[Runtime]] = {
     "transformers": Transformers,
     "vllm": VLLM,

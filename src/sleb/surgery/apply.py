@@ -52,15 +52,6 @@ if TYPE_CHECKING:
 
     from sleb.repairs import Repair
 
-__all__ = [
-    "apply",
-    "carry",
-    "cut_checkpoint",
-    "cut_config",
-    "refuse_source",
-    "write_cut",
-]
-
 logger = logging.getLogger(__name__)
 
 # Weights in other formats describe the uncut model, and must not travel with the cut one.

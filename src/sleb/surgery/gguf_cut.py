@@ -34,8 +34,6 @@ from sleb.surgery.gguf_repair import Requantized, quantize_again
 if TYPE_CHECKING:
     from sleb.repairs import Repair
 
-__all__ = ["CutGGUF", "check_gguf", "cut_gguf", "plan_beside"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CutGGUF:

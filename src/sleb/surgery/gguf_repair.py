@@ -16,8 +16,6 @@ from sleb.core.errors import UnsupportedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Requantized", "quantize_again"]
-
 WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf package writes as llama.cpp would, of those that a matrix may have."""
 INSTEAD = "Q8_0"

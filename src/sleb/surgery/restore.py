@@ -18,8 +18,6 @@ from sleb.core.progress import Progress, Tick, silent
 from sleb.surgery.apply import refuse_source, write_cut
 from sleb.surgery.rollback_original import Original, open_original
 
-__all__ = ["Restored", "restore"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:

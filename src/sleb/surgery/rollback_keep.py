@@ -26,8 +26,6 @@ from sleb.surgery.rollback_manifest import (
     Written,
 )
 
-__all__ = ["keep_original"]
-
 
 def keep_original(
     original: Checkpoint,

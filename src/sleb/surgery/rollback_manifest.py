@@ -27,19 +27,6 @@ from sleb.checkpoints.checksums import ROLLBACK
 from sleb.core.errors import DataError, InputError
 from sleb.core.plan import BlockId, Digest, Fingerprint, Plan, Text
 
-__all__ = [
-    "FILES",
-    "FOLDER",
-    "HEADERS",
-    "MANIFEST",
-    "REMOVED",
-    "REWRITTEN",
-    "TENSORS",
-    "Manifest",
-    "Written",
-    "shown",
-]
-
 FOLDER = ROLLBACK
 MANIFEST = "rollback.json"
 REMOVED = "removed.safetensors"

@@ -37,8 +37,6 @@ from sleb.surgery.rollback_manifest import (
     shown,
 )
 
-__all__ = ["Original", "open_original"]
-
 HEALED = "heal.json"
 MAX_HEADER = 100_000_000
 """Longest header of a safetensors file, in bytes; the format's own limit."""

@@ -50,8 +50,6 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs import repaired
 from sleb.surgery.apply import cut_config
 
-__all__ = ["Check", "Verification", "verify"]
-
 HEALED = "heal.json"
 """File of a checkpoint that was trained after the cut."""
 NAMES = {

@@ -13,13 +13,13 @@ from sleb.core.errors import InputError
 from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
-from sleb.views.card import model_card
+from sleb.views.card import model_card as model_card
 from sleb.views.html import render
 from sleb.views.locale import Locale
 from sleb.views.report import Report
-from sleb.views.results import depths, items, show
-
-__all__ = ["depths", "items", "model_card", "show", "write_report"]
+from sleb.views.results import depths as depths
+from sleb.views.results import items as items
+from sleb.views.results import show as show
 
 
 def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) -> Path:

@@ -13,8 +13,6 @@ from sleb.views.model import Item, Listing, Text
 from sleb.views.results import evaluated_on, items, sizes
 from sleb.views.terminal import markdown
 
-__all__ = ["model_card"]
-
 
 def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = False) -> str:
     """README.md with metadata. ``source`` is the original's folder: its licence is carried over.

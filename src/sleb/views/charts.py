@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
-
 INK, FAINT, BLUE, ORANGE, EMPTY = "#1b1d21", "#d5d8dd", "#0b5c7a", "#b5541c", "#ececef"
 COLOURS = "YlGnBu"  # readable in grey and with any colour vision
 NARROW, WIDE = 5.4, 10.0  # inches; a unit of the SVG is 1/72

@@ -10,8 +10,6 @@ from sleb.core.printable import printable
 from sleb.views.charts import draw
 from sleb.views.model import Figure, Page
 
-__all__ = ["LONGEST", "START", "render", "split"]
-
 HERE = Path(__file__).parent
 START = 600  # characters of an answer that are shown without a click
 LONGEST = 8_000  # characters of one answer that the page holds at all

@@ -22,8 +22,6 @@ from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
 from sleb.views.model import Table
 
-__all__ = ["DASH", "LANGUAGES", "LINK", "Locale", "bounds", "check_language"]
-
 LANGUAGES = ("en", "ja")
 WHOLE = 20  # characters of a command's word that a line break does not cut
 UNIT = re.compile(r"[^\d∞–]*$")

@@ -9,28 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-__all__ = [
-    "Answered",
-    "Bars",
-    "Block",
-    "BlockMap",
-    "Chart",
-    "Dots",
-    "Facts",
-    "Figure",
-    "Heat",
-    "Item",
-    "Line",
-    "Listing",
-    "Missing",
-    "Page",
-    "Panel",
-    "SideBySide",
-    "Table",
-    "Text",
-    "Verdict",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:

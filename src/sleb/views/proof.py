@@ -13,8 +13,6 @@ from sleb.views.locale import Locale
 from sleb.views.model import Facts, Item, Table, Text
 from sleb.views.speed import case
 
-__all__ = ["gate", "gate_table", "provenance", "verification"]
-
 Columns = dict[str, Callable[[Any], str]]
 
 

@@ -14,19 +14,6 @@ from sleb.evaluation.transfer import Chosen, Transfer
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import Answered, Item, Listing, SideBySide, Table, Text
 
-__all__ = [
-    "answers",
-    "by_gap",
-    "by_text",
-    "change",
-    "changed",
-    "evaluation",
-    "tasks",
-    "transfer",
-    "worst_tasks",
-    "worst_texts",
-]
-
 PAIRS = 6
 """Pairs of answers on a page; a terminal shows half as many."""
 ROWS = 5  # of a table that page one has room for

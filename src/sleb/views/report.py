@@ -18,8 +18,6 @@ from sleb.views import proof, quality, selection, speed
 from sleb.views.locale import Locale
 from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Text, Verdict
 
-__all__ = ["Report"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:

@@ -35,8 +35,6 @@ from sleb.views import proof, quality, selection, speed, terminal
 from sleb.views.locale import Locale
 from sleb.views.model import Facts, Item, Table, Text
 
-__all__ = ["depths", "evaluated_on", "items", "repair_told", "show", "sizes"]
-
 T = Locale("en")
 
 

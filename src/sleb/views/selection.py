@@ -21,8 +21,6 @@ from sleb.views.model import (
     Text,
 )
 
-__all__ = ["block_map", "candidates", "curve", "plan_table", "reasons", "similarity", "target"]
-
 FLOOR = 1e-4  # colours of smaller differences (nats/token) are not told apart
 Similarity = tuple[tuple[float, ...], ...]
 

@@ -13,8 +13,6 @@ from sleb.runtimes.speculative import Drafting
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import Bars, Dots, Figure, Item, Listing, Missing, Table, Text
 
-__all__ = ["case", "drafting", "ratios", "runtimes", "saved", "servers", "skipped", "speed"]
-
 SERVERS = 10  # the example's load, as a number of servers that it now keeps busy
 ROWS = 5  # of a table that page one has room for
 UNSTEADY = 0.2  # between quartiles, as a share of the median

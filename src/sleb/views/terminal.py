@@ -18,8 +18,6 @@ from sleb.core.printable import printable
 from sleb.evaluation.answer_checks import first_difference
 from sleb.views.model import Facts, Item, Listing, Missing, SideBySide, Table, Text
 
-__all__ = ["console", "draw", "markdown"]
-
 ANSWER, PROMPT, BEFORE = 280, 160, 60  # characters of what is shown of an answer or a prompt
 LONGEST = 4000  # characters of one cell or sentence
 LAYOUT = str.maketrans({"\n": " ", "\t": " ", "\u00a0": " ", "\u2060": None})
