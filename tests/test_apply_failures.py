@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_leaves_no_trace(tmp_path, monkeypatch, where):
 
         monkeypatch.setattr(Checkpoint, "chunks", chunks)
     elif where == "config":
-        monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", full)
+        monkeypatch.setattr(surgery, "write_json", full)
     elif where == "tokenizer":
         monkeypatch.setattr(surgery.shutil, "copyfile", full)
     else:

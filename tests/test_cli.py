@@ -131,7 +131,7 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     arguments += ["-o", str(out)]
     text = run(capsys, *arguments)
     assert (text.code, text.err) == (0, "")
-    gates = 7 if Plan.load(out / "plan.json").repair else 6
+    gates = 8 if Plan.load(out / "plan.json").repair else 7
     assert f"verified: {gates} of {gates} gates passed" in text.out
     assert "repair: " in text.out
     assert text.out.endswith(f"checkpoint written to {out}\n")

@@ -193,6 +193,7 @@ def _write(
             trust_remote_code=trust,
             progress=watch,
         )
+        checked = replace(checked, checkpoint=str(out))  # the folder's name once it passed
         checked.require()
         before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
         record.append(
@@ -200,7 +201,7 @@ def _write(
                 seconds=dict(watch.seconds),
                 parameters=(_elements(before), _elements(after)),
                 nbytes=(before.nbytes, after.nbytes),
-                verification=replace(checked, checkpoint=str(out)),
+                verification=checked,
                 **found.facts,
             )
         )

@@ -283,7 +283,8 @@ def applied(
                     f"--{option.replace('_', '-')} is for GGUF files: give -o a name that ends in "
                     ".gguf"
                 )
-        writable_target(Path(out), force=config.force)
+        if fit:  # which takes long; else it is seen at once, below
+            writable_target(Path(out), force=config.force)
     fixed = repair if isinstance(repair, Repair) else None
     if fit:
         fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
