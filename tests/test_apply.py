@@ -281,6 +281,7 @@ print(len(model.model.layers), made.shape[1])
 """
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_and_runs_the_result(tiny_dir, tmp_path):
     out = sleb.apply(plan_of(tiny_dir, 4, 1), tiny_dir, tmp_path / "out")
     done = subprocess.run(

@@ -169,6 +169,7 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert Plan.load(out / "plan.json") == plan
 
 
+@pytest.mark.slow
 def test_a_card_names_the_hub_model_and_needs_no_card_of_its_own(place, capsys, monkeypatch):
     folder = str(place / "MODEL")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: folder)
@@ -179,6 +180,7 @@ def test_a_card_names_the_hub_model_and_needs_no_card_of_its_own(place, capsys, 
     assert card.text.strip().startswith("# small without 2 of its 6 transformer blocks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"])
 def test_a_broken_card_of_the_original_does_not_cost_the_search(
     tiny_dir, tmp_path, capsys, content
@@ -215,6 +217,7 @@ def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
     assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
 
 
+@pytest.mark.slow
 def test_a_read_only_model_is_enough_and_is_not_touched(tiny_dir, tmp_path, capsys):
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     for path in [*model.iterdir(), model]:
@@ -296,6 +299,7 @@ print("REPORT", codes, "torch" in sys.modules, seconds < 3)
 """
 
 
+@pytest.mark.slow
 def test_help_has_an_example_and_does_not_load_torch(place):
     """Nor do mistakes that can be seen without it. The last line shows that the check can fail."""
 

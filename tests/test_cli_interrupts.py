@@ -110,6 +110,7 @@ def test_an_interrupted_apply_leaves_nothing(place, capsys, monkeypatch, stop, e
     assert tree(place) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
     command = ["prune", "MODEL", *SEARCH[2:4], "--windows", "4", "--length", "16", "--batch", "1"]
     with counted() as whole:
@@ -134,6 +135,7 @@ def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
     assert Path("out/plan.json").read_text() == Path("whole/plan.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_and_a_full_pipe(place):
     """`sleb inspect MODEL | head -0`, and `sleb inspect MODEL --json > /dev/full`."""
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}

@@ -78,6 +78,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_guides_commands_work_in_their_order(workplace, capsys):
     commands = [words for words in shell(GUIDE) if words[0] == "sleb"]
     ran, measuring = commands[:9], commands[9:]

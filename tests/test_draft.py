@@ -177,6 +177,7 @@ def test_the_interval_of_acceptance():
     assert acceptance_rate([Tally(proposed=0, accepted=0)] * 2).value == 0
 
 
+@pytest.mark.slow
 def test_the_command_drafts_in_a_child(pair, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench = ["bench", pair[0], pair[1], "--draft", "--quick", "--device", "cpu", "--threads", "1"]

@@ -135,12 +135,14 @@ def test_prune_removes_more_than_a_plain_cut_could(learned, text, split, limit, 
     assert {path.name for path in tmp_path.iterdir()} == {"out", "plain"}  # and no journal
 
 
+@pytest.mark.slow
 def test_where_blocks_are_streamed_the_plain_cut_keeps_it(learned, text, limit, tmp_path):
     plan = pruned(learned, tmp_path / "out", text, limit, stream=True)
     assert plan.curve.fitted is None
     assert plan.repair is not None
 
 
+@pytest.mark.slow
 def test_removals_are_taken_back_until_the_whole_repair_keeps_it(
     learned, text, limit, tmp_path, monkeypatch
 ):

@@ -80,6 +80,7 @@ def alone(job):
     return json.loads(json.dumps(found(job[0])))
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_to_the_bit(job, alone):
     both = job[1]["found"]
     assert job[1]["size"] == 2
@@ -88,6 +89,7 @@ def test_two_processes_find_the_same_to_the_bit(job, alone):
     assert len({str(both[name]["order"]) for name in SEARCHES}) > 1
 
 
+@pytest.mark.slow
 def test_a_repair_is_the_same_to_rounding(job, alone):
     same_repair(job[1]["found"]["repair"], alone["repair"])
 
@@ -105,12 +107,14 @@ def same_repair(both, one):
         )
 
 
+@pytest.mark.slow
 def test_a_repair_of_streamed_blocks_is_the_same_to_rounding(job, alone):
     both, one = job[1]["found"]["streamed repair"], alone["streamed repair"]
     same_repair(both, one)
     assert one["tensors"] == alone["given text"]["tensors"]
 
 
+@pytest.mark.slow
 def test_trouble_of_one_process_is_that_of_all(job):
     first, last = job[1]["trouble by rank"]
     assert first["memory"] == last["memory"] == "2 windows, True"
@@ -121,6 +125,7 @@ def test_trouble_of_one_process_is_that_of_all(job):
     assert first["apart"] == last["apart"]
 
 
+@pytest.mark.slow
 def test_a_model_held_by_two_processes_scores_the_same(job):
     folder, out = job
     held, split = out["split"]
@@ -137,6 +142,7 @@ def test_a_model_held_by_two_processes_scores_the_same(job):
     assert split["pruned_loss"]["value"] == pytest.approx(own.pruned_loss.value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_held_by_two_processes_is_repaired_the_same(job):
     """And its tensors are whole, and it is as before afterwards; also where norms follow."""
     folder, out = job

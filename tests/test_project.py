@@ -81,6 +81,7 @@ def test_one_command_goes_from_search_to_reports(place, capsys):
     assert "1,000" in printed or "1000" in printed
 
 
+@pytest.mark.slow
 def test_a_limit_that_fails_ends_with_3_and_still_writes_the_reports(place, capsys):
     change(place, "max_ratio = 1000", "max_ratio = 0.5")
     assert main(["run", str(place / "sleb.toml")]) == 3
@@ -94,6 +95,7 @@ def test_a_limit_that_fails_ends_with_3_and_still_writes_the_reports(place, caps
     assert RunRecord.load(place / "smaller").answers == before.answers
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_stage_that_is_missing(place, monkeypatch):
     calls = []
 
@@ -122,6 +124,7 @@ def test_a_run_goes_on_with_the_stage_that_is_missing(place, monkeypatch):
     assert calls[7:] == ["run_tasks", "write_report", "write_report"]
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_overwrite_a_result(place):
     run(place / "sleb.toml")
     before = (place / "smaller" / "run.json").read_bytes()

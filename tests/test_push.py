@@ -262,6 +262,7 @@ def test_offline_is_told(cut, hub, capsys, monkeypatch):
     assert "unset HF_HUB_OFFLINE" in refused(capsys, 6, "push", cut, "me/small")
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_hub(cut, tmp_path):
     """HF_ENDPOINT and a stored token, as a user has them, in a process of its own."""
     with serving() as hub:

@@ -111,6 +111,7 @@ def test_names_in_the_config_follow_the_cut(packed, tmp_path, removed):
     assert torch.equal(logits(out), logits(packed, removed))
 
 
+@pytest.mark.slow
 def test_torchaos_metadata_follows_the_cut(dense, tmp_path):
     """It says which tensors are quantized, block by block; here one is not."""
     from torchao.quantization import Int8WeightOnlyConfig
@@ -158,6 +159,7 @@ def test_a_quantized_cut_is_restored_byte_for_byte(quantized, tmp_path):
     assert config[0] == config[1]
 
 
+@pytest.mark.slow
 def test_verify_sees_a_changed_scale(packed, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -181,11 +183,13 @@ def test_a_quantized_model_is_not_repaired(quantized):
         repair(model, (2,), windows, aside)
 
 
+@pytest.mark.slow
 def test_prune_of_a_quantized_model_says_why_it_is_not_repaired(packed, tmp_path):
     done = sleb.prune(packed, tmp_path / "out", heldout=4, **SEARCH)
     assert done.record.repair.reason.startswith(f"{packed} is quantized (compressed-")
 
 
+@pytest.mark.slow
 def test_a_pruned_model_keeps_its_plan_but_not_what_it_is_restored_from(dense, tmp_path, capsys):
     ran = run(
         capsys, "prune", dense, "-o", tmp_path / "out", "--remove", 1, "--windows", 4, "--length",

@@ -65,6 +65,7 @@ def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
     assert plan.metric == "repaired-loss"
 
 
+@pytest.mark.slow
 def test_it_is_the_same_where_blocks_are_streamed(loaded, learned):
     ids = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(0))
     streamed = sleb.load(learned / "model", stream=True, **CPU)
@@ -105,6 +106,7 @@ def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
     assert len([s for s in asked if s]) == 4
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
     calls = stopped_at(monkeypatch, 6)
     journal = tmp_path / "plan.json.journal"

@@ -212,6 +212,7 @@ def test_without_keep_there_is_no_way_back(tmp_path, capsys):
     assert tree(tmp_path / "back") == tree(source)
 
 
+@pytest.mark.slow
 def test_prune_keeps_too(tmp_path, tiny_dir):
     small_search = {"windows": 2, "length": 16, "heldout": 0, "repair": False}
     out = sleb.prune(tiny_dir, tmp_path / "out", remove=1, **small_search).path
@@ -311,6 +312,7 @@ def test_a_name_that_could_not_be_restored_is_refused_by_apply(tmp_path):
     sleb.apply(plan_of(source, 1), source, tmp_path / "out", keep=False)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_real_model_comes_back(real_model, tmp_path):
     from sleb.models.source import resolve

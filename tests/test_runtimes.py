@@ -182,6 +182,7 @@ def test_a_runtime_that_does_not_run_a_model(quick, which, answer, verdict, why,
             found.require()
 
 
+@pytest.mark.slow
 def test_a_repaired_checkpoint_is_compared_with_its_repair(place):
     """The reference has the tensors that the plan says were re-fitted."""
     from safetensors.torch import load_file, save_file
@@ -214,6 +215,7 @@ def python_with(modules: Path, home: Path) -> Path:
     return wrapper
 
 
+@pytest.mark.slow
 def test_another_interpreter_needs_neither_sleb_nor_its_packages(
     place, tmp_path, monkeypatch, capsys
 ):
@@ -234,6 +236,7 @@ def test_another_interpreter_needs_neither_sleb_nor_its_packages(
     assert "do not serve it" in ran.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_scored_as_any_user_of_transformers_has_it(place, monkeypatch):
     """By a child that has nothing of sleb but its own side of the protocol."""
     import subprocess

@@ -303,6 +303,7 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch):
     options = {"remove": 3, "windows": 4, "length": 16, "batch": 2, **CPU}
     want = sleb.search(tiny_dir, **options)
@@ -417,6 +418,7 @@ def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypa
             sleb.prune(tiny_dir, tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_a_prune_that_fails_late_does_not_search_again(tiny_dir, tmp_path, monkeypatch):
     options = {"remove": 2, "windows": 4, "length": 16, "heldout": 2, "repair": False, **CPU}
 

@@ -109,6 +109,7 @@ print(seen[0])
 """
 
 
+@pytest.mark.slow
 def test_the_meter_sees_a_peak_that_is_gone_at_the_end():
     # in a process of its own, as benchmarks have it: in this one others give memory back meanwhile
     seen = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
@@ -131,6 +132,7 @@ def big(tmp_path_factory) -> list[Path]:
     return made
 
 
+@pytest.mark.slow
 def test_memory_is_each_models_own_and_a_child_that_dies_takes_nothing_with_it(big, tmp_path):
     given = (PROMPTS[WRITE], WRITE.new_tokens)
     with Worker("small") as small, Worker("large") as large:

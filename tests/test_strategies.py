@@ -109,6 +109,7 @@ def test_racing_does_a_fraction_of_the_work_and_finds_the_same_winner():
     assert wrong <= 1
 
 
+@pytest.mark.slow
 def test_the_error_of_a_race_is_within_what_it_states():
     """All but equal candidates are the hardest case: the best of them must hardly ever be lost."""
     lost = 0
@@ -119,6 +120,7 @@ def test_the_error_of_a_race_is_within_what_it_states():
     assert lost / 400 <= ERROR
 
 
+@pytest.mark.slow
 def test_the_round_before_saves_windows_and_is_no_riskier():
     """Guides that tell most of what the windows hold make a race shorter; guides of noise do not
     make it wrong."""

@@ -94,6 +94,7 @@ def test_a_failed_run_puts_the_weights_back_on_disk(streamed):
         assert places() == {"meta"}
 
 
+@pytest.mark.slow
 def test_plan_evaluation_and_similarity_are_the_same(tiny_dir, streamed, tmp_path):
     options = {"remove": 3, "windows": 6, "length": 24}
     plan = sleb.search(tiny_dir, stream=True, max_memory="200KB", **options, **CPU)
@@ -109,6 +110,7 @@ def test_plan_evaluation_and_similarity_are_the_same(tiny_dir, streamed, tmp_pat
     assert done.plan.order == plan.order
 
 
+@pytest.mark.slow
 def test_every_verb_that_scores_can_stream(place, capsys, monkeypatch):
     from sleb.cli.main import main
 

@@ -224,6 +224,7 @@ def test_held_out_windows_are_no_scored_ones(loaded):
     assert not torch.equal(scored.ids[:16], aside.ids)
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_curve_and_target(place, capsys):
     from sleb.cli.main import main
 

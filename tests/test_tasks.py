@@ -144,6 +144,7 @@ def test_the_pruned_score_is_that_of_the_cut_checkpoint(taught, taught_dir, tmp_
     assert all(r.pruned is None and r.flips is None and r.retention is None for r in alone)
 
 
+@pytest.mark.slow
 def test_generated_answers_are_those_of_the_cut_checkpoint(taught, taught_dir, tmp_path):
     """Both models must give the very answers of a computation without cache and harness."""
     agreed = 0

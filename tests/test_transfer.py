@@ -271,6 +271,7 @@ def test_overlap_is_shared_over_either_and_all_is_read_back(loaded, write, monke
     assert adapter.validate_json(adapter.dump_json(found)) == found
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_on_a_real_model_every_plan_costs_something_at_home(real_model, write):
     write("list.txt", "".join(f"{i} {i + 1} {i + 2}\n" for i in range(200)))

@@ -91,6 +91,7 @@ def test_what_is_wrong_is_named(tiny_dir, plan, out, tmp_path):
     assert LOGITS in failed(check(untouched, tiny_dir, plan))
 
 
+@pytest.mark.slow
 def test_repaired_tensors_are_the_plans(learned, tmp_path):
     options = {"remove": 2, "windows": 6, "length": 32, "device": "cpu", "dtype": "float32"}
     text = [str(learned / "text.txt")]
