@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-answers bench-quantize check lint format types clean
+.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-answers bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,9 @@ PYTEST = OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n a
 
 test: $(READY) $(MODEL)
 	$(PYTEST)
+
+test-zoo: $(READY)
+	$(PYTEST) -m slow tests/test_zoo.py tests/test_rollback_load.py
 
 # Marked slow: what takes long, and all but the first example of each kind.
 test-rest: $(READY) $(MODEL)
