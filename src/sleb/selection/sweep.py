@@ -328,10 +328,14 @@ class Sweep:
         removed, hidden = next(iter(final.items()))
         with self.stack.bypassed(removed):
             own = self.stack.model(input_ids=ids[:1].to(self.stack.input_device), use_cache=False)
-        walked = self.stack.exit(hidden[:1]).float()
-        scale = own.logits.float().abs().max().item()
-        gap = (walked - own.logits.float()).abs().max().item()
-        if gap > max(scale, 1e-6) * (1e-3 if self.stack.dtype == torch.float32 else 0.1):
+        walked, own = self.stack.exit(hidden[:1]).float(), own.logits.float()
+        gap = (walked - own).abs().max().item()
+        off, most = gap / max(own.abs().max().item(), 1e-6), 1e-3
+        if self.stack.dtype != torch.float32:
+            # where an early block is gone, rounding in another batch moves single logits far: in
+            # SmolLM2 all together 3 %, and one block more or less at least 50 %
+            off, most = float((walked - own).norm() / own.norm().clamp_min(1e-6)), 0.2
+        if off > most:
             raise UnsupportedModel(
                 f"{self.stack.name}: running its blocks one by one differs from its own forward "
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
