@@ -20,6 +20,7 @@ from sleb.core.errors import DataError, UnsupportedModel
 from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import token_nll, token_quality
+from sleb.surgery.verification import logit_tolerance
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Float32 logits of one chunk, at most. Four or five tensors of that size exist at a time."""
@@ -102,7 +103,7 @@ class SplitModel:
 
 def agree(found: Tensor, wanted: Tensor) -> bool:
     """Whether logits are the same but for rounding."""
-    limit = wanted.abs().max() * (1e-4 if wanted.dtype == torch.float32 else 2e-2)
+    limit = wanted.abs().max() * logit_tolerance(wanted.dtype)
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)
 
 

@@ -20,7 +20,7 @@ from sleb.core.progress import Progress
 from sleb.models.load import DTYPES, load_config, strict_model
 from sleb.models.source import quiet_transformers
 from sleb.models.stack import BlockStack
-from sleb.surgery.verification import probe_ids
+from sleb.surgery.verification import logit_tolerance, probe_ids
 
 if TYPE_CHECKING:
     from sleb.calibration import Windows
@@ -197,7 +197,7 @@ def read_back(
     strange = [p.name for p in stage.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
     if strange:
         raise VerificationFailed(f"the library wrote {strange[0]}, and sleb ships no pickle")
-    limit = 1e-4 if rounding.model.dtype == torch.float32 else 2e-2
+    limit = logit_tolerance(rounding.model.dtype)
     with progress.stage("reading it back", None):
         try:
             Checkpoint.open(stage)

@@ -69,6 +69,11 @@ NEW_TOKENS = 16
 MAX_PROBE = 1040
 
 
+def logit_tolerance(dtype: torch.dtype) -> float:
+    """How far logits of the same weights may be apart after a reload, as a share of the largest."""
+    return 1e-4 if dtype == torch.float32 else 2e-2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One gate: what was measured, against which limit. ``key`` names it for programs."""
@@ -333,10 +338,7 @@ def _logit_check(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: boo
     if found.shape != expected.shape:
         return _check("logits", False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
     gap = (found - expected).abs().max().item()
-    if exact:
-        limit = 0.0
-    else:
-        limit = expected.abs().max().item() * (1e-4 if dtype == torch.float32 else 2e-2)
+    limit = 0.0 if exact else expected.abs().max().item() * logit_tolerance(dtype)
     return _check("logits", gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
 
 
