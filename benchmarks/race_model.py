@@ -23,12 +23,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from common import RESULTS, save
 
 import sleb
 from sleb.core.statistics import Values
 from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.sweep import block_forwards
 
-__all__ = ["Losses", "Spread", "fit"]
+__all__ = ["SPREAD", "Losses", "Spread", "exact_work", "fit"]
+
+SPREAD = RESULTS / "spread-smollm2.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,18 @@ class Losses:
         mean = self.damage[members].sum() + self.spread.joint * draw.standard_normal()
         fresh = self.spread.fresh * draw.standard_normal(self.windows)
         return np.asarray(self.level + self.own[members].sum(0) + mean + fresh)
+
+
+def exact_work(blocks: int, remove: int) -> list[tuple[int, int]]:
+    """Block forwards and heads that each round of an exact search takes for a window. Which blocks
+    are gone hardly matters: those in the middle."""
+    candidates, work = list(range(1, blocks - 1)), []
+    for done in range(remove):
+        start = (len(candidates) - done) // 2
+        gone = BlockSet(candidates[start : start + done])
+        sets = [gone | {b} for b in candidates if b not in gone]
+        work.append((block_forwards(sets, blocks), len(sets)))
+    return work
 
 
 def fit(values: Mapping[BlockSet, Values]) -> Spread:
@@ -153,7 +169,7 @@ def main() -> None:
         "dtype": plan.dtype,
         "spread": asdict(fit(values)),
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     print(json.dumps(report["spread"]))
 
 

@@ -1,11 +1,10 @@
-"""What a search costs on clusters: a cost model, a simulation of the race, and predictions.
+"""What a search costs on many GPUs, predicted: the page docs/scale.md.
 
-    python benchmarks/scale.py --performance benchmarks/results/performance-*.json > docs/scale.md
+    python benchmarks/scale.py > docs/scale.md
 
-The race is sleb's own (``Objective``, ``Race`` and greedy), on losses drawn from the spread that
-``race_model.py`` has measured on SmolLM2. It says how many candidates are left at each look, and so
-how much work there is; rates come from measurements, or are assumptions that the page names.
-``-o FILE`` writes the figures as JSON as well.
+sleb's own race is run on losses drawn from the spread seen on a real model (``race_model.py``),
+without a model; its calls are counted, dealt out to ranks as a sweep does, and priced by measured
+and assumed rates. Nothing here is run on a cluster.
 """
 
 from __future__ import annotations
@@ -21,29 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import fetched, merged, scale_page
-from perf_core import SHAPES
-from race_model import Losses, Spread
+from common import RESULTS, save
+from pages import fetched, merged, page
+from race_model import SPREAD, Losses, Spread, exact_work
+from shapes import Shape
 
 from sleb.selection.objective import BlockSet, Call, Objective, Scorer
 from sleb.selection.strategies import STRATEGIES
-from sleb.selection.sweep import BUNDLES
-from sleb.selection.sweep import block_forwards as counted_forwards
+from sleb.selection.sweep import BUNDLES, block_forwards
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SPREAD = RESULTS / "spread-smollm2.json"
 WINDOWS, LENGTH = 128, 2048
 SEEDS = 4
+PERFORMANCE = sorted(RESULTS.glob("performance-*.json"))
 
 
 @functools.lru_cache(maxsize=100_000)
 def _forwards(sets: tuple[BlockSet, ...], blocks: int) -> int:
-    return counted_forwards(sets, blocks)
-
-
-def block_forwards(sets: Sequence[BlockSet], blocks: int) -> int:
     """As the sweep's; the calls of a step are of the same sets."""
-    return _forwards(tuple(sets), blocks)
+    return block_forwards(sets, blocks)
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -51,10 +45,11 @@ def _split(sets: tuple[BlockSet, ...], ranks: int, blocks: int) -> tuple[int, in
     """Block forwards and heads of the busiest of ``ranks`` that share one call."""
     size = math.ceil(len(sets) / BUNDLES)
     bundles = [sets[a : a + size] for a in range(0, len(sets), size)]
-    loads: list[list[BlockSet]] = [[] for _ in range(max(1, min(ranks, len(bundles))))]
-    for bundle in sorted(bundles, key=lambda b: -block_forwards(b, blocks)):
-        min(loads, key=lambda load: block_forwards(load, blocks)).extend(bundle)
-    return max(block_forwards(x, blocks) for x in loads), max(len(x) for x in loads)
+    loads: list[tuple[BlockSet, ...]] = [()] * max(1, min(ranks, len(bundles)))
+    for bundle in sorted(bundles, key=lambda b: -_forwards(b, blocks)):
+        least = min(range(len(loads)), key=lambda i: _forwards(loads[i], blocks))
+        loads[least] += bundle
+    return max(_forwards(x, blocks) for x in loads), max(map(len, loads))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,33 +64,27 @@ class Model:
     attention: int  # heads times their size
     vocab: int
 
+    @classmethod
+    def of(cls, name: str, shape: Shape) -> Model:
+        block = shape.block_parameters
+        known = {"blocks": shape.blocks, "width": shape.width, "vocab": shape.vocab}
+        return cls(name=name, active=block, held=block, attention=shape.width, **known)
+
     @property
     def bytes(self) -> float:
         return 2 * (self.blocks * self.held + 2 * self.width * self.vocab)
 
-    def block_flops(self, tokens: int) -> float:
-        return 2 * self.active * tokens + 2 * tokens * (tokens + 1) * self.attention
-
-    def head_flops(self, tokens: int) -> float:
-        return 2.0 * self.width * self.vocab * tokens
-
-
-def dense(name: str, blocks: int, width: int, inner: int, heads: int, kv: int, vocab: int) -> Model:
-    block = 2 * width * (width + width // heads * kv) + 3 * width * inner
-    return Model(
-        name=name,
-        blocks=blocks,
-        width=width,
-        active=block,
-        held=block,
-        attention=width,
-        vocab=vocab,
-    )
+    def flops(self, forwards: float, heads: float) -> float:
+        """Of so many block forwards and heads, of windows of LENGTH tokens."""
+        block = 2 * self.active * LENGTH + 2 * LENGTH * (LENGTH + 1) * self.attention
+        return forwards * block + heads * 2.0 * self.width * self.vocab * LENGTH
 
 
+LLAMA_70B = Shape(width=8192, inner=28672, blocks=80, heads=64, kv_heads=8, vocab=128256)
+LLAMA_405B = Shape(width=16384, inner=53248, blocks=126, heads=128, kv_heads=8, vocab=128256)
 MODELS = (
-    dense("70B", 80, 8192, 28672, 64, 8, 128256),
-    dense("405B", 126, 16384, 53248, 128, 8, 128256),
+    Model.of("70B", LLAMA_70B),
+    Model.of("405B", LLAMA_405B),
     # 61 blocks of 256 experts of which 8 work on a token, and one that always does
     Model(
         name="600B MoE",
@@ -117,48 +106,26 @@ class Rates:
 
     tflops: float
     fetch: float
-    link: float
-    network: float
-    meet: float
-    memory: float
     source: dict[str, str]
+    link: float = 300.0
+    network: float = 40.0
+    meet: float = 0.05
+    memory: float = 72.0
 
 
 def rates(performance: Sequence[Path]) -> Rates:
-    """From the results of ``performance.py``, else from earlier measurements and assumptions."""
+    """From results of ``performance.py``, and assumptions."""
     reports = [json.loads(path.read_text()) for path in performance]
-    reports = [report for report in reports if report["about"]["shape"] == "full"]
     sections = merged(reports)
-    source = {
-        "link": "assumed",
-        "network": "assumed",
-        "meet": "assumed",
-        "memory": "80 GB, less what a process needs beside the model: assumed",
-    }
-    search = sections.get("7b.search", {})
-    if search.get("tflops"):
-        tflops = search["tflops"]
-        source["tflops"] = f"measured, 7B search, {reports[0]['about']['machine']}"
-    else:
-        before = json.loads((RESULTS / "search-h100-7b-shape-128x2048.json").read_text())
-        row, shape = before["systems"][0], SHAPES["7b"]
-        calls = json.loads((RESULTS / "schedule-128x2048.json").read_text())
-        heads = sum(len(sets) * (stop - start) for sets, start, stop in calls)
-        flops = row["block_forwards"] * shape.block_flops(LENGTH) + heads * shape.head_flops(LENGTH)
-        tflops = flops / row["seconds"] / 1e12
-        source["tflops"] = f"measured, 7B search ({before['machine']})"
-    streamed = sections.get("70b.stream", {})
-    cached = "from_page_cache" in streamed
-    fetch = round(fetched(streamed, "from_page_cache"), 2) if cached else 5.0
-    source["fetch"] = "measured, 70B shape from the page cache" if cached else "assumed"
     return Rates(
-        tflops=round(tflops, 1),
-        fetch=fetch,
-        link=300.0,
-        network=40.0,
-        meet=0.05,
-        memory=72.0,
-        source=source,
+        tflops=round(sections["7b.search"]["tflops"], 1),
+        fetch=round(fetched(sections["70b.stream"], "from_page_cache"), 2),
+        source={
+            **dict.fromkeys(("link", "network", "meet"), "assumed"),
+            "memory": "80 GB, less what a process needs beside the model: assumed",
+            "tflops": f"measured, 7B search, {reports[0]['about']['machine']}",
+            "fetch": "measured, 70B shape from the page cache",
+        },
     )
 
 
@@ -166,7 +133,7 @@ class Simulated:
     """A race's calls, step by step, for a model of so many blocks."""
 
     def __init__(self, blocks: int, remove: int, windows: int, batch: int, losses: Losses) -> None:
-        self.blocks, self.remove, self.windows = blocks, remove, windows
+        self.blocks, self.remove = blocks, remove
         self.steps: list[list[Call]] = []
 
         def distribute(calls: Sequence[Call]) -> Any:
@@ -181,62 +148,64 @@ class Simulated:
             distribute=distribute,
         )
         objective = Objective(scorer, windows, exact=False)
-        found = STRATEGIES["greedy"](objective, range(1, blocks - 1), remove)
-        best = sorted(range(1, blocks - 1), key=lambda b: losses.damage[b])[:remove]
-        self.order = found.order
-        self.as_least_damage = len(set(best) & set(found.order)) / remove
+        STRATEGIES["greedy"](objective, range(1, blocks - 1), remove)
+        self.forwards, self.heads = map(sum, zip(*map(self._cost, self._calls()), strict=True))
 
-    @property
-    def forwards(self) -> int:
-        return sum(
-            block_forwards(sets, self.blocks) * (b - a)
-            for step in self.steps
-            for sets, a, b in step
-        )
+    def _calls(self) -> list[Call]:
+        return [call for step in self.steps for call in step]
 
-    @property
-    def heads(self) -> int:
-        return sum(len(sets) * (b - a) for step in self.steps for sets, a, b in step)
+    def _cost(self, call: Call) -> tuple[int, int]:
+        """Block forwards and heads."""
+        sets, start, stop = call
+        return (stop - start) * _forwards(tuple(sets), self.blocks), (stop - start) * len(sets)
 
     def left(self) -> dict[int, float]:
         """Candidates scored on the window with this number, a mean over rounds."""
         seen: dict[int, int] = defaultdict(int)
-        for step in self.steps:
-            for sets, a, b in step:
-                for window in range(a, b):
-                    seen[window] += sum(1 for s in sets if s)
+        for sets, start, stop in self._calls():
+            for window in range(start, stop):
+                seen[window] += sum(1 for s in sets if s)
         return {w: seen[w] / self.remove for w in sorted(seen)}
 
     def by_formula(self) -> float:
         """Block forwards by the cost model: a window takes one walk of all live blocks, and half a
         walk more for each candidate that is left."""
         total = 0.0
-        for step in self.steps:
-            for sets, a, b in step:
-                live = self.blocks - min(len(s) for s in sets if s) if any(sets) else self.blocks
-                candidates = sum(1 for s in sets if s)
-                total += (b - a) * live * (1 + (candidates - 1) / 2)
+        for sets, start, stop in self._calls():
+            live = self.blocks - min((len(s) for s in sets if s), default=0)
+            candidates = sum(1 for s in sets if s)
+            total += (stop - start) * live * (1 + (candidates - 1) / 2)
         return total
 
     def busiest(self, replicas: int) -> tuple[float, float]:
         """Block forwards, and heads, of the busiest of so many replicas; steps wait for it. Calls
-        go whole to replicas, and those of the last turn are split by bundles, as ``dealing`` does.
-        """
+        go whole to replicas, and those of the last turn are split by bundles, as a sweep does."""
         forwards = heads = 0.0
         for step in self.steps:
-            costs = [
-                (block_forwards(s, self.blocks) * (b - a), len(s) * (b - a)) for s, a, b in step
+            whole = len(step) - len(step) % replicas
+            turns = [
+                [self._cost(call) for call in step[turn : turn + replicas]]
+                for turn in range(0, whole, replicas)
             ]
-            whole = len(costs) - len(costs) % replicas
-            for turn in range(0, whole, replicas):
-                forwards += max(c[0] for c in costs[turn : turn + replicas])
-                heads += max(c[1] for c in costs[turn : turn + replicas])
             if rest := step[whole:]:
-                ranks = replicas // len(rest)
-                shares = [_split(tuple(sets), ranks, self.blocks) for sets, _, _ in rest]
-                forwards += max(f * (b - a) for (f, _), (_, a, b) in zip(shares, rest, strict=True))
-                heads += max(h * (b - a) for (_, h), (_, a, b) in zip(shares, rest, strict=True))
+                split = [
+                    (stop - start, _split(tuple(sets), replicas // len(rest), self.blocks))
+                    for sets, start, stop in rest
+                ]
+                turns.append([(f * n, h * n) for n, (f, h) in split])
+            for costs in turns:
+                forwards += max(cost[0] for cost in costs)
+                heads += max(cost[1] for cost in costs)
         return forwards, heads
+
+
+def simulated(blocks: int, remove: int, windows: int, length: int, batch: int, seeds: int) -> Any:
+    """Races that differ by the seed of their losses."""
+    spread = Spread.read(SPREAD, length)
+    return [
+        Simulated(blocks, remove, windows, batch, Losses(spread, blocks, windows, seed=seed))
+        for seed in range(seeds)
+    ]
 
 
 def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r: Rates) -> Any:
@@ -250,7 +219,7 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
     found = []
     for race in races:
         forwards, heads = race.busiest(replicas)
-        flops = forwards * model.block_flops(LENGTH) + heads * model.head_flops(LENGTH)
+        flops = model.flops(forwards, heads)
         seconds = {"compute": flops / (1 if streamed else tp) / r.tflops / 1e12}
         if streamed:
             # all GPUs of a machine share what it can fetch; a step takes one walk of each
@@ -265,61 +234,53 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
         if streamed:  # the next block is fetched while this one computes
             total -= min(seconds["compute"], seconds["fetch"])
         found.append({**seconds, "total": total})
-    mean = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
-    work = float(np.mean([race.forwards / race.busiest(replicas)[0] for race in races]))
     return {
         "model": model.name,
+        "gb": round(model.bytes / 1e9),
         "gpus": gpus,
         "group": 1 if streamed else tp,
         "streamed": streamed,
         "replicas": replicas,
         "removed": remove,
-        "seconds": {k: round(v, 1) for k, v in mean.items()},
-        "busy": round(work / replicas, 3),
+        "seconds": {k: round(_mean(f[k] for f in found), 1) for k in found[0]},
+        "busy": _mean(race.forwards / race.busiest(replicas)[0] for race in races) / replicas,
     }
 
 
-MEASURED = (
-    # result file, windows that go through a block at once
-    ("race-cpu-16x256.json", 4),
-    ("performance-h200-real.json", 242),
-)
-
-
-def measured(name: str) -> tuple[int, int, int, int, int]:
-    """Of a race in a result: blocks, removed, windows, their length, and block forwards."""
-    report = json.loads((RESULTS / name).read_text())
-    if "sections" in report:
-        row = report["sections"]["real"]["searches"]["racing"]
-        keys = ("blocks", "removed", "windows", "length", "block_forwards")
-        return tuple(row[key] for key in keys)  # type: ignore[return-value]
-    racing = next(s for s in report["systems"] if s["system"] == "racing")
-    what = report["what"]
-    asked = (report["blocks"], what["remove"], what["windows"], what["length"])
-    return (*asked, racing["block_forwards"])
+def _mean(values: Any) -> float:
+    return float(np.mean([*values]))
 
 
 def check() -> list[dict[str, Any]]:
     """Block forwards of measured races, against those simulated at the same sizes."""
+    cpu = json.loads((RESULTS / "race-cpu-16x256.json").read_text())
+    gpu = json.loads((RESULTS / "performance-h200-real.json").read_text())
+    racing = next(s for s in cpu["systems"] if s["system"] == "racing")
+    measured = {
+        # a result, and how many windows go through a block at once
+        ("race-cpu-16x256.json", 4): {
+            **{key: cpu["what"][key] for key in ("windows", "length")},
+            "blocks": cpu["blocks"],
+            "removed": cpu["what"]["remove"],
+            "block_forwards": racing["block_forwards"],
+        },
+        ("performance-h200-real.json", 242): gpu["sections"]["real"]["searches"]["racing"],
+    }
     rows = []
-    for name, batch in MEASURED:
-        blocks, remove, windows, length, forwards = measured(name)
-        spread = Spread.read(SPREAD, length)
-        races = [
-            Simulated(blocks, remove, windows, batch, Losses(spread, blocks, windows, seed=s))
-            for s in range(SEEDS)
-        ]
+    for (name, batch), row in measured.items():
+        size = (row[key] for key in ("blocks", "removed", "windows", "length"))
+        races = simulated(*size, batch, SEEDS)
         found = [race.forwards for race in races]
         rows.append(
             {
                 "result": name,
-                "windows": windows,
-                "length": length,
-                "measured": forwards,
-                "simulated": round(float(np.mean(found))),
+                "windows": row["windows"],
+                "length": row["length"],
+                "measured": row["block_forwards"],
+                "simulated": round(_mean(found)),
                 "least": min(found),
                 "most": max(found),
-                "formula": round(float(np.mean([race.by_formula() for race in races]))),
+                "formula": round(_mean(race.by_formula() for race in races)),
             }
         )
     return rows
@@ -328,32 +289,23 @@ def check() -> list[dict[str, Any]]:
 def figures(performance: Sequence[Path], seeds: int, gpus: Sequence[int]) -> dict[str, Any]:
     """All that the page shows."""
     r = rates(performance)
-    spread = Spread.read(SPREAD, LENGTH)
     models, predictions = [], []
     for model in MODELS:
         remove = math.ceil(0.1 * model.blocks)
-        races = [
-            Simulated(
-                model.blocks, remove, WINDOWS, 1, Losses(spread, model.blocks, WINDOWS, seed=s)
-            )
-            for s in range(seeds)
-        ]
+        races = simulated(model.blocks, remove, WINDOWS, LENGTH, 1, seeds)
         curves = [race.left() for race in races]
+        exact = sum(forwards for forwards, _ in exact_work(model.blocks, remove))
         models.append(
             {
                 "model": model.name,
                 "blocks": model.blocks,
                 "removed": remove,
-                "gb": round(model.bytes / 1e9),
-                "steps": round(float(np.mean([len(race.steps) for race in races]))),
-                "block_forwards": round(float(np.mean([race.forwards for race in races]))),
-                "formula": round(float(np.mean([race.by_formula() for race in races]))),
-                "heads": round(float(np.mean([race.heads for race in races]))),
-                "least_damage": round(float(np.mean([race.as_least_damage for race in races])), 3),
-                "exact_block_forwards": exact_forwards(model.blocks, remove),
+                "steps": round(_mean(len(race.steps) for race in races)),
+                "block_forwards": round(_mean(race.forwards for race in races)),
+                "formula": round(_mean(race.by_formula() for race in races)),
+                "exact_block_forwards": WINDOWS * exact,
                 "left": {
-                    w + 1: round(float(np.mean([c[w] for c in curves])), 1)
-                    for w in (0, 4, 8, 16, 32, 64, 127)
+                    w + 1: round(_mean(c[w] for c in curves), 1) for w in (0, 4, 8, 16, 32, 64, 127)
                 },
             }
         )
@@ -370,28 +322,18 @@ def figures(performance: Sequence[Path], seeds: int, gpus: Sequence[int]) -> dic
     }
 
 
-def exact_forwards(blocks: int, remove: int) -> int:
-    """Of an exact search that removes the middle blocks."""
-    candidates, total = list(range(1, blocks - 1)), 0
-    for done in range(remove):
-        start = (len(candidates) - done) // 2
-        gone = BlockSet(candidates[start : start + done])
-        sets = [gone | {b} for b in candidates if b not in gone]
-        total += WINDOWS * counted_forwards(sets, blocks)
-    return total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--performance", type=Path, nargs="*", default=[])
+    parser.add_argument("--performance", type=Path, nargs="+", default=PERFORMANCE)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("-o", "--out", type=Path, help="the figures, as JSON")
     options = parser.parse_args()
     found = figures(options.performance, options.seeds, options.gpus)
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(scale_page(found), end="")
+        save(options.out, found)
+    off = [row["simulated"] / row["measured"] - 1 for row in found["check"]]
+    print(page("scale.md.j2", off=off, **found), end="")
 
 
 if __name__ == "__main__":

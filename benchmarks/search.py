@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from common import asked, measure, save, setting
-from perf_core import SHAPES, random_llama
 from plot import published_forwards
+from shapes import SHAPES, random_llama
 from torch import Tensor
 
 import sleb

@@ -25,10 +25,10 @@ import plot  # noqa: E402
 import quality  # noqa: E402
 import scale  # noqa: E402
 from answers import right  # noqa: E402
+from latency import against_line, generated  # noqa: E402
 from pages import render  # noqa: E402
-from perf_core import SHAPES, random_llama, shape_of, shortened  # noqa: E402
-from perf_speed import against_line, generated  # noqa: E402
 from race_model import Losses, Spread, fit  # noqa: E402
+from shapes import SHAPES, random_llama, shape_of, shortened  # noqa: E402
 from texts import DOMAINS, UNSEEN, prepare  # noqa: E402
 
 SENTENCES = (  # what the model of conftest has learned
@@ -228,7 +228,10 @@ def test_more_ranks_never_take_longer_and_large_models_are_streamed():
     assert times[0] == race.forwards
     assert times == sorted(times, reverse=True)
     assert times[1] < 0.65 * times[0]
-    few, many = (scale.predict(scale.MODELS[1], n, 1, [race], scale.rates([])) for n in (8, 64))
+    few, many = (
+        scale.predict(scale.MODELS[1], n, 1, [race], scale.rates(scale.PERFORMANCE))
+        for n in (8, 64)
+    )
     assert (few["streamed"], many["streamed"]) == (True, False)
     assert few["seconds"]["total"] > many["seconds"]["total"]
 
