@@ -7,10 +7,8 @@ model's size and whatever its dtype. Nothing here unpickles or executes anything
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -151,9 +149,9 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def block_sizes(self, n: int, module_path: str) -> list[tuple[int, int]]:
-        """Stored elements and bytes of each of the blocks 0..n-1; arguments as `block_prefix`."""
-        prefix = self.block_prefix(n, module_path)
+    def block_sizes(self, n: int, prefix: str) -> list[tuple[int, int]]:
+        """Stored elements and bytes of each of the blocks 0..n-1, whose tensors are named
+        ``prefix``, the block's number, a dot and more."""
         sizes = [(0, 0)] * n
         for name, info in self.tensors.items():
             block = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
@@ -161,30 +159,6 @@ class Checkpoint:
                 elements, nbytes = sizes[int(block)]
                 sizes[int(block)] = (elements + info.numel, nbytes + info.nbytes)
         return sizes
-
-    def block_prefix(self, n: int, module_path: str) -> str:
-        """The prefix of block tensors on disk, ``model.layers.`` in ``model.layers.0.mlp...``.
-
-        It may differ from the path of the modules; the one that shares the longest end with
-        ``module_path`` is taken among those that number at least 0..n-1.
-
-        Raises:
-            DataError: no tensors are numbered 0..n-1.
-        """
-        ids: dict[str, set[int]] = {}
-        for name in self.tensors:
-            if match := re.match(r"(.*?\.|)(\d+)\.", name):
-                ids.setdefault(match[1], set()).add(int(match[2]))
-        fits = [prefix for prefix, found in ids.items() if found >= set(range(n))]
-        if not fits:
-            raise DataError(f"{self.path}: no tensors are numbered as blocks 0..{n - 1}")
-        wanted = module_path.split(".")
-
-        def shared(prefix: str) -> int:
-            ends = zip(reversed(prefix.rstrip(".").split(".")), reversed(wanted), strict=False)
-            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
-
-        return max(fits, key=lambda prefix: (shared(prefix), prefix))
 
 
 def shard_head(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:

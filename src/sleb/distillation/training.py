@@ -31,6 +31,7 @@ from sleb.core.progress import Progress
 from sleb.distillation.loss import SplitModel, backward_kl, validate
 from sleb.distillation.record import Reason
 from sleb.models.stack import BlockStack
+from sleb.models.stored_names import block_prefix
 
 PATIENCE = 3
 """Checks without a better validation divergence after which a run stops."""
@@ -55,7 +56,7 @@ class Student:
     ) -> None:
         self.model, self.checkpoint = model, checkpoint
         stack = BlockStack(model)
-        prefix = checkpoint.block_prefix(len(stack), stack.path)
+        prefix = block_prefix(checkpoint, stack)
         parts = {name: p for name, p in model.named_parameters() if _trained(name, p, stack)}
         self.stored = {name: self._stored(name, p, stack.path, prefix) for name, p in parts.items()}
         self._adapted: Any = None

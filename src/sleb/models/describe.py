@@ -13,6 +13,7 @@ from sleb.core.progress import Progress, silent
 from sleb.models.load import empty_model, load_config, refuse_unread
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stored_names import block_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def describe(
         return Description(**facts, supported=False, reason=str(error))  # type: ignore[arg-type]
 
     n = len(stack)
-    elements, sizes = zip(*checkpoint.block_sizes(n, stack.path), strict=True)
+    elements, sizes = zip(*checkpoint.block_sizes(n, block_prefix(checkpoint, stack)), strict=True)
     total = sum(info.numel for info in checkpoint.tensors.values())
     savings = []
     for percent in (10, 20, 30):

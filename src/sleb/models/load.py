@@ -34,6 +34,7 @@ from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
+from sleb.models.stored_names import block_prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -186,7 +187,7 @@ def _cut_weights(
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
     empty = empty_model(pruned_config(config, cut.removed), trust_remote_code=trust_remote_code)
     check_structure(stack, cut.kept, empty)
-    prefix, others = checkpoint.block_prefix(n, stack.path), cut.repair or {}
+    prefix, others = block_prefix(checkpoint, stack), cut.repair or {}
     names = {old: new for old in checkpoint.tensors if (new := cut.rename(old, prefix)) is not None}
     with ExitStack() as opened:
         files = {

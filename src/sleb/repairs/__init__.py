@@ -31,6 +31,7 @@ from sleb.models.load import LoadedModel
 from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
+from sleb.models.stored_names import block_prefix
 from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
 from sleb.repairs.self_generated import can_generate, with_self_generated, writer
@@ -220,7 +221,7 @@ class _Stored:
 
     def __init__(self, checkpoint: Checkpoint, stack: BlockStack) -> None:
         self.checkpoint, self.stack = checkpoint, stack
-        self.prefix = checkpoint.block_prefix(len(stack), stack.path)
+        self.prefix = block_prefix(checkpoint, stack)
 
     def name(self, block: int, path: str) -> str:
         """Name in the checkpoint of a parameter of a block."""

@@ -28,6 +28,7 @@ from sleb.core.statistics import Values
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
+from sleb.models.stored_names import block_prefix
 from sleb.repairs import repaired
 from sleb.runtimes import rules
 from sleb.runtimes.base import RUNTIMES, Settings, release
@@ -231,7 +232,7 @@ def _reference(model: str | Path, config: CheckOptions, plan: Plan, pruned: Path
     length = _length(decoder_config(loaded.model.config).to_dict())
     windows, _ = load_windows(loaded.tokenizer, (), windows=1, length=length, seed=0)
     ids = windows.ids[0].tolist()
-    prefix = Checkpoint.open(loaded.source.path).block_prefix(len(loaded.stack), loaded.stack.path)
+    prefix = block_prefix(Checkpoint.open(loaded.source.path), loaded.stack)
     cut = Cut.of(plan, config.depth, pruned)
     dense = _logprobs(loaded, ids)
     with (

@@ -17,6 +17,7 @@ from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
 from sleb.core.statistics import Values, interval, standard_error
 from sleb.models.stack import BlockStack
+from sleb.models.stored_names import block_prefix
 from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import baseline, rounded
 from sleb.selection.request import Goal, parse_bytes
@@ -36,7 +37,7 @@ class Costs:
     def of(cls, checkpoint: Checkpoint, stack: BlockStack) -> Costs:
         """Every weight is read for each token, except an input embedding that is not also the
         output head: of that only one row."""
-        sizes = checkpoint.block_sizes(len(stack), stack.path)
+        sizes = checkpoint.block_sizes(len(stack), block_prefix(checkpoint, stack))
         model = stack.model
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         looked_up = 0

@@ -44,6 +44,7 @@ from sleb.models.pruned_config import (
 from sleb.models.quantization_names import renumber_metadata, renumber_quantization
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stored_names import block_prefix
 from sleb.surgery.rollback_keep import keep_original
 from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Written
 
@@ -173,10 +174,9 @@ def cut_checkpoint(
     and replaced will need too."""
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
-    n = decoder_config(config).num_hidden_layers
     after = pruned_config(config, cut.removed)
     check_structure(stack, cut.kept, empty_model(after, trust_remote_code=trust_remote_code))
-    prefix = checkpoint.block_prefix(n, stack.path)
+    prefix = block_prefix(checkpoint, stack)
     fields = cut_config(checkpoint, stack, cut, config, after)
     if spell_both:
         fields = both_spellings(fields, after)
@@ -275,7 +275,7 @@ def cut_config(
     """
     fields = pruned_json(checkpoint.config, config, after, cut.removed)
     if cut.removed and (quantization := fields.get("quantization_config")):
-        prefix = checkpoint.block_prefix(len(stack), stack.path)
+        prefix = block_prefix(checkpoint, stack)
         fields["quantization_config"] = _renumbered(quantization, checkpoint, stack, prefix, cut)
     return fields
 

@@ -47,6 +47,7 @@ from sleb.models.pruned_config import lost_fields, pruned_config
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import resolve
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stored_names import block_prefix
 from sleb.repairs import repaired
 from sleb.surgery.apply import cut_config
 
@@ -177,7 +178,7 @@ def verify(
         original = load_again()
         _align(original.model)
         stack = original.stack
-        prefix = given.block_prefix(len(stack), stack.path)
+        prefix = block_prefix(given, stack)
         wanted = cut_config(given, stack, cut, config, expected)
         with repaired(stack, cut.repair or {}, prefix):
             if streams:

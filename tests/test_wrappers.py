@@ -1,0 +1,66 @@
+"""Vision-language models are cut in their decoder, and stay the wrapper that they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sleb
+from plan_tools import plan_of
+from wrappers import BLOCKS, wrapper_folder
+
+EVERY = ["gemma3"]
+
+
+def decoder_block(name: str) -> int | None:
+    """The block of the decoder that a tensor is of, whatever the file calls it; None if of none."""
+    before, _, after = name.partition(".layers.")
+    return int(after.split(".")[0]) if after and "vision" not in before else None
+
+
+@pytest.mark.parametrize("hub_names", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_cut_is_in_the_decoder(name, hub_names, tmp_path):
+    """Two cuts one after the other, so that once the tower has as many blocks as the decoder, and
+    once more; all else stays to the byte."""
+    source = wrapper_folder(name, tmp_path / "M", hub_names=hub_names)
+    left = list(range(BLOCKS))
+    for step, gone in enumerate([(3, 5), (2,)]):
+        before = load_file(source / "model.safetensors")
+        out = sleb.apply(plan_of(source, *gone), source, tmp_path / f"cut{step}")
+        after = load_file(out / "model.safetensors")
+        kept = [block for block in range(len(left)) if block not in gone]
+        left = [left[block] for block in kept]
+        expected = {}
+        for tensor, value in before.items():
+            block = decoder_block(tensor)
+            if block in gone:
+                continue
+            moved = tensor
+            if block is not None:
+                moved = tensor.replace(f".layers.{block}.", f".layers.{kept.index(block)}.", 1)
+            expected[moved] = value
+        assert after.keys() == expected.keys()
+        assert all(torch.equal(after[key], value) for key, value in expected.items())
+        assert sleb.verify(out, model=source).passed
+        source = out
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_config_says_the_depth_of_the_decoder(name, tmp_path):
+    source = wrapper_folder(name, tmp_path / "M")
+    out = sleb.apply(plan_of(source, 0, 4), source, tmp_path / "cut")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
+    own, cut = before.pop("text_config", before), after.pop("text_config", after)
+    assert cut["num_hidden_layers"] == BLOCKS - 2
+    per_block = {key for key, value in own.items() if isinstance(value, list)}
+    changed = {key for key in {*own, *cut} if own.get(key) != cut.get(key)}
+    assert changed <= {"num_hidden_layers", "layer_types", "sliding_window_pattern", *per_block}
+    assert before is own or before == after
+    assert list(after["architectures"]) == before["architectures"]
+    sleb.restore(out, tmp_path / "back")
+    for file in source.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
