@@ -65,11 +65,11 @@ def test_mistakes_are_one_line_and_leave_nothing(here, capsys, tiny_dir):
             ["plan.json", "m.gguf", "-o", "c", "--other-weights"],
             "--other-weights is for GGUF fi",
         ),
-        (2, ["plan.json", "m.gguf", "-o", "c", "--repaired", "r"], "--repaired is for GGUF files"),
+        (2, ["plan.json", "m.gguf", "-o", "c.gguf", "--repaired", "r"], "records no repair"),
         (
             2,
             ["plan.json", "m.gguf", "-o", "c.gguf", "--repair", "--repaired", "r"],
-            "--repair fits a repair, --repaired brings one",
+            "--repaired brings the plan's repair",
         ),
         (2, ["plan.json", "none.gguf", "-o", "c.gguf"], "no model at none.gguf; check the path"),
         (2, ["plan.json", "m.gguf", "-o", "m.gguf", "--force"], "m.gguf is the model itself"),

@@ -17,9 +17,11 @@ import transformers
 import sleb
 from cli_tools import tree
 from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, ResourceError
 from sleb.core.plan import Plan
 from sleb.surgery.gguf_cut import cut_gguf
+from sleb.verbs import applied
 
 CPU = {"dtype": "float32", "device": "cpu"}
 GEMMA3 = {
@@ -83,12 +85,12 @@ def test_every_depth_is_the_first_removals_of_the_order(tmp_path):
     plan = plan_of("llama", 8, 5, 2, 6)
     for depth, removed in ((1, (5,)), (2, (2, 5)), (3, (2, 5, 6)), (None, (2, 5, 6))):
         out = tmp_path / f"{depth}.gguf"
-        cut_gguf(plan, model, out, depth=depth, other_weights=True)
+        cut_gguf(plan, model, out, cut=Cut.of(plan, depth), other_weights=True)
         used = Plan.load(tmp_path / f"{depth}.plan.json")
         assert (used.removed, used.order) == (removed, plan.order[: len(removed)])
         assert entries(out)["sleb.removed_blocks"][1] == list(removed)
     with pytest.raises(InputError, match=r"--depth 4 is outside this plan's 1\.\.3"):
-        cut_gguf(plan, model, tmp_path / "4.gguf", depth=4, other_weights=True)
+        applied(plan, model, tmp_path / "4.gguf", depth=4, other_weights=True)
 
 
 def test_a_cut_of_a_cut_is_the_cut_of_both(tmp_path):

@@ -140,7 +140,7 @@ def test_a_repair_is_undone(tmp_path, capsys):
     before = tree(source)
     kept = load_file(out / "rollback/removed.safetensors")
     assert {n.split(".")[2] for n in kept} == {"2", "3", "4", "5"}
-    sleb.apply(plan, source, tmp_path / "own", depth=1)
+    sleb.apply(plan, source, tmp_path / "own", depth=1, repair=False)
     shutil.rmtree(source)
     ran = run(capsys, "restore", out, "-o", tmp_path / "back")
     assert (ran.code, ran.err) == (0, "")
@@ -162,6 +162,9 @@ def test_a_repair_is_undone(tmp_path, capsys):
         "nbytes": Checkpoint.open(tmp_path / "2").nbytes,
         "repair_undone": True,
     }
+    whole = sleb.restore(out, tmp_path / "whole", depth=2)  # the very cut, repair included
+    assert not whole.repair_undone
+    assert files(tmp_path / "whole") == files(out)
 
 
 def test_a_cut_of_a_cut_comes_back_to_the_first_cut(tmp_path):

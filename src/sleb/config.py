@@ -384,13 +384,22 @@ class RepairConfig(DepthOptions, DeviceOptions):
     repair_tokens: int | None = like(RepairOptions, "repair_tokens")
 
 
+class WriteConfig(KeepOptions, TrustOptions):
+    """How a cut is written."""
+
+
 class ApplyConfig(RepairConfig, KeepOptions):
     """`sleb apply`."""
 
-    repair: bool = option(False, "Re-fit matrices around the gaps, on --text.", flag="--repair")
+    repair: bool | None = like(
+        RepairOptions,
+        "repair",
+        help="Re-fit matrices around the gaps, on --text, or leave the plan's repair out. Default: "
+        "the plan's repair, if it has one.",
+    )
     repaired: str | None = option(
         None,
-        "From GGUF to GGUF: take the plan's repair from this checkpoint.",
+        "Checkpoint that has the tensors of the plan's repair. Default: the plan's folder.",
         metavar="FOLDER",
     )
     other_weights: bool = option(
@@ -411,8 +420,11 @@ class ApplyConfig(RepairConfig, KeepOptions):
                 "only --repair loads blocks, which --stream or --device-map place; give --repair "
                 "too, or leave them out"
             )
-        if self.repair and self.repaired:
-            raise InputError("--repair fits a repair, --repaired brings one: give one of them")
+        if self.repair is not None and self.repaired:
+            raise InputError(
+                "--repaired brings the plan's repair, --repair fits another, --no-repair leaves it "
+                "out: give one of them"
+            )
         return self
 
 

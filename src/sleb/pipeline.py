@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from sleb.calibration import Windows
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.config import LoadOptions, PruneConfig, SearchConfig, takes
+from sleb.checkpoints.cut import Cut
+from sleb.config import LoadOptions, PruneConfig, SearchConfig, WriteConfig, takes
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, writable_target
 from sleb.core.plan import Plan, Target, blocks_to_remove
@@ -209,14 +210,15 @@ def _write(
         card = model_card(found.plan, record[0], found.source, kept=config.keep)
         (stage / "README.md").write_text(card, encoding="utf-8")
 
+    cut = Cut.of(found.plan)
+    if found.repair:
+        cut = cut.with_repair(found.repair.record, found.repair.tensors)
     apply(
         found.plan,
         model,
         out,
-        repair=found.repair,
-        keep=config.keep,
-        force=config.force,
-        trust_remote_code=trust,
+        config.part(WriteConfig),
+        cut=cut,
         finish=finish,
         progress=watch,
     )

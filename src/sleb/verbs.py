@@ -17,6 +17,7 @@ from sleb.acceptance import Gate
 from sleb.calibration import Windows, check_sources, load_windows
 from sleb.calibration.split import SELF_GENERATED
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.cut import Cut
 from sleb.config import (
     ApplyConfig,
     BenchConfig,
@@ -31,6 +32,7 @@ from sleb.config import (
     SimilarityConfig,
     TransferConfig,
     VerifyConfig,
+    WriteConfig,
     takes,
 )
 from sleb.core.errors import InputError, SlebError
@@ -229,12 +231,14 @@ def repair(
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A cut that was written: a checkpoint folder, or a GGUF file and what is known of it."""
+    """A cut that was written: a checkpoint folder, or a GGUF file and what is known of it.
+    ``fitted``: its repair was made for it, and is not the plan's."""
 
     out: Path
     removed: tuple[int, ...]
     blocks: int
     repair: RepairRecord | None = None
+    fitted: bool = False
     gguf: CutGGUF | None = None
 
     @property
@@ -262,64 +266,92 @@ def applied(
     """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
     GGUF file, if ``model`` and ``out`` both end in .gguf.
 
-    ``repair`` is one that was fitted, or True to fit one here. ``options``: see
+    ``repair`` is one that was fitted, True to fit one here, or False to leave the plan's out. By
+    default the cut gets the plan's repair if there is one, with the tensors of the checkpoint in
+    ``repaired``, or in the folder that the file ``plan`` lies in. ``options``: see
     :class:`sleb.config.ApplyConfig`.
 
     Raises:
-        InputError, UnsupportedModel, DataError, ResourceError: see
-            :func:`sleb.surgery.apply.apply` and :func:`sleb.surgery.gguf_cut.cut_gguf`.
+        InputError: the tensors of the plan's repair are not there, or it is of a deeper cut; and
+            as below.
+        UnsupportedModel, DataError, ResourceError: see :func:`sleb.surgery.apply.apply` and
+            :func:`sleb.surgery.gguf_cut.cut_gguf`.
     """
-    fit = repair is True
-    config = ApplyConfig.of({**options, "repair": fit})
-    given = _plan(plan)
-    removed = given.at_depth(config.depth)
-    to_gguf = Path(out).suffix == ".gguf"
-    if to_gguf:
-        _check_gguf(plan, given, model, Path(out), config)
-    else:
-        for option in ("repaired", "other_weights"):
-            if getattr(config, option):
-                raise InputError(
-                    f"--{option.replace('_', '-')} is for GGUF files: give -o a name that ends in "
-                    ".gguf"
-                )
-        if fit:  # which takes long; else it is seen at once, below
-            writable_target(Path(out), force=config.force)
     fixed = repair if isinstance(repair, Repair) else None
-    if fit:
-        fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
-    record = fixed.record if fixed else None
+    config = ApplyConfig.of({**options, "repair": None if isinstance(repair, Repair) else repair})
+    if fixed is not None and config.repaired:
+        raise InputError("a cut has one repair: give the one that was fitted, or a folder")
+    given, target = _plan(plan), Path(out)
+    cut = Cut.of(given, config.depth)
+    to_gguf = target.suffix == ".gguf"
     if to_gguf:
-        cut = cut_gguf(
+        _check_gguf(plan, given, model, target, config)
+    elif config.other_weights:
+        raise InputError("--other-weights is for GGUF files: give -o a name that ends in .gguf")
+    if config.repair:
+        if not to_gguf:  # a fit takes long; else it is seen at once, below
+            writable_target(target, force=config.force)
+        fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
+    if fixed is not None:
+        cut = cut.with_repair(fixed.record, fixed.tensors)
+    elif config.repair is False:
+        cut = cut.without_repair()
+    else:
+        cut = _with_stored(cut, given, plan, config.repaired)
+    done = None
+    if to_gguf:
+        done = cut_gguf(
             given,
             model,
             out,
-            depth=config.depth,
-            repair=fixed,
-            repaired=config.repaired,
+            cut=cut,
             other_weights=config.other_weights,
             force=config.force,
             progress=progress,
         )
-        return Applied(
-            out=Path(out), removed=cut.removed, blocks=cut.blocks, repair=record, gguf=cut
-        )
-    written = cutting.apply(
-        given,
-        model,
-        out,
-        depth=config.depth,
-        repair=fixed,
-        keep=config.keep,
-        force=config.force,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
+    else:
+        cutting.apply(given, model, out, config.part(WriteConfig), cut=cut, progress=progress)
+    return Applied(
+        out=target,
+        removed=cut.removed,
+        blocks=len(cut.kept),
+        repair=cut.used(given).repair,
+        fitted=fixed is not None,
+        gguf=done,
     )
-    left = given.model.blocks - len(removed)
-    return Applied(out=written, removed=removed, blocks=left, repair=record)
 
 
 _repair = repair  # as a parameter of applied hides it
+
+
+def _with_stored(cut: Cut, plan: Plan, given: Plan | str | Path, repaired: str | None) -> Cut:
+    """``cut`` with the repair of ``plan``, if that has one, from the checkpoint in ``repaired``, or
+    that in the folder of the file ``given``.
+
+    Raises:
+        InputError: the repair is of a deeper cut, or its tensors are not there.
+    """
+    if plan.repair is None:
+        if repaired:
+            raise InputError(
+                "the plan records no repair that --repaired could bring; give the plan.json of the "
+                "repaired cut"
+            )
+        return cut
+    if cut.record is None:
+        raise InputError(
+            f"the plan's repair is of the cut of all its {len(plan.order)} blocks, not of the "
+            f"first {len(cut.removed)}: fit one for these with --repair and each --text, or give "
+            "--no-repair for the plain cut"
+        )
+    how = "(--repaired), fit one anew (--repair and each --text), or leave it out (--no-repair)"
+    if repaired is None and isinstance(given, Plan):
+        cut.check_whole(f"give the folder that was written with it {how}")
+        return cut
+    try:
+        return Cut.of(plan, folder=repaired or Path(str(given)).parent)
+    except InputError as error:
+        raise InputError(f"{error} {how}") from None
 
 
 def _check_gguf(
@@ -337,7 +369,8 @@ def _check_gguf(
         raise InputError(
             f"the plan that goes beside {out} would replace {written}; choose another -o"
         )
-    check_gguf(plan, model, out, depth=config.depth, force=config.force)
+    removed = plan.at_depth(config.depth)
+    check_gguf(plan, model, out, removed=removed, force=config.force)
 
 
 @takes(ExportConfig)

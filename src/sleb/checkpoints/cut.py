@@ -58,6 +58,8 @@ class Cut:
         removed = plan.at_depth(depth)
         record = plan.repair if removed == plan.removed else None
         cut = cls(blocks=plan.model.blocks, removed=removed, record=record)
+        if record is not None and not record.tensors:  # a fit that changed nothing
+            return replace(cut, repair={})
         if record is None or folder is None:
             return cut
         if not (Path(folder) / "config.json").is_file():
@@ -91,6 +93,18 @@ class Cut:
                 f"{list(self.removed)}"
             )
         return replace(self, record=record, repair=tensors)
+
+    def without_repair(self) -> Self:
+        """The same cut as a plain one."""
+        return replace(self, record=None, repair=None)
+
+    def check_whole(self, how: str) -> None:
+        """Raise InputError, which says ``how`` to give them, if tensors of the repair lack."""
+        if self.record is not None and self.repair is None:
+            raise InputError(
+                "the plan is of a repaired cut, and has only the hashes of the repaired tensors: "
+                f"{how}"
+            )
 
     @property
     def kept(self) -> list[int]:

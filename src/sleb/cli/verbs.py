@@ -191,7 +191,9 @@ def _applied_facts(a: Any) -> dict[str, Any]:
 
 
 def _applied_notes(a: Any, given: Given) -> Iterator[str]:
-    if a.repair and not a.self_generated:
+    if a.repair and not a.fitted:
+        yield f"repaired with the plan's {len(a.repair.tensors)} tensors (--no-repair: without)"
+    if a.fitted and not a.self_generated:
         yield (
             "the repair was fitted on all of the given texts (blocks that are fetched when they "
             "run write none)"

@@ -165,11 +165,9 @@ def _cut_weights(
     """The model cut by ``plan`` without weights (on the meta device), and its tensors by the names
     that they would have in its checkpoint: on the CPU, mapped from the files that ``source`` has.
     ``check``: hash the tensors to see that the plan is of this model."""
-    if cut.record and cut.record.tensors and cut.repair is None:
-        raise InputError(
-            "the plan is of a repaired cut, and has only the hashes of the repaired tensors: give "
-            "repaired=FOLDER, the checkpoint that was written with it, or a smaller depth"
-        )
+    cut.check_whole(
+        "give repaired=FOLDER, the checkpoint that was written with it, or a smaller depth"
+    )
     if checkpoint.config.get("quantization_config"):
         raise UnsupportedModel(
             f"{source.ref} is quantized, and is not cut while it loads: write a checkpoint with "

@@ -28,6 +28,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
+from sleb.config import WriteConfig, takes
 from sleb.core.card import cut_card
 from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_dir
@@ -51,8 +52,6 @@ from sleb.surgery.rollback_manifest import FOLDER, REWRITTEN, Written
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sleb.repairs import Repair
-
 logger = logging.getLogger(__name__)
 
 # Weights in other formats describe the uncut model, and must not travel with the cut one.
@@ -61,47 +60,43 @@ _OTHER_WEIGHTS = re.compile(
 )
 
 
+@takes(WriteConfig)
 def apply(
     plan: Plan,
     model: str | Path,
     out: str | Path,
+    config: WriteConfig,
     *,
-    depth: int | None = None,
-    repair: Repair | None = None,
-    keep: bool = True,
-    force: bool = False,
-    trust_remote_code: bool = False,
+    cut: Cut | None = None,
     finish: Callable[[Path], None] | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write the model cut by ``plan`` (by its first ``depth`` removals) as a new checkpoint.
+    """Write a ``cut`` of ``plan``, by default the whole, of ``model`` as a new checkpoint.
 
     ``finish(stage)`` may add files to the staging folder before it becomes ``out``; if it raises,
     nothing is written. ``out`` gets the plan as far as it was used, a model card unless ``finish``
     has written one, and the checksums of its files. The source is only read. No
-    tensor is held in memory, only a few buffers of 2 MiB and what ``repair`` has changed.
+    tensor is held in memory, only a few buffers of 2 MiB and what the repair has changed.
 
-    With ``keep``, ``out`` also gets what :func:`sleb.restore` rebuilds the original from: the
-    folder rollback/, with the removed blocks and all else that the cut changed or left out.
+    With ``config.keep``, ``out`` also gets what :func:`sleb.restore` rebuilds the original from:
+    the folder rollback/, with the removed blocks and all else that the cut changed or left out.
 
     Raises:
-        InputError: the plan is for another model, ``depth`` is outside the plan, ``repair`` is of
-            another cut, ``out`` exists.
+        InputError: the plan is for another model, tensors of its repair lack, ``out`` exists.
         UnsupportedModel: this model cannot be cut exactly.
         DataError: the source is corrupt.
         ResourceError: the disk is full.
     """
     out = Path(out)
-    cut = Cut.of(plan, depth)
-    if repair:
-        cut = cut.with_repair(repair.record, repair.tensors)
+    cut = cut or Cut.of(plan)
+    cut.check_whole("give a cut with these, or one without_repair()")
     used = cut.used(plan)
     source = resolve(model, progress)
     refuse_source(out, source.path)
-    with staged_dir(out, force=force) as stage:
+    with staged_dir(out, force=config.force) as stage:
         checkpoint = Checkpoint.open(source.path)
-        config = load_config(source.path, trust_remote_code=trust_remote_code)
-        blocks = decoder_config(config).num_hidden_layers
+        fields = load_config(source.path, trust_remote_code=config.trust_remote_code)
+        blocks = decoder_config(fields).num_hidden_layers
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
             lines = tensor_lines(checkpoint, tick)
         check_fingerprint(plan.model, identity(checkpoint, blocks, lines), source.ref)
@@ -110,16 +105,16 @@ def apply(
             cut,
             used,
             stage,
-            lines=lines if keep else None,
+            lines=lines if config.keep else None,
             spell_both=source.is_gguf,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
         if finish:
             finish(stage)
         if not (stage / "README.md").exists():
             how = "Written by `sleb apply`."
-            card = cut_card(used, source.path, how=how, kept=keep, model=source.ref)
+            card = cut_card(used, source.path, how=how, kept=config.keep, model=source.ref)
             (stage / "README.md").write_text(card, encoding="utf-8")
         write_sums(stage, progress)
     return out

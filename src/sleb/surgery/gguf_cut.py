@@ -10,7 +10,6 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.cut import Cut
@@ -30,9 +29,6 @@ from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.source import resolve
 from sleb.surgery.gguf_repair import Requantized, quantize_again
-
-if TYPE_CHECKING:
-    from sleb.repairs import Repair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,51 +55,36 @@ def cut_gguf(
     source: str | Path,
     out: str | Path,
     *,
-    depth: int | None = None,
-    repair: Repair | None = None,
-    repaired: str | Path | None = None,
+    cut: Cut | None = None,
     other_weights: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> CutGGUF:
-    """Write the GGUF file ``source`` cut by ``plan`` (by its first ``depth`` removals) as ``out``,
+    """Write a ``cut`` of ``plan``, by default the whole, of the GGUF file ``source`` as ``out``,
     with the plan as far as it was used beside it.
 
     The plan must be of this very file, as sleb dequantizes it; with ``other_weights`` it may be of
     another form of the model, such as the Hugging Face checkpoint that the file was made from: then
     type and number of blocks are compared, and that is all that a plan knows besides hashes.
-    ``repair`` is a fit on the dequantized model; ``repaired`` is the checkpoint folder of a
-    repaired cut by the same plan, whose tensors must have the plan's hashes. Either is quantized
-    again, to the type that the tensor had if the gguf package can write it, else to Q8_0.
-    The source is only read; no tensor but the repaired is held in memory.
+    Tensors of a repair are quantized again, to the type that the tensor had if the gguf package can
+    write it, else to Q8_0. The source is only read; no tensor but the repaired is held in memory.
 
     Raises:
-        InputError: the plan is of another model, ``out`` exists, ``depth`` is outside the plan, or
-            the repair is of another cut.
+        InputError: the plan is of another model, tensors of its repair lack, or ``out`` exists.
         UnsupportedModel: llama.cpp would not run this cut exactly.
         DataError: the file is corrupt.
         ResourceError: the disk is full.
     """
     source, out = Path(source).expanduser(), Path(out)
-    cut = Cut.of(plan, depth)
-    model, values = check_gguf(plan, source, out, depth=depth, force=force)
+    cut = cut or Cut.of(plan)
+    cut.check_whole("give a cut with these, or one without_repair()")
+    model, values = check_gguf(plan, source, out, removed=cut.removed, force=force)
     file, beside = model.file, plan_beside(out)
     original = None
     if not other_weights:
         original = _check_identity(plan, model, source, progress)
-    elif repair:
+    elif cut.repair and cut.record != plan.repair:  # fitted to the dequantized file
         original = Checkpoint.open(resolve(source, progress).path)
-    if repair and repaired is not None:
-        raise InputError("a cut has one repair: fit it, or take it from a folder")
-    if repair:
-        cut = cut.with_repair(repair.record, repair.tensors)
-    elif repaired is not None:
-        cut = Cut.of(plan, depth, repaired)
-        if cut.record is None:
-            raise InputError(
-                f"the plan records no repair of the cut of blocks {list(cut.removed)}; give the "
-                "plan.json of the repaired cut, as deep as it is"
-            )
     requantized: tuple[Requantized, ...] = ()
     if cut.repair is not None:
         requantized = quantize_again(model, cut.repair, original)
@@ -129,7 +110,7 @@ def cut_gguf(
 
 
 def check_gguf(
-    plan: Plan, source: str | Path, out: str | Path, *, depth: int | None, force: bool
+    plan: Plan, source: str | Path, out: str | Path, *, removed: tuple[int, ...], force: bool
 ) -> tuple[GGUFModel, dict[str, Value]]:
     """All that `cut_gguf` checks without reading tensors: the model, and its fields as they will
     be. Raises what `cut_gguf` raises."""
@@ -140,7 +121,7 @@ def check_gguf(
         raise InputError(f"{out} is the model itself; choose another -o")
     model = GGUFModel.of(GGUFFile.open(source))
     _check_shape(plan, model, source)
-    return model, recut(model, plan.at_depth(depth))
+    return model, recut(model, removed)
 
 
 def _check_shape(plan: Plan, model: GGUFModel, source: Path) -> None:

@@ -45,7 +45,7 @@ def restore(
 
     All that goes into the result is checked first, against the hashes in the side-car and the
     fingerprint in the plan. Memory: one buffer of 2 MiB, and the headers. A shallower cut has a
-    side-car of its own. A repair belongs to the cut that it was made for, so what is restored is
+    side-car of its own. A repair belongs to the cut that it was made for, so a shallower one is
     without it.
 
     Raises:
@@ -75,7 +75,7 @@ def restore(
         removed=removed,
         blocks=plan.model.blocks - len(removed),
         nbytes=nbytes,
-        repair_undone=plan.repair is not None,
+        repair_undone=plan.repair is not None and removed != plan.removed,
     )
 
 
@@ -113,7 +113,9 @@ def _write_files(original: Original, folder: Path) -> None:
 def _write_cut(
     original: Original, depth: int, stage: Path, trust_remote_code: bool, progress: Progress
 ) -> None:
-    cut = Cut(blocks=original.plan.model.blocks, removed=original.plan.at_depth(depth))
+    cut = Cut.of(original.plan, depth)
+    if cut.record is not None:
+        cut = original.cut
     used = cut.used(original.plan)
     with tempfile.TemporaryDirectory(prefix="sleb-") as folder:
         _write_files(original, Path(folder))  # all of the original but its weights

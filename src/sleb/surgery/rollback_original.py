@@ -49,10 +49,12 @@ class Original:
     """A checked original. ``checkpoint`` has its tensors, each with the file that holds it; its
     ``path`` holds the original's config and card, but not what the cut carried over, which is in
     ``files``: where each file beside the weights is now, by its name in the original. ``layout``:
-    tensors of each shard in the order of their bytes. ``spelled_twice``: the cut's config.json has
+    tensors of each shard in the order of their bytes. ``cut``: the cut, with its repair.
+    ``spelled_twice``: the cut's config.json has
     the words of transformers 4 beside those of 5, since the original came from a GGUF file."""
 
     plan: Plan
+    cut: Cut
     checkpoint: Checkpoint
     lines: Mapping[str, str]
     files: Mapping[str, Path]
@@ -92,7 +94,7 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
         headers=headers,
     )
     try:
-        Cut.of(plan, folder=out)
+        made = Cut.of(plan, folder=out)
     except InputError as error:
         raise DataError(str(error)) from None
     with progress.stage("checking the original against the plan", checkpoint.nbytes) as tick:
@@ -109,6 +111,7 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
     files |= {n.removeprefix(FILES): side / n for n in manifest.files if n.startswith(FILES)}
     return Original(
         plan=plan,
+        cut=made,
         checkpoint=checkpoint,
         lines=lines,
         files=files,
