@@ -28,6 +28,7 @@ from sleb.config import (
     Options,
     OutputOptions,
     PruneConfig,
+    QuantizeConfig,
     RepairConfig,
     SimilarityConfig,
     TransferConfig,
@@ -185,18 +186,9 @@ def prune(
 def _quantized(
     out: str | Path, beside: Path, scheme: str, asked: PruneConfig, progress: Progress
 ) -> Quantized:
-    return quantize(
-        out,
-        beside,
-        scheme=scheme,
-        text=asked.text if SCHEMES[scheme].calibrated else (),
-        windows=asked.windows,
-        length=asked.length,
-        seed=asked.seed,
-        force=asked.force,
-        trust_remote_code=asked.trust_remote_code,
-        progress=progress,
-    )
+    text = asked.text if SCHEMES[scheme].calibrated else ()
+    config = asked.part(QuantizeConfig).replaced({"scheme": scheme, "text": text})
+    return quantize(out, beside, config, progress=progress)
 
 
 def _only(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:

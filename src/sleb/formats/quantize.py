@@ -15,13 +15,13 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sleb.calibration import check_sources, load_windows
+from sleb.calibration import Windows, check_sources, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, read_json
 from sleb.checkpoints.checksums import write_sums
+from sleb.config import QuantizeConfig, takes
 from sleb.core.card import with_section
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.files import enough_space, staged_dir, writable_target
@@ -36,7 +36,6 @@ from sleb.surgery.apply import carry, refuse_source
 
 QUANTIZED = "quantize.json"
 """File of a quantized checkpoint that says how it was made."""
-DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +128,12 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@takes(QuantizeConfig)
 def quantize(
     model: str | Path,
     out: str | Path,
+    config: QuantizeConfig,
     *,
-    scheme: str,
-    text: Sequence[str] = (),
-    windows: int | None = None,
-    length: int = DEFAULT_LENGTH,
-    seed: int = 0,
-    force: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Quantized:
     """Write MODEL (a folder, hub id or .gguf file) with quantized weights as a new checkpoint.
@@ -149,18 +143,6 @@ def quantize(
     is stored in. llm-compressor computes on the first accelerator that it finds, torchao on the
     CPU. ``out`` gets MODEL's plan.json, if there is one, but not what a cut is taken back with:
     that stays with MODEL.
-
-    Args:
-        model: what to quantize; of another form than quantized itself.
-        out: the new folder.
-        scheme: one of ``SCHEMES``.
-        text: values of ``--text`` to calibrate on; the embedded sample if there is none.
-        windows: how many windows; by default as many as a search takes, 32 at most.
-        length: tokens of each.
-        seed: of the choice of windows.
-        force: replace a checkpoint that is at ``out``.
-        trust_remote_code: run code that the model brings.
-        progress: gets the stages.
 
     Raises:
         InputError: a name or number is wrong, a library is missing, ``out`` exists, text is given
@@ -172,46 +154,32 @@ def quantize(
     """
     out = Path(out)
     start = time.perf_counter()
-    wanted = check_scheme(scheme)
-    if text and not wanted.calibrated:
-        raise InputError(f"--scheme {scheme} is not calibrated: leave out --text")
-    check_sources(text)
-    writable_target(out, force=force)
+    scheme = check_scheme(config.scheme)
+    if config.text and not scheme.calibrated:
+        raise InputError(f"--scheme {scheme.name} is not calibrated: leave out --text")
+    check_sources(config.text)
+    writable_target(out, force=config.force)
     source = resolve(model, progress)
     refuse_source(out, source.path)
-    before = Checkpoint.open(source.path)
-    load_config(source.path, trust_remote_code=trust_remote_code)  # refuses what is no causal LM
-    if method := quant_method(before.config):
-        raise InputError(
-            f"{source.ref} is quantized already ({method}); give the checkpoint that it was made "
-            "from"
-        )
+    before = _unquantized(source, config)
     enough_space(out.parent, before.nbytes)
-    calibration = None
-    if wanted.calibrated:
-        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-        calibration, _ = load_windows(tokenizer, text, windows=windows, length=length, seed=seed)
+    calibration = _calibration(source, config) if scheme.calibrated else None
     rounding = rounded(
         source.path,
-        bits=wanted.bits,
-        scaled=wanted.name == "awq",
+        bits=scheme.bits,
+        scaled=scheme.name == "awq",
         calibration=calibration,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=config.trust_remote_code,
         progress=progress,
     )
-    with staged_dir(out, force=force) as stage:
+    with staged_dir(out, force=config.force) as stage:
         rounding.save(stage)
-        _keep_config(before, stage, spell_both=source.is_gguf)
-        for path in sorted(source.path.iterdir()):
-            carry(path, stage)
-        for name in ("plan.json", "heal.json"):
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, stage / name)
-        difference, limit = read_back(rounding, stage, trust_remote_code, progress)
+        _carry(source, before, stage)
+        difference, limit = read_back(rounding, stage, config.trust_remote_code, progress)
         done = Quantized(
             path=str(out),
             model=source.ref,
-            scheme=scheme,
+            scheme=scheme.name,
             group=rounding.group,
             matrices=len(rounding.names),
             nbytes=(before.nbytes, Checkpoint.open(stage).nbytes),
@@ -226,6 +194,40 @@ def quantize(
         _describe(source, done, stage)
         write_sums(stage, progress)
     return done
+
+
+def _unquantized(source: ModelSource, config: QuantizeConfig) -> Checkpoint:
+    """The checkpoint to quantize; refuses what is quantized already or no causal LM."""
+    checkpoint = Checkpoint.open(source.path)
+    load_config(source.path, trust_remote_code=config.trust_remote_code)
+    if method := quant_method(checkpoint.config):
+        raise InputError(
+            f"{source.ref} is quantized already ({method}); give the checkpoint that it was made "
+            "from"
+        )
+    return checkpoint
+
+
+def _calibration(source: ModelSource, config: QuantizeConfig) -> Windows:
+    tokenizer = load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
+    windows, _ = load_windows(
+        tokenizer,
+        config.text,
+        windows=config.windows,
+        length=config.length,
+        seed=config.seed,
+    )
+    return windows
+
+
+def _carry(source: ModelSource, before: Checkpoint, stage: Path) -> None:
+    """What belongs to the model beside its weights: config, tokenizer, plan and so on."""
+    _keep_config(before, stage, spell_both=source.is_gguf)
+    for path in sorted(source.path.iterdir()):
+        carry(path, stage)
+    for name in ("plan.json", "heal.json"):
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, stage / name)
 
 
 def _keep_config(before: Checkpoint, stage: Path, *, spell_both: bool) -> None:
