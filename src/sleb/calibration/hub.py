@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from sleb.core.errors import InputError, ResourceError
+from sleb.core.errors import SAID, InputError, ResourceError, map_exceptions
 
 
 def hub_rows(location: str) -> Iterator[dict[str, Any]]:
@@ -53,23 +53,18 @@ def _readings(dataset: str) -> list[tuple[str, str | None]]:
     return [(dataset, None), (first, rest[0])] if rest else [(dataset, None)]
 
 
-@contextlib.contextmanager
-def _hub_errors(location: str) -> Iterator[None]:
+def _hub_errors(location: str) -> contextlib.AbstractContextManager[None]:
     """One line for whatever the client libraries raise; their transports' errors share no base."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            raise InputError(
-                f"hub:{location} was not found ({reason}); check the name, "
-                "and for a private dataset log in with: hf auth login"
-            ) from error
-        if isinstance(error, (ValueError, RuntimeError)):
-            raise InputError(f"hub:{location} cannot be used: {reason}") from error
-        raise ResourceError(
-            f"hub:{location} cannot be fetched ({reason}); check the network, "
-            "or give a local .jsonl or .parquet file"
-        ) from error
+    unknown = (
+        f"hub:{location} was not found ({SAID}); check the name, and for a private dataset log in "
+        "with: hf auth login"
+    )
+    lost = (
+        f"hub:{location} cannot be fetched ({SAID}); check the network, or give a local .jsonl or "
+        ".parquet file"
+    )
+    return map_exceptions(
+        (FileNotFoundError, InputError, unknown),
+        ((ValueError, RuntimeError), InputError, f"hub:{location} cannot be used: {SAID}"),
+        (Exception, ResourceError, lost),
+    )

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
+
+Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 class SlebError(Exception):
@@ -59,6 +62,45 @@ class ResourceError(SlebError):
     """The machine or the network could not provide what was needed."""
 
     exit_code = 6
+
+
+SAID = "\0"
+"""In a message of :func:`map_exceptions`: what the other library says."""
+
+
+@contextmanager
+def map_exceptions(*table: tuple[Kinds, type[SlebError], str]) -> Iterator[None]:
+    """Turn the exceptions of other libraries into one line and an exit code: by the first row of
+    ``table`` whose types fit, into an error of its class with its message, in which :data:`SAID` is
+    replaced by what the exception says.
+
+    Errors of this module go through as they are; so does a want of memory, which callers deal with.
+    """
+    try:
+        yield
+    except (SlebError, MemoryError):
+        raise
+    except Exception as error:
+        for kinds, kind, message in table:
+            if isinstance(error, kinds) and not out_of_memory(error):
+                raise kind(message.replace(SAID, said(error))) from error
+        raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is about memory; torch raises several, some of which only say so."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("allocate memory", "out of memory"))
+
+
+def said(error: BaseException) -> str:
+    """What another library's error says, on one line: its first, and the second if the first
+    announces it; its type if it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:400]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

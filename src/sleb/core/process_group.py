@@ -318,16 +318,10 @@ def _outside_group() -> Iterator[None]:
         _current = before
 
 
-@contextlib.contextmanager
-def _lost_ranks() -> Iterator[None]:
-    """Errors of a collective operation as one line."""
-    try:
-        yield
-    except RuntimeError as error:  # all of torch.distributed's, and gloo's own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Lost(
-            f"another process of this job has ended or cannot be reached ({first[:160]})"
-        ) from error
+def _lost_ranks() -> contextlib.AbstractContextManager[None]:
+    """Errors of a collective operation as one line: torch.distributed raises RuntimeErrors."""
+    why = f"another process of this job has ended or cannot be reached ({errors.SAID})"
+    return errors.map_exceptions((RuntimeError, Lost, why))
 
 
 def _serialized(error: Exception) -> bytes:

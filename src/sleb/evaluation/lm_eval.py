@@ -31,7 +31,15 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from yaml import YAMLError
 
-from sleb.core.errors import DataError, InputError, ResourceError, SlebError, did_you_mean
+from sleb.core.errors import (
+    SAID,
+    DataError,
+    InputError,
+    ResourceError,
+    did_you_mean,
+    map_exceptions,
+    said,
+)
 from sleb.core.progress import Progress, Tick
 from sleb.evaluation.questions import Questions
 from sleb.models.load import LoadedModel
@@ -118,15 +126,12 @@ class Harness:
         picked = None
         if limit is not None and limit < count:
             picked = tuple(sorted(random.Random(seed).sample(range(count), limit)))
-        try:
-            with _seeded():
-                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-                task.build_all_requests(samples=picked and list(picked), rank=0, world_size=1)
-                _check_answers(name, task, picked)
-        except SlebError:
-            raise
-        except Exception as error:  # whatever its templates and functions raise on an item
-            raise InputError(f"task '{name}' cannot be built: {_say(error)}") from None
+        # whatever its templates and functions raise on an item
+        why = f"task '{name}' cannot be built: {SAID}"
+        with map_exceptions((Exception, InputError, why)), _seeded():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            task.build_all_requests(samples=picked and list(picked), rank=0, world_size=1)
+            _check_answers(name, task, picked)
         longest = self.scorer.longest(name, task.instances, picked)
         return Task(name=name, metric=metric, task=task, picked=picked, longest=longest)
 
@@ -363,7 +368,7 @@ def _unreadable(folder: str | Path | None, manager: Any) -> str:
         try:
             manager.load([str(path)])
         except (YAMLError, OSError, ValueError) as error:  # its own errors, or those of an include
-            return f"{path.name}: {_say(error)}"
+            return f"{path.name}: {said(error)}"
         except Exception:  # readable, but no task by itself, as what others include
             continue
     return ""
@@ -378,10 +383,10 @@ def _load(manager: Any, name: str) -> list[Any]:
         local = path.get("dataset_path") in _LOCAL
         if not local and _is_network(error):
             raise ResourceError(
-                f"the data of task '{name}' cannot be fetched ({_say(error)}); check the network, "
+                f"the data of task '{name}' cannot be fetched ({said(error)}); check the network, "
                 "or define the task on a local file: see docs/tasks.md"
             ) from None
-        raise InputError(f"task '{name}' cannot be loaded: {_say(error)}") from None
+        raise InputError(f"task '{name}' cannot be loaded: {said(error)}") from None
 
 
 def _is_network(error: BaseException | None) -> bool:
@@ -480,7 +485,3 @@ def _seeded() -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-
-
-def _say(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.core.errors import DataError, UnsupportedModel, VerificationFailed
+from sleb.core.errors import SAID, DataError, UnsupportedModel, VerificationFailed, map_exceptions
 from sleb.core.progress import Progress
 from sleb.models.load import DTYPES, load_config, strict_model
-from sleb.models.source import quiet_transformers
+from sleb.models.source import quiet_tqdm, quiet_transformers
 from sleb.models.stack import BlockStack
 from sleb.surgery.verification import logit_tolerance, probe_ids
 
@@ -44,7 +44,7 @@ class Rounding:
     def save(self, stage: Path) -> None:
         """Write weights and config into a folder, as safetensors."""
         self.model.config._name_or_path = ""
-        with quiet_transformers():
+        with quiet_transformers(), quiet_tqdm():
             self.model.save_pretrained(stage)
         (stage / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's; see quantize.json
 
@@ -158,7 +158,7 @@ def _by_compressor(
     recipe = [AWQModifier(), QuantizationModifier(**form)] if scaled else [GPTQModifier(**form)]
     rows = calibration.ids.tolist()
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-    with quiet_transformers(), _failing("llm-compressor"):
+    with quiet_transformers(), quiet_tqdm(), _failing("llm-compressor"):
         oneshot(
             model=model,
             dataset=data,
@@ -222,15 +222,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits.float().cpu()
 
 
-@contextlib.contextmanager
-def _failing(library: str) -> Iterator[None]:
+def _failing(library: str) -> contextlib.AbstractContextManager[None]:
     """Another library's exceptions, of any type, as one line."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:400] or type(error).__name__
-        if "allocate memory" in said or "out of memory" in said:
-            raise
-        raise UnsupportedModel(f"{library} cannot quantize this model: {said}") from error
+    why = f"{library} cannot quantize this model: {SAID}"
+    return map_exceptions((Exception, UnsupportedModel, why))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.core.errors import InputError, ResourceError
+from sleb.core.errors import SAID, InputError, ResourceError, map_exceptions
 from sleb.models.stack import BlockStack
 
 
@@ -46,14 +46,10 @@ class CompiledStack(BlockStack):
             return super().run(i, hidden, call)
         from torch._dynamo.exc import BackendCompilerFailed
 
+        why = f"{self.name}: its blocks do not compile here: {SAID}; leave out --compile"
         args, kwargs = call
-        try:
+        with map_exceptions((BackendCompilerFailed, ResourceError, why)):
             out = self._forward(self.blocks[i], hidden, args, kwargs)
-        except BackendCompilerFailed as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise ResourceError(
-                f"{self.name}: its blocks do not compile here: {reason}; leave out --compile"
-            ) from error
         return out if isinstance(out, Tensor) else out[0]
 
 

@@ -6,7 +6,7 @@ import re
 import tempfile
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,14 +25,22 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import refuse_unsupported
-from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel, did_you_mean
+from sleb.core.errors import (
+    SAID,
+    DataError,
+    InputError,
+    ResourceError,
+    UnsupportedModel,
+    did_you_mean,
+    map_exceptions,
+)
 from sleb.core.plan import MAX_BLOCKS, Plan
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
 from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
-from sleb.models.source import ModelSource, quiet_transformers, resolve
+from sleb.models.source import ModelSource, quiet_tqdm, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
 from sleb.models.stored_names import block_prefix
 
@@ -223,32 +231,29 @@ def strict_model(
     # weights that transformers has to rearrange cannot be read in place; it keeps a copy here
     placed = "device_map" in placing
     spill = tempfile.TemporaryDirectory(prefix="sleb-") if placed else None
-    with quiet_transformers():
-        try:
-            given = {} if weights is None else _given(path, *weights)
-            model, info = loader.from_pretrained(
-                None if given else path,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are counted below, and then refused
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **given,
-                **placing,
-                **_unpacked(path),
-                **({"offload_folder": spill.name} if spill else {}),
-            )
-            if spill:
-                weakref.finalize(model, spill.cleanup)
-            if given:
-                model.name_or_path = model.config.name_or_path = str(path)
-        except ImportError as error:
-            raise InputError(f"{path} needs a package to load: {_say(error)}") from None
-        except Exception as error:  # of many types, and from the model's own code
-            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if out_of_memory or "allocate memory" in str(error):
-                raise
-            raise DataError(f"{path} does not load: {_say(error)}") from None
+    failures = map_exceptions(
+        (ImportError, InputError, f"{path} needs a package to load: {SAID}"),
+        (Exception, DataError, f"{path} does not load: {SAID}"),  # also from the model's own code
+    )
+    packed = _unpacked(path)
+    with quiet_transformers(), quiet_tqdm() if packed else nullcontext(), failures:
+        given = {} if weights is None else _given(path, *weights)
+        model, info = loader.from_pretrained(
+            None if given else path,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are counted below, and then refused
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **given,
+            **placing,
+            **packed,
+            **({"offload_folder": spill.name} if spill else {}),
+        )
+        if spill:
+            weakref.finalize(model, spill.cleanup)
+        if given:
+            model.name_or_path = model.config.name_or_path = str(path)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         keys = (key for key in info.get(kind, ()) if not _predicts_further(key, model.config))
         if found := sorted(_key(key) for key in keys):
@@ -328,13 +333,12 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     read_json(path / "config.json")  # its errors say more than those of transformers
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModel(f"{path}: {_say(error)}") from None
-        except Exception as error:  # transformers validates with several exception types
-            raise DataError(f"{path / 'config.json'} is not valid: {_say(error)}") from None
+    failures = map_exceptions(  # transformers validates with several exception types
+        ((ValueError, KeyError, OSError), UnsupportedModel, f"{path}: {SAID}"),
+        (Exception, DataError, f"{path / 'config.json'} is not valid: {SAID}"),
+    )
+    with quiet_transformers(), failures:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (remote and trust_remote_code):
         hint = "; it has code of its own: --trust-remote-code runs it" if remote else ""
@@ -387,11 +391,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise InputError(f"{path} has no tokenizer that loads: {_say(error)}") from None
+    # the tokenizers library raises bare Exceptions
+    failures = map_exceptions(
+        (Exception, InputError, f"{path} has no tokenizer that loads: {SAID}")
+    )
+    with quiet_transformers(), failures:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
@@ -403,11 +408,10 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model: nn.Module
-    with quiet_transformers(), torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception as error:  # whatever the model's constructor makes of a bad value
-            raise DataError(f"this config makes no model: {_say(error)}") from None
+    # whatever the model's constructor makes of a bad value
+    failures = map_exceptions((Exception, DataError, f"this config makes no model: {SAID}"))
+    with quiet_transformers(), torch.device("meta"), failures:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -471,11 +475,3 @@ def _cpu_has_bfloat16() -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 here (AVX512-BF16 or AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
-
-
-def _say(error: BaseException) -> str:
-    """Another library's error on one line: its first, and the second if the first announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:400]

@@ -24,7 +24,7 @@ from sleb.checkpoints.depth_fields import (
     reindex,
     reindex_written,
 )
-from sleb.core.errors import UnsupportedModel
+from sleb.core.errors import SAID, UnsupportedModel, map_exceptions
 from sleb.models.source import quiet_transformers
 from sleb.models.stack import BlockStack, decoder_config
 
@@ -35,6 +35,11 @@ _READ_ALIKE = frozenset(
 )
 """Fields that say nothing of the computation, or are set by whoever loads the model."""
 _OF_THE_WRITER = frozenset({"transformers_version", "_name_or_path", "use_cache"})
+_REFUSED = (  # transformers validates with several exception types
+    Exception,
+    UnsupportedModel,
+    f"transformers refuses the config of this cut: {SAID}",
+)
 
 
 def pruned_config(config: Any, removed: Collection[int]) -> Any:
@@ -60,12 +65,8 @@ def pruned_config(config: Any, removed: Collection[int]) -> Any:
         key = _place(config, text)
         assert key is not None
         new[key] = {**new.get(key, {}), **changed}
-    try:
+    with map_exceptions(_REFUSED):
         cut = type(config).from_dict(copy.deepcopy(new))
-    except Exception as error:  # transformers validates with several exception types
-        raise UnsupportedModel(
-            f"transformers refuses the config of this cut: {' '.join(str(error).split())}"
-        ) from error
     check = decoder_config(cut)
     if check.num_hidden_layers != len(kept):
         raise UnsupportedModel(f"config field `{field}` does not set the number of blocks")
@@ -115,12 +116,8 @@ def pruned_json(written: Json, config: Any, cut: Any, removed: Collection[int]) 
         return {**written, **{k: new_own[k] for k in twice}, key: new_own}
 
     for _ in range(2):
-        try:
+        with map_exceptions(_REFUSED):
             read = _read(type(config), whole())
-        except Exception as error:  # transformers validates with several exception types
-            raise UnsupportedModel(
-                f"transformers refuses the config of this cut: {' '.join(str(error).split())}"
-            ) from error
         found = _plain(decoder_config(read).to_dict())
         other = [k for k in wanted if k not in DERIVED_FROM and found.get(k) != wanted[k]]
         if not other:

@@ -20,12 +20,13 @@ from typing import Any
 
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import (
+    SAID,
     DataError,
     InputError,
     ResourceError,
-    SlebError,
     UnsupportedModel,
     did_you_mean,
+    map_exceptions,
 )
 from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
@@ -150,8 +151,15 @@ def _convert(path: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": path.name}
+    needs = f"reading {path.name} needs the gguf package: pip install gguf ({SAID})"
+    unread = (  # the file itself is sound, as was checked
+        f"{path}: transformers {version('transformers')} does not convert this file ({SAID}); give "
+        "the model as a Hugging Face checkpoint"
+    )
     with quiet_transformers():
-        try:
+        with map_exceptions(
+            (ImportError, InputError, needs), (Exception, UnsupportedModel, unread)
+        ):
             file = GGUFFile.open(path)  # its errors say more than those of transformers
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -161,18 +169,6 @@ def _convert(path: Path, out: Path) -> None:
                 **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **where)
-        except ImportError as error:
-            raise InputError(
-                f"reading {path.name} needs the gguf package: pip install gguf ({error})"
-            ) from None
-        except (MemoryError, SlebError):
-            raise
-        except Exception as error:  # of many types; the file itself is sound, as was checked
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UnsupportedModel(
-                f"{path}: transformers {version('transformers')} does not convert this file "
-                f"({first}); give the model as a Hugging Face checkpoint"
-            ) from None
         check_tensors(file, model)
         for name, value in corrections(file, model.config).items():
             setattr(model.config, name, value)
@@ -237,24 +233,34 @@ def _check_tokenizer(path: Path, converted: Any, reloaded: Any, stated: dict[str
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' own bars and notices; put its settings back afterwards."""
-    from tqdm import tqdm
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity_error()
     hf.disable_progress_bar()
-    show = tqdm.__init__
-
-    def hide(self: Any, *args: Any, **kwargs: Any) -> None:
-        show(self, *args, **{**kwargs, "disable": True})
-
-    tqdm.__init__ = hide  # compressed-tensors' bars obey no setting
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        tqdm.__init__ = show
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
+
+
+@contextmanager
+def quiet_tqdm() -> Iterator[None]:
+    """Silence all bars of the process, for calls into compressed-tensors and llm-compressor: theirs
+    obey no setting."""
+    from tqdm import tqdm
+
+    kept, show = vars(tqdm)["__init__"], tqdm.__init__  # a descriptor, and what it makes
+
+    def hide(self: Any, *args: Any, **kwargs: Any) -> None:
+        show(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hide
+    try:
+        yield
+    finally:
+        tqdm.__init__ = kept
