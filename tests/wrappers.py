@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -54,7 +55,7 @@ QWEN_TOKENS = {
     "vision_start_token_id": 255,
     "vision_end_token_id": 256,
 }
-MROPE = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
+MROPE = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}
 LLAVA_NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -102,16 +103,18 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "Mistral3ForConditionalGeneration",
             {"model_type": "mistral"},
             image_token_index=257,
-            vision_config={**TOWER, "model_type": "pixtral", "head_dim": 8},
+            vision_config={**TOWER, "model_type": "pixtral", "head_dim": 8, "image_size": 56},
         ),
         LLAVA_NAMES,
     ),
     "qwen2_5_vl": (
-        {
-            **_file("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", {}),
+        {  # the fields of the decoder stand at the top
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "torch_dtype": "float32",
             **TEXT,
             **QWEN_TOKENS,
-            "rope_scaling": MROPE,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
             "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [1, 5]},
         },
         {"model.language_model.": "model.", "model.visual.": "visual."},
@@ -163,6 +166,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             vision_config={
                 **TOWER,
                 "model_type": "llama4_vision_model",
+                "intermediate_size": 64,
                 "vision_output_dim": 16,
                 "projector_input_dim": 16,
                 "projector_output_dim": 16,
@@ -224,3 +228,39 @@ def _renamed(name: str, names: dict[str, str]) -> str:
         if name.startswith(new):
             return old + name.removeprefix(new)
     return name
+
+
+# One per way in which images reach the decoder; these are tested by default.
+QUICK = {"gemma3", "qwen3_vl", "mllama"}
+
+
+def wrappers() -> list[Any]:
+    """Parameters for pytest: every wrapper, of which those that stand for a kind are quick."""
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WRAPPERS]
+
+
+def image_inputs(name: str) -> dict[str, torch.Tensor]:
+    """A text with a random image in it, as the wrapper's forward pass takes them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    ids = torch.randint(3, 250, (1, 24), generator=generator)
+    ids[0, 5 : 6 if name in ("llama4", "mllama") else 9] = 257
+    given = {"input_ids": ids}
+    if name.startswith("qwen"):
+        grid = torch.tensor([[1, 4, 4]])
+        given |= {"pixel_values": pixels(16, 3 * 2 * 14 * 14), "image_grid_thw": grid}
+        return {**given, "mm_token_type_ids": (ids == 257).long()}
+    if name == "mllama":
+        ones = torch.ones(1, 24, 1, 1, dtype=torch.long)
+        given |= {"pixel_values": pixels(1, 1, 1, 3, 28, 28), "cross_attention_mask": ones}
+        return {**given, "aspect_ratio_ids": ones[:, 0, 0], "aspect_ratio_mask": ones[:, :1, 0]}
+    if name == "mistral3":
+        return {
+            **given,
+            "pixel_values": pixels(1, 3, 56, 56),
+            "image_sizes": torch.tensor([[56] * 2]),
+        }
+    return {**given, "pixel_values": pixels(1, 3, 28, 28)}

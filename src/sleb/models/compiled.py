@@ -42,7 +42,7 @@ class CompiledStack(BlockStack):
         Raises:
             ResourceError: torch cannot compile here, for want of a compiler for example.
         """
-        if len(hidden) != self.windows:
+        if len(hidden) != self.windows or i not in self.used:
             return super().run(i, hidden, call)
         from torch._dynamo.exc import BackendCompilerFailed
 

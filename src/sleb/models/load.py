@@ -37,6 +37,7 @@ from sleb.core.errors import (
 from sleb.core.plan import MAX_BLOCKS, Plan
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
+from sleb.models.auto_classes import auto_class
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
 from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
@@ -227,7 +228,11 @@ def strict_model(
     """
     from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM if weights is None else type(weights[0])
+    if weights is None:
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        loader: Any = auto_class(config) or AutoModelForCausalLM
+    else:
+        loader = type(weights[0])
     # weights that transformers has to rearrange cannot be read in place; it keeps a copy here
     placed = "device_map" in placing
     spill = tempfile.TemporaryDirectory(prefix="sleb-") if placed else None
@@ -330,7 +335,6 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         DataError: a field's value is impossible.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     read_json(path / "config.json")  # its errors say more than those of transformers
     failures = map_exceptions(  # transformers validates with several exception types
@@ -340,7 +344,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     with quiet_transformers(), failures:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (remote and trust_remote_code):
+    if auto_class(config) is None and not (remote and trust_remote_code):
         hint = "; it has code of its own: --trust-remote-code runs it" if remote else ""
         raise UnsupportedModel(
             f"{path} is not a causal language model (model_type {config.model_type!r}){hint}"
@@ -411,7 +415,8 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     # whatever the model's constructor makes of a bad value
     failures = map_exceptions((Exception, DataError, f"this config makes no model: {SAID}"))
     with quiet_transformers(), torch.device("meta"), failures:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        loader = auto_class(config) or AutoModelForCausalLM
+        model = loader.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

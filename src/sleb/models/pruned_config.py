@@ -25,6 +25,7 @@ from sleb.checkpoints.depth_fields import (
     reindex_written,
 )
 from sleb.core.errors import SAID, UnsupportedModel, map_exceptions
+from sleb.models.fixed_blocks import refuse_fixed
 from sleb.models.source import quiet_transformers
 from sleb.models.stack import BlockStack, decoder_config
 
@@ -46,8 +47,9 @@ def pruned_config(config: Any, removed: Collection[int]) -> Any:
     """A transformers config re-indexed for the model without ``removed``; the given one unchanged.
 
     Raises:
-        UnsupportedModel: a depth-dependent field cannot follow this cut.
+        UnsupportedModel: a depth-dependent field cannot follow this cut, or a block is needed.
     """
+    refuse_fixed(config, removed)
     text = decoder_config(config)
     n = text.num_hidden_layers
     kept = [i for i in range(n) if i not in set(removed)]

@@ -95,7 +95,7 @@ class BlockStack:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.path, self.blocks = find_blocks(model)
-        self._width: list[int | None] | None = None
+        self._width: dict[int, int | None] | None = None
         self.reader = Reader()
         self.checked = False  # that blocks run one by one are the model's own forward pass
 
@@ -117,33 +117,33 @@ class BlockStack:
                 f"windows of {ids.shape[1]} tokens are longer than the {self.max_length} that "
                 f"{self.name} reads: use --length {self.max_length}"
             )
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        *_, last = self.used
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {}) for _ in self.blocks]
         entry: list[Tensor] = []
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = _split(args, kwargs)
-                calls.append((args, kwargs))
+                calls[i] = args, kwargs
                 if not entry:
                     entry.append(hidden)
-                if i == len(self) - 1:
+                if i == last:
                     raise _Entered
                 return self._wrap(i, hidden)
 
             return forward
 
-        with self._shadowed({i: recorder(i) for i in range(len(self))}):
+        with self._shadowed({i: recorder(i) for i in self.used}):
             with contextlib.suppress(_Entered):
                 self.model(input_ids=ids.to(self.input_device), use_cache=False)
-        if len(calls) != len(self):
-            raise UnsupportedModel(
-                f"{self.name}: a forward pass called {len(calls)} of {len(self)} blocks"
-            )
         return entry[0], calls
 
     @torch.inference_mode()
     def run(self, i: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """Block ``i`` alone. hidden [B, T, D] -> [B, T, D]; ``call`` comes from :meth:`enter`."""
+        """Block ``i`` alone. hidden [B, T, D] -> [B, T, D]; ``call`` comes from :meth:`enter`. A
+        block that text does not run through gives back what it is given."""
+        if i not in self.used:
+            return hidden
         args, kwargs = call
         out = self.blocks[i](hidden, *args, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
@@ -155,8 +155,9 @@ class BlockStack:
         Final norm and head work on each position by itself, so any slice of positions may be
         given; the token ids that go in at the front are placeholders.
         """
-        shadows = {i: self._passing(i) for i in range(1, len(self))}
-        shadows[0] = lambda *args, **kwargs: self._wrap(0, hidden)
+        first, *others = self.used
+        shadows = {i: self._passing(i) for i in others}
+        shadows[first] = lambda *args, **kwargs: self._wrap(first, hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.input_device)
         with self._shadowed(shadows):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -192,6 +193,11 @@ class BlockStack:
             yield
 
     # -- facts -------------------------------------------------------------------------------
+
+    @property
+    def used(self) -> Collection[int]:
+        """The blocks that text runs through, in order: all but those that look at images alone."""
+        return self._widths().keys()
 
     @property
     def name(self) -> str:
@@ -277,23 +283,26 @@ class BlockStack:
 
     def _wrap(self, i: int, hidden: Tensor) -> Any:
         """``hidden`` in the shape that block ``i`` returns: a tensor, or a tuple led by one."""
-        width = self._widths()[i]
+        width = self._widths().get(i)
         return hidden if width is None else (hidden,) + (None,) * (width - 1)
 
-    def _widths(self) -> list[int | None]:
-        """Per block the length of the tuple it returns, None for a bare tensor; from one dry run.
+    def _widths(self) -> dict[int, int | None]:
+        """By block the length of the tuple it returns, None for a bare tensor; from one dry run.
 
         Raises:
-            UnsupportedModel: a block needs more from the block before it than the hidden state.
+            UnsupportedModel: a block needs more from the block before it than the hidden state, or
+                blocks are not run one after the other.
         """
         if self._width is None:
             found: dict[int, int | None] = {}
             extras: dict[int, Any] = {}  # outputs by id; kept alive, so that no id is used twice
             handed: list[tuple[int, int | str]] = []  # block and argument
+            order: list[int] = []
 
             def hook(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
                 handed.extend((i, name) for name, value in given if id(value) in extras)
+                order.append(i)
                 found[i] = None if isinstance(output, Tensor) else len(output)
                 rest = () if isinstance(output, Tensor) else output[1:]
                 extras.update({id(x): x for x in rest if x is not None})
@@ -310,9 +319,16 @@ class BlockStack:
             finally:
                 for handle in handles:
                     handle.remove()
+            text = decoder_config(self.model.config)
+            of_images = set(getattr(text, "cross_attention_layers", None) or ())
+            if order != sorted(found) or not {*range(len(self))} <= found.keys() | of_images:
+                raise UnsupportedModel(
+                    f"{self.name}: a forward pass runs {len(order)} blocks, and not each of its "
+                    f"{len(self)} once"
+                )
             if handed:
                 self._refuse_exchange(handed, own)
-            self._width = [found.get(i) for i in range(len(self))]
+            self._width = found
         return self._width
 
     @torch.inference_mode()

@@ -123,7 +123,9 @@ def _computing_in_float32(block: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def find_residual_writers(stack: BlockStack, i: int) -> ResidualWriters:
-    """Probe block ``i`` of ``stack``, in float32."""
+    """Probe block ``i`` of ``stack``, in float32. One that looks at images alone has none."""
+    if i not in stack.used:
+        return ResidualWriters(final={}, inner={}, last={}, norms={})
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(stack.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     length = min(PROBE_TOKENS, stack.max_length or PROBE_TOKENS)

@@ -16,6 +16,7 @@ from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
+from sleb.models.fixed_blocks import fixed_blocks
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config
@@ -132,6 +133,7 @@ def candidates_for(goal: Goal, protect: str, n_blocks: int, config: Any) -> list
         UnsupportedModel: none can be cut exactly.
     """
     protected = parse_blocks(protect, n_blocks)
+    protected |= fixed_blocks(config, protected)
     candidates = [b for b in range(n_blocks) if b not in protected]
     n = removals(goal, n_blocks)
     if n > len(candidates):
