@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import transformers
 from huggingface_hub import errors as hub
 
 import sleb
-from cli_tools import tree
+from cli_tools import run, tree
+from conftest import save_tiny
 from gguf_tools import write_tiny
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.models import source
@@ -86,15 +88,15 @@ def answer(cls, status: int):
 def test_a_hub_id_is_fetched_without_pickles(tiny_dir, monkeypatch):
     asked = []
 
-    def download(repo, allow_patterns):
-        asked.append((repo, allow_patterns))
+    def download(repo, revision, allow_patterns, **options):
+        asked.append((repo, revision, allow_patterns))
         return str(tiny_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     found = resolve("someone/small-model")
     assert (found.ref, found.path) == ("someone/small-model", tiny_dir)
-    ((repo, patterns),) = asked
-    assert repo == "someone/small-model"
+    ((repo, revision, patterns),) = asked
+    assert (repo, revision) == ("someone/small-model", None)
 
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
@@ -102,6 +104,63 @@ def test_a_hub_id_is_fetched_without_pickles(tiny_dir, monkeypatch):
     assert all(map(wanted, [p.name for p in tiny_dir.iterdir()]))
     assert all(map(wanted, ["model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE.md"]))
     assert not any(map(wanted, ["pytorch_model.bin", "model.onnx", "m.gguf", "x.pth", "x.h5"]))
+    twice = ["original/model.safetensors", "consolidated.safetensors", "lora/adapter.safetensors"]
+    assert not any(map(wanted, twice))
+
+
+def test_shards_of_other_names_are_fetched_as_the_index_says(tmp_path, monkeypatch):
+    config = {"model.safetensors.index.json": {"weight_map": {"a": "part-1.safetensors"}}}
+    files = {"config.json": {}, **config, "part-1.safetensors": {}, "part-2.safetensors": {}}
+
+    def download(repo, revision, allow_patterns, **options):
+        for name, content in files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("a/b")
+    assert (tmp_path / "part-1.safetensors").exists()
+    assert not (tmp_path / "part-2.safetensors").exists()
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def in_cache(tmp_path, monkeypatch):
+    """someone/small in the hub's cache, at two commits, the newer one being main."""
+    root = tmp_path / "hub" / "models--someone--small"
+    for commit in (OLD, NEW):
+        save_tiny(root / "snapshots" / commit, seed=int(commit == OLD))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(NEW)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return root / "snapshots"
+
+
+def test_a_revision_is_found_and_told_in_plan_and_card(in_cache, tmp_path):
+    assert resolve("someone/small").path == in_cache / NEW
+    assert resolve(f"someone/small@{OLD}").path == in_cache / OLD
+    few = {"windows": 2, "heldout": 0, "length": 32, "device": "cpu"}
+    plan = sleb.search(f"someone/small@{OLD}", remove=1, **few)
+    assert (plan.origin.repository, plan.origin.revision) == ("someone/small", OLD)
+    sleb.apply(plan, f"someone/small@{OLD}", tmp_path / "cut")
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert OLD in card
+    assert "base_model: someone/small\n" in card
+    with pytest.raises(InputError, match="another model"):
+        sleb.apply(plan, "someone/small", tmp_path / "newer")
+
+
+def test_the_revision_is_an_option_too(in_cache, capsys):
+    ran = run(capsys, "inspect", "someone/small", "--revision", OLD, "--json")
+    assert ran.json["model"] == f"someone/small@{OLD}"
+
+
+def test_only_the_hub_has_revisions(tiny_dir):
+    with pytest.raises(InputError, match="only a model on the hub has revisions"):
+        resolve(f"{tiny_dir}@main")
 
 
 NOT_REACHED = r"no folder named a/b here, and the hub cannot be reached for it \({}\); check the pa"

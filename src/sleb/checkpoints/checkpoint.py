@@ -93,7 +93,9 @@ class Checkpoint:
         config = read_json(path / "config.json")
         tensors: dict[str, TensorInfo] = {}
         metadata, headers = {}, {}
-        for shard in _shards(path):
+        for shard in shard_names(path):
+            if not (path / shard).is_file():
+                raise DataError(f"{path} lacks the shard {shard}: fetch it again")
             found, metadata[shard], headers[shard] = read_shard(path / shard)
             for name, info in found.items():
                 if name in tensors:
@@ -256,9 +258,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(path: Path) -> list[str]:
-    """The shard files of a folder, in order; where there are both, the single file counts and not
-    the index, as in transformers."""
+def shard_names(path: Path) -> list[str]:
+    """The shard files of a folder, in order, whether they are there or not; where there are both,
+    the single file counts and not the index, as in transformers.
+
+    Raises:
+        InputError: it has no safetensors weights.
+        DataError: the index is no index, or names files elsewhere.
+    """
     if (path / SINGLE).is_file():
         names = [SINGLE]
     elif (path / INDEX).is_file():
@@ -276,8 +283,6 @@ def _shards(path: Path) -> list[str]:
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise DataError(f"{path / INDEX} names {name!r}: a shard must be a file beside it")
-        if not (path / name).is_file():
-            raise DataError(f"{path} lacks the shard {name}: fetch it again")
     return names
 
 

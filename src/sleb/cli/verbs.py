@@ -44,6 +44,15 @@ Given = Mapping[str, Any]
 """The values of a command's parameters, by name."""
 
 MODEL = Argument("model", "Folder, hub id, or .gguf file.", metavar="MODEL")
+REVISION = Argument(
+    "revision",
+    "Branch, tag or commit of a MODEL on the hub; or write MODEL@REVISION.",
+    "--revision",
+    "REVISION",
+    str | None,
+    None,
+    "Model and devices",
+)
 PLAN = Argument("plan", "Plan from sleb search.", metavar="PLAN")
 CUT = Argument("cut", "The pruned checkpoint, from prune or apply.", metavar="OUT")
 PRUNED = Argument("out", "The pruned checkpoint.", metavar="OUT")
@@ -121,6 +130,14 @@ class Verb:
     json: bool = True
     shared: bool = False
     """Whether the processes of a job share the work; else the first does it alone."""
+
+    @property
+    def model(self) -> str | None:
+        """The name of the argument that is MODEL; None too where --revision means another thing."""
+        if "revision" in self.config.model_fields:
+            return None
+        names = {argument.name for argument in self.arguments}
+        return next((name for name in ("model", "ref") if name in names), None)
 
     @property
     def own(self) -> tuple[Argument, ...]:
@@ -530,7 +547,11 @@ def register(app: typer.Typer) -> None:
             app,
             verb.name,
             _interruptible(verb),
-            arguments=(*verb.arguments, *([JSON] if verb.json else [])),
+            arguments=(
+                *verb.arguments,
+                *([REVISION] if verb.model else []),
+                *([JSON] if verb.json else []),
+            ),
             config=verb.config,
             help=verb.help,
             example=verb.example,
@@ -538,6 +559,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
+    if verb.model and (revision := given.pop("revision")):
+        given[verb.model] = f"{given[verb.model]}@{revision}"
     config = as_config(verb.config, given)
     given = {**given, **dict(config)}
     verb.check(given)

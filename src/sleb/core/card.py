@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sleb.core.plan import Plan
+from sleb.core.plan import Origin, Plan
 from sleb.core.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -173,15 +173,12 @@ def _licence_file(source: Path) -> str | None:
 
 
 def _hub_id(model: str | None, source: Path) -> str | None:
-    """The original's id on the hub: as it was given, or from the place of a snapshot in the cache,
-    ``models--OWNER--NAME/snapshots/REVISION``."""
-    if model and not Path(model).expanduser().exists() and _HUB_ID.fullmatch(model):
-        return model
-    home = source.absolute()
-    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
-        name = home.parents[1].name.removeprefix("models--").replace("--", "/", 1)
-        return name if _HUB_ID.fullmatch(name) else None
-    return None
+    """The original's id on the hub: as it was given, or by the place of a snapshot in the cache."""
+    named = (model or "").partition("@")[0]
+    if named and not Path(named).expanduser().exists() and _HUB_ID.fullmatch(named):
+        return named
+    origin = Origin.of(source)
+    return origin.repository if origin and _HUB_ID.fullmatch(origin.repository) else None
 
 
 def _title(model: str | None, otherwise: str) -> str:
@@ -204,11 +201,12 @@ def _provenance(plan: Plan, source: Path, model: str | None) -> Iterable[str]:
     """Rows of Markdown: what it was made from, with what, under which licence."""
     base, licence = _hub_id(model, source), inherited(source).get("license")
     tools = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    of = plan.model
+    of, origin = plan.model, plan.origin or Origin.of(source)
     rows = {
         "original": f"[{base}](https://huggingface.co/{base})"
         if base
         else _title(model, "see `plan.json`"),
+        **({"revision": f"`{origin.revision}`"} if base and origin else {}),
         "architecture": f"{of.architecture or of.model_type}, {of.blocks} blocks",
         "SHA-256 of its tensors": f"`{of.weights_sha256}`",
         "blocks chosen by": f"{plan.strategy_label}, {plan.metric} ({plan.unit}), in {plan.dtype}",

@@ -48,6 +48,24 @@ class Fingerprint(_Record):
     weights_sha256: Digest
 
 
+class Origin(_Record):
+    """Where on the hub a checkpoint is from: the repository, and the commit."""
+
+    repository: Text
+    revision: Text
+
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """The origin of ``folder`` in the hub's cache, ``models--OWNER--NAME/snapshots/COMMIT``;
+        None for another folder."""
+        commit = folder.absolute()
+        home = commit.parents[1].name if len(commit.parents) > 1 else ""
+        if commit.parent.name != "snapshots" or not home.startswith("models--"):
+            return None
+        repository = home.removeprefix("models--").replace("--", "/", 1)
+        return cls(repository=repository, revision=commit.name)
+
+
 class SourceRecord(_Record):
     """One calibration text: where it came from, its content hash, and what was used of it."""
 
@@ -252,6 +270,7 @@ class Plan(_Record):
 
     schema_version: Literal[2] = SCHEMA
     model: Fingerprint
+    origin: Origin | None = None
     removed: tuple[BlockId, ...]
     order: tuple[BlockId, ...]
     protected: tuple[BlockId, ...] = ()

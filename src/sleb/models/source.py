@@ -1,7 +1,8 @@
 """Resolve MODEL, as a user writes it, to a checkpoint folder on disk.
 
-MODEL is a folder, a hub id, or a .gguf file. A GGUF file is dequantized to bfloat16 once, into a
-cache keyed by the file's hash, because parsing its vocabulary takes transformers half a minute.
+MODEL is a folder, a hub id (``org/name`` or ``org/name@revision``), or a .gguf file. A GGUF file is
+dequantized to bfloat16 once, into a cache keyed by the file's hash, because parsing its vocabulary
+takes transformers half a minute.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sleb.checkpoints.checkpoint import shard_names
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import (
     SAID,
@@ -37,8 +39,11 @@ logger = logging.getLogger(__name__)
 CONVERSION = 2
 """Version of what is made of a GGUF file; those of earlier ones are not used again."""
 
+# Weights as they are named by their writers; others are fetched when an index names them. Not those
+# of other formats beside them, nor a second copy in a folder.
 HUB_FILES = [
-    "*.safetensors",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
     "*.json",
     "*.txt",
     "*.model",
@@ -87,23 +92,42 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
         if path.suffix != ".gguf":
             raise InputError(f"{ref} is a file; MODEL is a folder, a hub id or a .gguf file")
         return ModelSource(ref=ref, path=_dequantized(path, progress), is_gguf=True)
+    here, _, revision = ref.rpartition("@")
+    if here and Path(here).expanduser().exists():
+        raise InputError(
+            f"{here} is on this disk, and only a model on the hub has revisions: give it without "
+            f"{revision}"
+        )
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
     hint = did_you_mean(path.name, siblings)
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref) or ref[0] in "./~":
+    on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", ref)
+    if path.suffix == ".gguf" or not on_hub or ref[0] in "./~":
         raise InputError(f"no model at {ref}{hint}; check the path")
-    return ModelSource(ref=ref, path=_from_hub(ref, hint))
+    repo, revision = on_hub.groups()
+    folder = _from_hub(repo, revision, HUB_FILES, hint)
+    if lacking := [name for name in shard_names(folder) if not (folder / name).exists()]:
+        _from_hub(repo, revision, lacking, hint)
+    return ModelSource(ref=ref, path=folder)
 
 
-def _from_hub(repo: str, hint: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hub(repo: str, revision: str | None, files: list[str], hint: str) -> Path:
+    """The snapshot of ``repo`` at ``revision`` (a branch, tag or commit), with these ``files``."""
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    # in offline mode a commit that is in the cache is asked for on the network otherwise
+    where: dict[str, Any] = {"revision": revision, "local_files_only": is_offline_mode()}
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))  # it draws its own bars
+        return Path(snapshot_download(repo, allow_patterns=files, **where))  # draws its own bars
+    except RevisionNotFoundError:
+        raise InputError(
+            f"{repo} has no revision {revision} on the hub; give a branch, tag or commit"
+        ) from None
     except GatedRepoError:
         raise InputError(
             f"{repo} is gated: accept its terms on the hub, then `hf auth login`"

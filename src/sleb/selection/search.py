@@ -25,6 +25,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import (
     FinalComparison,
     Fingerprint,
+    Origin,
     Plan,
     SimilarityGate,
     rounds_behind,
@@ -83,6 +84,7 @@ def find_blocks(
     finals, of_sets = search.comparison(found), search.metric.token is not None
     return Plan(
         model=search.identity,
+        origin=Origin.of(model.source.path),
         removed=tuple(sorted(order)),
         order=order,
         protected=search.protected,
