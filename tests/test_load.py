@@ -158,3 +158,17 @@ def test_transformers_settings_are_put_back():
     with quiet_transformers():
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) != before
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_sentencepiece_file_alone_names_its_packages(tiny_dir, tmp_path, monkeypatch):
+    import transformers.utils
+
+    copy = Path(shutil.copytree(tiny_dir, tmp_path / "copy"))
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    (copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(transformers.utils, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(transformers.utils, "is_protobuf_available", lambda: False)
+    with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
+        load_tokenizer(copy)

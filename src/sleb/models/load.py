@@ -25,6 +25,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import refuse_unsupported
+from sleb.config import LoadOptions, takes
 from sleb.core.errors import (
     SAID,
     DataError,
@@ -65,19 +66,15 @@ class LoadedModel:
         return str(self.stack.dtype).removeprefix("torch.")
 
 
+@takes(LoadOptions)
 def load(
     ref: str | Path,
+    config: LoadOptions,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    stream: bool = False,
-    device_map: str | None = None,
-    tp: int = 1,
     plan: Plan | str | Path | None = None,
     depth: int | None = None,
     repaired: str | Path | None = None,
     check: bool = True,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> LoadedModel:
     """Load MODEL (a folder, hub id or .gguf file) for scoring.
@@ -105,12 +102,15 @@ def load(
         DataError: tensors are missing, unexpected or of another shape.
         ResourceError: it does not fit in memory.
     """
-    check_placing(device=device, stream=stream, device_map=device_map, tp=tp)
-    options = device_map_options(device_map) if device_map else {}
-    target = pick_device(device)
+    check_placing(
+        device=config.device, stream=config.stream, device_map=config.device_map, tp=config.tp
+    )
+    options = device_map_options(config.device_map) if config.device_map else {}
+    trust = config.trust_remote_code
+    target = pick_device(config.device)
     if plan is None and (depth is not None or repaired is not None):
         raise InputError("depth and repaired say how a plan is used; give plan too")
-    if plan is not None and (stream or device_map or tp > 1):
+    if plan is not None and (config.stream or config.device_map or config.tp > 1):
         raise InputError(
             "blocks are not streamed, placed or split and cut at once; leave out plan, or stream, "
             "device_map and tp"
@@ -118,39 +118,39 @@ def load(
     plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     source = group().sequentially(lambda: resolve(ref, progress))
     checkpoint = Checkpoint.open(source.path)  # its errors say more than those of loading
-    config = load_config(source.path, trust_remote_code=trust_remote_code)
-    text = decoder_config(config)
+    own = load_config(source.path, trust_remote_code=trust)
+    text = decoder_config(own)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
-    refuse_unread(checkpoint, config, trust_remote_code=trust_remote_code)
+    refuse_unread(checkpoint, own, trust_remote_code=trust)
     weights = None
     if plan is not None:
         weights = _cut_weights(
             source,
             checkpoint,
-            config,
+            own,
             plan,
             Cut.of(plan, depth, repaired),
             check=check,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust,
             progress=progress,
         )
     with progress.stage(f"loading {source.ref}", None):
-        computed = pick_dtype(dtype, config, target)
-        if stream:
-            options = {"device_map": stream_places(config, target, trust_remote_code)}
-        elif tp > 1:
-            options = tensor_parallel_options(config, tp, target.type, source.ref)
+        computed = pick_dtype(config.dtype, own, target)
+        if config.stream:
+            options = {"device_map": stream_places(own, target, trust)}
+        elif config.tp > 1:
+            options = tensor_parallel_options(own, config.tp, target.type, source.ref)
         if options:
-            model = strict_model(source.path, computed, trust_remote_code, options)
+            model = strict_model(source.path, computed, trust, options)
         else:
-            model = strict_model(source.path, computed, trust_remote_code, weights=weights)
+            model = strict_model(source.path, computed, trust, weights=weights)
             try:
                 model.to(target)
             except torch.OutOfMemoryError:
                 raise ResourceError(
                     f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
                 ) from None
-    tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.path, trust_remote_code=trust)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -396,11 +396,26 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     # the tokenizers library raises bare Exceptions
-    failures = map_exceptions(
-        (Exception, InputError, f"{path} has no tokenizer that loads: {SAID}")
-    )
+    failure = f"{path} has no tokenizer that loads: {_lacking_packages(path) or SAID}"
+    failures = map_exceptions((Exception, InputError, failure))
     with quiet_transformers(), failures:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _lacking_packages(path: Path) -> str:
+    """What to install for a SentencePiece file that nothing else stands beside: transformers takes
+    it for one of tiktoken where it lacks the packages for it."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    file = path / "tokenizer.model"
+    there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [name for name, found in there.items() if not found]
+    if not lacking or not file.is_file() or (path / "tokenizer.json").is_file():
+        return ""
+    with open(file, "rb") as stream:
+        if stream.read(1) != b"\n":  # a protobuf's first field; tiktoken's are lines of text
+            return ""
+    return f"{file.name} is SentencePiece's, for which install: pip install {' '.join(lacking)}"
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
