@@ -49,7 +49,7 @@ from race_model import SPREAD, Losses, Spread, exact_work
 from shapes import SHAPES, Shape, random_llama, shape_of, write_random
 
 import sleb
-from sleb.calibration import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit
 from sleb.core.process_group import group, joined
 from sleb.models.compiled import CompiledStack
 from sleb.models.stack import BlockStack

@@ -31,7 +31,7 @@ from texts import DOMAINS, prepare
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import sleb
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.statistics import Values, exponential, interval

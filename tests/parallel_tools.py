@@ -129,7 +129,7 @@ def trouble(folder: Path) -> dict[str, str]:
 def split(folder: Path) -> object:
     """Losses of a model that two processes hold together."""
     import sleb
-    from sleb.calibration import CalibrationSplit
+    from sleb.calibration.split import CalibrationSplit
 
     model = sleb.load(folder / "wide", tp=2, **CPU)
     windows, _ = sleb.load_windows(

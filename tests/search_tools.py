@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sleb.calibration import CalibrationSplit, Windows
+from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.repairs.scoring import RepairedScores
 
 __all__ = ["fit_windows", "split_of", "stopped_at", "toy"]

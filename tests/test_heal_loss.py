@@ -12,7 +12,7 @@ import heal_tools
 import sleb
 import zoo
 from heal_tools import CPU
-from sleb.calibration import load_windows
+from sleb.calibration.windows import load_windows
 from sleb.core.errors import UnsupportedModel
 from sleb.distillation import loss
 from sleb.distillation.loss import SplitModel, backward_kl, chunks, kl, validate

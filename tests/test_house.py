@@ -31,7 +31,6 @@ ENTRANCES = {"__init__", "__main__"}
 UPWARD: dict[str, set[str]] = {}
 CIRCLES: set[str] = set()
 LAZY: set[str] = {
-    "calibration",
     "evaluation.tasks",
     "runtimes.transformers",
 }

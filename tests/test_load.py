@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -172,3 +173,16 @@ def test_a_sentencepiece_file_alone_names_its_packages(tiny_dir, tmp_path, monke
     monkeypatch.setattr(transformers.utils, "is_protobuf_available", lambda: False)
     with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
         load_tokenizer(copy)
+
+
+def test_a_token_without_an_embedding_is_named_where_it_comes_up(copy, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.save_pretrained(copy)
+    few = {"windows": 2, "heldout": 0, "length": 32, "device": "cpu", "remove": 1}
+    words = "a block passes its input through " * 20
+    for text, refused in ((words, False), (words.replace(" ", "<extra>"), True)):
+        (tmp_path / "text.txt").write_text(text)
+        expected = pytest.raises(InputError, match=r"token 259 \(<extra>\).*0 to 258")
+        with expected if refused else contextlib.nullcontext():
+            sleb.search(copy, text=(str(tmp_path / "text.txt"),), **few)

@@ -15,7 +15,7 @@ import sleb
 import zoo
 from conftest import byte_tokenizer, save_tiny, tiny_llama
 from parallel_tools import CPU, HERE, SEARCHES, found, launch, split_repair
-from sleb.calibration import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit
 from sleb.core import process_group as parallel
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack

@@ -11,7 +11,7 @@ import torch
 
 import reference
 import sleb
-from sleb.calibration import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit
 from sleb.cli.main import main
 from sleb.models.source import resolve
 

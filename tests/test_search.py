@@ -13,7 +13,7 @@ import reference
 import sleb
 from conftest import BLOCKS, tiny_llama
 from search_tools import split_of, toy
-from sleb.calibration import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit
 from sleb.core.errors import DataError, InputError
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import METRICS, NLL

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sleb.calibration import CalibrationSplit, windows
-from sleb.calibration.split import SELF_GENERATED
+from sleb.calibration import windows
+from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import digest
 from sleb.core.errors import InputError
 from text_tools import letters, tokenizer

@@ -13,7 +13,7 @@ import reference
 import sleb
 from conftest import save_tiny
 from search_tools import split_of
-from sleb.calibration import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Plan

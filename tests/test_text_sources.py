@@ -13,12 +13,7 @@ from typing import Any
 
 import pytest
 
-from sleb.calibration import (
-    SOURCES,
-    parse_source,
-    rows,
-    sources,
-)
+from sleb.calibration import SOURCES, parse_source, rows, sources
 from sleb.core.errors import DataError, InputError, ResourceError, SlebError
 from text_tools import CHAT, Write, documents, message
 

@@ -22,12 +22,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sleb.calibration import (
-    DEFAULT_WINDOWS,
-    load_windows,
-    sources,
-    tokens,
-)
+from sleb.calibration import sources, tokens
+from sleb.calibration.windows import DEFAULT_WINDOWS, load_windows
 from sleb.core.errors import InputError
 from text_tools import BOS, Write, documents, letters, load, texts, tokenizer
 

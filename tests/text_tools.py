@@ -15,12 +15,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sleb.calibration import (
-    Windows,
-    load_windows,
-    parse_source,
-    read_documents,
-)
+from sleb.calibration import parse_source, read_documents
+from sleb.calibration.windows import Windows, load_windows
 from sleb.core.errors import InputError
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

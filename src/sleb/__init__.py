@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sleb.calibration import Windows, load_windows
+    from sleb.calibration.windows import Windows, load_windows
     from sleb.config import (
         ApplyConfig,
         BenchConfig,
@@ -104,7 +104,7 @@ _HOME = {
     "VerificationFailed": "core.errors",
     "Verified": "verbs",
     "VerifyConfig": "config",
-    "Windows": "calibration",
+    "Windows": "calibration.windows",
     "apply": "verbs",
     "bench": "verbs",
     "bypassed": "models.stack",
@@ -115,7 +115,7 @@ _HOME = {
     "heal": "distillation",
     "init": "verbs",
     "load": "models.load",
-    "load_windows": "calibration",
+    "load_windows": "calibration.windows",
     "measure_similarity": "selection.similarity",
     "prune": "verbs",
     "push": "formats.hub",

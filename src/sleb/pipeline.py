@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sleb.calibration import Windows
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import LoadOptions, PruneConfig, SearchConfig, WriteConfig, takes

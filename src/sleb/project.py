@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sleb.acceptance import Gate
-from sleb.calibration import load_windows
 from sleb.calibration.sources import parse_source
+from sleb.calibration.windows import load_windows
 from sleb.config import (
     CompareConfig,
     DeviceOptions,

@@ -14,8 +14,9 @@ from typing import Any
 
 from sleb import pipeline
 from sleb.acceptance import Gate
-from sleb.calibration import Windows, check_sources, load_windows
+from sleb.calibration import check_sources
 from sleb.calibration.split import SELF_GENERATED
+from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.cut import Cut
 from sleb.config import (

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb.calibration import Windows, check_sources
+from sleb.calibration import check_sources
 from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, UnsupportedModel
 from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.core.card import with_section
 from sleb.core.plan import Calibration
 from sleb.core.statistics import Interval, Values, exponential, interval

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.core.files import staged_files

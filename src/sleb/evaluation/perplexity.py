@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, exponential, interval
 from sleb.models.load import LoadedModel

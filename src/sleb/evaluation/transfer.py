@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sleb.calibration import DEFAULT_WINDOWS, Windows, check_sources, parse_source
+from sleb.calibration import check_sources, parse_source
 from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.windows import DEFAULT_WINDOWS, Windows
 from sleb.config import TransferConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent

@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sleb.calibration import Windows, check_sources, load_windows
+from sleb.calibration import check_sources
+from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, read_json
 from sleb.checkpoints.checksums import write_sums
 from sleb.config import QuantizeConfig, takes

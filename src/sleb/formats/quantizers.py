@@ -23,7 +23,7 @@ from sleb.models.stack import BlockStack
 from sleb.surgery.verification import logit_tolerance, probe_ids
 
 if TYPE_CHECKING:
-    from sleb.calibration import Windows
+    from sleb.calibration.windows import Windows
 
 GROUPS = (128, 64, 32)
 MOST = 0.8

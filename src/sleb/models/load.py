@@ -36,6 +36,7 @@ from sleb.core.errors import (
     map_exceptions,
 )
 from sleb.core.plan import MAX_BLOCKS, Plan
+from sleb.core.printable import printable
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.models.auto_classes import auto_class
@@ -151,6 +152,7 @@ def load(
                     f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
                 ) from None
     tokenizer = load_tokenizer(source.path, trust_remote_code=trust)
+    _refuse_tokens_without_embedding(model, tokenizer, source.ref)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -400,6 +402,25 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     failures = map_exceptions((Exception, InputError, failure))
     with quiet_transformers(), failures:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _refuse_tokens_without_embedding(model: Any, tokenizer: Any, ref: str) -> None:
+    """Where the tokenizer has more tokens than the model, which may never come up, have one that
+    does refused by name: torch would say that an index is out of range, on a GPU much later."""
+    embedding = model.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
+    if len(tokenizer) <= rows:
+        return
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (highest := int(inputs[0].max())) >= rows:
+            token = printable(str(tokenizer.convert_ids_to_tokens(highest)))
+            raise InputError(
+                f"token {highest} ({token}) is in the text, and {ref} has embeddings for 0 to "
+                f"{rows - 1} alone: leave it out of the text, or give the model's own tokenizer"
+            )
+
+    embedding.register_forward_pre_hook(check)
 
 
 def _lacking_packages(path: Path) -> str:

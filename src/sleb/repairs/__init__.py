@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sleb.calibration import Windows
 from sleb.calibration.split import SHARE, CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import UnsupportedModel

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration import Windows
 from sleb.calibration.split import SHARE, Writer, joined
 from sleb.calibration.tokens import opening_tokens
+from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
 from sleb.core.progress import Progress

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleb.calibration import load_windows
+from sleb.calibration.windows import load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import CheckOptions, takes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sleb.calibration import load_windows
+from sleb.calibration.windows import load_windows
 from sleb.config import BenchConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, silent

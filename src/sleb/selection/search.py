@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sleb.calibration import Windows
 from sleb.calibration.split import CalibrationSplit
-from sleb.calibration.windows import digest
+from sleb.calibration.windows import Windows, digest
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
 from sleb.config import SearchConfig
 from sleb.core.errors import InputError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError
 from sleb.core.progress import Progress, silent
 from sleb.core.registry import Registry

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from sleb.calibration import Windows
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
