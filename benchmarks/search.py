@@ -132,12 +132,7 @@ def growth(options: argparse.Namespace) -> None:
     def add(axis: str, loaded: LoadedModel, windows: int, n: int) -> None:
         stack, device = loaded.stack, loaded.stack.input_device
         candidates = list(range(1, len(stack) - 1))
-        row: dict[str, Any] = {
-            "axis": axis,
-            "blocks": len(stack),
-            "windows": windows,
-            "removed": n,
-        }
+        row: dict[str, Any] = {"axis": axis, "blocks": len(stack), "windows": windows, "removed": n}
         passes = windows * sum(len(candidates) - r for r in range(n))
         row["published"] = round(passes * seconds_per_pass(loaded, ids), 3)
         for name in ("exact", "racing"):
@@ -201,11 +196,7 @@ def main() -> None:
         loaded = sleb.load(options.model, dtype=options.dtype, device=options.device)
         stack, device = loaded.stack, loaded.stack.input_device
         ids = sleb.load_windows(
-            loaded.tokenizer,
-            options.text,
-            windows=options.windows,
-            length=options.length,
-            seed=0,
+            loaded.tokenizer, options.text, windows=options.windows, length=options.length, seed=0
         )[0].ids
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     if options.threads:

@@ -1,7 +1,5 @@
 """Calling the command line in this process, and looking at what it leaves behind."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,17 +1,17 @@
 """Fixtures: a tiny Llama with a byte tokenizer on disk, and the real model where make put it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples in each run; `make test-random` looks for others. A busy machine is no failure.
-settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
-settings.register_profile("random", deadline=None, print_blob=True)
+# The same examples in each run; `make test-random` looks for others. A busy machine is no failure,
+# and a folder that examples share is written anew by each.
+usual = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("fixed", derandomize=True, database=None, **usual)
+settings.register_profile("random", print_blob=True, **usual)
 settings.load_profile("fixed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,7 +1,5 @@
 """Tiny GGUF files, written by the gguf package; and plans for them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

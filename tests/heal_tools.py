@@ -1,7 +1,5 @@
 """A small cut model with texts, healing it, and stopping that."""
 
-from __future__ import annotations
-
 import json
 import signal
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A hub on this machine: the few routes that an upload uses, and what was sent to them."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

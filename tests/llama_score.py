@@ -2,8 +2,6 @@
 ``llama_score.py MODEL TEXT COUNT LENGTH`` prints the windows of the text, as llama.cpp tokenizes
 it, each begun as the model wants it, and the loss on each token after its first, in nats."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,6 @@
-"""Plans made by hand."""
+"""Plans made by hand, and checkpoints changed by hand."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
@@ -43,3 +42,9 @@ def plan_of(folder: Path, *order: int) -> Plan:
         strategy="greedy",
         dtype="float32",
     )
+
+
+def edit_config(folder: Path, **fields) -> None:
+    """Set fields of a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))

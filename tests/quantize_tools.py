@@ -1,7 +1,5 @@
 """Tiny quantized checkpoints: torchao's through sleb, compressed-tensors' packed by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Written against transformers alone, from the paper's description, so that it can
 the library.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import torch

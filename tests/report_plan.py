@@ -1,8 +1,6 @@
 """Plans for the tests of views. Every figure of data/plan.json is made up: round 1 is clear (0.012
 against 2 x 0.002), round 2 within noise, round 3 clear."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sleb.core.plan import (

@@ -1,8 +1,6 @@
 """Records, pages made of them in memory, and pages read as a browser would: by section, by table,
 by link. Every figure of tests/data/run.json is made up; its plan is :func:`report_plan.plan`."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """Cuts with a side-car, for the tests of rollback."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Stand-ins for the tests of runtimes: children without a process, and runtimes that pretend."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

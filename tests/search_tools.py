@@ -1,7 +1,5 @@
 """Windows by role, for the tests of the search and of repairs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

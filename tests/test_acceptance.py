@@ -1,7 +1,5 @@
 """A gate passes what keeps its limits, at the boundary and both ways, and what is missing fails."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import fields, replace
@@ -260,9 +258,6 @@ def test_the_result_is_required_and_recorded():
     good.require()
     adapter = TypeAdapter(GateResult)  # as a record reads and writes it
     assert adapter.validate_json(adapter.dump_json(found)) == found
-
-
-# -- the file ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

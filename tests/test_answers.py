@@ -1,7 +1,5 @@
 """Answers to the user's own prompts: as transformers' greedy ones, paired, and judged rightly."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json
@@ -21,21 +19,15 @@ from conftest import byte_tokenizer
 from sleb.core.errors import InputError
 from sleb.core.statistics import proportion
 from sleb.evaluation import answers
-from sleb.evaluation.answer_checks import (
-    first_difference,
-    language,
-    repetition,
-    script,
-)
+from sleb.evaluation.answer_checks import first_difference, language, repetition, script
 from sleb.evaluation.answers import Comparison, compare
-from sleb.evaluation.prompts import Prompt, read_prompts
+from sleb.evaluation.prompts import Prompt
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-EXAMPLE = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
 
 
 def plain(text: str, id: str = "p", **options) -> Prompt:
@@ -97,9 +89,6 @@ def greedy(path: Path, ids: list[int], n: int, forbidden: tuple[int, ...] = ()) 
         logits[list(forbidden)] = -math.inf
         ids = [*ids, int(logits.argmax())]
     return ids[start:]
-
-
-# -- answers -------------------------------------------------------------------------------------
 
 
 def test_answers_are_the_greedy_ones_of_each_model(tiny_dir, out, compared):
@@ -228,9 +217,6 @@ def test_one_model_is_in_memory_at_a_time(tiny_dir, out, monkeypatch):
     assert len(seen) == 2
 
 
-# -- mistakes, found before any weights are loaded -----------------------------------------------
-
-
 @pytest.mark.usefixtures("no_weights")
 class TestMistakes:
     def test_a_chat_needs_a_template_that_takes_it(self, tiny_dir, out, copy):
@@ -280,19 +266,3 @@ class TestMistakes:
     def test_options_are_checked(self, tiny_dir, out, prompts, options, message):
         with pytest.raises(InputError, match=message):
             compare(tiny_dir, out, prompts, **{**CPU, **options})
-
-
-# -- a real model --------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_a_real_model_answers_and_a_cut_one_differs(real_model, tmp_path):
-    plan = sleb.search(real_model, remove=3, windows=1, length=32, metric="one-shot-loss")
-    cut = sleb.apply(plan, real_model, tmp_path / "out")
-    asked = [p for p in read_prompts(EXAMPLE) if p.id in ("chat-facts", "plain-tides")]
-    found = compare(real_model, cut, asked, max_new_tokens=16)
-    dense = {p.id: p.dense.text for p in found.pairs}
-    assert "sky" in dense["chat-facts"].lower()
-    assert script(dense["plain-tides"]) == "Latin"
-    assert found.identical.value < 1

@@ -1,7 +1,5 @@
 """Cutting a checkpoint on disk: what stays is the same bytes, what goes is gone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import stat
@@ -80,14 +78,6 @@ def test_every_depth_is_the_first_removals_of_the_order(tmp_path, shard):
     assert not (tmp_path / "never").exists()
 
 
-def test_ten_is_not_taken_for_one(tmp_path):
-    source = save_tiny(tmp_path / "source", blocks=13)
-    out = sleb.apply(plan_of(source, 1, 11), source, tmp_path / "out")
-    assert_cut(source, out, {1, 11})
-    assert "model.layers.10.mlp.up_proj.weight" in tensors(out)
-    assert not any(name.startswith("model.layers.11.") for name in tensors(out))
-
-
 def test_the_index_describes_the_shards(tmp_path):
     source = save_tiny(tmp_path / "source", shard="20KB")
     assert len(list(source.glob("*.safetensors"))) > 10
@@ -105,22 +95,6 @@ def test_the_index_describes_the_shards(tmp_path):
     found = tensors(out).values()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found)
     assert index["metadata"]["total_parameters"] == sum(t.numel() for t in found)
-
-
-def test_shards_that_become_one_need_no_index(tmp_path):
-    source = save_tiny(tmp_path / "source", blocks=2)
-    whole = load_file(source / "model.safetensors")
-    parts = {"a.safetensors": {}, "b.safetensors": {}}
-    for name, tensor in whole.items():
-        parts["b.safetensors" if ".layers.1." in name else "a.safetensors"][name] = tensor
-    for shard, content in parts.items():
-        save_file(content, source / shard, {"format": "pt"})
-    weight_map = {name: shard for shard, content in parts.items() for name in content}
-    (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (source / "model.safetensors").unlink()
-    out = sleb.apply(plan_of(source, 1), source, tmp_path / "out")
-    assert sorted(p.name for p in out.glob("model*")) == ["model.safetensors"]
-    assert_cut(source, out, {1})
 
 
 def test_every_dtype_keeps_its_bytes_and_its_alignment(tmp_path):
@@ -187,28 +161,6 @@ def test_what_belongs_to_the_model_is_carried_and_other_weights_are_not(tmp_path
     }  # fmt: skip
     assert stat.S_IMODE(out.stat().st_mode) == 0o755
     assert Plan.load(out / "plan.json").removed == (2,)
-
-
-def test_old_settings_in_the_config_do_not_stop_a_cut(tmp_path):
-    """Older checkpoints keep generation settings in config.json."""
-    source = save_tiny(tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    config.update(temperature=0.7, do_sample=True, max_length=50)
-    (source / "config.json").write_text(json.dumps(config))
-    out = sleb.apply(plan_of(source, 2), source, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
-
-
-def test_links_into_a_cache_are_read_and_their_content_is_copied(tmp_path):
-    """A snapshot of the hub's cache is a folder of links."""
-    source = save_tiny(tmp_path / "blobs")
-    linked = tmp_path / "snapshot"
-    linked.mkdir()
-    for path in source.iterdir():
-        (linked / path.name).symlink_to(path)
-    out = sleb.apply(plan_of(source, 2), linked, tmp_path / "out")
-    assert_cut(source, out, {2})
-    assert not any(p.is_symlink() for p in out.iterdir())
 
 
 MEASURE = """

@@ -1,7 +1,5 @@
 """What a cut refuses, and what a full disk leaves: nothing."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 import sleb
 from cli_tools import tree
 from conftest import save_tiny
-from plan_tools import plan_of
+from plan_tools import edit_config, plan_of
 from sleb.checkpoints.checkpoint import INDEX, Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.core.plan import Plan
@@ -63,29 +61,30 @@ def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path, keep)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["weights", "config", "type", "blocks"])
-def test_a_plan_for_another_model_is_refused_and_says_what_differs(tmp_path, tiny_dir, change):
-    plan = plan_of(tiny_dir, 2)
-    other = tmp_path / "other"
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("weights", "weights_sha256 is"),
+        ("config", "config_sha256 is"),
+        ("type", "model_type is llama in the plan and mistral in"),
+        ("blocks", "blocks is 60 in the plan and 6 in"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_and_says_what_differs(
+    tmp_path, tiny_dir, change, said
+):
+    plan, other = plan_of(tiny_dir, 2), tmp_path / "other"
     if change == "weights":
         save_tiny(other, seed=1)
     else:
         shutil.copytree(tiny_dir, other)
-        config = json.loads((other / "config.json").read_text())
-        if change == "config":
-            config["rms_norm_eps"] = 1e-3
-        elif change == "type":
-            config.update(model_type="mistral", architectures=["MistralForCausalLM"])
-        (other / "config.json").write_text(json.dumps(config))
+    if change == "config":
+        edit_config(other, rms_norm_eps=1e-3)
+    if change == "type":
+        edit_config(other, model_type="mistral", architectures=["MistralForCausalLM"])
     if change == "blocks":  # a plan that was changed by hand: the hashes are right
         plan = plan.model_copy(update={"model": plan.model.model_copy(update={"blocks": 60})})
-    said = {
-        "weights": r"weights_sha256 is \w{12}… in the plan and \w{12}… in .*other",
-        "config": r"config_sha256 is \w{12}… in the plan and \w{12}… in ",
-        "type": "model_type is llama in the plan and mistral in ",
-        "blocks": "blocks is 60 in the plan and 6 in ",
-    }[change]
-    with pytest.raises(InputError, match=rf"another model: {said}.*other; search again on this mo"):
+    with pytest.raises(InputError, match=rf"another model: {said}.*other; search again"):
         sleb.apply(plan, other, tmp_path / "out")
     assert os.listdir(tmp_path) == ["other"]
 
@@ -100,9 +99,6 @@ def test_the_model_itself_is_never_replaced(tmp_path):
         with pytest.raises(InputError, match="is the model itself, or holds it; choose another -o"):
             sleb.apply(plan, source, out, force=True)
     assert tree(source) == before
-
-
-# -- a disk that fills up ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["shard", "config", "tokenizer", "plan"])

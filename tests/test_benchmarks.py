@@ -1,7 +1,5 @@
 """The benchmarks on tiny models: each script runs, and its figures are what they say."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import random

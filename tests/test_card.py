@@ -1,13 +1,11 @@
 """The model card of a cut: valid metadata whatever the original's card holds, and provenance."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleb
@@ -57,7 +55,7 @@ def test_a_hostile_card_gives_valid_metadata(tmp_path, card):
     assert not Path("/tmp/owned").exists()
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(st.dictionaries(
     st.sampled_from(["license", "license_name", "license_link", "language"]),
     st.recursive(st.text(max_size=30) | st.none() | st.booleans() | st.integers(),

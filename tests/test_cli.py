@@ -1,22 +1,18 @@
 """The verbs from the command line: what they print, write, and leave alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-import sleb
 from cli_tools import refused, run, tree
 from sleb import pipeline
 from sleb.cli import progress
@@ -50,10 +46,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# -- every verb, as text and as JSON -------------------------------------------------------------
-
-
-def test_inspect(place, capsys):
+def test_inspect_and_similarity(place, capsys):
     text = run(capsys, "inspect", "MODEL")
     assert (text.code, text.err) == (0, "")
     assert re.search(r"blocks +6 x LlamaDecoderLayer at model\.layers", text.out)
@@ -62,14 +55,10 @@ def test_inspect(place, capsys):
     assert (found["blocks"], found["supported"], found["model"]) == (6, True, "MODEL")
     assert found["parameters"] == 63072
     assert [s["blocks"] for s in found["savings"]] == [1, 2, 2]
-
-
-def test_similarity(place, capsys):
-    text = run(capsys, "similarity", "MODEL", "--measure", "angular", *SMALL)
+    command = ["similarity", "MODEL", "--measure", "angular", *SMALL]
+    text, found = run(capsys, *command), run(capsys, *command, "--json").json
     assert (text.code, text.err) == (0, "")
     assert "angular" in text.out
-    found = run(capsys, "similarity", "MODEL", "--measure", "angular", *SMALL, "--json").json
-    assert len(found["blocks"]) == 6
     assert len(found["pairs"]) == 7
     for i, block in enumerate(found["blocks"]):
         assert re.search(rf"^{i} +{block['mean']:.4f} ", text.out, re.MULTILINE)
@@ -79,21 +68,17 @@ def test_search_apply_verify_and_eval(place, capsys):
     text = run(capsys, "search", "MODEL", "--remove", "50%", *SMALL)
     assert (text.code, text.err) == (0, "")
     plan = Plan.load("plan.json")
-    for block in plan.order:
-        assert f"block {block}" in text.out
-    assert text.out.endswith("plan written to plan.json; next: sleb apply plan.json MODEL -o OUT\n")
+    assert all(f"block {block}" in text.out for block in plan.order)
+    assert "next: sleb apply plan.json MODEL -o OUT" in text.out
     assert names(place) == ["MODEL", "plan.json"]
     ran = run(capsys, "search", "MODEL", "--remove", "3", *SMALL, "-o", "deep/2.json", "--json")
     assert ran.json == json.loads(Path("plan.json").read_text())
-    assert ran.err.startswith("plan written to deep/2.json; next: sleb apply deep/2.json MODEL")
+    assert "deep/2.json" in ran.err
     assert Path("deep/2.json").read_text() == Path("plan.json").read_text()
 
     text = run(capsys, "apply", "plan.json", "MODEL", "-o", "out", "--depth", "2")
     assert (text.code, text.err) == (0, "")
-    assert text.out == (
-        f"out: 4 blocks; removed {', '.join(map(str, plan.at_depth(2)))}\n"
-        "next: sleb verify out --model MODEL\n"
-    )
+    assert f"4 blocks; removed {', '.join(map(str, plan.at_depth(2)))}\n" in text.out
     ran = run(capsys, "apply", "plan.json", "MODEL", "-o", "out3", "--json")
     assert ran.json == {"out": "out3", "removed": list(plan.removed), "blocks": 3}
 
@@ -107,14 +92,13 @@ def test_search_apply_verify_and_eval(place, capsys):
     ran = run(capsys, "verify", "out3", "--model", "MODEL", "--depth", "2", "--json")
     assert ran.code == 3
     assert not all(check["passed"] for check in ran.json["checks"])
-    assert ran.err == ("sleb: out3 failed 'number of blocks': 3 (must be 4); do not ship it\n")
+    assert "out3 failed 'number of blocks': 3 (must be 4)" in ran.err
 
     options = ["--plan", "plan.json", "--length", "32", "--windows", "8"]
-    text = run(capsys, "eval", "MODEL", *options)
+    text, found = (run(capsys, "eval", "MODEL", *options, *json_) for json_ in ([], ["--json"]))
     assert (text.code, text.err) == (0, "")
-    found = run(capsys, "eval", "MODEL", *options, "--json").json
-    assert found["tokens"] == 8 * 31
-    assert found["removed"] == list(plan.removed)
+    found = found.json
+    assert (found["tokens"], found["removed"]) == (8 * 31, list(plan.removed))
     assert f"{found['perplexity_ratio']['value']:.2f} (" in text.out
     alone = run(capsys, "eval", "out3", "--length", "32", "--windows", "8", "--json").json
     assert alone["loss"]["value"] == pytest.approx(found["pruned_loss"]["value"], abs=2e-6)
@@ -131,65 +115,34 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     arguments += ["-o", str(out)]
     text = run(capsys, *arguments)
     assert (text.code, text.err) == (0, "")
-    gates = 8 if Plan.load(out / "plan.json").repair else 7
-    assert f"verified: {gates} of {gates} gates passed" in text.out
+    plan = Plan.load(out / "plan.json")
+    gates = 8 if plan.repair else 7
+    assert f"{gates} of {gates} gates" in text.out
     assert "repair: " in text.out
-    assert text.out.endswith(f"checkpoint written to {out}\n")
     assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
-    assert names(out) == sorted(
-        {p.name for p in model.iterdir()}
-        | {"plan.json", "run.json", "README.md", "SHA256SUMS", "rollback"}
-    )
+    added = {"plan.json", "run.json", "README.md", "SHA256SUMS", "rollback"}
+    assert names(out) == sorted({p.name for p in model.iterdir()} | added)
     assert tree(model) == before
 
     record = json.loads((out / "run.json").read_text())
-    plan = Plan.load(out / "plan.json")
     assert record["command"] == shlex.join(["sleb", *arguments])
-    assert shlex.split(record["command"])[1:] == arguments
     assert record["removed"] == list(plan.removed)
     assert record["verification"]["checkpoint"] == str(out)
     assert [c["passed"] for c in record["verification"]["checks"]] == [True] * gates
     assert record["nbytes"][1] < record["nbytes"][0]
     assert ".part-" not in (out / "run.json").read_text()
-
     card = ModelCard.load(out / "README.md")
-    assert card.data.license == "apache-2.0"
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en"])
     assert card.data.license_link == "https://licence.invalid"
-    assert card.data.language == ["en"]
     assert card.data.base_model is None  # a folder is no name that others could look up
     assert card.data.tags == ["sleb", "pruned", "block-pruning"]
-    assert card.data.library_name == "transformers"
     assert f"\n```\n{record['command']}\n```\n" in card.text
-    assert f"Removed blocks (original numbering, first is 0): {plan.removed[0]}, " in card.text
     shown = run(capsys, *arguments, "--force", "--json")
     assert shown.code == 0
     again = json.loads((out / "run.json").read_text())
     assert shown.json == again
     assert again["evaluation"] == record["evaluation"]
     assert Plan.load(out / "plan.json") == plan
-
-
-@pytest.mark.slow
-def test_a_card_names_the_hub_model_and_needs_no_card_of_its_own(place, capsys, monkeypatch):
-    folder = str(place / "MODEL")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: folder)
-    assert run(capsys, "prune", "someone/small", "--remove", "2", *SMALL, "-o", "out").code == 0
-    card = ModelCard.load("out/README.md")
-    assert card.data.base_model == "someone/small"
-    assert card.data.license is None
-    assert card.text.strip().startswith("# small without 2 of its 6 transformer blocks")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"])
-def test_a_broken_card_of_the_original_does_not_cost_the_search(
-    tiny_dir, tmp_path, capsys, content
-):
-    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
-    (model / "README.md").write_bytes(content)
-    out = tmp_path / "out"
-    assert run(capsys, "prune", model, "--remove", "2", *SMALL, "-o", out).code == 0
-    assert ModelCard.load(out / "README.md").data.license is None
 
 
 def test_prune_without_text_to_spare_says_that_quality_was_not_measured(place, text_file, capsys):
@@ -204,37 +157,15 @@ def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
     real = pipeline.verify
 
     def verify(*args, **kwargs):
-        found = real(*args, **kwargs)
         bad = Check(name="logits", passed=False, measured="off by 1", limit="at most 0")
-        return type(found)(
-            checkpoint=found.checkpoint, removed=found.removed, checks=(*found.checks, bad)
-        )
+        found = real(*args, **kwargs)
+        return replace(found, checks=(*found.checks, bad))
 
     monkeypatch.setattr(pipeline, "verify", verify)
     options = ["--remove", "2", *SMALL, "--no-repair"]
     said = refused(capsys, 3, "prune", "MODEL", *options, "-o", "out")
-    assert said == "out failed 'logits': off by 1 (must be at most 0); do not ship it"
+    assert "out failed 'logits': off by 1 (must be at most 0)" in said
     assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
-
-
-@pytest.mark.slow
-def test_a_read_only_model_is_enough_and_is_not_touched(tiny_dir, tmp_path, capsys):
-    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
-    for path in [*model.iterdir(), model]:
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
-    before = tree(model)
-    times = {p.name: p.stat().st_mtime_ns for p in [*model.iterdir(), model]}
-    out = tmp_path / "out"
-    try:
-        assert run(capsys, "prune", model, "--remove", "2", *SMALL, "-o", out).code == 0
-        assert run(capsys, "verify", out, "--model", model).code == 0
-        assert tree(model) == before
-        assert {p.name: p.stat().st_mtime_ns for p in [*model.iterdir(), model]} == times
-    finally:
-        model.chmod(0o755)
-    for path in out.iterdir():
-        assert os.access(path, os.W_OK)
-        assert path.stat().st_mode & stat.S_IWUSR  # what was copied can be changed
 
 
 @pytest.mark.parametrize("verb", ["search", "apply", "prune"])
@@ -258,9 +189,6 @@ def test_force_replaces_an_existing_output(place, capsys, verb, tiny_plan):
     assert names(place) == ["MODEL", "out", "plan.json"]
 
 
-# -- progress, help, and the weight of an import -------------------------------------------------
-
-
 def test_progress_goes_to_stderr_and_leaves_stdout_alone(place, capsys, monkeypatch):
     quiet = run(capsys, "similarity", "MODEL", *SMALL, "--json")
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
@@ -279,14 +207,11 @@ def test_a_terminal_gets_bars_even_for_odd_names(place, capsys, monkeypatch):
     os.rename("MODEL", "M [/x] :smile:")
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    ran = run(capsys, "similarity", "M [/x] :smile:", *SMALL, "--json")
-    assert ran.code == 0, ran.err
-    assert len(ran.json["blocks"]) == 6
-    assert "measuring similarity" in ran.err
-    for verb in ("inspect", "eval"):
-        ran = run(capsys, verb, "M [/x] :smile:", *(SMALL if verb == "eval" else []))
-        assert ran.code == 0
-    assert "M [/x] :smile:" in run(capsys, "inspect", "M [/x] :smile:").out
+    for verb, options in (("similarity", SMALL), ("inspect", []), ("eval", SMALL)):
+        ran = run(capsys, verb, "M [/x] :smile:", *options)
+        assert ran.code == 0, ran.err
+        assert "M [/x] :smile:" in ran.out or verb != "inspect"
+        assert "measuring similarity" in ran.err or verb != "similarity"
 
 
 LIGHT = """
@@ -339,9 +264,3 @@ def test_sleb_runs_as_a_module_and_alone_shows_its_help(place):
     wrong = sleb_module("verfy", capture_output=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("sleb: No such command 'verfy'. Did you mean 'verify'?")
-
-
-def test_every_exported_name_resolves():
-    for name in sleb.__all__:
-        assert getattr(sleb, name).__name__ == name
-    assert set(sleb.__all__) <= set(dir(sleb))

@@ -1,14 +1,11 @@
 """Ctrl-C, a polite kill and kill -9: nothing half-written, and a search goes on where it was."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -108,31 +105,6 @@ def test_an_interrupted_apply_leaves_nothing(place, capsys, monkeypatch, stop, e
     assert (ran.code, ran.out) == (130, "")
     assert ran.err == "sleb: interrupted; nothing was written\n"
     assert tree(place) == before
-
-
-@pytest.mark.slow
-def test_an_interrupted_prune_says_what_is_kept(place, capsys, monkeypatch):
-    command = ["prune", "MODEL", *SEARCH[2:4], "--windows", "4", "--length", "16", "--batch", "1"]
-    with counted() as whole:
-        assert run(capsys, *command, *CPU, "-o", "whole").code == 0
-    real, steps = Sweep.scores, []
-
-    def scores(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(Sweep, "scores", scores)
-    ran = run(capsys, *command, *CPU, "-o", "out/")
-    assert ran.code == 130
-    assert ran.err.endswith(KEPT.format("out.journal"))
-    assert sorted(os.listdir()) == ["MODEL", "out.journal", "plan.json", "whole"]
-    with counted() as rest:
-        assert run(capsys, *command, *CPU, "-o", "out/").code == 0
-    assert len(rest) == len(whole) - 2
-    assert sorted(os.listdir()) == ["MODEL", "out", "plan.json", "whole"]
-    assert Path("out/plan.json").read_text() == Path("whole/plan.json").read_text()
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """A cut keeps config.json in its maker's words: only what depends on depth changes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a cut says: which blocks stay, under which names, and which repair belongs to it."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

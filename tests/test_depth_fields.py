@@ -3,8 +3,6 @@
 Every expectation is worked out from what the field means for each block, not from the rule.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -38,9 +36,6 @@ def depths(draw):
 def kinds(n, kept, kind_of_old, kind_of_new):
     """Each kept block must be of the same kind before and after."""
     assert [kind_of_new(new) for new in range(len(kept))] == [kind_of_old(old) for old in kept]
-
-
-# -- one value per block -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,12 +77,8 @@ def test_one_number_for_all_blocks_stays(field):
     assert cut(**{field: None}) == {field: None}
 
 
-# -- lists of block ids --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    "field",
-    ["moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers"],
+    "field", ["moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers"]
 )
 def test_ids_are_renumbered(field):
     assert cut(**{field: [0, 1, 3, 6]}) == {field: [0, 2, 3]}
@@ -118,9 +109,6 @@ def test_keys_are_padded_as_transformers_writes_them():
     assert cut(12, without, per_layer_config=given) == {"per_layer_config": new}
     nine = {str(i): {"head_dim": block} for i, block in enumerate(without[:9])}
     assert cut(12, without[:9], per_layer_config=given) == {"per_layer_config": nine}
-
-
-# -- counts, ranges and periods ------------------------------------------------------------------
 
 
 COUNTS = ["first_k_dense_replace", "num_dense_layers", "max_window_layers"]
@@ -246,9 +234,6 @@ def test_a_second_count_of_blocks_follows():
 
 def test_the_depth_field_has_other_names():
     assert reindex({"n_layer": 8}, KEPT, 8, "n_layer") == {"n_layer": 4}
-
-
-# -- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

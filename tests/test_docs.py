@@ -1,7 +1,5 @@
 """What the documentation shows works: its commands and examples are run here."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

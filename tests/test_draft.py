@@ -1,7 +1,5 @@
 """A pruned model as draft: answers stay the dense model's, and what is accepted is counted."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict

@@ -1,10 +1,7 @@
 """`sleb export`: a plan in the words of other tools, held against those tools where they are."""
 
-from __future__ import annotations
-
 import json
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -218,9 +215,6 @@ def test_a_plan_that_removes_nothing_is_refused(tiny_dir, tmp_path):
             export_plan(tmp_path / "plan.json", form, model=str(tiny_dir))
 
 
-# -- the real tool, if it is installed: make test-mergekit -----------------------------------------
-
-
 def mergekit(config: str, folder: Path) -> Path:
     python = os.environ.get("SLEB_TEST_MERGEKIT")
     if not python:
@@ -240,10 +234,7 @@ def equal_to_ours(source: Path, order: tuple[int, ...], n: int, folder: Path) ->
     written = export_plan(folder / "plan.json", "mergekit", model=str(source))
     ours, theirs = (
         Checkpoint.open(path)
-        for path in (
-            sleb.apply(plan, source, folder / "ours"),
-            mergekit(written.text, folder),
-        )
+        for path in (sleb.apply(plan, source, folder / "ours"), mergekit(written.text, folder))
     )
     a, b = (
         {name: (i.dtype, i.shape, c.digest(name)) for name, i in c.tensors.items()}
@@ -274,8 +265,3 @@ def test_mergekit_makes_what_apply_makes(family, tmp_path):
 def test_mergekit_makes_what_apply_makes_of_a_real_model(real_model, tmp_path):
     source = resolve(real_model).path
     assert equal_to_ours(source, (20, 21, 25), 30, tmp_path) == 27 * 9 + 2
-
-
-def test_the_formats_are_those_of_the_help(capsys):
-    said = "".join(run(capsys, "export", "--help").out.split())
-    assert set(FORMATS) == set(re.search(r"--asFORM(.*?)\.", said)[1].split(","))

@@ -1,7 +1,5 @@
 """Files and folders appear whole or not at all, and --force replaces only what it should."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -29,9 +27,6 @@ def checkpoint(path: Path, content: str = "old") -> Path:
 
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
-
-
-# -- one file ------------------------------------------------------------------------------------
 
 
 def test_a_file_is_written_with_its_folders_and_is_readable_by_all(tmp_path, monkeypatch):
@@ -77,9 +72,6 @@ def test_a_file_replaces_a_link_and_not_what_it_points_to(tmp_path):
     write_text(tmp_path / "plan.json", "ours")
     assert (tmp_path / "elsewhere").read_text() == "theirs"
     assert not (tmp_path / "plan.json").is_symlink()
-
-
-# -- one folder ----------------------------------------------------------------------------------
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path, monkeypatch):
@@ -153,9 +145,6 @@ def test_a_folder_that_appeared_meanwhile_is_not_overwritten(tmp_path):
         writing.__exit__(None, None, None)
     assert sorted(tree(tmp_path)) == ["out", "out/config.json", "out/model.safetensors"]
     assert (tmp_path / "out/config.json").read_text() == "theirs"
-
-
-# -- what is refused before any work -------------------------------------------------------------
 
 
 def test_an_existing_output_needs_force(tmp_path):

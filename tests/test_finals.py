@@ -1,7 +1,5 @@
 """Greedy's blocks or a run of neighbours: by what is lost after a repair, and on whose text."""
 
-from __future__ import annotations
-
 import hashlib
 import weakref
 
@@ -10,10 +8,8 @@ import torch
 
 import sleb
 from conftest import byte_tokenizer
-from report_plan import plan as plan_of_report
-from report_plan import run_plan
 from search_tools import split_of, stopped_at, toy
-from sleb import pipeline, views
+from sleb import pipeline
 from sleb.calibration.split import SELF_GENERATED
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
@@ -23,7 +19,7 @@ from sleb.repairs import self_generated as own
 from sleb.repairs.regression import Regression, gaps
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective
-from sleb.selection.search import FINAL_TOKENS, SEARCH_TOKENS
+from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES
 from sleb.selection.sweep import Sweep
 from zoo import tiny
@@ -31,8 +27,6 @@ from zoo import tiny
 CPU = {"dtype": "float32", "device": "cpu"}
 SMALL = {"windows": 6, "length": 32, "exact": True, "batch": 6}
 APART = {"remove": 2, "protect": "0,3,-1"}  # 1, 2 and 4 may go: greedy takes 4, a run cannot
-
-# -- the strategy, on toys -----------------------------------------------------------------------
 
 WEIGHTS = [9, 1, 8, 2, 3, 9]  # greedy takes 1 and 3, the best run is 3 and 4
 
@@ -86,9 +80,6 @@ def test_a_run_that_misses_the_target_is_no_rival():
     objective.final = Objective(toy(WEIGHTS, {(3, 4): -4}), 3)
     found = STRATEGIES[GREEDY_OR_WINDOW](objective, range(6), 6)
     assert (found.order, found.finalists) == ((1, 3), ())
-
-
-# -- a search ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -147,24 +138,6 @@ def test_text_that_was_written_before_compares(loaded, learned, plan, monkeypatc
         assert (found == plan) == (n == 8)
 
 
-def test_what_is_fitted_on_is_not_scored(loaded, tmp_path):
-    (tmp_path / "text.txt").write_text(" ".join(map(str, range(9000))))  # no two windows are alike
-    text = [str(tmp_path / "text.txt")]
-    split = split_of(loaded.tokenizer, text, windows=6, heldout=4)
-    fitted = split.candidate_fit(FINAL_TOKENS).ids
-    rows = [set(map(tuple, w.tolist())) for w in (fitted, split.search.ids, split.heldout.ids)]
-    assert not rows[0] & rows[1]
-    assert not rows[0] & rows[2]
-    assert split.candidate_fit(SEARCH_TOKENS).ids.numel() > fitted.numel()
-    assert torch.equal(split.final_comparison, split.search.ids)
-
-
-def test_the_model_is_left_as_it_was(loaded, learned, plan):
-    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
-    assert find(loaded, learned) == plan
-    assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
-
-
 def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
     other = find(loaded, learned, metric="kl")
     assert other.metric == "kl"
@@ -201,9 +174,6 @@ def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, t
 def test_a_limit_on_loss_has_no_run_to_compare_with(loaded, learned):
     with pytest.raises(InputError, match="use greedy"):
         find(loaded, learned, remove=None, max_loss_increase=0.5)
-
-
-# -- what `prune` does by itself -----------------------------------------------------------------
 
 
 def pruned(model, learned, out, **options):
@@ -298,21 +268,6 @@ def test_prune_is_greedy_where_no_text_is_left(learned, tmp_path):
     (tmp_path / "short.txt").write_text("the block of a model " * 11)  # one window more: it judges
     ours = pruned(learned / "model", learned, tmp_path / "other", **text)
     assert (ours.final_comparison, ours.repair.heldout.windows) == (None, 1)
-
-
-def test_a_person_sees_what_was_compared(capsys):
-    first = plan_of_report().rounds[0]
-    views.show(run_plan((first,)))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "blocks 7 to 9" in said
-    assert "(blocks 6 to 8)" in said
-    compared = said.partition("quick repair")[2]
-    for name in ("window", "greedy", "36 windows", "12 of them"):
-        assert name in compared
-    views.show(plan_of_report())
-    said = capsys.readouterr().out
-    assert "block 8 " in said
-    assert "quick repair" not in said
 
 
 def test_a_runs_rival_is_another_run(loaded, learned):

@@ -1,7 +1,5 @@
 """`sleb apply` from GGUF to GGUF, as one types it."""
 
-from __future__ import annotations
-
 import hashlib
 
 import gguf

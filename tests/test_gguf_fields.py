@@ -1,7 +1,5 @@
 """Which fields of a GGUF file follow the blocks, and which cuts llama.cpp would not run exactly."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,14 +1,12 @@
 """Reading GGUF files that may be anything: clear errors, bounded memory, nothing written."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from pathlib import Path
 
 import gguf
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli_tools import tree
@@ -66,9 +64,7 @@ def test_every_truncation_is_refused(tiny, tmp_path):
             GGUFFile.open(tmp_path / "m.gguf")  # not only once a tensor is read
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_mutated_headers_are_refused_or_cut(tiny, tmp_path, data):
     """Any byte of the header may be any other, and numbers may be huge."""

@@ -4,8 +4,6 @@
 Python that has it, SLEB_TEST_GEMMA a GGUF file of Gemma-3-270M.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A repair in a GGUF file: the tensors of the fit, in a type that can be written."""
 
-from __future__ import annotations
-
 import hashlib
 
 import gguf

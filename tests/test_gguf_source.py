@@ -1,7 +1,5 @@
 """A GGUF file is converted as llama.cpp runs it, or refused by the field that would be lost."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -48,8 +46,7 @@ def test_a_plain_file_needs_no_correction(tmp_path):
 def test_scaled_positions_are_those_of_the_model_that_was_read(tmp_path, kind):
     if kind == "linear":
         path = write_tiny(
-            tmp_path / "m.gguf",
-            fields={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+            tmp_path / "m.gguf", fields={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
         )
     else:
         path = write_tiny(tmp_path / "m.gguf", extra={"rope_freqs.weight": llama3_divisors()})

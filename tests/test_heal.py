@@ -1,7 +1,5 @@
 """Healing: the cut model learns from the dense one, and keeps its form."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -26,9 +24,6 @@ from sleb.distillation.training import Schedule, Student, TrainingState, rows_of
 from sleb.evaluation.perplexity import evaluate
 
 home = heal_tools.home
-
-
-# -- the result ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -101,9 +96,6 @@ def test_adapters_are_merged(home, tmp_path):
     before, after = Checkpoint.open(home / "OUT"), Checkpoint.open(tmp_path / "H")
     changed = {n for n in after.tensors if after.digest(n) != before.digest(n)}
     assert changed == {n for n in before.tensors if n.endswith("_proj.weight")}
-
-
-# -- how it is trained -----------------------------------------------------------------------------
 
 
 def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
@@ -186,9 +178,6 @@ def test_windows_that_judge_are_of_every_text_and_never_trained_on(tmp_path):
         windows(40, specs[:1], 1000)
 
 
-# -- refusals --------------------------------------------------------------------------------------
-
-
 def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeypatch):
     other = save_tiny(tmp_path / "other", seed=1)
     bare = Path(shutil.copytree(home / "OUT", tmp_path / "bare"))
@@ -244,9 +233,6 @@ def test_weights_that_are_not_stored_as_such_are_refused(home):
     del checkpoint.tensors[name]
     with pytest.raises(UnsupportedModel, match=f"{name} has another name"):
         Student(model, checkpoint, rank=None, seed=0)
-
-
-# -- the command line ------------------------------------------------------------------------------
 
 
 def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, capsys):

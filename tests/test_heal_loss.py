@@ -1,7 +1,5 @@
 """The chunked loss of healing: values and gradients are those of one pass."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A healing run that is stopped goes on, and ends as one that was not."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from pathlib import Path

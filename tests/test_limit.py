@@ -1,15 +1,12 @@
 """A limit on the loss of a cut that will be repaired: it is the repaired cut that keeps it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scipy import stats
 
 import sleb
-from report_plan import plan as plan_of_report
 from search_tools import split_of, stopped_at
-from sleb import pipeline, views
+from sleb import pipeline
 from sleb.core.errors import VerificationFailed
 from sleb.pipeline import prune
 from sleb.repairs import self_generated as own
@@ -184,12 +181,3 @@ def test_all_that_were_chosen_at_once_stay_one_round(loaded, split):
     assert less.order == plan.order[:2]
     assert [r.removed for r in less.rounds] == [plan.order[:2]]
     assert less.rounds[0].scores == plan.rounds[0].scores
-
-
-def test_a_person_is_told(capsys):
-    plan = plan_of_report()
-    fitted = plan.model_copy(update={"curve": plan.curve.model_copy(update={"fitted": 8192})})
-    for found, told in ((plan, False), (fitted, True)):
-        views.show(found)
-        said = " ".join(capsys.readouterr().out.split())
-        assert ("quick repair" in said) == ("8,192 tokens" in said) == told

@@ -1,9 +1,6 @@
 """A checkpoint loads only if config, tensors and tokenizer are whole and fit each other."""
 
-from __future__ import annotations
-
 import contextlib
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import sleb
 from conftest import byte_tokenizer
+from plan_tools import edit_config
 from sleb.core.errors import DataError, InputError, UnsupportedModel
 from sleb.models.load import load_config, load_tokenizer
 from sleb.models.source import quiet_transformers
@@ -24,11 +22,6 @@ CPU = {"dtype": "float32", "device": "cpu"}
 def copy(tiny_dir, tmp_path) -> Path:
     """A checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_dir, tmp_path / "copy"))
-
-
-def edit_config(folder: Path, **fields) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def test_pickles_are_never_opened_even_beside_safetensors(copy):

@@ -1,14 +1,13 @@
 """Checkpoints with multi-token-prediction blocks after the last one (DeepSeek-V3, GLM-4-MoE)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import sleb
+from cli_tools import tree
 from conftest import byte_tokenizer
-from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from plan_tools import plan_of
 from sleb.core.errors import DataError
 from sleb.models.load import strict_model
 from zoo import tiny
@@ -29,16 +28,9 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_they_move_down_and_the_cut_is_verified(checkpoint, tmp_path):
-    plan = sleb.Plan(
-        model=fingerprint(Checkpoint.open(checkpoint), 8),
-        removed=(2, 5),
-        order=(5, 2),
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
+@pytest.mark.parametrize("order", [(5, 2), (7, 2)])
+def test_they_move_down_and_the_cut_is_verified_and_taken_back(checkpoint, tmp_path, order):
+    plan = plan_of(checkpoint, *order)
     out = sleb.apply(plan, checkpoint, tmp_path / "out")
     before, after = (load_file(p / "model.safetensors") for p in (checkpoint, out))
     moved = {k for k in after if k.startswith("model.layers.6.")}
@@ -47,6 +39,8 @@ def test_they_move_down_and_the_cut_is_verified(checkpoint, tmp_path):
     for key in moved:
         assert torch.equal(after[key], before[key.replace("layers.6.", "layers.8.")])
     sleb.verify(out, model=checkpoint, plan=plan).require()
+    sleb.restore(out, tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(checkpoint)
 
 
 def test_other_tensors_that_the_model_does_not_have_are_still_refused(checkpoint):

@@ -1,7 +1,5 @@
 """Every option of every verb: declared once, the same everywhere, and used or refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 
@@ -121,8 +119,6 @@ def test_a_field_is_declared_in_one_class():
     assert {name for name, found in homes.items() if len(found) > 1} <= own
 
 
-# -- sleb.toml -----------------------------------------------------------------------------------
-
 VALUES = {
     "device": "cpu", "device_map": "auto", "dtype": "float32", "max_loss_increase": 0.1,
     "max_memory": "1GB", "metric": "kl", "min_similarity": 0.5, "protect": "0", "repair": False,
@@ -162,8 +158,6 @@ def test_every_option_of_prune_stands_in_the_project_file_and_is_handed_on(
     assert calls[0][name] == value
     assert calls[0]["curve"] is True
 
-
-# -- Python --------------------------------------------------------------------------------------
 
 SMALL = {"windows": 4, "length": 16, "dtype": "float32", "device": "cpu"}
 FLAGS = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]

@@ -1,7 +1,5 @@
 """Several processes find what one finds, to the bit, and end together when one of them fails."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
@@ -159,9 +157,6 @@ def test_a_model_held_by_two_processes_is_repaired_the_same(job):
         assert split["own"] == one["own"]  # of the model's own text, the tokens
 
 
-# -- the law that sharding rests on -------------------------------------------------------------
-
-
 class Threads:
     """Ranks as threads of one process, each with a model of its own."""
 
@@ -263,9 +258,6 @@ def test_streams_share_calls_within_a_bundle_only(metric, monkeypatch):
         rows = [SETS.index(s) for s in bundle]
         assert torch.equal(sweep.scores(bundle, 0, 2, among=SETS), whole[rows])
         assert not Counter(made) - together
-
-
-# -- what cannot be --------------------------------------------------------------------------
 
 
 def test_a_job_that_says_not_which_process_this_is(monkeypatch):

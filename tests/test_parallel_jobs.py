@@ -1,12 +1,8 @@
 """Jobs of the command line: one voice, one plan file, a journal that any number goes on from."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -151,19 +147,6 @@ def test_prune_repairs_a_model_that_is_split_or_streamed(place, way):
     assert plans[0]["order"] == plans[1]["order"]
     assert all(gap["ridge"] for plan in plans for gap in plan["repair"]["gaps"])
     assert main(["verify", "two", "--model", "even"]) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_the_real_model_in_two_processes(real_model, tmp_path):
-    options = ["--remove", "2", "--windows", "12", "--length", "64", "--batch", "4"]
-    options += ["--threads", "1", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "sleb", "search", real_model, *options]
-    subprocess.run([*command, "-o", str(tmp_path / "one.json")], check=True)
-    job = launch(2, "-m", "sleb", "search", real_model, *options, "-o", str(tmp_path / "two.json"))
-    _, errors = job.communicate(timeout=600)
-    assert job.returncode == 0, errors[-2000:]
-    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
 def test_one_process_needs_no_job(monkeypatch):

@@ -1,7 +1,5 @@
 """Text from files is shown only through one function: hostile text behind every door."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -46,9 +44,6 @@ def harmless(text: str, longest: int = 12_000) -> None:
     assert "\nsleb: all gates" not in text
 
 
-# -- the function --------------------------------------------------------------------------------
-
-
 @given(st.text(st.characters(exclude_categories=())) | st.binary().map(lambda b: b.decode("latin")))
 def test_what_is_printable_is_harmless_and_short(text):
     shown = printable(text, 50)
@@ -81,9 +76,6 @@ def test_every_error_is_one_harmless_line(text):
     harmless(message, LONGEST_MESSAGE)
     assert "\n" not in message
     assert message.endswith("try another")
-
-
-# -- the doors -----------------------------------------------------------------------------------
 
 
 def told(capsys, *arguments) -> None:

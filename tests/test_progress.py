@@ -1,7 +1,5 @@
 """What a person sees while waiting."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """One file from search to report: stages, what they depend on, and what is wrong with a file."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -12,7 +10,7 @@ from conftest import save_tiny
 from sleb.cli.main import main
 from sleb.config import PruneConfig
 from sleb.core.errors import InputError
-from sleb.project import Project, run, write_project
+from sleb.project import Project, run
 from sleb.record import RunRecord
 
 TEXT = "the mail of today and of all other days to everyone here. "
@@ -186,21 +184,3 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
         "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",
         "max_repetitive", "max_empty", "max_unfinished",
     }  # fmt: skip
-
-
-def test_a_record_that_is_none_is_refused(place, tmp_path):
-    with pytest.raises(InputError, match="no run record"):
-        RunRecord.load(tmp_path)
-    (tmp_path / "run.json").write_text('{"command": 3}')
-    with pytest.raises(InputError, match="is not a run record: "):
-        RunRecord.load(tmp_path)
-    write_project(tmp_path / "x.toml", "m")
-    (tmp_path / "run.json").write_text("[")
-    with pytest.raises(InputError, match="not a run record"):
-        RunRecord.load(tmp_path)
-
-
-def test_a_record_reads_back_as_it_was_written(place):
-    record = run(place / "sleb.toml")
-    assert RunRecord.load(place / "smaller") == record
-    assert RunRecord.update(place / "smaller", stages={}).answers == record.answers

@@ -1,18 +1,12 @@
 """Prompts from a file: every form of a row, and what is wrong with one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 
 from sleb.core.errors import InputError
-from sleb.evaluation.answer_checks import script
 from sleb.evaluation.prompts import Prompt, read_prompts
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
-
 
 TURN = {"role": "user", "content": "a"}
 
@@ -82,12 +76,3 @@ def test_a_file_without_prompts_is_refused(write):
     ]:
         with pytest.raises(InputError, match=said):
             read_prompts(path)
-
-
-def test_the_example_has_every_kind_of_prompt():
-    found = read_prompts(EXAMPLE)
-    assert 6 <= len(found) <= 8
-    assert any(p.json for p in found)
-    assert any(p.text for p in found)
-    assert any(p.messages for p in found)
-    assert any(script(str(p.text or p.messages[-1]["content"])) == "Japanese" for p in found)

@@ -1,7 +1,5 @@
 """The embedded prompts: what every reader of them may rely on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The search against the published algorithm on several architectures: same scores, same order."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """`sleb push` against a hub on this machine: what arrives there, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -183,8 +181,7 @@ def test_a_damaged_side_car_is_found_if_it_goes_along(cut, hub, capsys, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
-    [("plan.json", "has no plan.json"), ("SHA256SUMS", "has no SHA256SUMS")],
+    ("missing", "said"), [("plan.json", "has no plan.json"), ("SHA256SUMS", "has no SHA256SUMS")]
 )
 def test_a_folder_without_plan_or_checksums_is_refused(cut, hub, capsys, tmp_path, missing, said):
     out = copy(cut, tmp_path)

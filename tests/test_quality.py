@@ -1,7 +1,5 @@
 """Perplexity equals transformers' own loss; intervals and pairing are right."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

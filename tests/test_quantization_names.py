@@ -1,7 +1,5 @@
 """Names of blocks in a quantization config follow a cut, or the cut is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

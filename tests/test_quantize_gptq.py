@@ -1,7 +1,5 @@
 """The real llm-compressor. Run by make test-quantize, in an environment of its own."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -1,13 +1,11 @@
 """A run record holds facts; one of an older schema is read as if it had held them too."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 
-from report_plan import plan, repaired_plan
-from report_tools import HERE, complete, repaired, save, seen, sparse
+from report_plan import plan
+from report_tools import HERE, complete, repaired, save, sparse
 from sleb.core.errors import InputError
 from sleb.record import RepairStatus, RunRecord, upgrade
 
@@ -65,16 +63,6 @@ COUNTS = {"tensors": 5, "gaps": 1, "gaps_total": 2, "tokens": 31_872, "validatio
 def test_the_sentence_on_the_repair_becomes_facts(note, facts):
     found = upgrade({"repair_note": note})["repair"]
     assert (found and RepairStatus(**found)) == (facts and RepairStatus(**facts))
-
-
-def test_a_note_that_nobody_can_read_is_shown_as_it_is(tmp_path):
-    old = json.loads((EXAMPLE / "run.json").read_text())
-    old["evaluation_note"] = "measured <by hand>"
-    (tmp_path / "run.json").write_text(json.dumps(old))
-    record = RunRecord.load(tmp_path)
-    assert "measured <by hand>" in seen(
-        complete(evaluation_text=record.evaluation_text), repaired_plan()
-    ).text("texts")
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
 """Repair: the matrices it finds, that the fit is least squares, and what it never does."""
 
-from __future__ import annotations
-
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import sleb
 import zoo
-from search_tools import fit_windows, split_of
+from search_tools import fit_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
@@ -26,8 +22,6 @@ from sleb.surgery.verification import verify
 
 CPU = {"dtype": "float32", "device": "cpu"}
 REMOVED = (2, 3)
-
-# -- which matrices ------------------------------------------------------------------------------
 
 OUTPUTS = {
     "llama": ({"mlp.down_proj": 1.0}, {"self_attn.o_proj": 1.0}),
@@ -77,9 +71,6 @@ def test_probing_leaves_the_block_as_it_was():
 )
 def test_every_block_belongs_to_one_gap(removed, blocks, expected):
     assert gaps(removed, blocks) == tuple(Gap(removed=a, blocks=b) for a, b in expected)
-
-
-# -- the fit -------------------------------------------------------------------------------------
 
 
 def streams(stack, removed, ids):
@@ -203,9 +194,6 @@ def test_what_is_refused_leaves_no_trace():
     assert asked[0]
 
 
-# -- the whole -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def loaded(learned):
     return sleb.load(learned / "model", **CPU)
@@ -300,24 +288,6 @@ def test_a_text_that_the_repair_would_harm_is_protected(loaded, material, monkey
         assert all(gap.after[text] <= gap.before[text] for text in gap.before)
 
 
-def test_what_judges_was_not_fitted_and_measures_neither(learned, loaded):
-    text = [str(learned / "text.txt")]
-    split = split_of(loaded.tokenizer, text, windows=8, seed=3, heldout=9).with_repair(3200)
-    scored, aside = split.search, split.heldout
-    fitted, judges = split.repair_fit, split.repair_validation
-    assert torch.equal(fitted.ids[:8], scored.ids)
-    assert 90 <= len(fitted.ids) <= 102
-    rows = [set(map(tuple, w.ids.tolist())) for w in (fitted, judges, aside)]
-    # the text repeats itself, so equal rows can stand in two places
-    assert not rows[2] & rows[1]
-    assert len(judges.ids) >= 8
-    assert fitted.record.windows == len(fitted.ids)
-    assert fitted.record.sha256 != scored.record.sha256
-
-
-# -- mistakes ------------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_repaired_is_refused(loaded, material, tmp_path, learned):
     model, _ = zoo.tiny("openai-gpt")  # a norm behind the whole sum
     model.save_pretrained(tmp_path / "model")
@@ -335,54 +305,8 @@ def test_what_cannot_be_repaired_is_refused(loaded, material, tmp_path, learned)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_repaired_tensor_is_a_linear_modules(loaded, material):
-    found = repair(loaded, (2,), *material)
-    for name in found.tensors:
-        module, _, kind = name.rpartition(".")
-        assert isinstance(loaded.model.get_submodule(module), nn.Linear)
-        assert kind == "weight"
-
-
-def test_progress_reaches_what_it_announced(loaded, material):
-    seen = {"total": 0, "done": 0, "notes": []}
-
-    class Counting:
-        @contextmanager
-        def stage(self, title, total):
-            def tick(n, note=""):
-                if title == "repairing":
-                    seen["total"], seen["done"] = total, seen["done"] + n
-                    seen["notes"] += [note] if note else []
-
-            yield tick
-
-    found = repair(loaded, (1, 3), *material, progress=Counting())
-    assert all(gap.ridge == RIDGES[0] for gap in found.record.gaps)
-    assert 0.8 * seen["total"] <= seen["done"] <= seen["total"]
-    assert seen["notes"] == ["gap 1 of 2", "gap 2 of 2"]
-
-
 def test_a_gap_without_blocks_of_its_own_is_left_as_it_is(loaded, material):
     found = repair(loaded, (0, 2), *material)
     first, second = found.record.gaps
     assert (first.removed, first.ridge, first.tensors) == ((0,), None, ())
     assert second.removed == (2,)
-
-
-def test_prune_says_in_the_card_which_matrices_it_changed(learned, tmp_path):
-    done = sleb.prune(
-        learned / "model",
-        tmp_path / "out",
-        remove=1,
-        text=[str(learned / "text.txt")],
-        windows=4,
-        length=32,
-        repair=True,
-        repair_tokens=4000,
-        **CPU,
-    )
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert done.plan == sleb.Plan.load(tmp_path / "out" / "plan.json")
-    assert done.plan.repair.tensors
-    assert all(f"`{name}`" in card for name in done.plan.repair.tensors)
-    assert "No weight was changed" not in card

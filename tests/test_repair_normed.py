@@ -1,7 +1,5 @@
 """Repair of blocks whose matrices write into the stream through an RMS norm."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The text that a model writes itself for its repair."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,8 +1,6 @@
 """Repair of blocks that are fetched when they run: the same tensors, each block read once, and the
 model as it was afterwards."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from contextlib import contextmanager
@@ -80,9 +78,6 @@ def fit(stack, accept=lambda: True, removed=frozenset(REMOVED), ridges=(0.1,)):
 
 def losses(stack, removed=frozenset(REMOVED)):
     return Sweep(stack, ids(5, seed=9), NLL, batch=2).scores([BlockSet(removed)], 0, 5)
-
-
-# -- the fit ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,9 +214,6 @@ def test_never_more_than_three_blocks_are_in_memory(tmp_path):
     assert sum(n > 1 for n, _ in most) == 2 * len(ids()) // 8  # of the dense stream, in the gap
 
 
-# -- other weights for a while ---------------------------------------------------------------------
-
-
 def test_a_patch_is_seen_by_all_that_read_the_block(tmp_path):
     resident, streamed = pair("llama", tmp_path / "m")
     tensors = {
@@ -275,9 +267,6 @@ def test_a_block_that_is_held_changes_and_changes_back_at_once(tmp_path):
         assert torch.equal(streamed.blocks[1].get_parameter(path), before)
     with streamed.holding(1):
         assert torch.equal(streamed.blocks[1].get_parameter(path), before)
-
-
-# -- the whole -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

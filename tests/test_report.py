@@ -1,7 +1,5 @@
 """The report as a file: complete, self-contained, valid, harmless, and the same every time."""
 
-from __future__ import annotations
-
 import re
 import sys
 from html.parser import HTMLParser
@@ -33,7 +31,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
 from sleb.views import write_report
-from sleb.views.charts import _plain, _ticks, draw
+from sleb.views.charts import draw
 from sleb.views.html import LONGEST, START, split
 from sleb.views.locale import LANGUAGES, Locale
 from sleb.views.model import Bars, Dots, Heat, Line
@@ -207,8 +205,6 @@ def test_a_real_run_can_be_reported(tiny_dir, text_file, tmp_path):
             assert repair.heldout.sha256 in found.text("provenance")
 
 
-# -- charts --------------------------------------------------------------------------------------
-
 CHARTS = {i.name: i.chart for s in page().sections for i in s.items if i.kind == "figure"}
 
 
@@ -282,13 +278,3 @@ BARS = {"groups": ("日本",), "mark_label": "k", "label": "MB", "shown": (("0 B
 )
 def test_charts_of_little_are_drawn(chart, shown):
     assert shown <= {*texts(draw(chart, "x", ""))}
-
-
-def test_ticks_are_round_and_few():
-    for count in (1, 12, 33, 81, 200):
-        names = tuple(map(str, range(count)))
-        at = _ticks(names, 32)
-        assert len(at) <= 33
-        assert {0} <= {*at}
-    assert _ticks(("in", *map(str, range(40))), 16)[0] == 0
-    assert [_plain(x) for x in (0.05, -2.5, 1e6)] == ["0.05", "−2.5", "1e+06"]

@@ -4,8 +4,6 @@ Chromium loads it in a frame that may not run scripts, from a server that notes 
 script around the frame measures what is in it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A cut can be taken back: restore(apply(x)) = x, byte for byte, without x at hand."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -23,36 +21,32 @@ from sleb.core.plan import Plan
 from sleb.surgery.rollback_manifest import Manifest
 
 
-def identity(folder: Path, blocks: int):
-    return fingerprint(Checkpoint.open(folder), blocks)
-
-
-# -- the law -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shard", ["1GB", "60KB", "20KB"])
-def test_the_original_comes_back_byte_for_byte(tmp_path, shard):
+def test_the_original_comes_back_byte_for_byte_and_so_does_every_depth(tmp_path, shard):
     source = small(tmp_path / "source", shard=shard)
-    before = tree(source)
-    out = sleb.apply(plan_of(source, 4, 1, 3), source, tmp_path / "out")
+    before, plan = tree(source), plan_of(source, 4, 1, 3)
+    out = sleb.apply(plan, source, tmp_path / "out")
+    for depth in (1, 2):
+        sleb.apply(plan, source, tmp_path / f"own{depth}", depth=depth)
     shutil.rmtree(source)
     done = sleb.restore(out, tmp_path / "back")
     assert tree(tmp_path / "back") == before
     assert (done.removed, done.blocks, done.repair_undone) == ((), 6, False)
-    assert sorted(os.listdir(tmp_path)) == ["back", "out"]
+    for depth in (1, 2):
+        own, less = tmp_path / f"own{depth}", tmp_path / f"less{depth}"
+        done = sleb.restore(out, less, depth=depth)
+        assert (done.removed, done.blocks) == (plan.at_depth(depth), 6 - depth)
+        assert files(less) == files(own)
+        assert Plan.load(less / "plan.json").order == (4, 1, 3)[:depth]
+        card = (less / "README.md").read_text()
+        assert "license: mit" in card
+        assert f"sleb restore --depth {depth}" in card
+        sleb.restore(less, tmp_path / f"again{depth}")
+        assert tree(tmp_path / f"again{depth}") == before
 
 
-FAMILIES = [
-    "llama:tied",
-    "gpt2",
-    "mixtral",
-    "gpt_oss",
-    "qwen3_moe",
-    "gemma3_text",
-    "deepseek_v3",
-    "nemotron_h",
-    "mamba",
-]
+FAMILIES = ["llama:tied", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "gemma3_text"]
+FAMILIES += ["deepseek_v3", "nemotron_h", "mamba"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,20 +60,6 @@ def test_models_of_many_kinds_come_back(family, tmp_path):
     sleb.restore(out, tmp_path / "one", depth=1)
     sleb.apply(plan_of(source, 5, 2), source, tmp_path / "own", depth=1)
     assert files(tmp_path / "one") == files(tmp_path / "own")
-
-
-def test_blocks_of_multi_token_prediction_come_back(tmp_path):
-    model, _ = zoo.tiny("deepseek_v3")
-    model.config.num_nextn_predict_layers = 1
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    tensors = load_file(source / "model.safetensors")
-    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.7.")}
-    extra = {k.replace("layers.7.", "layers.8."): v * 2 for k, v in last.items()}
-    save_file({**tensors, **extra}, source / "model.safetensors", metadata={"format": "pt"})
-    out = sleb.apply(plan_of(source, 7, 2), source, tmp_path / "out")
-    sleb.restore(out, tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(source)
 
 
 def test_odd_layouts_come_back(tmp_path):
@@ -113,26 +93,6 @@ def test_odd_layouts_come_back(tmp_path):
     assert files(tmp_path / "less") == files(sleb.apply(plan, source, tmp_path / "own", depth=1))
 
 
-@pytest.mark.parametrize(("depth", "shard"), [(1, "1GB"), (2, "1GB"), (3, "60KB")])
-def test_a_smaller_depth_is_the_cut_that_apply_makes(tmp_path, depth, shard):
-    source = small(tmp_path / "source", shard=shard)
-    plan = plan_of(source, 4, 1, 3)
-    out = sleb.apply(plan, source, tmp_path / "out")
-    sleb.apply(plan, source, tmp_path / "own", depth=depth)
-    before = tree(source)
-    shutil.rmtree(source)
-    done = sleb.restore(out, tmp_path / "less", depth=depth)
-    assert (done.removed, done.blocks) == (plan.at_depth(depth), 6 - depth)
-    assert files(tmp_path / "less") == files(tmp_path / "own")
-    assert identity(tmp_path / "less", 6 - depth) == identity(tmp_path / "own", 6 - depth)
-    assert Plan.load(tmp_path / "less/plan.json").order == (4, 1, 3)[:depth]
-    card = (tmp_path / "less/README.md").read_text()
-    assert "license: mit" in card
-    assert f"sleb restore --depth {depth}" in card
-    sleb.restore(tmp_path / "less", tmp_path / "back")
-    assert tree(tmp_path / "back") == before
-
-
 def test_a_repair_is_undone(tmp_path, capsys):
     source = small(tmp_path / "source", shard="60KB")
     out = tmp_path / "out"
@@ -144,24 +104,15 @@ def test_a_repair_is_undone(tmp_path, capsys):
     shutil.rmtree(source)
     ran = run(capsys, "restore", out, "-o", tmp_path / "back")
     assert (ran.code, ran.err) == (0, "")
-    said = " ".join(ran.out.split())
-    assert said.startswith(f"{tmp_path / 'back'}: 6 blocks")
-    assert said.endswith("the original, byte for byte")
+    assert "byte for byte" in " ".join(ran.out.split())
     assert tree(tmp_path / "back") == before
     ran = run(capsys, "restore", out, "-o", tmp_path / "less", "--depth", "1")
-    said = " ".join(ran.out.split())
-    assert "less: 5 blocks, " in said
-    assert "removed 3 without the repair, which belongs to the" in said
+    assert "removed 3 without the repair" in " ".join(ran.out.split())
     assert files(tmp_path / "less") == files(tmp_path / "own")
     assert Plan.load(tmp_path / "less/plan.json").repair is None
-    ran = run(capsys, "restore", out, "-o", tmp_path / "2", "--depth", "1", "--json")
-    assert ran.json == {
-        "path": str(tmp_path / "2"),
-        "removed": [3],
-        "blocks": 5,
-        "nbytes": Checkpoint.open(tmp_path / "2").nbytes,
-        "repair_undone": True,
-    }
+    found = run(capsys, "restore", out, "-o", tmp_path / "2", "--depth", "1", "--json").json
+    assert (found["removed"], found["blocks"], found["repair_undone"]) == ([3], 5, True)
+    assert found["nbytes"] == Checkpoint.open(tmp_path / "2").nbytes
     whole = sleb.restore(out, tmp_path / "whole", depth=2)  # the very cut, repair included
     assert not whole.repair_undone
     assert files(tmp_path / "whole") == files(out)
@@ -175,13 +126,12 @@ def test_a_cut_of_a_cut_comes_back_to_the_first_cut(tmp_path):
     second = sleb.apply(plan_of(first, 2), first, tmp_path / "second")
     assert not (second / "rollback/rollback").exists()
     assert not (second / "heal.json").exists()
-    assert Manifest.load(second / "rollback/rollback.json").model == identity(first, 4)
+    assert Manifest.load(second / "rollback/rollback.json").model == fingerprint(
+        Checkpoint.open(first), 4
+    )
     sleb.restore(second, tmp_path / "back")
     wanted = {k: v for k, v in tree(first).items() if not k.startswith("rollback")}
     assert tree(tmp_path / "back") == wanted
-
-
-# -- what is kept, and what is not ---------------------------------------------------------------
 
 
 def test_the_side_car_holds_what_the_cut_took_and_no_more(tmp_path):
@@ -215,18 +165,6 @@ def test_without_keep_there_is_no_way_back(tmp_path, capsys):
     assert tree(tmp_path / "back") == tree(source)
 
 
-@pytest.mark.slow
-def test_prune_keeps_too(tmp_path, tiny_dir):
-    small_search = {"windows": 2, "length": 16, "heldout": 0, "repair": False}
-    out = sleb.prune(tiny_dir, tmp_path / "out", remove=1, **small_search).path
-    assert "rebuilds it bit for bit" in (out / "README.md").read_text()
-    sleb.restore(out, tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(tiny_dir)
-    plain = sleb.prune(tiny_dir, tmp_path / "plain", remove=1, keep=False, **small_search).path
-    assert not (plain / "rollback").exists()
-    assert "restore" not in (plain / "README.md").read_text()
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_disk_must_hold_what_is_kept(tmp_path, monkeypatch, keep):
     source = small(tmp_path / "source")
@@ -250,37 +188,24 @@ def test_the_disk_must_hold_what_is_kept(tmp_path, monkeypatch, keep):
         assert tree(tmp_path) == before
 
 
-def test_a_healed_checkpoint_is_not_taken_back(tmp_path, capsys):
-    source = small(tmp_path / "source")
-    out = sleb.apply(plan_of(source, 4, 1), source, tmp_path / "out")
-    (out / "heal.json").write_text("{}")
-    said = refused(capsys, 2, "restore", out, "-o", tmp_path / "back")
-    assert said == (
-        f"{out} is healed: its weights were trained after the cut, and it has no rollback/; "
-        "restore the cut that it was made from"
-    )
-
-
 def test_the_command_line_refuses_what_cannot_be(tmp_path, capsys):
     source = small(tmp_path / "source")
     out = sleb.apply(plan_of(source, 4, 1), source, tmp_path / "out")
-    before = tree(tmp_path)
-    back = tmp_path / "back"
-    for arguments, message in [
-        ([tmp_path / "nothing", "-o", back], f"no checkpoint folder at {tmp_path / 'nothing'}; "),
-        ([source, "-o", back], f"{source} has no rollback/rollback.json"),
-        ([out, "-o", out], f"{out} exists; choose another -o"),
-        ([out, "-o", out, "--force"], f"{out} is the model itself, or holds it; choose another"),
-        ([out, "-o", back, "--depth", "3"], "--depth 3 is outside this plan's 1..2"),
-        ([out, "-o", back, "--depth", "0"], "--depth 0 is outside this plan's 1..2"),
+    (healed := Path(shutil.copytree(out, tmp_path / "healed")) / "heal.json").write_text("{}")
+    before, back = tree(tmp_path), tmp_path / "back"
+    for arguments, noun in [
+        ([tmp_path / "nothing", "-o", back], "no checkpoint folder"),
+        ([source, "-o", back], "no rollback/rollback.json"),
+        ([healed.parent, "-o", back], "healed"),
+        ([out, "-o", out], "exists"),
+        ([out, "-o", out, "--force"], "is the model itself"),
+        ([out, "-o", back, "--depth", "3"], "--depth 3"),
+        ([out, "-o", back, "--depth", "0"], "--depth 0"),
     ]:
-        assert refused(capsys, 2, "restore", *arguments).startswith(message)
+        assert noun in refused(capsys, 2, "restore", *arguments)
     assert tree(tmp_path) == before
     assert run(capsys, "restore", out, "-o", source, "--force").code == 0
     assert tree(tmp_path) == before  # the source, replaced by itself
-
-
-# -- the source is only read, and modes ----------------------------------------------------------
 
 
 def test_sources_may_be_read_only_and_results_have_plain_modes(tmp_path):

@@ -1,14 +1,14 @@
 """A model cut while it is loaded is the model that apply would have written."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sleb
 import zoo
 from cli_tools import tree
 from conftest import byte_tokenizer
+from plan_tools import edit_config
 from rollback_tools import plan_of, repaired_cut, small
 from sleb.core.errors import DataError, InputError, UnsupportedModel
 
@@ -102,45 +102,33 @@ def test_a_repair_comes_from_a_checkpoint_that_has_it(source, tmp_path):
 def test_a_plan_of_another_model_is_refused(source, tmp_path):
     other = small(tmp_path / "other", seed=1, shard="60KB")
     plan = plan_of(source, 4, 1)
-    with pytest.raises(InputError, match=r"another model: weights_sha256 is .* in the plan"):
+    with pytest.raises(InputError, match="another model"):
         sleb.load(other, plan=plan, **CPU)
     unchecked = sleb.load(other, plan=plan, check=False, **CPU)  # its form is still compared
     assert len(unchecked.stack) == 4
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace("1e-06", "1e-05"))
-    with pytest.raises(InputError, match="another model: config_sha256 is"):
+    with pytest.raises(InputError, match="config_sha256"):
         sleb.load(other, plan=plan, check=False, **CPU)
 
 
 def test_what_cannot_be_is_refused(source):
     plan = plan_of(source, 4, 1)
-    with pytest.raises(InputError, match=r"--depth 3 is outside this plan's 1\.\.2"):
-        sleb.load(source, plan=plan, depth=3, **CPU)
-    with pytest.raises(InputError, match="give plan too"):
-        sleb.load(source, depth=1, **CPU)
-    with pytest.raises(InputError, match=r"blocks are not streamed.* and cut at once"):
-        sleb.load(source, plan=plan, stream=True, **CPU)
-    with pytest.raises(InputError, match="no plan at"):
-        sleb.load(source, plan=source / "nothing.json", **CPU)
-
-
-def test_tensors_that_do_not_fit_are_refused(source):
-    from safetensors.torch import load_file, save_file
-
+    for options, said in [
+        ({"plan": plan, "depth": 3}, "--depth 3"),
+        ({"depth": 1}, "give plan too"),
+        ({"plan": plan, "stream": True}, "not streamed"),
+        ({"plan": source / "nothing.json"}, "no plan at"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            sleb.load(source, **options, **CPU)
     shard = sorted(source.glob("*.safetensors"))[1]
     tensors = load_file(shard)
     name = next(n for n in tensors if ".mlp." in n)
     tensors[name] = tensors[name][:, :3].contiguous()
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(DataError, match=r"1 mismatched keys on loading"):
+    with pytest.raises(DataError, match="1 mismatched"):
         sleb.load(source, plan=plan_of(source, 4), **CPU)
-
-
-def test_a_quantized_model_is_refused(source):
-    import json
-
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match="is quantized, and is not cut while it loads"):
+    edit_config(source, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnsupportedModel, match="quantized"):
         sleb.load(source, plan=plan_of(source, 4), **CPU)

@@ -1,7 +1,5 @@
 """Rows as people have them: the same words reach the model from every form of a chat."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

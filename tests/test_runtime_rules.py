@@ -1,7 +1,5 @@
 """Verdicts on configs and GGUF files for runtimes that are not installed."""
 
-from __future__ import annotations
-
 import pytest
 
 from gguf_tools import write_tiny

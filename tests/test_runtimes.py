@@ -1,8 +1,6 @@
 """`sleb verify --runtime`: what is loaded is compared, what is not is judged by rules, and the two
 are told apart. vLLM and llama.cpp are played by modules that answer from a file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -99,9 +97,6 @@ def quick(place, monkeypatch) -> Place:
 def one(found: RuntimeReport):
     (verdict,) = found.verdicts
     return verdict
-
-
-# -- loaded ----------------------------------------------------------------------------------------
 
 
 def test_transformers_itself_runs_the_checkpoint(place, tiny_dir):
@@ -287,9 +282,6 @@ def test_what_cannot_be_asked_for(place, tmp_path, capsys, monkeypatch):
     assert parse_runtimes("llama-cpp, vllm,vllm,llama.cpp") == ("llama.cpp", "vllm")
 
 
-# -- by rule ---------------------------------------------------------------------------------------
-
-
 def test_what_is_not_installed_is_judged_by_rule_and_proves_nothing(place, capsys):
     sys.path.pop(0)
     for folder in (place.dense, place.out):
@@ -311,9 +303,6 @@ def test_llama_cpp_needs_the_files_of_both(place):
     v = one(place.check("llama-cpp"))  # as the command line has it, too
     assert (v.how, v.verdict) == ("by rule", "accepted")
     assert "no .gguf file of both models" in v.why
-
-
-# -- for real --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

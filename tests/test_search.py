@@ -1,8 +1,5 @@
 """The search selects exactly what the published algorithm selects, with the same scores."""
 
-from __future__ import annotations
-
-import json
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,9 +11,9 @@ import sleb
 from conftest import BLOCKS, tiny_llama
 from search_tools import split_of, toy
 from sleb.calibration.split import CalibrationSplit
-from sleb.core.errors import DataError, InputError
+from sleb.core.errors import InputError
 from sleb.models.stack import BlockStack
-from sleb.selection.metrics import METRICS, NLL
+from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet, Objective, ScoreCache, Scorer
 from sleb.selection.racing import rank
 from sleb.selection.resources import on_threads
@@ -145,20 +142,6 @@ def test_a_greedy_round_costs_half_of_separate_passes():
     assert shared <= 0.54 * separate
 
 
-def test_nan_names_the_blocks_and_the_window():
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
-    stack = BlockStack(model)
-    ids = torch.randint(3, 259, (3, 8))
-    sweep = Sweep(stack, ids, NLL, batch=1)
-    assert torch.isfinite(sweep.scores([BlockSet({2})], 0, 3)).all()
-    with pytest.raises(
-        DataError, match=r"loss is nan with blocks \[4\] removed, on window 0: .*float32"
-    ):
-        sweep.scores([BlockSet({4})], 0, 3)
-
-
 def test_out_of_memory_halves_the_batch_and_gives_the_same_scores():
     model = tiny_llama()
     ids = torch.randint(3, 259, (6, 8), generator=torch.Generator().manual_seed(1))
@@ -175,9 +158,6 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_scores():
     stack.run = run
     torch.testing.assert_close(sweep.scores([BlockSet({1})], 0, 6), want, rtol=0, atol=1e-6)
     assert sweep.batch == 1
-
-
-# -- strategies and the objective, without a model -----------------------------------------------
 
 
 def test_ties_go_to_the_lower_block():
@@ -303,30 +283,6 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.slow
-def test_an_interrupted_search_keeps_its_scores(tiny_dir, tmp_path, monkeypatch):
-    options = {"remove": 3, "windows": 4, "length": 16, "batch": 2, **CPU}
-    want = sleb.search(tiny_dir, **options)
-    real, calls = Sweep.scores, [0]
-
-    def scores(self, sets, start, stop):
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        return real(self, sets, start, stop)
-
-    monkeypatch.setattr(Sweep, "scores", scores)
-    journal = tmp_path / "plan.json.journal"
-    with pytest.raises(KeyboardInterrupt):
-        sleb.search(tiny_dir, journal=journal, **options)
-    assert len(journal.read_text().splitlines()) == 1 + 3
-    calls[0] = 100
-    resumed = sleb.search(tiny_dir, journal=journal, **options)
-    assert calls[0] == 100 + 6 - 3  # 3 rounds, 2 sweeps each
-    assert resumed.to_json() == want.to_json()
-    assert not journal.exists()
-
-
 def test_similarity_threshold_limits_the_candidates(loaded, windows):
     values = [b.mean for b in sleb.measure_similarity(loaded, windows).blocks]
     middle = sorted(values[1:5])[2]
@@ -345,14 +301,6 @@ def test_similarity_threshold_limits_the_candidates(loaded, windows):
         loaded, remove=1, split=CalibrationSplit(search=windows), min_similarity="auto"
     )
     assert len(auto.similarity.candidates) == 2
-
-
-def test_unknown_metric_has_a_suggestion(loaded):
-    with pytest.raises(
-        InputError, match=r"unknown metric 'los' \(did you mean 'loss'\?\); known: cos"
-    ):
-        sleb.search(loaded, remove=1, metric="los")
-    assert json.dumps(list(METRICS)) == '["cosine", "kl", "loss", "one-shot-loss", "repaired-loss"]'
 
 
 def test_windows_longer_than_the_model_reads_are_refused(loaded):
@@ -390,15 +338,6 @@ def test_racing_on_a_model_finds_what_the_exact_search_finds(tiny_dir):
     assert again.to_json() == raced.to_json()
 
 
-@pytest.mark.parametrize("strategy", ["window", "beam", "refine"])
-def test_other_strategies_give_plans_that_apply(tiny_dir, strategy):
-    plan = sleb.search(tiny_dir, remove=2, strategy=strategy, windows=3, length=16, **CPU)
-    assert len(plan.removed) == 2
-    assert (plan.strategy, plan.racing) == (strategy, True)
-    with pytest.raises(InputError, match="--metric cosine ranks all blocks at once"):
-        sleb.search(tiny_dir, remove=2, strategy=strategy, metric="cosine", **CPU)
-
-
 def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
@@ -416,26 +355,3 @@ def test_mistakes_are_found_before_weights_are_read(tiny_dir, tmp_path, monkeypa
             sleb.search(tiny_dir, **options)
         with pytest.raises(InputError, match=message):
             sleb.prune(tiny_dir, tmp_path / "out", **options)
-
-
-@pytest.mark.slow
-def test_a_prune_that_fails_late_does_not_search_again(tiny_dir, tmp_path, monkeypatch):
-    options = {"remove": 2, "windows": 4, "length": 16, "heldout": 2, "repair": False, **CPU}
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sleb.pipeline.apply", fail)
-        with pytest.raises(OSError, match="No space"):
-            sleb.prune(tiny_dir, tmp_path / "out", **options)
-    assert (tmp_path / "out.journal").exists()
-    swept = []
-    real = Sweep.scores
-    monkeypatch.setattr(
-        Sweep, "scores", lambda self, sets, *a: swept.append(len(sets)) or real(self, sets, *a)
-    )
-    done = sleb.prune(tiny_dir, tmp_path / "out", **options)
-    assert swept == [2]  # the held-out evaluation alone: dense and pruned
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert done.plan.removed == done.record.removed

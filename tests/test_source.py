@@ -1,7 +1,5 @@
 """MODEL as a user writes it: folders, hub ids and GGUF files, and what each mistake says."""
 
-from __future__ import annotations
-
 import errno
 import fnmatch
 import json
@@ -29,9 +27,6 @@ CPU = {"dtype": "float32", "device": "cpu"}
 def copy(tiny_dir, tmp_path) -> Path:
     """A checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_dir, tmp_path / "copy"))
-
-
-# -- paths ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_taken_as_it_is_written(tiny_dir, monkeypatch):
@@ -75,9 +70,6 @@ def test_a_folder_that_is_no_checkpoint_says_why(copy, tmp_path):
         with pytest.raises(InputError, match=r"copy is an adapter \(PEFT\); merge it into its ba"):
             sleb.load(copy, **CPU)
         (copy / "config.json").unlink(missing_ok=True)
-
-
-# -- the hub -------------------------------------------------------------------------------------
 
 
 def answer(cls, status: int):
@@ -194,22 +186,6 @@ def test_every_failure_of_the_hub_is_one_line(monkeypatch, error, raised, messag
     assert "\n" not in str(info.value)
 
 
-def test_a_mistyped_relative_path_is_not_only_looked_up_on_the_hub(tiny_dir, monkeypatch):
-    monkeypatch.chdir(tiny_dir.parent)
-
-    def offline(*args, **kwargs):
-        raise hub.OfflineModeIsEnabled
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        ResourceError, match=r"no folder named tinny here \(did you mean 'tiny'\?\),"
-    ):
-        resolve("tinny")
-
-
-# -- GGUF ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def gguf(tmp_path, monkeypatch) -> Path:
     """A file that looks like GGUF from its first bytes, and a cache of the test's own."""
@@ -279,28 +255,6 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "own"
 
 
-@pytest.mark.parametrize("size", [4, 8, 24, 60])
-def test_a_truncated_gguf_file_is_corrupt(gguf, tmp_path, size):
-    import gguf as library
-
-    writer = library.GGUFWriter(gguf, "llama")
-    writer.add_block_count(2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    gguf.write_bytes(gguf.read_bytes()[:size])
-    with pytest.raises(DataError, match=r"model\.gguf is corrupt or truncated"):
-        resolve(gguf)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_file_that_is_not_gguf_is_corrupt(gguf):
-    for content in (b"", b"GG", b"PK\x03\x04 zip"):
-        gguf.write_bytes(content)
-        with pytest.raises(DataError, match=r"model\.gguf does not start as a GGUF file: fetch it"):
-            resolve(gguf)
-
-
 def test_a_missing_gguf_package_is_named(gguf, monkeypatch):
     write_tiny(gguf)
 
@@ -331,9 +285,6 @@ def test_a_full_disk_while_saving_the_conversion_is_one_line(gguf, tiny_dir, mon
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
     with pytest.raises(ResourceError, match=r"disk full while writing .*cache/gguf/\w{32}-2; free"):
         resolve(gguf)
-
-
-# -- a GGUF file's tokenizer ---------------------------------------------------------------------
 
 
 def test_a_tokenizer_that_is_not_converted_faithfully_is_refused(tmp_path):

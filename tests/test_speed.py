@@ -1,7 +1,5 @@
 """Paired timing: order, medians, the bound, and what is left out with the reason."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -44,9 +42,6 @@ def costs(monkeypatch):
     monkeypatch.setattr(Costs, "live", 0)
     monkeypatch.setattr(worker, "Child", Costs)
     return Costs
-
-
-# -- paired measurement ----------------------------------------------------------------------------
 
 
 def test_models_take_turns_there_and_back(costs):
@@ -113,9 +108,6 @@ def test_a_median_ratio_has_an_interval_from_six_rounds_on():
 def test_the_bound_of_amdahls_law(dense, fewest, bound):
     found = amdahl_bound(dense, fewest, blocks=12, ran=2, removed=3)
     assert found == (bound if bound is None else pytest.approx(bound))
-
-
-# -- what is left out ------------------------------------------------------------------------------
 
 
 def test_a_case_without_memory_is_left_out_for_all_with_the_reason(costs):
@@ -226,9 +218,6 @@ def test_prompts_are_the_same_for_every_model():
     assert ids == random_prompts(case, 50)
     assert [len(row) for row in ids] == [64] * 64
     assert {token for row in ids for token in row} == set(range(50))
-
-
-# -- the whole -------------------------------------------------------------------------------------
 
 
 def test_what_was_skipped_is_facts(costs, tiny_dir, out):

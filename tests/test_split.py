@@ -1,7 +1,5 @@
 """One split of the texts: no window has two roles, and texts are read once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

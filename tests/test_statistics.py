@@ -1,7 +1,5 @@
 """Intervals cover what they say, and paired comparisons know noise from change."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

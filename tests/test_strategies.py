@@ -1,7 +1,5 @@
 """Strategies and racing on toy objectives with known optima; no model, no torch."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np
@@ -81,9 +79,6 @@ def test_beams_width_is_respected():
     STRATEGIES["beam"](Objective(score, 2), range(8), 3)
     assert asked[0] == 8 + 1  # and the dense model
     assert all(n <= BEAM * 7 for n in asked[1:])
-
-
-# -- racing ---------------------------------------------------------------------------------------
 
 
 def noisy(means, noise, windows, seed):
@@ -244,15 +239,3 @@ def test_an_exact_objective_does_not_race():
     table, score = noisy(np.linspace(0, 9, 5), 0.01, 32, 0)
     values = Objective(score, 32, exact=True).best([BlockSet([i]) for i in range(5)])
     assert np.array_equal(values, table)
-
-
-def test_the_command_line_knows_strategies_and_racing(tiny_dir, tmp_path, capsys):
-    from sleb.cli.main import main
-    from sleb.core.plan import Plan
-
-    base = ["search", str(tiny_dir), "--remove", "2", "--windows", "5", "--length", "16"]
-    out = tmp_path / "plan.json"
-    assert main([*base, "-o", str(out), "--strategy", "beam", "--race"]) == 0
-    assert Plan.load(out).strategy_label == "beam, racing"
-    assert main([*base, "-o", str(tmp_path / "x"), "--strategy", "beem"]) == 2
-    assert "unknown strategy 'beem' (did you mean 'beam'?)" in capsys.readouterr().err

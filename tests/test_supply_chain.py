@@ -1,24 +1,20 @@
 """What comes from others does no harm: no code runs, no path leads out, files have hashes."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sleb
-from cli_tools import refused, run, tree
+from cli_tools import run, tree
 from conftest import save_tiny
 from sleb.checkpoints.checksums import SUMS, check_sums, covered, read_sums, write_sums
 from sleb.core.errors import DataError
@@ -119,22 +115,14 @@ def test_code_of_a_model_is_copied_and_not_run(tmp_path, capsys):
     assert not ran.exists()
 
 
-# -- checksums ------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def cut(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
     return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
 
 
 def sha256sum(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["sha256sum", "-c", "--strict", SUMS],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    command = ["sha256sum", "-c", "--strict", SUMS]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
 
 
 def test_apply_lists_every_file_but_those_that_are_meant_to_change(cut):
@@ -156,6 +144,10 @@ def test_what_later_verbs_add_does_not_break_it(cut, tmp_path, capsys, tiny_dir)
     (out / "report.html").write_text("a report")
     assert sha256sum(out).returncode == 0
     assert run(capsys, "verify", out, "--model", tiny_dir).code == 0
+    (out / SUMS).unlink()  # without which it is verified all the same
+    ran = run(capsys, "verify", out, "--model", tiny_dir, "--json")
+    assert ran.code == 0
+    assert not any(SUMS in check["name"] for check in ran.json["checks"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -174,14 +166,6 @@ def test_verify_names_the_file_that_is_another(cut, tmp_path, capsys, tiny_dir, 
         assert (ran.code, f"{name} is missing" in ran.err) == (3, True)
 
 
-def test_a_checkpoint_without_checksums_is_verified_all_the_same(cut, tmp_path, capsys, tiny_dir):
-    out = Path(shutil.copytree(cut, tmp_path / "out"))
-    (out / SUMS).unlink()
-    ran = run(capsys, "verify", out, "--model", tiny_dir, "--json")
-    assert ran.code == 0
-    assert not any(SUMS in check["name"] for check in ran.json["checks"])
-
-
 def test_a_cut_of_a_cut_has_its_own_checksums(cut, tmp_path):
     plan = sleb.search(
         cut, remove=1, windows=2, length=16, dtype="float32", device="cpu", protect=""
@@ -192,17 +176,8 @@ def test_a_cut_of_a_cut_has_its_own_checksums(cut, tmp_path):
 
 
 def test_odd_names_are_written_as_sha256sum_reads_them(tmp_path):
-    names = [
-        "a b",
-        "back\\slash",
-        "line\nbreak",
-        "\\",
-        "日本",
-        "*star",
-        " lead",
-        "sub/x",
-        "sub/SHA256SUMS",
-    ]
+    names = ["a b", "back\\slash", "line\nbreak", "\\", "日本", "*star", " lead", "sub/x"]
+    names += ["sub/SHA256SUMS"]
     (tmp_path / "sub").mkdir()
     for name in [*names, ".hidden", "run.json"]:
         (tmp_path / name).write_text(name)
@@ -215,23 +190,13 @@ def test_odd_names_are_written_as_sha256sum_reads_them(tmp_path):
     assert check_sums(tmp_path)[1] == ["line\nbreak is another file"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        f"{'0' * 64}  ../secret",
-        f"{'0' * 64}  /etc/passwd",
-        f"{'0' * 64}  a//b",
-        f"{'0' * 64}  a/../../b",
-        f"\\{'0' * 64}  a\\n/../b/..",
-        f"{'0' * 63}  a",
-        f"{'0' * 64} a",
-        "nonsense",
-    ],
-)
-def test_a_list_that_leads_elsewhere_is_refused(tmp_path, line):
-    (tmp_path / SUMS).write_text(line + "\n")
-    with pytest.raises(DataError, match="SHA256SUMS, line 1, is not"):
-        check_sums(tmp_path)
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a//b", "a/../../b"])
+def test_a_list_that_leads_elsewhere_is_refused(tmp_path, name):
+    zeros = "0" * 64
+    for line in (f"{zeros}  {name}", rf"\{zeros}  a\n/../b/..", f"{zeros[1:]}  a", f"{zeros} a"):
+        (tmp_path / SUMS).write_text(line + "\n")
+        with pytest.raises(DataError, match="SHA256SUMS, line 1, is not"):
+            check_sums(tmp_path)
 
 
 def test_a_list_that_is_too_large_is_not_read(tmp_path):
@@ -241,7 +206,7 @@ def test_a_list_that_is_too_large_is_not_read(tmp_path):
         check_sums(tmp_path)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_list_are_read_or_refused(tmp_path, raw):
     (tmp_path / SUMS).write_bytes(raw)
@@ -252,26 +217,6 @@ def test_any_bytes_as_a_list_are_read_or_refused(tmp_path, raw):
     for name in names:
         inside = os.path.normpath(os.path.join("/x", os.fsencode(name).decode("latin-1")))
         assert inside.startswith("/x/")
-
-
-# -- modes ----------------------------------------------------------------------------------------
-
-
-def test_files_are_readable_by_all_and_writable_by_one(tmp_path, tiny_plan, tiny_dir):
-    source = Path(shutil.copytree(tiny_dir, tmp_path / "source"))
-    (source / "LICENSE").write_text("do as you like")
-    os.chmod(source / "LICENSE", 0o4777)
-    before = os.umask(0o077)
-    try:
-        out = sleb.apply(tiny_plan, source, tmp_path / "out")
-    finally:
-        os.umask(before)
-    for path in [out, *out.rglob("*")]:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        assert mode == (0o755 if path.is_dir() else 0o644), path
-
-
-# -- where shards may lie -------------------------------------------------------------------------
 
 
 def test_a_snapshot_of_the_hubs_cache_is_cut_and_the_copy_holds_no_links(
@@ -289,21 +234,3 @@ def test_a_snapshot_of_the_hubs_cache_is_cut_and_the_copy_holds_no_links(
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert tree(home) == before
     assert ModelCard.load(out / "README.md").data.base_model == "a/b"
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors"])
-def test_an_index_that_leads_out_is_refused(tmp_path, capsys, name):
-    source = save_tiny(tmp_path / "source", shard="60KB")
-    index = source / "model.safetensors.index.json"
-    value = json.loads(index.read_text())
-    first = next(iter(value["weight_map"]))
-    value["weight_map"][first] = name
-    index.write_text(json.dumps(value))
-    assert "a shard must be a file beside it" in refused(capsys, 5, "inspect", source)
-
-
-def test_the_guide_to_security_names_what_is_trusted():
-    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    for word in ("trust-remote-code", "safetensors", "SHA256SUMS", "plan.json", "rollback"):
-        assert word in text
-    assert sys.version_info >= (3, 10)

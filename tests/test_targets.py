@@ -1,7 +1,5 @@
 """Targets: what is asked for is what a cut then has, and held-out text decides about loss."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -76,9 +74,6 @@ def test_impossible_targets_are_refused(targets, message):
         Goal(**targets)
 
 
-# -- size and speed ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_costs_are_the_bytes_of_the_files(tmp_path, tied):
     path = save_tiny(tmp_path / "m", tie_word_embeddings=tied, shard="20KB")
@@ -129,9 +124,6 @@ def test_other_strategies_reach_a_size_too(loaded, split, strategy):
     plan = sleb.search(loaded, size=limit, strategy=strategy, split=split)
     assert len(plan.removed) == 2
     assert costs.size(plan.removed) <= limit
-
-
-# -- loss on held-out text -----------------------------------------------------------------------
 
 
 def bound(model, removed, ids):
@@ -186,9 +178,6 @@ def test_a_limit_needs_one_removal_after_the_other(loaded, strategy):
         sleb.search(loaded, max_loss_increase=1, strategy=strategy, windows=4, length=24)
 
 
-# -- the curve -----------------------------------------------------------------------------------
-
-
 def test_the_curve_is_what_eval_measures_at_each_depth(loaded, split, tmp_path):
     aside = split.heldout
     plan = sleb.search(loaded, remove=3, curve=True, split=split)
@@ -213,34 +202,6 @@ def test_a_curve_alone_goes_to_half_of_the_blocks(tiny_dir):
     assert [p.depth for p in plan.curve.points] == [1, 2, 3]
     assert plan.curve.heldout.windows == 16
     assert plan.curve.heldout.sha256 != plan.calibration.sha256
-
-
-def test_held_out_windows_are_no_scored_ones(loaded):
-    scored, aside = sleb.load_windows(
-        loaded.tokenizer, (), windows=30, length=24, seed=0, heldout=16
-    )
-    rows = {tuple(r) for r in scored.ids.tolist()} & {tuple(r) for r in aside.ids.tolist()}
-    assert not rows
-    assert not torch.equal(scored.ids[:16], aside.ids)
-
-
-@pytest.mark.slow
-def test_the_command_line_shows_curve_and_target(place, capsys):
-    from sleb.cli.main import main
-
-    def said():
-        return " ".join(capsys.readouterr().out.split())
-
-    base = ["search", "MODEL", "--windows", "5", "--length", "16", "--force"]
-    assert main([*base, "--curve"]) == 0
-    assert "16 held-out windows of 16 tokens" in said()
-    assert main([*base, "--max-loss-increase", "0.3"]) in (0, 3)
-    assert main([*base, "--size", "150KB"]) == 0
-    assert "150.0 kB" in said().rpartition("Target")[2]
-    assert main(["prune", "MODEL", "-o", "OUT", *base[2:], "--speedup", "1.3", "--curve"]) == 0
-    shown = said()
-    assert "1.3" in shown.rpartition("Target")[2]
-    assert "held-out windows" in shown
 
 
 def test_a_failed_gate_leaves_no_plan(place, capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """Tasks: the harness's own figures, paired on the same items, and those of the cut checkpoint."""
 
-from __future__ import annotations
-
 import json
 import logging
 import random
@@ -107,16 +105,6 @@ def by_hand(model, tokenizer, row) -> bool:
     return int(np.argmax(scores)) == row["answer"]
 
 
-@torch.inference_mode()
-def says(model, tokenizer, question: str) -> str:
-    """The first line of a greedy answer, every token from a full pass without a cache."""
-    ids = tokenizer(f"Question: {question}\nAnswer:").input_ids
-    start = len(ids)
-    for _ in range(20):
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:]).split("\n")[0].strip()
-
-
 def test_choices_are_those_of_a_computation_by_hand(taught, tmp_path):
     rows = list(chosen())
     (result,) = run_tasks(taught, task=[write(tmp_path / "q.jsonl", rows)], removed=REMOVED)
@@ -142,27 +130,6 @@ def test_the_pruned_score_is_that_of_the_cut_checkpoint(taught, taught_dir, tmp_
     alone = run_tasks(cut(taught_dir, removed, tmp_path / "cut"), task=tasks)
     assert [r.pruned for r in side] == [r.dense for r in alone]
     assert all(r.pruned is None and r.flips is None and r.retention is None for r in alone)
-
-
-@pytest.mark.slow
-def test_generated_answers_are_those_of_the_cut_checkpoint(taught, taught_dir, tmp_path):
-    """Both models must give the very answers of a computation without cache and harness."""
-    agreed = 0
-    for removed in [(1, 3), (0,), (2,)]:
-        pruned = cut(taught_dir, removed, tmp_path / f"cut{removed[0]}")
-        said = [says(pruned.model, pruned.tokenizer, f"{thing}?") for thing, _ in PAIRS]
-        accepted = [
-            answer if 0 < len(answer) <= 12 and i % 2 else "z" * 12 for i, answer in enumerate(said)
-        ]
-        rows = [
-            {"question": f"{t}?", "answer": a} for (t, _), a in zip(PAIRS, accepted, strict=True)
-        ]
-        path = write(tmp_path / "say.jsonl", rows)
-        (result,) = run_tasks(taught, task=[path], removed=removed)
-        right = sum(a == b for a, b in zip(said, accepted, strict=True))
-        assert result.pruned.value == right / len(PAIRS)
-        agreed += right
-    assert agreed > 0  # or the test would be of nothing
 
 
 def test_an_exact_match_forgives_case_space_and_a_full_stop_alone(taught, tmp_path):

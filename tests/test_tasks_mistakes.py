@@ -1,7 +1,5 @@
 """Tasks: everything that a user can get wrong, and what the terminal shows."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 
@@ -11,11 +9,9 @@ import torch
 import sleb
 from cli_tools import refused, run
 from sleb.core.errors import DataError, InputError, ResourceError
-from sleb.core.statistics import proportion
 from sleb.evaluation import lm_eval as harness_module
 from sleb.evaluation.questions import read_questions
-from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
-from sleb.project import Project
+from sleb.evaluation.tasks import check_tasks, run_tasks
 
 GOOD = {"question": "Two?", "choices": ["a", "b", "c"], "answer": 1}
 SAY = {"question": "Two?", "answer": "2"}
@@ -243,19 +239,3 @@ def test_the_command_line_scores_and_records_nothing_by_halves(place, capsys):
     write("bad.jsonl", {**GOOD, "answer": 5})
     line = refused(capsys, 2, "eval", "missing-model", "--task", "bad.jsonl")
     assert "bad.jsonl line 1: `answer` 5" in line  # before the model is looked for
-
-
-def test_a_project_checks_its_questions_first(folder):
-    settings = 'model = "m"\nout = "o"\n[text]\na = "default"\n[search]\nremove = 1\n[measure]\n'
-    write("sleb.toml", settings + 'tasks = ["bad.jsonl", "mine"]\ntasks_folder = "tasks"')
-    write("bad.jsonl", {**GOOD, "answer": 5})
-    with pytest.raises(InputError, match="`answer` 5"):
-        Project.load("sleb.toml")
-    write("bad.jsonl", GOOD)
-    Project.load("sleb.toml")
-
-
-def test_what_is_kept_is_the_pruned_score_over_the_dense():
-    kept = {"dense": proportion(320, 500), "pruned": proportion(315, 500)}
-    result = TaskResult(name="quiz", metric="acc", items=500, chance=None, **kept)
-    assert result.retention == pytest.approx(315 / 320)

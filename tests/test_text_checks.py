@@ -1,7 +1,5 @@
 """What a text shows: repetition, language, JSON, emptiness."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,11 +1,8 @@
 """Calibration text: how a spec is read, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sleb.calibration import SOURCES, parse_source, rows, sources
+from sleb.calibration import parse_source, rows, sources
 from sleb.core.errors import DataError, InputError, ResourceError, SlebError
-from text_tools import CHAT, Write, documents, message
+from text_tools import Write, documents, message
 
 # Specs
 
@@ -67,16 +64,6 @@ def test_an_unknown_kind_lists_the_known(tmp_path: Path) -> None:
         parse_source(str(tmp_path))
 
 
-def test_a_kind_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
-
-    @SOURCES.register("echo:")
-    def read_echo(location: str, tokenizer: Any) -> Iterator[str]:
-        yield from (location, location.upper())
-
-    assert documents("echo:hi@2") == ["hi", "HI"]
-
-
 # Reading
 
 
@@ -89,16 +76,6 @@ def test_every_file_kind_gives_the_same_documents(write: Write) -> None:
     assert documents("a.jsonl") == documents("a.parquet") == rows
     write("a.txt", "\ufeffone\n\ndocument")
     assert documents("a.txt") == ["one\n\ndocument"]
-
-
-def test_chats_go_through_the_template_without_its_bos(write: Write) -> None:
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    write("a.jsonl", json.dumps({"messages": chat}) + "\n" + json.dumps({"text": "t"}))
-    assert documents("a.jsonl", chat_template=CHAT) == ["<user>hi\n<assistant>yo\n", "t"]
-    pq.write_table(pa.table({"messages": [chat]}), "a.parquet")
-    assert documents("a.parquet", chat_template=CHAT) == ["<user>hi\n<assistant>yo\n"]
 
 
 def test_a_parquet_file_without_text_names_the_row(write: Write) -> None:
@@ -170,16 +147,6 @@ def test_at_most_the_limit_is_read(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     monkeypatch.setattr(rows, "MAX_ROW", 15)
     assert message("a.jsonl") == "a.jsonl line 1 is over 0 MiB; split it into rows"
-
-
-def test_sources_need_no_heavy_import() -> None:
-    code = (
-        "import sys, sleb.calibration.sources as s;"
-        "s.read_documents(s.parse_source('default'), None);"
-        "print([m for m in ('torch', 'datasets', 'pyarrow', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 # The hub

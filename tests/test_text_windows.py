@@ -1,7 +1,5 @@
 """Calibration text: how it is cut into windows, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -12,14 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sleb.calibration import sources, tokens

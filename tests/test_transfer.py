@@ -1,7 +1,5 @@
 """Plans of each text and of all: fair searches, costs on text that none saw, and which to use."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,9 +96,6 @@ def test_costs_are_paired_increases_on_each_texts_own_windows(loaded, texts):
             )
 
 
-# -- how many windows ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("windows", "heldout", "scored", "held"),
     [
@@ -146,8 +141,6 @@ def test_texts_that_are_too_short_are_refused_before_a_search(
         transfer(loaded, text=["long.txt", "short.txt"], remove=1, length=20, windows=windows)
 
 
-# -- what is refused without a model -------------------------------------------------------------
-
 TWO = {"text": ["mail.txt", "code=code.txt"]}
 
 
@@ -179,9 +172,6 @@ def test_mistakes_are_found_without_a_model(texts, options, said):
 @pytest.mark.parametrize("target", [{"remove": "20%"}, {"speedup": 1.2}, {"size": "1MB"}])
 def test_every_target_that_plans_can_share_is_accepted(texts, target):
     check_transfer(TransferConfig.of({**TWO, **target}))
-
-
-# -- what follows from the costs -----------------------------------------------------------------
 
 
 def cost(mean, windows=8, spread=0.001):
@@ -252,10 +242,7 @@ def test_what_is_far_from_home_and_what_is_recommended(
 def test_too_few_windows_to_tell_do_not_make_a_plan_the_better_one(loaded, write, monkeypatch):
     """Clearly better at home, and elsewhere worse on average without being clearly so."""
     far = 0.2 + np.array([1.5, -0.5] * 4)
-    costs = [
-        np.array([cost(0.1), cost(0.5), cost(0.2)]),
-        np.array([far, cost(0.2), cost(0.2)]),
-    ]
+    costs = [np.array([cost(0.1), cost(0.5), cost(0.2)]), np.array([far, cost(0.2), cost(0.2)])]
     assert not clearly_worse(far, cost(0.2))
     assert module._recommended(costs) == 2
     costs[1][0] = cost(0.2)
@@ -269,15 +256,3 @@ def test_overlap_is_shared_over_either_and_all_is_read_back(loaded, write, monke
     )
     adapter = TypeAdapter(Transfer)
     assert adapter.validate_json(adapter.dump_json(found)) == found
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_on_a_real_model_every_plan_costs_something_at_home(real_model, write):
-    write("list.txt", "".join(f"{i} {i + 1} {i + 2}\n" for i in range(200)))
-    loaded = sleb.load(real_model, **CPU)
-    options = {"remove": 6, "windows": 2, "length": 64, "heldout": 2, "metric": "cosine"}
-    found = transfer(loaded, text=["default", "list.txt"], **options)
-    assert found.domains == ("default", "list")
-    assert [len(plan.removed) for plan in found.plans] == [6, 6, 6]
-    assert all(plan.increase[0].value > 0 for plan in found.plans)

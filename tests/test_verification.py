@@ -1,7 +1,5 @@
 """The gates pass a right checkpoint and name what is wrong with any other."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 import sleb
 from cli_tools import tree
 from conftest import byte_tokenizer, save_tiny
-from plan_tools import plan_of
+from plan_tools import edit_config, plan_of
 from sleb.core.errors import InputError
 from sleb.surgery import verification
 from verification_tools import (
@@ -25,7 +23,6 @@ from verification_tools import (
     ORDER,
     RELOAD,
     WEIGHTS,
-    edit_config,
     edit_tensors,
     failed,
     measured,
@@ -155,9 +152,6 @@ def test_a_damaged_checkpoint_fails_and_a_missing_one_is_a_mistake(tiny_dir, pla
             sleb.verify(place, model=tiny_dir, plan=plan)
 
 
-# -- masks that depend on the block --------------------------------------------------------------
-
-
 def windowed(kind: str, folder: Path) -> Path:
     """A tiny model whose blocks attend alternately, or after the second, to 8 tokens only."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -246,9 +240,6 @@ def test_the_probe_is_longer_than_a_window_and_fits_the_model(tmp_path):
     assert [length(8, 4096), length(None, 4096), length(100, 4096)] == [64, 64, 116]
     assert length(4096, 131072) == 1040
     assert length(None, 40) == 24
-
-
-# -- further gates, and what they must not depend on ---------------------------------------------
 
 
 def test_the_models_sampling_settings_do_not_matter(tiny_dir, plan, out):

@@ -1,7 +1,5 @@
 """The gates where models do not fit in memory: the same verdicts, with blocks read as they run."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 import sleb
 from conftest import byte_tokenizer
-from plan_tools import plan_of
+from plan_tools import edit_config, plan_of
 from sleb.models.stack import BlockStack
 from sleb.surgery import verification
 from verification_tools import (
@@ -18,7 +16,6 @@ from verification_tools import (
     ORDER,
     RELOAD,
     WEIGHTS,
-    edit_config,
     edit_tensors,
     failed,
     measured,

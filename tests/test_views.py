@@ -1,8 +1,5 @@
 """What is shown is what the record holds, in every language and on every medium."""
 
-from __future__ import annotations
-
-import json
 import re
 import string
 from dataclasses import asdict, replace
@@ -35,7 +32,7 @@ from sleb.core.statistics import Interval
 from sleb.record import RepairStatus
 from sleb.runtimes.bench import Skipped
 from sleb.selection.metrics import METRICS
-from sleb.views.locale import LANGUAGES, LINK, Locale, bounds
+from sleb.views.locale import LANGUAGES, LINK, Locale
 from sleb.views.terminal import draw
 
 EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
@@ -48,9 +45,6 @@ def drawn(*results, width=100):
         console.print(f"-- {type(result).__name__}")
         draw(views.items(result), console)
     return console.export_text()
-
-
-# -- everything at once --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
@@ -132,9 +126,6 @@ def test_a_record_without_sections_says_how_to_measure_each():
     untested = found.text("sum-untested")
     assert untested.count("not measured") == 5
     assert "not measured" not in seen().text("sum-untested")
-
-
-# -- what is told of special cases ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +232,7 @@ def test_the_summary_of_a_run_says_what_became_of_the_repair(repair, told):
 
 def test_the_worst_answers_come_first_and_equal_ones_are_not_shown():
     assert re.findall(r"Prompt (q\d)", seen().text("answers")) == [
-        *("q5", "q2", "q4", "q6", "q7", "q3"),
+        *("q5", "q2", "q4", "q6", "q7", "q3")
     ]
     same = tuple(p for p in complete().answers.pairs if p.identical)
     assert "All answers are identical" in seen(put(complete(), "answers.pairs", same)).text(
@@ -258,9 +249,6 @@ def test_several_pruned_models_are_told_apart():
     assert "writing 8 × 64 tokens after 128: tiny" in found.text("speed")
 
 
-# -- the terminal --------------------------------------------------------------------------------
-
-
 def test_nothing_of_a_file_steers_the_terminal():
     bad = "\x1b[31mred\x1b]0;t\x07 [bold]x[/] \u202eback\r\n\x9b2J"
     record = repaired(model=bad, command=bad)
@@ -274,21 +262,6 @@ def test_nothing_of_a_file_steers_the_terminal():
     shown = drawn(chosen, record, *parts, record.transfer, record.runtimes, record.gate)
     assert not {*shown} & set("\x1b\x07\x9b\r\u202e")
     assert "[bold]x[/]" in shown
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-def test_a_result_is_shown_or_printed_as_json(capsys, as_json):
-    views.show(complete(), json=as_json)
-    out = capsys.readouterr().out
-    if as_json:
-        assert json.loads(out)["removed"] == [4, 7, 8]
-    else:
-        assert "removed blocks 4, 7, 8" in out
-    with pytest.raises(TypeError):
-        views.show(object())
-
-
-# -- languages -----------------------------------------------------------------------------------
 
 
 def sentences(words):
@@ -319,9 +292,6 @@ def test_every_linked_term_is_in_the_glossary_and_every_term_is_linked(words):
         assert text, key
         assert "[[" not in LINK.sub("", text), key
         assert "  " not in text, key
-
-
-REASONS = [*EN.tables["skipped"]][:-2]  # the last two are parts of sentences
 
 
 def variety():
@@ -456,13 +426,6 @@ SPAN = Interval(value=0.5, low=0.4, high=0.6)
 def test_numbers_are_written_as_the_language_writes_them(shown, english, japanese):
     for words, expected in ((EN, english), (JA, japanese)):
         assert shown(words).translate(INVISIBLE) == expected
-
-
-def test_an_interval_says_its_unit_once_unless_units_differ():
-    wide = Interval(value=1.25, low=0.5, high=2.0)
-    assert EN.interval(wide, EN.seconds).translate(INVISIBLE) == "1.25 s (500 ms to 2.00)"
-    assert bounds(wide) == (0.5, 2.0)
-    assert bounds(Interval(value=1.0, low=1.0, high=NAN)) is None
 
 
 def test_what_is_filled_in_is_escaped_and_cannot_link_or_name_fields():

@@ -1,7 +1,5 @@
 """Exactness over architectures: a bypassed block is a deleted one, in memory and on disk."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -91,9 +89,6 @@ def cache_agrees(model) -> bool:
         return False
 
 
-# -- the law, for every family -------------------------------------------------------------------
-
-
 @every_family
 def test_bypass_is_deletion_in_memory(family):
     model, config = zoo.tiny(family)
@@ -166,8 +161,6 @@ def test_sweep_scores_are_those_of_full_passes(family):
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
 
 
-# -- checkpoints on disk -------------------------------------------------------------------------
-
 PER_EXPERT = {"mixtral", "qwen3_moe", "deepseek_v3", "phimoe"}  # one fused tensor in memory
 
 
@@ -213,28 +206,6 @@ def test_tied_embeddings_stay_tied(family, tmp_path):
     assert out.get_output_embeddings().weight is out.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("removed", [{1, 4}, {7}])
-def test_blocks_past_the_last_move_down(removed, tmp_path):
-    """Multi-token prediction layers are stored as one more block, which the model does not load."""
-    from safetensors.torch import load_file, save_file
-
-    model, _ = zoo.tiny("deepseek_v3")
-    dense = saved(model, tmp_path / "dense")
-    tensors = load_file(dense / "model.safetensors")
-    extra = {"eh_proj.weight": torch.randn(32, 64), "enorm.weight": torch.randn(32)}
-    tensors.update({f"model.layers.8.{name}": value for name, value in extra.items()})
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-
-    out = load_file(cut(dense, removed, tmp_path / "out") / "model.safetensors")
-    place = 8 - len(removed)
-    for name, value in extra.items():
-        assert torch.equal(out[f"model.layers.{place}.{name}"], value)
-    blocks = {int(name.split(".")[2]) for name in out if name.startswith("model.layers.")}
-    assert blocks == set(range(place + 1))
-
-
-# -- a decoder inside a larger model -------------------------------------------------------------
-
 
 def test_gemma_4_is_cut_in_its_decoder(tmp_path):
     """More of such models are in test_wrappers.py."""
@@ -265,8 +236,6 @@ def test_gemma_4_is_cut_in_its_decoder(tmp_path):
     assert a == b
 
 
-# -- what cannot be cut exactly is refused, with the reason --------------------------------------
-
 SHARED_INDEXER = ["full", "shared", "full", "shared"] * 2
 REFUSED = [
     ("gemma3n_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers.* keys and values"),
@@ -280,11 +249,7 @@ REFUSED = [
     ("zaya", {"num_experts_per_tok": 1}, "router state"),
     ("bert", {"is_decoder": False}, "is_decoder` is not set.* no causal language model"),
     ("rwkv", {"rescale_every": 3}, "set it to 0"),
-    (
-        "llama",
-        {"widget_sizes": [1, 2] * 4},
-        "`widget_sizes` has one entry per block .8. but no",
-    ),
+    ("llama", {"widget_sizes": [1, 2] * 4}, "`widget_sizes` has one entry per block .8. but no"),
     ("jamba", {}, "attn_layer_period` is a period of 4: blocks .* 4 blocks in a row"),
     ("ernie4_5_moe", {"moe_layer_interval": 2}, "the MoE blocks that stay are not one after"),
 ]

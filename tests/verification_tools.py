@@ -1,8 +1,5 @@
 """Checkpoints spoilt in one way, and which of the gates see it."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 
 import pytest
@@ -40,11 +37,6 @@ def measured(found: verification.Verification, name: str) -> str:
 def without_sums(folder: Path) -> Path:
     (folder / "SHA256SUMS").unlink()
     return folder
-
-
-def edit_config(folder: Path, **fields) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def edit_tensors(folder: Path, change) -> None:
