@@ -8,32 +8,29 @@ import pytest
 import transformers
 
 from conftest import byte_tokenizer
+from plan_tools import minimal
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
-from sleb.core.plan import Fingerprint, Plan
+from sleb.core.plan import Plan
 from sleb.models import source
 from sleb.models.load import LoadedModel
 
 WIDTH, VOCABULARY = 64, 259
+GEMMA3 = {
+    "fields": {
+        "attention.sliding_window": 8,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "rope.freq_base": 1000000.0,
+    },
+    "norms": ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
+}
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
 
 
 def plan_of(model_type: str, blocks: int, *order: int) -> Plan:
     """A plan of another form of the model: its hashes are of nothing."""
-    return Plan(
-        model=Fingerprint(
-            model_type=model_type,
-            architecture="",
-            blocks=blocks,
-            config_sha256="0" * 64,
-            weights_sha256="0" * 64,
-        ),
-        removed=tuple(sorted(order)),
-        order=order,
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
+    model = {**minimal()["model"], "model_type": model_type, "architecture": "", "blocks": blocks}
+    return Plan.model_validate(minimal(model=model, removed=sorted(order), order=order))
 
 
 def plan_for(dense: LoadedModel, *order: int) -> Plan:

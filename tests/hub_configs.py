@@ -2,8 +2,8 @@
 
 ``HUB`` has, by a name, what a file says, and cuts to try. Each file has words that transformers 5
 renames or drops (``rope_theta``, ``torch_dtype``, ``rotary_pct``, patterns in place of lists, kinds
-of layers by older names). In data/hub_configs.json a file is its ``own`` words beside those that are
-``common``, or it is there as a ``whole``.
+of layers by older names). In data/hub_configs.json a file is its ``own`` words beside the
+``common`` ones, or it is there as a ``whole``.
 """
 
 import json

@@ -33,15 +33,9 @@ def minimal(**changes) -> dict:
 def plan_of(folder: Path, *order: int) -> Plan:
     """A plan that removes these blocks of a checkpoint, in this order."""
     blocks = decoder_config(load_config(folder)).num_hidden_layers
-    return Plan(
-        model=fingerprint(Checkpoint.open(folder), blocks),
-        removed=tuple(sorted(order)),
-        order=order,
-        metric="loss",
-        unit="nats/token",
-        strategy="greedy",
-        dtype="float32",
-    )
+    plan = Plan.model_validate(minimal(removed=[], order=[]))
+    model = fingerprint(Checkpoint.open(folder), blocks)
+    return plan.model_copy(update={"model": model, "removed": tuple(sorted(order)), "order": order})
 
 
 def edit_config(folder: Path, **fields) -> None:

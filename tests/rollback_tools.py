@@ -33,10 +33,10 @@ def small(path: Path, **options) -> Path:
     return path
 
 
-def any_repair(folder: Path, removed: tuple[int, ...], *names: str) -> Repair:
-    """A repair that turns the tensors ``names`` round; not a good one."""
+def any_repair(folder: Path, removed: tuple[int, ...], *names: str, change=torch.neg) -> Repair:
+    """A repair that turns the tensors ``names`` round, or changes them so; not a good one."""
     checkpoint = Checkpoint.open(folder)
-    tensors = {name: -checkpoint.tensor(name) for name in names}
+    tensors = {name: change(checkpoint.tensor(name)) for name in names}
     changed = tuple(
         RepairedTensor(name=name, sha256=hashlib.sha256(tensor_bytes(tensor)).hexdigest())
         for name, tensor in tensors.items()

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter
 
 from report_tools import put
 from sleb.acceptance import LIMITS, Gate
@@ -249,55 +248,36 @@ def test_several_pruned_models_are_held_to_the_limit_each():
     ]
 
 
-def test_the_result_is_required_and_recorded():
-    found = Gate.parse({"divergence": {"max": 0.2}, "agreement": {"min": 0.7}}, "g").check(FULL)
-    with pytest.raises(VerificationFailed, match=r"divergence.max: 0.25 .* 0.2 .*1 of 2 limits"):
-        found.require()
-    good = GateResult(rows=found.rows[1:])
-    assert (found.passed, good.passed) == (False, True)
-    good.require()
-    adapter = TypeAdapter(GateResult)  # as a record reads and writes it
-    assert adapter.validate_json(adapter.dump_json(found)) == found
-
-
 @pytest.mark.parametrize(
     ("text", "nouns"),
     [
-        ("", ["sets no limit"]),
-        ("[perplexity]\n[speed.cases]\n", ["sets no limit"]),
-        ("[preplexity]\n", ["no table 'preplexity'", "'perplexity'"]),
-        (f"{'x' * 5000} = 1", [f"there is no table '{'x' * 60}'"]),
-        ("max_ratio = 1\n", ["no table 'max_ratio'"]),
-        ("[answers]\nmax_repetative = 0.1", ["[answers]", "'max_repetitive'"]),
-        ("[divergence]\nmin = 0.1", ["[divergence] has no limit 'min'"]),
-        ("perplexity = 1.2", ["write [perplexity]"]),
-        ("[speed]\ncases = 2", ["write [speed.cases]"]),
-        ("[perplexity]\nmax_ratio = '1.2'", ["[perplexity] max_ratio = '1.2'"]),
-        ("[perplexity]\nmax_ratio = 2024-01-01", ["[perplexity] max_ratio = datetime.date("]),
-        ("[perplexity]\nmax_ratio = nan", ["[perplexity] max_ratio = nan"]),
-        ("[perplexity]\nmax_ratio = 0", ["max_ratio = 0", "greater"]),
-        ("[divergence]\nmax = -0.1", ["[divergence] max = -0.1"]),
-        ("[agreement]\nmin = 90", ["min = 90", "less"]),
-        ("[tasks.each]\nsums = {a = 1}", ["[tasks.each] sums = {'a': 1}"]),
-        (f"[size]\nmax_mb = {'9' * 400}", ["[size] max_mb = 999"]),
-        ("[size]\n\nmax_mb = = 2\n", ["TOML", "line 3"]),
+        ("", "sets no limit"),
+        ("[perplexity]\n[speed.cases]\n", "sets no limit"),
+        ("[preplexity]\n", "'preplexity'.*'perplexity'"),
+        (f"{'x' * 5000} = 1", f"there is no table '{'x' * 60}'"),
+        ("max_ratio = 1\n", "no table 'max_ratio'"),
+        ("[answers]\nmax_repetative = 0.1", r"\[answers\].*'max_repetitive'"),
+        ("[divergence]\nmin = 0.1", r"\[divergence\] has no limit 'min'"),
+        ("perplexity = 1.2", r"write \[perplexity\]"),
+        ("[speed]\ncases = 2", r"write \[speed.cases\]"),
+        ("[perplexity]\nmax_ratio = '1.2'", r"\[perplexity\] max_ratio = '1.2'"),
+        ("[perplexity]\nmax_ratio = 2024-01-01", r"max_ratio = datetime.date\("),
+        ("[perplexity]\nmax_ratio = nan", "max_ratio = nan"),
+        ("[perplexity]\nmax_ratio = 0", "max_ratio = 0.*greater"),
+        ("[divergence]\nmax = -0.1", "max = -0.1"),
+        ("[agreement]\nmin = 90", "min = 90.*less"),
+        ("[tasks.each]\nsums = {a = 1}", r"sums = \{'a': 1\}"),
+        (f"[size]\nmax_mb = {'9' * 400}", "max_mb = 999"),
+        ("[size]\n\nmax_mb = = 2\n", "TOML.*line 3"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, monkeypatch, text, nouns):
     monkeypatch.chdir(tmp_path)
     Path("gate.toml").write_text(text)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=rf"^gate\.toml.*{nouns}") as caught:
         Gate.load("gate.toml")
-    said = str(caught.value)
-    assert said.startswith("gate.toml")
-    assert all(noun in said for noun in nouns), said
-    assert "\n" not in said
-    assert len(said) < 300
-
-
-def test_a_table_of_another_file_is_named():
-    with pytest.raises(InputError, match=r"^sleb.toml: gate: \[speed\] has no limit 'min_speed'"):
-        Gate.parse({"speed": {"min_speed": 2}}, "sleb.toml: gate")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
     with pytest.raises(InputError, match="no file"):
         Gate.load("missing.toml")
 

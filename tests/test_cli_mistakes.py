@@ -45,7 +45,7 @@ def both(capsys, code: int, command: str) -> str:
 
 
 MISTAKES = {  # the nouns that matter of what is said
-    "verfy MODEL": "verfy .*verify.*sleb --help",
+    "verfy MODEL": "verfy.*'verify'.*sleb --help",
     "inspect": "MODEL.*sleb inspect --help",
     "inspect MODEL more": "more.*sleb inspect --help",
     "search MODEL -o new.json": "no target.*--remove",

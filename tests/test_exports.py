@@ -13,6 +13,7 @@ import sleb
 from cli_tools import refused, run
 from conftest import save_tiny
 from plan_tools import plan_of
+from rollback_tools import any_repair
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.formats.exports import FORMATS, export_plan
@@ -83,40 +84,22 @@ def test_mergekit_keeps_several_dtypes_by_naming_none(tmp_path):
         export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
 
 
-def test_mergekit_is_refused_where_it_would_leave_a_wrong_config(gemma):
-    with pytest.raises(UnsupportedModel, match="needs `layer_types` re-indexed too"):
-        export_plan(gemma / "plan.json", "mergekit", model=str(gemma / "model"))
-
-
-def test_llama_cpp_gets_its_argument_and_a_warning_where_it_fails(six, tiny_dir, gemma, capsys):
+def test_llama_cpp_and_modelopt_get_their_arguments_and_a_warning(six, tiny_dir, gemma, capsys):
     ran = run(capsys, "export", six, "--as", "llama-cpp", "--model", tiny_dir)
     assert (ran.code, ran.out, ran.err) == (0, "--prune-layers 1,2,3\n", "")
     ran = run(capsys, "export", six, "--as", "llama-cpp")
     assert ran.out == "--prune-layers 1,2,3\n"
-    assert ran.err.startswith("note: give --model")
+    assert "--model" in ran.err
     place = gemma / "plan.json"
     ran = run(capsys, "export", place, "--as", "llama-cpp", "--model", gemma / "model")
     assert ran.out == "--prune-layers 3\n"
     assert "would write a wrong gemma3_text model" in ran.err
     assert "`layer_types`" in ran.err
-    assert "sleb apply" in ran.err
-
-
-def test_lists_in_which_all_blocks_are_alike_are_no_reason_to_warn(tmp_path):
-    model, _ = tiny("qwen2", layer_types=["full_attention"] * 8, use_sliding_window=False)
-    model.save_pretrained(tmp_path / "model")
-    plan_of(tmp_path / "model", 3).save(tmp_path / "plan.json")
-    found = export_plan(tmp_path / "plan.json", "llama-cpp", model=str(tmp_path / "model"))
-    assert found.notes == ()
-
-
-def test_modelopt_counts_from_one(six, capsys):
-    ran = run(capsys, "export", six, "--as", "modelopt-list")
+    ran = run(capsys, "export", six, "--as", "modelopt-list")  # which counts from one
     assert ran.out == "--layers-to-drop 2 3 4\n"
-    assert "counts layers from 1" in ran.err
-    assert run(capsys, "export", six, "--as", "modelopt-list", "--depth", "1").out == (
-        "--layers-to-drop 4\n"
-    )
+    assert "from 1" in ran.err
+    ran = run(capsys, "export", six, "--as", "modelopt-list", "--depth", "1")
+    assert ran.out == "--layers-to-drop 4\n"
 
 
 def test_a_layer_map_leads_from_student_to_teacher(six):
@@ -168,14 +151,8 @@ def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, t
 
 
 def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):
-    from sleb.core.plan import Calibration, RepairedGap, RepairedTensor, RepairRecord
-
-    text = Calibration(sources=(), windows=1, length=2, seed=0, sha256="0" * 64)
-    tensor = RepairedTensor(name="model.layers.4.mlp.down_proj.weight", sha256="0" * 64)
-    gap = RepairedGap(removed=(3,), ridge=0.1, tensors=(tensor,), before={}, after={})
-    record = RepairRecord(gaps=(gap,), reach=0, calibration=text, heldout=text)
-    plan = plan_of(tiny_dir, 3).model_copy(update={"repair": record})
-    plan.save(tmp_path / "plan.json")
+    repair = any_repair(tiny_dir, (3,), "model.layers.4.mlp.down_proj.weight").record
+    plan_of(tiny_dir, 3).model_copy(update={"repair": repair}).save(tmp_path / "plan.json")
     for form in ("mergekit", "llama-cpp", "modelopt-list"):
         notes = export_plan(tmp_path / "plan.json", form, model=str(tiny_dir)).notes
         assert any("repair (1 matrices) is not part of this" in note for note in notes)
@@ -190,25 +167,24 @@ def test_a_file_is_written_whole_and_not_over_another(six, tiny_dir, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "said"),
     [
-        (["--as", "mergkit"], 2, "unknown format 'mergkit' (did you mean 'mergekit'?)"),
-        (["--as", "mergekit"], 2, "--as mergekit needs the original: give --model"),
-        (["--as", "mergekit", "--model", "nowhere/"], 2, "no model at nowhere/"),
-        (["--as", "vllm-args"], 2, "vllm-args are of a checkpoint"),
-        (["--as", "layer-map", "--depth", "9"], 2, "--depth 9 is outside this plan's 1..3"),
+        (["--as", "mergkit"], "'mergkit' (did you mean 'mergekit'?)"),
+        (["--as", "mergekit"], "--model"),
+        (["--as", "mergekit", "--model", "nowhere/"], "nowhere/"),
+        (["--as", "vllm-args"], "vllm-args are of a checkpoint"),
+        (["--as", "layer-map", "--depth", "9"], "--depth 9 is outside this plan's 1..3"),
     ],
 )
-def test_mistakes(six, capsys, words, code, said):
-    assert refused(capsys, code, "export", six, *words).startswith(said)
+def test_mistakes(six, capsys, words, said):
+    assert said in refused(capsys, 2, "export", six, *words)
 
 
-def test_another_models_plan_is_refused(gemma, tiny_dir):
+def test_plans_that_do_not_fit(gemma, tiny_dir, tmp_path):
+    with pytest.raises(UnsupportedModel, match="`layer_types`"):
+        export_plan(gemma / "plan.json", "mergekit", model=str(gemma / "model"))
     with pytest.raises(InputError, match=r"a gemma3_text of 8 blocks, and .* is a llama of 6"):
         export_plan(gemma / "plan.json", "mergekit", model=str(tiny_dir))
-
-
-def test_a_plan_that_removes_nothing_is_refused(tiny_dir, tmp_path):
     plan_of(tiny_dir).save(tmp_path / "plan.json")
     for form in FORMATS:
         with pytest.raises(InputError, match="removes no block"):

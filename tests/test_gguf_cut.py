@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ import torch
 
 import sleb
 from cli_tools import tree
-from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
+from gguf_tools import GEMMA3, plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, ResourceError
 from sleb.core.plan import Plan
@@ -20,15 +21,6 @@ from sleb.surgery.gguf_cut import cut_gguf
 from sleb.verbs import applied
 
 CPU = {"dtype": "float32", "device": "cpu"}
-GEMMA3 = {
-    "fields": {
-        "attention.sliding_window": 8,
-        "attention.key_length": 16,
-        "attention.value_length": 16,
-        "rope.freq_base": 1000000.0,
-    },
-    "norms": ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
-}
 
 
 def entries(path: Path) -> dict[str, tuple]:
@@ -133,10 +125,8 @@ def test_the_cut_file_is_the_model_with_blocks_bypassed(
 
 def type_of_uncut(config) -> list[str]:
     """The sliding windows that an uncut Gemma 3 of this depth has."""
-    return [
-        "full_attention" if i % 6 == 5 else "sliding_attention"
-        for i in range(config.num_hidden_layers)
-    ]
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    return [kinds[i % 6] for i in range(config.num_hidden_layers)]
 
 
 @pytest.mark.usefixtures("readable")
@@ -196,7 +186,6 @@ def current_umask() -> int:
 @pytest.mark.parametrize("where", ["tensor", "plan", "space"])
 def test_a_disk_that_fills_up_leaves_no_trace(tmp_path, monkeypatch, where):
     model = write_tiny(tmp_path / "m.gguf")
-    message = "disk full while writing .*cut"
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -205,22 +194,14 @@ def test_a_disk_that_fills_up_leaves_no_trace(tmp_path, monkeypatch, where):
         monkeypatch.setattr(Plan, "to_json", full)
     elif where == "space":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: type("U", (), {"free": 1000}))
-        message = "needs 0 MB, but the disk of .* has 0 MB free"
     before = tree(tmp_path)
 
     class Progress:
         def stage(self, title, total):
-            from contextlib import nullcontext
-
             return nullcontext(full if where == "tensor" else lambda n=1: None)
 
+    options = {"other_weights": True, "progress": Progress()}
     for out in ("cut.gguf", "new/folder/cut.gguf"):
-        with pytest.raises(ResourceError, match=message):
-            cut_gguf(
-                plan_of("llama", 8, 3),
-                model,
-                tmp_path / out,
-                other_weights=True,
-                progress=Progress(),
-            )
+        with pytest.raises(ResourceError, match=r"disk full while .*cut|has 0 MB free"):
+            cut_gguf(plan_of("llama", 8, 3), model, tmp_path / out, **options)
         assert tree(tmp_path) == before

@@ -78,19 +78,8 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).mean())
 
 
-def report(record_property, name: str, losses: np.ndarray) -> None:
-    record_property(name, exp(losses.mean()))
-    print(f"perplexity, {name}: {exp(losses.mean()):.3f}")  # noqa: T201 (what one runs it for)
-
-
-@pytest.mark.real
-def test_a_cut_llama_is_the_model_with_blocks_bypassed(
-    real_model, scored, tmp_path, record_property
-):
-    model, removed = Path(real_model), [20, 21, 22]
-    cut = cut_gguf(
-        plan_of("llama", 30, *removed), model, tmp_path / "cut.gguf", other_weights=True
-    ).out
+def compared(model: Path, scored, removed: list[int], cut: Path, record_property):
+    """Losses of the cut in llama.cpp and in transformers; the dense models are close, too."""
     windows, dense = scored(model)
     same, found = scored(cut)
     assert torch.equal(windows, same)
@@ -101,10 +90,25 @@ def test_a_cut_llama_is_the_model_with_blocks_bypassed(
         ("llama.cpp cut", found),
         ("transformers bypassed", want["cut"]),
     ):
-        report(record_property, name, losses)
+        record_property(name, exp(losses.mean()))
+        print(f"perplexity, {name}: {exp(losses.mean()):.3f}")  # noqa: T201 (it is run for that)
     assert abs(dense.mean() - want["dense"].mean()) < CLOSE
     assert abs(found.mean() - want["cut"].mean()) < CLOSE
     assert found.mean() - dense.mean() > 10 * CLOSE, "the cut must show"
+    return found, want["cut"]
+
+
+def cut_of(model: Path, kind: str, blocks: int, removed: list[int], out: Path) -> Path:
+    return cut_gguf(plan_of(kind, blocks, *removed), model, out, other_weights=True).out
+
+
+@pytest.mark.real
+def test_a_cut_llama_is_the_model_with_blocks_bypassed(
+    real_model, scored, tmp_path, record_property
+):
+    model, removed = Path(real_model), [20, 21, 22]
+    cut = cut_of(model, "llama", 30, removed, tmp_path / "cut.gguf")
+    compared(model, scored, removed, cut, record_property)
 
 
 def test_a_cut_gemma_keeps_its_windows_and_without_the_pattern_does_not(
@@ -114,28 +118,11 @@ def test_a_cut_gemma_keeps_its_windows_and_without_the_pattern_does_not(
     if not path:
         pytest.skip("SLEB_TEST_GEMMA is not set")
     model, removed = Path(path), [8, 9, 10]
-    cut = cut_gguf(
-        plan_of("gemma3_text", 18, *removed), model, tmp_path / "cut.gguf", other_weights=True
-    ).out
-    windows, dense = scored(model)
-    found = scored(cut)[1]
+    cut = cut_of(model, "gemma3_text", 18, removed, tmp_path / "cut.gguf")
+    found, want = compared(model, scored, removed, cut, record_property)
     # the same file with the period that llama.cpp would go by
     file, plain = GGUFFile.open(cut), tmp_path / "plain.gguf"
     period = {f"gemma3.{PATTERN}": Value(kind=4, data=6)}
     kept = [NewTensor(name=n, source=t, kind=t.kind) for n, t in file.tensors.items()]
     write_gguf(file, plain, values=period, tensors=kept, tick=lambda n: None)
-    wrong = scored(plain)[1]
-    want = expected(model, windows, removed)
-    for name, losses in (
-        ("llama.cpp dense", dense),
-        ("transformers dense", want["dense"]),
-        ("llama.cpp cut", found),
-        ("transformers bypassed", want["cut"]),
-        ("llama.cpp cut without the pattern", wrong),
-    ):
-        report(record_property, name, losses)
-    assert abs(dense.mean() - want["dense"].mean()) < CLOSE
-    assert abs(found.mean() - want["cut"].mean()) < CLOSE
-    distances = [apart(losses, want["cut"]) for losses in (found, wrong)]
-    print("nats per token from transformers, with and without the pattern:", *distances)  # noqa: T201
-    assert distances[1] > 3 * distances[0]
+    assert apart(scored(plain)[1], want) > 3 * apart(found, want)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import sleb
-from gguf_tools import plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
+from gguf_tools import GEMMA3, plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
+from rollback_tools import any_repair
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import Calibration, Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.core.plan import Plan, RepairRecord
 from sleb.repairs import Repair
 from sleb.surgery import gguf_repair
 from sleb.verbs import applied
@@ -23,27 +24,15 @@ NAMES = {
 }
 
 
-def repair_of(folder, *names: str, removed=(3,)) -> Repair:
+def repair_of(folder, *names: str) -> Repair:
     """A repair that moves these tensors of a checkpoint by a tenth of their size."""
-    checkpoint, generator = Checkpoint.open(folder), torch.Generator().manual_seed(1)
-    tensors = {}
-    for name in names:
-        old = checkpoint.tensor(name)
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(old):
         noise = torch.randn(old.shape, generator=generator)
-        tensors[name] = (old.float() + 0.1 * old.float().std() * noise).to(old.dtype)
-    text = Calibration(sources=(), windows=1, length=2, seed=0, sha256="0" * 64)
-    gap = RepairedGap(
-        removed=removed,
-        ridge=0.1,
-        tensors=tuple(
-            RepairedTensor(name=n, sha256=hashlib.sha256(tensor_bytes(t)).hexdigest())
-            for n, t in tensors.items()
-        ),
-        before={"t": 2.0},
-        after={"t": 1.0},
-    )
-    record = RepairRecord(gaps=(gap,), reach=0, calibration=text, heldout=text)
-    return Repair(record=record, tensors=tensors, prefix="model.layers.")
+        return (old.float() + 0.1 * old.float().std() * noise).to(old.dtype)
+
+    return any_repair(folder, (3,), *names, change=moved)
 
 
 def cut_gguf(plan, source, out, **options):
@@ -186,16 +175,7 @@ def test_a_folder_of_another_model_is_not_mistaken_for_the_file(tmp_path):
 
 @pytest.mark.usefixtures("readable")
 def test_gains_of_gemmas_norms_are_one_more_in_the_file(tmp_path):
-    gemma = {
-        "fields": {
-            "attention.sliding_window": 8,
-            "attention.key_length": 16,
-            "attention.value_length": 16,
-            "rope.freq_base": 1000000.0,
-        },
-        "norms": ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
-    }
-    model = write_tiny(tmp_path / "m.gguf", "gemma3", 12, **gemma)
+    model = write_tiny(tmp_path / "m.gguf", "gemma3", 12, **GEMMA3)
     dense = sleb.load(model, **CPU)
     names = ("post_feedforward_layernorm.weight", "mlp.down_proj.weight")
     repair = repair_of(dense.source.path, *(f"model.layers.4.{name}" for name in names))

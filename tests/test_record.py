@@ -43,6 +43,8 @@ REPAIRED = (
     "5 matrices around 1 of 2 gaps, fitted on 31,872 tokens, {}and judged on 32 other windows"
 )
 COUNTS = {"tensors": 5, "gaps": 1, "gaps_total": 2, "tokens": 31_872, "validation_windows": 32}
+COUNTS |= {"status": "repaired"}
+OWN = {"self_generated": True}
 
 
 @pytest.mark.parametrize(
@@ -52,11 +54,8 @@ COUNTS = {"tensors": 5, "gaps": 1, "gaps_total": 2, "tokens": 31_872, "validatio
         ("not asked for", {"status": "not-asked"}),
         ("no fit was better on every text", {"status": "no-gain"}),
         ("not possible: too short: x", {"status": "not-possible", "reason": "too short: x"}),
-        (REPAIRED.format(""), {"status": "repaired", **COUNTS}),
-        (
-            REPAIRED.format("a third of them the model's own text, "),
-            {"status": "repaired", **COUNTS, "self_generated": True},
-        ),
+        (REPAIRED.format(""), COUNTS),
+        (REPAIRED.format("a third of them the model's own text, "), COUNTS | OWN),
         ("something else", {"status": "repaired", "note": "something else"}),
     ],
 )

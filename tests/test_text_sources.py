@@ -4,14 +4,12 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sleb.calibration import parse_source, rows, sources
-from sleb.core.errors import DataError, InputError, ResourceError, SlebError
+from sleb.core.errors import DataError, InputError, ResourceError
 from text_tools import Write, documents, message
 
 # Specs
@@ -31,9 +29,7 @@ from text_tools import Write, documents, message
         ("hub:wikitext:train[:9]", "wikitext", "hub:", "wikitext:train[:9]", 1),
     ],
 )
-def test_a_spec_is_taken_apart(
-    spec: str, name: str, kind: str, location: str, weight: float
-) -> None:
+def test_a_spec_is_taken_apart(spec, name, kind, location, weight):
     source = parse_source(spec)
     assert (source.name, source.kind, source.location) == (name, kind, location)
     assert (source.spec, source.weight) == (spec, weight)
@@ -47,13 +43,9 @@ def test_a_file_that_looks_like_a_spec_is_a_file(write: Write) -> None:
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x", "1e999", ""])
-def test_a_weight_is_a_positive_number(weight: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_a_weight_is_a_positive_number(weight):
+    with pytest.raises(InputError, match=f"weight '{weight}' is not a positive number"):
         parse_source(f"a.txt@{weight}")
-    assert str(caught.value) == (
-        f"--text a.txt@{weight}: the weight '{weight}' is not a positive number; "
-        "write for example @2"
-    )
 
 
 def test_an_unknown_kind_lists_the_known(tmp_path: Path) -> None:
@@ -91,51 +83,37 @@ def test_a_parquet_file_without_text_names_the_row(write: Write) -> None:
             documents("b.parquet")
 
 
-def test_what_is_not_json_names_its_line(write: Write) -> None:
-    write("a.jsonl", '{"text": "t"}\n{"text": \n')
-    assert message("a.jsonl") == "a.jsonl line 2 is not JSON: Expecting value; correct it"
-    write("a.jsonl", "[" * 200_000)
-    assert message("a.jsonl").startswith("a.jsonl line 1 is not JSON: ")
+NOT_TEXT = {
+    "a.jsonl line 2 is not JSON": b'{"text": "t"}\n{"text": \n',
+    "a.jsonl line 1 is not JSON": b"[" * 200_000,
+    "a.jsonl is not UTF-8: invalid byte at offset 16": b'{"text": "t"}\n12\xff',
+    "a.txt is not UTF-8: invalid byte at offset 0": b"\xc3",
+    "a.jsonl document 2 is not text: it has half of a surrogate": b'"t"\n{"text": "\\ud800"}',
+    "a.jsonl has no text": b"",
+    "a.txt has no text": b" \n",
+}
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_invalid_utf8_names_the_byte(write: Write, name: str) -> None:
-    row = b'{"text": "t"}\n'
-    write(name, "")
-    Path(name).write_bytes(row + row + b"12\xff")
-    assert message(name) == (
-        f"{name} is not UTF-8: invalid byte at offset {2 * len(row) + 2}; convert it to UTF-8"
-    )
-    Path(name).write_bytes("é".encode()[:1])
-    assert "invalid byte at offset 0" in message(name)
+@pytest.mark.parametrize("said", NOT_TEXT)
+def test_what_is_no_text_is_said_with_its_place(write, said):
+    write(name := said.split()[0], "")
+    Path(name).write_bytes(NOT_TEXT[said])
+    assert message(name).startswith(said)
 
 
-def test_half_a_surrogate_pair_is_not_text(write: Write) -> None:
-    write("a.jsonl", '{"text": "t"}\n{"text": "\\ud800"}')
-    assert message("a.jsonl") == (
-        "a.jsonl document 2 is not text: it has half of a surrogate pair; remove that"
-    )
-
-
-@pytest.mark.parametrize(("name", "text"), [("a.txt", ""), ("a.txt", " \n"), ("a.jsonl", "")])
-def test_empty_text_is_refused(write: Write, name: str, text: str) -> None:
-    assert message(write(name, text)) == f"{name} has no text; give one that is not empty"
-
-
-def test_a_missing_file_says_what_is_near(write: Write) -> None:
+def test_a_missing_file_says_what_is_near(write):
     write("notes.txt", "x")
     Path("dir.txt").mkdir()
-    assert message("note.txt") == (
-        "no file note.txt (did you mean 'notes.txt'?); give the path of a text file"
-    )
-    assert message("zzzzzzzzz.jsonl") == "no file zzzzzzzzz.jsonl; give the path of a text file"
-    assert message("gone/a.txt") == "no file gone/a.txt: the folder gone does not exist"
-    assert message("dir.txt") == "dir.txt is a folder; name a file in it"
+    for spec, said in {
+        "note.txt": "no file note.txt (did you mean 'notes.txt'?)",
+        "zzzzzzzzz.jsonl": "no file zzzzzzzzz.jsonl; give",
+        "gone/a.txt": "the folder gone does not exist",
+        "dir.txt": "dir.txt is a folder",
+    }.items():
+        assert said in message(spec)
 
 
-def test_at_most_the_limit_is_read(
-    write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_at_most_the_limit_is_read(write, monkeypatch, caplog):
     monkeypatch.setattr(sources, "MAX_BYTES", 9)
     write("a.txt", "é" * 20)
     write("a.jsonl", '{"text": "12345678"}\n{"text": "éé"}\nnot read')
@@ -146,18 +124,17 @@ def test_at_most_the_limit_is_read(
     assert documents("a.jsonl") == ["12345678", ""]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     monkeypatch.setattr(rows, "MAX_ROW", 15)
-    assert message("a.jsonl") == "a.jsonl line 1 is over 0 MiB; split it into rows"
+    assert "a.jsonl line 1 is over" in message("a.jsonl")
 
 
 # The hub
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> list[tuple[Any, ...]]:
+def fake_hub(monkeypatch, answer) -> list[tuple]:
     """Replace ``load_dataset`` by ``answer(path, config)``; gives the list of its calls."""
-    datasets = pytest.importorskip("datasets")
-    calls: list[tuple[Any, ...]] = []
+    datasets, calls = pytest.importorskip("datasets"), []
 
-    def load_dataset(path: str, config: str | None, *, split: str, streaming: bool) -> Any:
+    def load_dataset(path, config, *, split, streaming):
         calls.append((path, config, split, streaming))
         return answer(path, config)
 
@@ -176,8 +153,8 @@ def test_hub_specs_name_dataset_config_and_split(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_two_parts_may_be_dataset_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(path: str, config: str | None) -> Any:
+def test_two_parts_may_be_dataset_and_config(monkeypatch):
+    def answer(path, config):
         if config is None:
             raise FileNotFoundError(f"no dataset {path}\nmore")
         return [{"text": "a"}]
@@ -185,45 +162,26 @@ def test_two_parts_may_be_dataset_and_config(monkeypatch: pytest.MonkeyPatch) ->
     calls = fake_hub(monkeypatch, answer)
     assert documents("hub:wikitext/raw:train") == ["a"]
     assert [call[:2] for call in calls] == [("wikitext/raw", None), ("wikitext", "raw")]
+    fake_hub(monkeypatch, lambda path, config: [{"text": "a"}, {"body": "b"}])
+    assert "hub:d:train row 2 is of no form" in message("hub:d:train")
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "text"),
+    ("raised", "kind", "said"),
     [
-        (
-            FileNotFoundError("no dataset\nmore"),
-            InputError,
-            "hub:a/b:train was not found (no dataset); check the name, "
-            "and for a private dataset log in with: hf auth login",
-        ),
-        (
-            ValueError('Bad split: "x"\nmore'),
-            InputError,
-            'hub:a/b:train cannot be used: Bad split: "x"',
-        ),
-        (
-            ConnectionError("Couldn't reach it"),
-            ResourceError,
-            "hub:a/b:train cannot be fetched (Couldn't reach it); check the network, "
-            "or give a local .jsonl or .parquet file",
-        ),
-        (
-            Exception(),
-            ResourceError,
-            "hub:a/b:train cannot be fetched (Exception); check the network, "
-            "or give a local .jsonl or .parquet file",
-        ),
+        (FileNotFoundError("no dataset\nmore"), InputError, "was not found (no dataset).*log in"),
+        (ValueError('Bad split: "x"\nmore'), InputError, 'cannot be used: Bad split: "x"'),
+        (ConnectionError("Couldn't reach it"), ResourceError, "cannot be fetched (Couldn't reach"),
+        (Exception(), ResourceError, "cannot be fetched (Exception)"),
     ],
 )
 @pytest.mark.parametrize("late", [False, True])
-def test_hub_errors_say_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[SlebError], text: str, late: bool
-) -> None:
-    def rows() -> Iterator[Any]:
+def test_hub_errors_say_what_to_do(monkeypatch, raised, kind, said, late):
+    def rows():
         yield {"text": "a"}
         raise raised
 
-    def answer(path: str, config: str | None) -> Any:
+    def answer(path, config):
         if late:
             return rows()
         raise raised if config is None else type(raised)("second reading")
@@ -231,29 +189,18 @@ def test_hub_errors_say_what_to_do(
     fake_hub(monkeypatch, answer)
     with pytest.raises(kind) as caught:
         documents("hub:a/b:train")
-    assert (type(caught.value), str(caught.value)) == (kind, text)
+    assert type(caught.value) is kind
+    assert all(part in str(caught.value) for part in ("hub:a/b:train", *said.split(".*")))
+    assert "\n" not in str(caught.value)
 
 
-def test_a_hub_row_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, lambda path, config: [{"text": "a"}, {"body": "b"}])
-    assert message("hub:d:train").startswith("hub:d:train row 2 is of no form")
-
-
-def test_the_hub_needs_a_split_and_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_needs_a_split_and_files_a_library(write, monkeypatch):
     for location in ("wikitext", ":train", "wikitext:"):
-        assert message(f"hub:{location}") == (
-            f"hub:{location} names no split; write hub:DATASET[/CONFIG]:SPLIT, "
-            "for example hub:wikitext/wikitext-2-raw-v1:train"
-        )
+        assert f"hub:{location} names no split" in message(f"hub:{location}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert message("hub:d:train") == ("hub: needs the datasets library: pip install 'sleb[hub]'")
-
-
-def test_parquet_needs_a_library(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    write("a.parquet", "")
-    assert message("a.parquet") == "a.parquet needs pyarrow: pip install 'sleb[hub]'"
+    assert "sleb[hub]" in message("hub:d:train")
+    assert "needs pyarrow: pip install 'sleb[hub]'" in message(write("a.parquet", ""))
 
 
 def test_the_real_library_reads_a_local_dataset(write: Write, tmp_path: Path) -> None:

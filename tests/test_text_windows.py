@@ -6,7 +6,6 @@ import logging
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -166,38 +165,29 @@ def trained(kind: str, text: str) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "longest"),
-    # Those that begin whatever they get with a space cannot cut Japanese, which has none.
-    [
-        ("gpt2", 1500),
-        ("llama3", 1500),
-        ("gemma", 1500),
-        ("bytes", 1500),
-        ("prefix", 4000),
-        ("llama2", 4000),
-    ],
-)
-def test_a_long_text_has_the_tokens_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, kind: str, longest: int
-) -> None:
+# Those that begin whatever they get with a space cannot cut Japanese, which has none.
+LONGEST = dict.fromkeys(("gpt2", "llama3", "gemma", "bytes"), 1500)
+LONGEST |= {"prefix": 4000, "llama2": 4000}
+
+
+@pytest.mark.parametrize("kind", LONGEST)
+def test_a_long_text_has_the_tokens_of_the_whole(monkeypatch, kind):
     prose = documents("default")
     draw = random.Random(0)
     lines = ("".join(draw.choices("日本語本文山川。", k=draw.randint(5, 40))) for _ in range(100))
     text = "\n\n".join([prose[0][:6000], "\n".join(lines), prose[-1][:6000]])
     family = trained(kind, text)
     whole = family(text, add_special_tokens=False)["input_ids"]
-    lengths: list[int] = []
-    encode = tokens._encode
+    lengths, encode = [], tokens._encode
 
-    def spy(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    def spy(tokenizer, text, **options):
         lengths.append(len(text))
         return encode(tokenizer, text, **options)
 
     monkeypatch.setattr(tokens, "_encode", spy)
     monkeypatch.setattr(tokens, "PIECE", 700)
     assert tokens.encode_text(family, text).tolist() == whole
-    assert max(lengths) < longest
+    assert max(lengths) < LONGEST[kind]
     # Without white space there is no seam, and the text stays whole.
     lengths.clear()
     solid = "abc" * 2000
@@ -206,68 +196,28 @@ def test_a_long_text_has_the_tokens_of_the_whole(
 
 
 @pytest.mark.parametrize(
-    ("specs", "options", "text"),
+    ("specs", "options", "said"),
     [
-        (
-            ["a.txt"],
-            {"length": 128},
-            "a.txt has 91 tokens, too short for one window of 128; "
-            "give more text or a shorter --length (at most 91)",
-        ),
-        (
-            ["a.txt"],
-            {"length": 128, "ends": "bos"},
-            "a.txt has 91 tokens, too short for one window of 128; "
-            "give more text or a shorter --length (at most 92)",
-        ),
-        (
-            ["a.txt"],
-            {"windows": 10},
-            "a.txt holds 9 windows of 10 tokens, but 10 are wanted from it; "
-            "use --windows 9, a shorter --length, or more text",
-        ),
-        (
-            ["b.txt@2", "a.txt"],
-            {"windows": 40},
-            "a.txt holds 9 windows of 10 tokens, but 13 are wanted from it; "
-            "use --windows 28, a shorter --length, or more text",
-        ),
-        (
-            ["a.txt@100", "b.txt"],
-            {"windows": 30},
-            "a.txt@100 holds 9 windows of 10 tokens, but 30 are wanted from it; "
-            "change the weights, a shorter --length, or more text",
-        ),
-        (
-            ["b.txt@9", "a.txt"],
-            {"windows": 4},
-            "--windows 4 leaves none for a.txt; raise --windows or its @weight",
-        ),
-        (
-            ["a.txt", "x=a.txt"],
-            {},
-            "a.txt and x=a.txt are the same text; give it once, with @2 for twice the weight",
-        ),
-        (
-            ["a.txt", "dir/a.txt"],
-            {},
-            "a.txt and dir/a.txt are both named 'a'; name one, as in NAME=dir/a.txt",
-        ),
-        (["a.txt"], {"length": 1}, "--length 1 is too short; give at least 2"),
-        (["a.txt"], {"windows": 0}, "--windows 0 scores nothing; give at least 1"),
-        (["a.txt"], {"heldout": -1}, "-1 held-out windows are not possible; give 0 or more"),
+        ("a.txt", {"length": 128}, "a.txt has 91 tokens.*128.*at most 91"),
+        ("a.txt", {"length": 128, "ends": "bos"}, "91 tokens.*128.*at most 92"),
+        ("a.txt", {"windows": 10}, "holds 9 windows.*10 are wanted.*--windows 9"),
+        ("b.txt@2 a.txt", {"windows": 40}, "a.txt holds 9.*13 are wanted.*--windows 28"),
+        ("a.txt@100 b.txt", {"windows": 30}, "a.txt@100 holds 9.*30 are wanted.*weights"),
+        ("b.txt@9 a.txt", {"windows": 4}, "--windows 4 leaves none for a.txt"),
+        ("a.txt x=a.txt", {}, "a.txt and x=a.txt are the same text.*@2"),
+        ("a.txt dir/a.txt", {}, "both named 'a'.*NAME=dir/a.txt"),
+        ("a.txt", {"length": 1}, "--length 1"),
+        ("a.txt", {"windows": 0}, "--windows 0"),
+        ("a.txt", {"heldout": -1}, "-1 held-out"),
     ],
 )
-def test_what_cannot_be_cut_says_why(
-    write: Write, specs: list[str], options: dict[str, Any], text: str
-) -> None:
+def test_what_cannot_be_cut_says_why(write, specs, options, said):
     write("a.txt", letters(91))
     write("b.txt", letters(1000, 1000))
     Path("dir").mkdir()
     write("dir/a.txt", letters(91, 3000))
-    with pytest.raises(InputError) as caught:
-        load(*specs, **options)
-    assert str(caught.value) == text
+    with pytest.raises(InputError, match=said):
+        load(*specs.split(), **options)
 
 
 # The embedded text

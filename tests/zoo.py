@@ -92,7 +92,7 @@ WITH_WINDOWS = [
 ]  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(PLAIN, {}),
+    **{name: {} for name in PLAIN},
     **dict.fromkeys(WITH_WINDOWS, SLIDING),
     "afmoe": {**SLIDING, "num_dense_layers": 3},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
