@@ -139,9 +139,9 @@ def test_unknown_names_and_broken_definitions(tiny, folder):
         ("tasks/mine.yaml", "`task`"),
         ("other", r"other\.yaml: while parsing"),
     ]:
+        if name == "other":
+            write("tasks/other.yaml", "task: [")
         with pytest.raises(InputError, match=said):
-            if name == "other":
-                write("tasks/other.yaml", "task: [")
             check_tasks([name], folder=folder)
     check_tasks(["mine"], folder=folder)
 
