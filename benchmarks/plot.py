@@ -19,8 +19,9 @@ from statistics import geometric_mean
 from typing import Any
 
 from common import table
+from pages import page
 
-__all__ = ["changes", "draw", "finals", "markdown", "published_forwards", "summary"]
+__all__ = ["changes", "draw", "finals", "markdown", "published_forwards"]
 
 COLOURS = ("#888888", "#c44e52", "#3b75af", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
 FORMS = {"plain": "--", "repaired": "-"}
@@ -34,119 +35,6 @@ def cuts(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return sorted(found, key=lambda pair: pair[1]["removed"])
 
 
-def summary(report: dict[str, Any]) -> str:
-    """One row for each system and depth."""
-    head = ["removed", "system", "plain", "repaired", "worst domain", "unseen", "accuracy"]
-    rows = []
-    for system, cut in cuts(report):
-        plain, repaired = cut["plain"], cut["repaired"]
-        best = repaired or plain
-        worst = best["domains"][best["worst"]]["ratio"]["value"]
-        rows.append(
-            [
-                str(cut["removed"]),
-                system,
-                spread(plain["geo"]),
-                spread(repaired["geo"]) if repaired else "-",
-                f"{best['worst']} {worst:.2f}",
-                f"{plain['unseen_geo']['value']:.2f} → {best['unseen_geo']['value']:.2f}",
-                f"{accuracy(plain)} → {accuracy(repaired)}" if plain["tasks"] else "-",
-            ]
-        )
-    return table(head, rows, words=2)
-
-
-def spread(value: dict[str, Any]) -> str:
-    """A ratio and half of its interval."""
-    if value["high"] is None:
-        return f"{value['value']:.2f}"
-    return f"{value['value']:.2f} ± {(value['high'] - value['low']) / 2:.2f}"
-
-
-def accuracy(row: dict[str, Any] | None) -> str:
-    """Mean accuracy in percent."""
-    return f"{100 * row['tasks']['mean']:.1f}" if row and row["tasks"] else "-"
-
-
-def by_domain(report: dict[str, Any]) -> str:
-    """Ratio for every text, plain and repaired."""
-    names = [*report["domains"], *report["unseen"]]
-    rows = [
-        [
-            str(cut["removed"]),
-            f"{system}, {form}",
-            *(f"{cut[form]['domains'][name]['ratio']['value']:.2f}" for name in names),
-        ]
-        for system, cut in cuts(report)
-        for form in FORMS
-        if cut[form]
-    ]
-    dense = [f"{report['dense']['perplexity'][name]['value']:.2f}" for name in names]
-    return table(["removed", "system", *names], [["0", "dense", *dense], *rows], words=2)
-
-
-def by_kind(report: dict[str, Any]) -> str:
-    """Geometric means of ratios after the repair, over texts that nobody gave and over all."""
-    unseen = [*report["unseen"]]
-    kinds = {
-        "not given": unseen,
-        "these without japanese": [name for name in unseen if name != "japanese"],
-        "all texts": [*report["domains"], *unseen],
-    }
-    rows = []
-    for system, cut in cuts(report):
-        found = (cut["repaired"] or cut["plain"])["domains"]
-        means = [geometric_mean(found[n]["ratio"]["value"] for n in of) for of in kinds.values()]
-        rows.append([str(cut["removed"]), system, *(f"{mean:.2f}" for mean in means)])
-    return table(["removed", "system", *kinds], rows, words=2)
-
-
-def by_task(report: dict[str, Any]) -> str:
-    """Accuracy in percent for every task."""
-    names = [name for name in report["dense"]["tasks"] if name != "mean"]
-    heads = [name.removesuffix("_local") for name in names]
-
-    def cells(tasks: dict[str, Any]) -> list[str]:
-        values = [tasks[name]["accuracy"]["value"] for name in names] + [tasks["mean"]]
-        return [f"{100 * value:.1f}" for value in values]
-
-    rows = [["0", "dense", *cells(report["dense"]["tasks"])]]
-    for system, cut in cuts(report):
-        rows += [
-            [str(cut["removed"]), f"{system}, {form}", *cells(cut[form]["tasks"])]
-            for form in FORMS
-            if cut[form]
-        ]
-    return table(["removed", "system", *heads, "mean"], rows, words=2)
-
-
-def chosen(report: dict[str, Any]) -> str:
-    """Which blocks, and what finding and repairing them took."""
-    seconds = {s["system"]: s["searches"] for s in report["systems"]}
-    rows = []
-    for system, cut in cuts(report):
-        search = next(
-            (s for s in seconds[system] if s["removed"] == cut["removed"]), seconds[system][-1]
-        )
-        fixed = cut["repair"]
-        gaps = fixed.get("gaps", [])
-        accepted = sum(gap["ridge"] is not None for gap in gaps)
-        own = search["removed"] == cut["removed"]
-        rows.append(
-            [
-                str(cut["removed"]),
-                system,
-                " ".join(map(str, cut["blocks"])),
-                f"{search['seconds']:.1f}" if own else f"(of {search['removed']})",
-                f"{fixed['seconds']:.1f}" if gaps else "-",
-                f"{accepted} of {len(gaps)}" if gaps else "refused",
-                str(fixed.get("tensors", "-")),
-            ]
-        )
-    head = ["removed", "system", "blocks", "search, s", "repair, s", "gaps repaired", "matrices"]
-    return table(head, rows, words=3)
-
-
 def changes(report: dict[str, Any], earlier: dict[str, Any]) -> str:
     """What became of the sets of blocks that an earlier result has too, after their repair."""
     unseen = [*report["unseen"]]
@@ -154,7 +42,8 @@ def changes(report: dict[str, Any], earlier: dict[str, Any]) -> str:
     def figures(cut: dict[str, Any]) -> list[str]:
         row = cut["repaired"] or cut["plain"]
         ratios = [row["domains"][name]["ratio"]["value"] for name in unseen]
-        return [f"{x:.2f}" for x in (row["geo"]["value"], *ratios)] + [accuracy(row)]
+        right = f"{100 * row['tasks']['mean']:.1f}" if row["tasks"] else "-"
+        return [*(f"{x:.2f}" for x in (row["geo"]["value"], *ratios)), right]
 
     known = {(system, tuple(cut["blocks"])): figures(cut) for system, cut in cuts(earlier)}
     rows = [
@@ -171,26 +60,13 @@ def changes(report: dict[str, Any], earlier: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """All tables of one result."""
-    what, texts = report["what"], report["texts"]
-    said = (
-        f"{report['machine']}, {report['dtype']}, torch {report['torch']}, transformers "
-        f"{report['transformers']}. Search on {texts['search']['windows']} windows of "
-        f"{texts['search']['length']} tokens; *sleb* on {texts['published']['windows']} of "
-        f"{texts['published']['length']}; repair fitted on {texts['repair']['windows']} windows of "
-        f"{texts['repair']['length']}, judged on {texts['repair_judges']['windows']}; test on "
-        f"{what['test_windows']} windows of {texts['test']['length']} for each text."
-    )
-    if "processes" in report:
-        said += f" {report['processes']} processes ran beside each other, so times are longer."
-    parts = [f"## {report['model']}, {report['blocks']} blocks", said, summary(report)]
-    parts += ["Geometric means of texts after repair:", by_kind(report)]
-    parts += ["Perplexity of the dense model, and its multiple after a cut:", by_domain(report)]
-    if report["dense"]["tasks"]:
-        parts += ["Accuracy, %:", by_task(report)]
-    parts += ["What was chosen, and how long it took:", chosen(report)]
-    if report["not_begun"]:
-        parts.append(f"Not begun for lack of time: {', '.join(report['not_begun'])}.")
-    return "\n\n".join(parts)
+
+    def mean(form: dict[str, Any], names: Sequence[str]) -> float:
+        return geometric_mean(form["domains"][name]["ratio"]["value"] for name in names)
+
+    searches = {s["system"]: s["searches"] for s in report["systems"]}
+    found = page("quality.md.j2", r=report, cuts=cuts(report), searches=searches, mean=mean)
+    return found.strip("\n")
 
 
 def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
@@ -208,19 +84,15 @@ def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
     colour = dict(zip(known, COLOURS, strict=False))
     for report, panels in zip(reports, grid, strict=True):
         for system in report["systems"]:
+            style = {"marker": "o", "markersize": 3, "color": colour[system["system"]]}
             for form, dashes in FORMS.items():
                 rows = [cut for cut in system["sets"] if cut[form]]
                 x = [cut["removed"] for cut in rows]
                 for panel, key in zip(panels, ("geo", "unseen_geo"), strict=False):
-                    y = [cut[form][key]["value"] for cut in rows]
-                    panel.plot(
-                        x, y, dashes, marker="o", markersize=3, color=colour[system["system"]]
-                    )
+                    panel.plot(x, [cut[form][key]["value"] for cut in rows], dashes, **style)
                 if report["dense"]["tasks"]:
                     y = [100 * cut[form]["tasks"]["mean"] for cut in rows]
-                    panels[2].plot(
-                        x, y, dashes, marker="o", markersize=3, color=colour[system["system"]]
-                    )
+                    panels[2].plot(x, y, dashes, **style)
         depths = sorted({cut["removed"] for _, cut in cuts(report)})
         for panel in panels:
             panel.set(xlabel=f"blocks removed of {report['blocks']}", xticks=depths)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from common import asked, main_of, measure, rounded, setting, used
 from common import save as save_json
-from plot import finals, summary
+from plot import finals, markdown
 from texts import DOMAINS, PUBLISHED, UNSEEN, Texts, prepare
 
 import sleb
@@ -481,9 +481,7 @@ def main() -> None:
             report["systems"].append({"system": name})
             for _ in bench.run(report["systems"][-1]):
                 save()
-    print("\n" + summary(report))
-    if report["not_begun"]:
-        print(f"\nnot begun for lack of time: {', '.join(report['not_begun'])}")
+    print("\n" + markdown(report))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_quality_scores_every_system_and_its_page_shows_it(run, learned, data, t
     assert plot.finals(compared).count("**") == 4
     late = run("quality", *common, "--minutes", 0.0001, "-o", tmp_path / "late.json")
     assert late["systems"] == []
-    assert "not begun for lack of time: cosine" in capsys.readouterr().out
+    assert "Not begun for lack of time: cosine" in capsys.readouterr().out
 
 
 def test_what_calibrates_does_not_test(data, tmp_path):

@@ -32,40 +32,28 @@ def test_pickles_are_never_opened_even_beside_safetensors(copy):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        (
-            {"model_type": "nonsense"},
-            UnsupportedModel,
-            "model type `nonsense` but Transformers doe",
-        ),
+        ({"model_type": "nonsense"}, UnsupportedModel, "model type `nonsense`"),
         ({"model_type": []}, DataError, r"config\.json is not valid: unhashable type"),
         ({"num_hidden_layers": "six"}, DataError, "is not valid: .*'num_hidden_layers'.* got str"),
         ({"num_hidden_layers": 0}, DataError, "is not valid: num_hidden_layers is 0"),
         ({"num_hidden_layers": 10**30}, DataError, "is not valid: num_hidden_layers is 1000"),
         ({"num_attention_heads": 0}, DataError, "is not valid: integer modulo by zero"),
         ({"num_key_value_heads": -8}, DataError, "negative dimension"),
-        ({"num_hidden_layers": 7}, DataError, r"9 missing keys on loading, for example model\.lay"),
-        (
-            {"num_hidden_layers": 5},
-            DataError,
-            r"9 unexpected keys on loading, for example model\.l",
-        ),
-        (
-            {"vocab_size": 300},
-            DataError,
-            r"2 mismatched keys on loading, for example lm_head\.weight of shape \[259, 32\] where "
-            r"\[300, 32\] is wanted; the config does not describe these weights",
-        ),
-        ({"architectures": None}, None, ""),
+        ({"num_hidden_layers": 7}, DataError, r"9 missing keys .*model\.lay"),
+        ({"num_hidden_layers": 5}, DataError, r"9 unexpected keys .*model\.l"),
+        ({"vocab_size": 300}, DataError, r"2 mismatched .*lm_head.* \[259, 32\] .*\[300, 32\]"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(copy, fields, error, message):
     edit_config(copy, **fields)
-    if error is None:
-        assert sleb.describe(copy).architecture == "unknown"
-    else:
-        with pytest.raises(error, match=message) as info:
-            sleb.load(copy, **CPU)
-        assert "\n" not in str(info.value)
+    with pytest.raises(error, match=message) as info:
+        sleb.load(copy, **CPU)
+    assert "\n" not in str(info.value)
+
+
+def test_an_architecture_need_not_be_named(copy):
+    edit_config(copy, architectures=None)
+    assert sleb.describe(copy).architecture == "unknown"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "1" * 5000, '{"a":' + "[" * 100_000, '{"\xff'])
@@ -76,23 +64,18 @@ def test_a_config_that_is_not_json_is_corrupt(copy, text):
             use(copy)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
 def test_every_tensor_is_accounted_for(copy, change):
     tensors = load_file(copy / "model.safetensors")
     name = "model.layers.3.mlp.up_proj.weight"
     if change == "missing":
         del tensors[name]
-    elif change == "extra":
+    elif change == "unexpected":
         tensors[name.replace(".3.", ".6.")] = tensors[name]
     else:
         tensors[name] = tensors[name][1:].copy()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    said = {
-        "missing": rf"1 missing keys on loading, for example {name}; the config does not describe",
-        "extra": r"1 unexpected keys on loading, for example model\.layers\.6\.mlp",
-        "shape": rf"1 mismatched keys on loading, for example {name} of shape \[47, 32\] where",
-    }
-    with pytest.raises(DataError, match=said[change]):
+    with pytest.raises(DataError, match=rf"1 {change} keys .*model\.layers\.\d\.mlp\.up_proj"):
         sleb.load(copy, **CPU)
 
 

@@ -231,23 +231,6 @@ def test_another_interpreter_needs_neither_sleb_nor_its_packages(
     assert "do not serve it" in ran.err
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_scored_as_any_user_of_transformers_has_it(place, monkeypatch):
-    """By a child that has nothing of sleb but its own side of the protocol."""
-    import subprocess
-
-    code = "import sys, json; from sleb.runtimes.worker import Session; s = Session()\n"
-    code += "s.answer(sys.argv[1]); print([n for n in sys.modules if n.startswith('sleb.')])"
-    settings = {"runtime": "transformers", "path": str(place.out), "device": "cpu", "length": 9}
-    settings |= {"dtype": "float32", "purpose": "score"}
-    load = json.dumps({"request": "load", "settings": settings})
-    done = subprocess.run(
-        [sys.executable, "-c", code, load], capture_output=True, text=True, check=True
-    )
-    assert "sleb.runtimes.transformers" in done.stdout
-    assert not any(f"sleb.{name}" in done.stdout for name in ("models", "checkpoints", "config"))
-
-
 def test_a_gguf_file_alone_is_run(quick, capsys, monkeypatch):
     monkeypatch.setattr(module, "resolve", lambda ref, *_: SimpleNamespace(path=quick.out))
     monkeypatch.setattr(worker, "Child", Child)
@@ -267,16 +250,18 @@ def test_a_gguf_file_alone_is_run(quick, capsys, monkeypatch):
 
 def test_what_cannot_be_asked_for(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(worker, "Child", Child)
-    verify = ["verify", place.out, "--model", place.dense]
-    assert "'vllm'" in refused(capsys, 2, *verify, "--runtime", "transformers,vlm")
-    assert "RUNTIME=PATH" in refused(capsys, 2, *verify, "--runtime", "vllm", "--python", "vllm")
-    given = [*verify, "--runtime", "vllm", "--python"]
-    assert "is not in --runtime" in refused(capsys, 2, *given, "llama-cpp=/bin/true")
-    assert "does not run" in refused(capsys, 2, *given, "vllm=/no/python")
-    assert "ended with 0" in refused(capsys, 2, *given, "vllm=/bin/true")
     (bare := tmp_path / "bare").mkdir()
-    assert "no vllm" in refused(capsys, 2, *given, f"vllm={python_with(bare, bare)}")
-    assert "--runtime" in refused(capsys, 2, *verify, "--python", "vllm=x")
+    one = ["--runtime", "vllm", "--python"]
+    for options, said in [
+        (["--runtime", "transformers,vlm"], "'vllm'"),
+        ([*one, "vllm"], "RUNTIME=PATH"),
+        ([*one, "llama-cpp=/bin/true"], "is not in --runtime"),
+        ([*one, "vllm=/no/python"], "does not run"),
+        ([*one, "vllm=/bin/true"], "ended with 0"),
+        ([*one, f"vllm={python_with(bare, bare)}"], "no vllm"),
+        (["--python", "vllm=x"], "--runtime"),
+    ]:
+        assert said in refused(capsys, 2, "verify", place.out, "--model", place.dense, *options)
     with pytest.raises(InputError, match="unknown runtime ''"):
         parse_runtimes("")
     assert parse_runtimes("llama-cpp, vllm,vllm,llama.cpp") == ("llama.cpp", "vllm")

@@ -36,40 +36,34 @@ def test_a_folder_is_taken_as_it_is_written(tiny_dir, monkeypatch):
     assert (found.ref, found.path, found.is_gguf) == (f"~/{tiny_dir.name}", tiny_dir, False)
 
 
-def test_a_wrong_path_is_refused_with_a_suggestion(tiny_dir, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"MODEL is empty; give a folder, a hub id or a \.gguf fi"):
-        resolve("")
-    with pytest.raises(InputError, match=r"no model at /nowhere/at/all; check the path"):
-        resolve("/nowhere/at/all")
-    typo = tiny_dir.with_name("tinny")
-    with pytest.raises(InputError, match=r"tinny \(did you mean 'tiny'\?\); check the path"):
-        resolve(typo)
-    with pytest.raises(InputError, match=r"no model at missing\.gguf; check the path"):
-        resolve("missing.gguf")
+def test_a_wrong_path_is_refused_with_a_suggestion(tiny_dir, tmp_path):
     (tmp_path / "model.bin").write_text("")
-    with pytest.raises(InputError, match=r"model\.bin is a file; MODEL is a folder, a hub id or"):
-        resolve(tmp_path / "model.bin")
+    for ref, said in {
+        "": "MODEL is empty",
+        "/nowhere/at/all": "no model at /nowhere/at/all",
+        str(tiny_dir.with_name("tinny")): r"tinny \(did you mean 'tiny'\?\)",
+        "missing.gguf": r"no model at missing\.gguf",
+        str(tmp_path / "model.bin"): r"model\.bin is a file",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            resolve(ref)
 
 
 def test_a_folder_that_is_no_checkpoint_says_why(copy, tmp_path):
-    def remove(*names):
-        for name in names:
-            (copy / name).unlink()
+    def refused(said, use=sleb.load, folder=copy):
+        with pytest.raises(InputError, match=said):
+            use(folder)
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty has no config\.json: not a Hugging Face check"):
-        resolve(tmp_path / "empty")
-    remove("model.safetensors")
-    with pytest.raises(InputError, match=r"copy has no model\.safetensors or model\.safeten"):
-        sleb.load(copy, **CPU)
+    refused(r"empty has no config\.json", resolve, tmp_path / "empty")
+    (copy / "model.safetensors").unlink()
+    refused(r"copy has no model\.safetensors or model\.safetensors\.index")
     (copy / "pytorch_model.bin").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(InputError, match=r"only pickled weights \(\.bin\), which sleb does not op"):
-        sleb.load(copy, **CPU)
+    refused("only pickled weights")
     (copy / "adapter_config.json").write_text("{}")
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"copy is an adapter \(PEFT\); merge it into its ba"):
-            sleb.load(copy, **CPU)
-        (copy / "config.json").unlink(missing_ok=True)
+    refused(r"copy is an adapter \(PEFT\)")
+    (copy / "config.json").unlink()
+    refused(r"copy is an adapter \(PEFT\)")
 
 
 def answer(cls, status: int):
