@@ -87,15 +87,11 @@ def right(item: dict[str, Any], text: str) -> bool:
 
 def passes(source: str) -> bool:
     """Whether a program ends well, in a folder of its own."""
+    run, given = [sys.executable, "-I", "-"], source.encode(errors="replace")
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-"],
-                input=source.encode(errors="replace"),
-                capture_output=True,
-                timeout=SECONDS,
-                cwd=folder,
-                check=False,
+                run, input=given, capture_output=True, timeout=SECONDS, cwd=folder
             )
         except subprocess.TimeoutExpired:
             return False
@@ -182,15 +178,8 @@ def main() -> None:
                 out = Path(place) / f"{name}-{depth}"
                 start = time.perf_counter()
                 asked = {"text": text, "windows": options.windows, "length": options.length}
-                done = sleb.prune(
-                    options.model,
-                    out,
-                    remove=depth,
-                    device=options.device,
-                    keep=False,
-                    **asked,
-                    **SYSTEMS[name],
-                )
+                asked |= {"remove": depth, "device": options.device, "keep": False}
+                done = sleb.prune(options.model, out, **asked, **SYSTEMS[name])
                 seconds = round(time.perf_counter() - start, 1)
                 add(name, out, removed=done.plan.removed, prune_seconds=seconds)
 

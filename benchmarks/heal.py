@@ -65,18 +65,10 @@ def main() -> None:
         before = losses(sleb.load(options.cut, device=options.device))
         start = time.monotonic()
         healed = Path(place) / "healed"
-        done = heal(
-            options.cut,
-            options.model,
-            healed,
-            text=[*texts.calibration.values()],
-            tokens=options.tokens,
-            length=options.length,
-            lr=options.lr,
-            batch=options.batch,
-            seed=options.seed,
-            device=options.device,
-        )
+        names = ("tokens", "length", "lr", "batch", "seed", "device")
+        given = {name: getattr(options, name) for name in names}
+        calibrated = [*texts.calibration.values()]
+        done = heal(options.cut, options.model, healed, text=calibrated, **given)
         seconds = time.monotonic() - start
         after = losses(sleb.load(healed, device=options.device))
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

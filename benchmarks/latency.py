@@ -70,13 +70,13 @@ def latency(
             name: partial(m, input_ids=ids, use_cache=True, logits_to_keep=1)
             for name, m in models.items()
         }
-        return taking_turns(run, works, rounds=12 if len(ids) == 1 else 6)
+        return taking_turns(run.timed, works, rounds=12 if len(ids) == 1 else 6)
 
     def written(ids: torch.Tensor) -> Seconds:
         for m in models.values():  # a whole warm-up would take as long as it all
             generated(m, ids, 2)
         works = {name: partial(generated, m, ids, new_tokens) for name, m in models.items()}
-        return taking_turns(run, works, rounds=2, warm_up=0)
+        return taking_turns(run.timed, works, rounds=2, warm_up=0)
 
     with torch.inference_mode():
         for batch in (1, 8):
@@ -102,19 +102,20 @@ def generated(model: Any, ids: torch.Tensor, new_tokens: int) -> Any:
 
 
 def taking_turns(
-    run: Run,
+    timed: Callable[[Callable[[], Any]], Sequence[Any]],
     works: Mapping[str, Callable[[], Any]],
     *,
     rounds: int,
     warm_up: int = 1,
     before: Callable[[str], None] = lambda name: None,
 ) -> Seconds:
-    """Seconds of each work in the order A B C, C B A, ...; ``before`` is not timed."""
+    """Seconds of each work in the order A B C, C B A, ..., by ``timed``, which gives a result and
+    seconds; ``before`` is not timed."""
     seconds: Seconds = {name: [] for name in works}
     for turn in range(-warm_up, rounds):
         for name in list(works) if turn % 2 else reversed(works):
             before(name)
-            took = run.timed(works[name])[1]
+            took = timed(works[name])[1]
             if turn >= 0:
                 seconds[name].append(took)
     return seconds
@@ -178,7 +179,7 @@ def _steps(run: Run, models: Mapping[str, Any], ids: torch.Tensor, new_tokens: i
     if run.device.type == "cuda":
         steps = {name: _captured(work) for name, work in steps.items()}
     works = {name: lambda s=work: [s() for _ in range(many)] for name, work in steps.items()}
-    seconds = taking_turns(run, works, rounds=5, before=rewind)
+    seconds = taking_turns(run.timed, works, rounds=5, before=rewind)
     return {name: [s / many for s in took] for name, took in seconds.items()}
 
 

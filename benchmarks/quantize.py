@@ -20,13 +20,15 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import asked, main_of, rounded, setting, table, used
+from common import asked, main_of, measure, rounded, setting, table, used
 from common import save as save_json
+from latency import generated, taking_turns
 from texts import DOMAINS, prepare
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -214,39 +216,26 @@ class Bench:
 
     def speed(self, dense: Path, folder: Path) -> dict[str, Any]:
         """Times as fast as the dense model at reading and at writing, taking turns."""
-        models = [sleb.load(dense).model, sleb.load(folder).model]
+        models = {"dense": sleb.load(dense).model, "this": sleb.load(folder).model}
         ids = torch.randint(3, 250, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        seconds: dict[str, list[float]] = {"prefill": [], "generation": []}
-        for turn in range(self.options.rounds + 1):
-            took: dict[str, list[float]] = {"prefill": [0.0, 0.0], "generation": [0.0, 0.0]}
-            for i in (0, 1) if turn % 2 else (1, 0):
-                for what in took:
-                    took[what][i] = _seconds(models[i], ids, what)
-            if turn:  # the first is a warm-up
-                for what, (a, b) in took.items():
-                    seconds[what].append(a / b)
+        found = {}
+        for what, work in (("prefill", _read), ("generation", _write)):
+            works = {name: partial(work, model, ids) for name, model in models.items()}
+            took = taking_turns(partial(measure, ids.device), works, rounds=self.options.rounds)
+            ratios = [a / b for a, b in zip(took["dense"], took["this"], strict=True)]
+            low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+            found[what] = {"median": middle, "low": low, "high": high}
         gc.collect()
-        return {
-            what: {"median": statistics.median(r), "low": min(r), "high": max(r)}
-            for what, r in seconds.items()
-        }
+        return found
 
 
 @torch.inference_mode()
-def _seconds(model: Any, ids: torch.Tensor, what: str) -> float:
-    start = time.perf_counter()
-    if what == "prefill":
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    else:
-        model.generate(
-            ids[:, :8],
-            attention_mask=torch.ones_like(ids[:, :8]),
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    return time.perf_counter() - start
+def _read(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def _write(model: Any, ids: torch.Tensor) -> None:
+    generated(model, ids[:, :8], NEW)
 
 
 def _losses(model: sleb.LoadedModel, windows: Windows, sets: list[tuple[int, ...]]) -> list[Values]:

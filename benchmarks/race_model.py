@@ -141,31 +141,22 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--journal", type=Path, help="keeps scores, to go on after an interruption")
     parser.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
+    size = {"windows": options.windows, "length": options.length}
     with tempfile.TemporaryDirectory() as folder:
-        journal = options.journal or Path(folder) / "journal"
-        plan = sleb.search(
-            options.model,
-            remove=2,
-            windows=options.windows,
-            length=options.length,
-            exact=True,
-            journal=journal,
-            keep_journal=True,
-        )
-        lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+        journal = {"journal": Path(folder) / "journal", "keep_journal": True}
+        plan = sleb.search(options.model, remove=2, exact=True, **size, **journal)
+        lines = journal["journal"].read_text().splitlines()[1:]
     values: dict[BlockSet, Values] = {}
-    for line in lines:
+    for line in map(json.loads, lines):
         for blocks, row in zip(line["sets"], line["values"], strict=True):
             own = values.setdefault(BlockSet(blocks), np.full(options.windows, np.nan))
             own[line["start"] : line["start"] + len(row)] = row
     report = {
         "model": Path(options.model).name,
         "blocks": plan.model.blocks,
-        "windows": options.windows,
-        "length": options.length,
+        **size,
         "dtype": plan.dtype,
         "spread": asdict(fit(values)),
     }

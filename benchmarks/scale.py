@@ -14,13 +14,13 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, save
+from common import RESULTS
 from pages import fetched, merged, page
 from race_model import SPREAD, Losses, Spread, exact_work
 from shapes import Shape
@@ -150,6 +150,7 @@ class Simulated:
         objective = Objective(scorer, windows, exact=False)
         STRATEGIES["greedy"](objective, range(1, blocks - 1), remove)
         self.forwards, self.heads = map(sum, zip(*map(self._cost, self._calls()), strict=True))
+        self.calls, self.left, self.formula = len(self.steps), self._left(), self._by_formula()
 
     def _calls(self) -> list[Call]:
         return [call for step in self.steps for call in step]
@@ -159,7 +160,7 @@ class Simulated:
         sets, start, stop = call
         return (stop - start) * _forwards(tuple(sets), self.blocks), (stop - start) * len(sets)
 
-    def left(self) -> dict[int, float]:
+    def _left(self) -> dict[int, float]:
         """Candidates scored on the window with this number, a mean over rounds."""
         seen: dict[int, int] = defaultdict(int)
         for sets, start, stop in self._calls():
@@ -167,7 +168,7 @@ class Simulated:
                 seen[window] += sum(1 for s in sets if s)
         return {w: seen[w] / self.remove for w in sorted(seen)}
 
-    def by_formula(self) -> float:
+    def _by_formula(self) -> float:
         """Block forwards by the cost model: a window takes one walk of all live blocks, and half a
         walk more for each candidate that is left."""
         total = 0.0
@@ -247,43 +248,22 @@ def predict(model: Model, gpus: int, remove: int, races: Sequence[Simulated], r:
     }
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean([*values]))
 
 
-def check() -> list[dict[str, Any]]:
+def check() -> Iterator[dict[str, Any]]:
     """Block forwards of measured races, against those simulated at the same sizes."""
     cpu = json.loads((RESULTS / "race-cpu-16x256.json").read_text())
     gpu = json.loads((RESULTS / "performance-h200-real.json").read_text())
     racing = next(s for s in cpu["systems"] if s["system"] == "racing")
-    measured = {
-        # a result, and how many windows go through a block at once
-        ("race-cpu-16x256.json", 4): {
-            **{key: cpu["what"][key] for key in ("windows", "length")},
-            "blocks": cpu["blocks"],
-            "removed": cpu["what"]["remove"],
-            "block_forwards": racing["block_forwards"],
-        },
-        ("performance-h200-real.json", 242): gpu["sections"]["real"]["searches"]["racing"],
-    }
-    rows = []
-    for (name, batch), row in measured.items():
+    asked = {**cpu["what"], "removed": cpu["what"]["remove"], "blocks": cpu["blocks"]}
+    for name, batch, row in (  # ``batch`` windows go through a block at once
+        ("race-cpu-16x256.json", 4, asked | racing),
+        ("performance-h200-real.json", 242, gpu["sections"]["real"]["searches"]["racing"]),
+    ):
         size = (row[key] for key in ("blocks", "removed", "windows", "length"))
-        races = simulated(*size, batch, SEEDS)
-        found = [race.forwards for race in races]
-        rows.append(
-            {
-                "result": name,
-                "windows": row["windows"],
-                "length": row["length"],
-                "measured": row["block_forwards"],
-                "simulated": round(_mean(found)),
-                "least": min(found),
-                "most": max(found),
-                "formula": round(_mean(race.by_formula() for race in races)),
-            }
-        )
-    return rows
+        yield {"result": name, **row, "races": simulated(*size, batch, SEEDS)}
 
 
 def figures(performance: Sequence[Path], seeds: int, gpus: Sequence[int]) -> dict[str, Any]:
@@ -293,33 +273,12 @@ def figures(performance: Sequence[Path], seeds: int, gpus: Sequence[int]) -> dic
     for model in MODELS:
         remove = math.ceil(0.1 * model.blocks)
         races = simulated(model.blocks, remove, WINDOWS, LENGTH, 1, seeds)
-        curves = [race.left() for race in races]
         exact = sum(forwards for forwards, _ in exact_work(model.blocks, remove))
-        models.append(
-            {
-                "model": model.name,
-                "blocks": model.blocks,
-                "removed": remove,
-                "steps": round(_mean(len(race.steps) for race in races)),
-                "block_forwards": round(_mean(race.forwards for race in races)),
-                "formula": round(_mean(race.by_formula() for race in races)),
-                "exact_block_forwards": WINDOWS * exact,
-                "left": {
-                    w + 1: round(_mean(c[w] for c in curves), 1) for w in (0, 4, 8, 16, 32, 64, 127)
-                },
-            }
-        )
+        row = {"model": model.name, "blocks": model.blocks, "removed": remove, "races": races}
+        models.append(row | {"exact_block_forwards": WINDOWS * exact})
         predictions += [predict(model, n, remove, races, r) for n in gpus]
-    return {
-        "windows": WINDOWS,
-        "length": LENGTH,
-        "seeds": seeds,
-        "seeds_check": SEEDS,
-        "rates": asdict(r),
-        "check": check(),
-        "models": models,
-        "predictions": predictions,
-    }
+    shown = {"looked_at": (1, 5, 9, 17, 33, 65, 128), "rates": r, "seeds": seeds}
+    return shown | {"check": [*check()], "models": models, "predictions": predictions}
 
 
 def main() -> None:
@@ -327,13 +286,10 @@ def main() -> None:
     parser.add_argument("--performance", type=Path, nargs="+", default=PERFORMANCE)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("-o", "--out", type=Path, help="the figures, as JSON")
     options = parser.parse_args()
     found = figures(options.performance, options.seeds, options.gpus)
-    if options.out:
-        save(options.out, found)
-    off = [row["simulated"] / row["measured"] - 1 for row in found["check"]]
-    print(page("scale.md.j2", off=off, **found), end="")
+    constants = {"windows": WINDOWS, "length": LENGTH, "seeds_check": SEEDS}
+    print(page("scale.md.j2", mean=_mean, **constants, **found), end="")
 
 
 if __name__ == "__main__":

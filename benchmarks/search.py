@@ -11,7 +11,7 @@ Systems, each timed from a loaded model to the order of removal:
 - racing: candidates that are clearly worse are given up early.
 
 Block forwards are counted per window of tokens. Peak memory is the process's (CPU) or the
-allocator's (CUDA), and is also given over the weights. --growth measures instead how the cost grows.
+allocator's (CUDA), and is also given over the weights. --growth measures how the cost grows.
 Random Llamas of larger shapes are in performance.py.
 """
 

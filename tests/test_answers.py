@@ -218,51 +218,32 @@ def test_one_model_is_in_memory_at_a_time(tiny_dir, out, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_weights")
-class TestMistakes:
-    def test_a_chat_needs_a_template_that_takes_it(self, tiny_dir, out, copy):
-        with pytest.raises(InputError, match="prompt 'c' is a chat, but"):
-            compare(tiny_dir, out, [plain("a"), chat("hi")], **CPU)
-        model = copy("chat", TEMPLATE)
-        with pytest.raises(InputError, match=r"prompt 'c' does not fit .* \(no robots\)"):
-            compare(model, model, [chat("hi", role="robot")], **CPU)
+def test_mistakes_are_found_before_any_weights_are_loaded(tiny_dir, out, copy, tmp_path):
+    def refused(said, dense, pruned, prompts, **options):
+        with pytest.raises(InputError, match=said):
+            compare(dense, pruned, prompts, **{**CPU, **options})
 
-    def test_prompt_and_answer_must_fit_the_context(self, tiny_dir, out):
-        fits = {"max_new_tokens": 56, **CPU}
-        with pytest.raises(AssertionError, match="weights were loaded"):
-            compare(tiny_dir, out, [plain("a" * 200)], **fits)
-        with pytest.raises(InputError, match="prompt 'p' takes 201 of the 256 tokens that"):
-            compare(tiny_dir, out, [plain("a", "q"), plain("a" * 201)], **fits)
-
-    def test_out_must_be_a_checkpoint(self, tiny_dir, tmp_path):
-        with pytest.raises(InputError, match=r"no checkpoint folder at .*none; make one"):
-            compare(tiny_dir, tmp_path / "none", PROMPTS, **CPU)
-        with pytest.raises(InputError, match=r"has no config\.json"):
-            compare(tiny_dir, tmp_path, PROMPTS, **CPU)
-        shutil.copy(tiny_dir / "config.json", tmp_path)
-        with pytest.raises(InputError, match="safetensors"):
-            compare(tiny_dir, tmp_path, PROMPTS, **CPU)
-
-    def test_both_must_read_prompts_alike(self, tiny_dir, copy, tmp_path):
-        other = copy("tokens")
-        data = json.loads((other / "tokenizer.json").read_text())
-        vocab = data["model"]["vocab"]
-        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-        (other / "tokenizer.json").write_text(json.dumps(data))
-        with pytest.raises(InputError, match=r"different tokenizers \(of 259 and 259 tokens\)"):
-            compare(tiny_dir, other, PROMPTS, **CPU)
-        one, two = copy("one", TEMPLATE), copy("two", TEMPLATE.replace("assistant", "bot"))
-        with pytest.raises(InputError, match="read prompt 'c' differently"):
-            compare(one, two, [plain("a"), chat("hi")], max_new_tokens=9, **CPU)
-
-    @pytest.mark.parametrize(
-        ("prompts", "options", "message"),
-        [
-            ((), {}, "no prompts to compare on"),
-            (PROMPTS, {"max_new_tokens": 0}, "--new-tokens 0 is not possible"),
-            (PROMPTS, {"device": "tpu"}, "--device 'tpu' is not a device"),
-            ([plain("")], {}, "prompt 'p' has no tokens"),
-        ],
-    )
-    def test_options_are_checked(self, tiny_dir, out, prompts, options, message):
-        with pytest.raises(InputError, match=message):
-            compare(tiny_dir, out, prompts, **{**CPU, **options})
+    chats = copy("chat", TEMPLATE)
+    refused("prompt 'c' is a chat, but", tiny_dir, out, [plain("a"), chat("hi")])
+    refused(r"'c' does not fit .* \(no robots\)", chats, chats, [chat("hi", role="robot")])
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        compare(tiny_dir, out, [plain("a" * 200)], max_new_tokens=56, **CPU)
+    long = [plain("a", "q"), plain("a" * 201)]
+    refused("prompt 'p' takes 201 of the 256 tokens", tiny_dir, out, long, max_new_tokens=56)
+    refused(r"no checkpoint folder at .*none", tiny_dir, tmp_path / "none", PROMPTS)
+    (tmp_path / "bare").mkdir()
+    refused(r"no config\.json", tiny_dir, tmp_path / "bare", PROMPTS)
+    shutil.copy(tiny_dir / "config.json", tmp_path / "bare")
+    refused("safetensors", tiny_dir, tmp_path / "bare", PROMPTS)
+    other = copy("tokens")
+    data = json.loads((other / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    refused(r"different tokenizers \(of 259 and 259 tokens\)", tiny_dir, other, PROMPTS)
+    bots = copy("bots", TEMPLATE.replace("assistant", "bot"))
+    refused("read prompt 'c' differently", chats, bots, [plain("a"), chat("hi")], max_new_tokens=9)
+    refused("no prompts to compare on", tiny_dir, out, ())
+    refused("--new-tokens 0", tiny_dir, out, PROMPTS, max_new_tokens=0)
+    refused("--device 'tpu'", tiny_dir, out, PROMPTS, device="tpu")
+    refused("prompt 'p' has no tokens", tiny_dir, out, [plain("")])

@@ -155,24 +155,20 @@ def test_rounds_are_paired_and_take_turns(pair, tmp_path, monkeypatch):
 
 
 def test_the_interval_of_acceptance():
-    rng = np.random.default_rng(0)
-    hits = 0
+    def rate(proposed, accepted):
+        pairs = zip(proposed, accepted, strict=True)
+        return acceptance_rate([Tally(proposed=int(p), accepted=int(a)) for p, a in pairs])
+
+    rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
         proposed = rng.integers(10, 60, 12)
-        accepted = rng.binomial(proposed, np.clip(rng.normal(0.6, 0.1, 12), 0, 1))
-        found = acceptance_rate(
-            [
-                Tally(proposed=int(p), accepted=int(a))
-                for p, a in zip(proposed, accepted, strict=True)
-            ]
-        )
+        found = rate(proposed, rng.binomial(proposed, np.clip(rng.normal(0.6, 0.1, 12), 0, 1)))
         hits += found.low <= 0.6 <= found.high
     assert stats.binomtest(hits, 400, 0.95).pvalue > 1e-4
-    same = acceptance_rate([Tally(proposed=10, accepted=5)] * 3)
+    same, alone = rate([10] * 3, [5] * 3), rate([4], [1])
     assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
-    alone = acceptance_rate([Tally(proposed=4, accepted=1)])
     assert (alone.value, alone.low) == (0.25, None)
-    assert acceptance_rate([Tally(proposed=0, accepted=0)] * 2).value == 0
+    assert rate([0, 0], [0, 0]).value == 0
 
 
 @pytest.mark.slow

@@ -147,13 +147,6 @@ def test_a_folder_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     assert (tmp_path / "out/config.json").read_text() == "theirs"
 
 
-def test_an_existing_output_needs_force(tmp_path):
-    out = checkpoint(tmp_path / "out")
-    with pytest.raises(InputError, match=r"out exists; choose another -o, or pass --force to repl"):
-        writable_target(out, force=False)
-    writable_target(out, force=True)
-
-
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("target", ["checkpoint", "nowhere"])
 def test_a_link_is_neither_followed_nor_replaced(tmp_path, monkeypatch, target, force):
@@ -167,19 +160,32 @@ def test_a_link_is_neither_followed_nor_replaced(tmp_path, monkeypatch, target, 
     assert tree(tmp_path / "checkpoint") == before
 
 
-def test_force_does_not_replace_other_things(tmp_path):
+def test_what_may_be_replaced(tmp_path, monkeypatch):
+    out = checkpoint(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
-    checkpoint(tmp_path / "model")
-    for name, folder, reason in [
-        ("notes", True, "holds no checkpoint, so --force does not replace it; choose another -o"),
-        ("file", True, "is a file, not a folder; choose another -o, or remove it yourself"),
-        ("model", False, "is a folder, not a file; choose another -o, or remove it yourself"),
+    for name, options, reason in [
+        ("model", {"force": False}, "exists; .* --force"),
+        ("notes", {"force": True}, "holds no checkpoint"),
+        ("file", {"force": True}, "is a file, not a folder"),
+        ("model", {"force": True, "folder": False}, "is a folder, not a file"),
     ]:
         with pytest.raises(InputError, match=f"{name} {reason}"):
-            writable_target(tmp_path / name, force=True, folder=folder)
+            writable_target(tmp_path / name, **options)
+    writable_target(out, force=True)
     writable_target(tmp_path / "file", force=True, folder=False)
+    with pytest.raises(InputError, match=r"cannot write .*xxx: File name too long"):
+        write_text(tmp_path / ("x" * 250), "")
+    with pytest.raises(InputError, match=r"cannot write .*xxx: File name too long"):
+        staged_dir(tmp_path / ("x" * 250), force=False).__enter__()
+
+    def forbidden(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", forbidden)
+    with pytest.raises(InputError, match=r"cannot write .*b/out: Permission denied"):
+        write_text(tmp_path / "b/out", "")
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "", "a/.."])
@@ -196,21 +202,6 @@ def test_the_folder_above_must_be_a_folder_that_can_be_written(tmp_path, monkeyp
     with pytest.raises(InputError, match=rf"out cannot be created: {tmp_path} is not writable"):
         writable_target(tmp_path / "a/out", force=False)
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_name_that_is_too_long_is_one_line(tmp_path):
-    for write in (lambda p: write_text(p, ""), lambda p: staged_dir(p, force=False).__enter__()):
-        with pytest.raises(InputError, match=r"cannot write .*xxx: File name too long"):
-            write(tmp_path / ("x" * 250))
-
-
-def test_a_folder_that_forbids_writing_is_named(tmp_path, monkeypatch):
-    def forbidden(path, *args, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "mkdir", forbidden)
-    with pytest.raises(InputError, match=r"cannot write .*b/out: Permission denied"):
-        write_text(tmp_path / "b/out", "")
 
 
 def test_a_file_that_may_not_be_read_is_not_blamed_on_the_output(tmp_path):

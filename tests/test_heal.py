@@ -180,46 +180,41 @@ def test_windows_that_judge_are_of_every_text_and_never_trained_on(tmp_path):
 
 def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeypatch):
     other = save_tiny(tmp_path / "other", seed=1)
-    bare = Path(shutil.copytree(home / "OUT", tmp_path / "bare"))
+    bare, done, deep = (
+        Path(shutil.copytree(home / "OUT", tmp_path / name)) for name in ("bare", "done", "deep")
+    )
     (bare / "plan.json").unlink()
     (tmp_path / "short.txt").write_text("too short to heal on " * 9)
-    done = Path(shutil.copytree(home / "OUT", tmp_path / "done"))
     (done / "heal.json").write_text("{}")
+    plan = json.loads((deep / "plan.json").read_text())
+    plan["removed"] = plan["order"] = plan["order"][:1]
+    (deep / "plan.json").write_text(json.dumps(plan))
     before = tree(tmp_path)
     text = {"text": [str(home / "mail.txt")]}
     out, model, cut = tmp_path / "H", home / "MODEL", home / "OUT"
     for arguments, options, message in [
-        ((cut, other, out), text, "another model: weights_sha256"),
-        ((tmp_path / "none", model, out), text, "no checkpoint folder"),
-        ((bare, model, out), text, "no plan.json"),
-        ((done, model, out), text, "healed already"),
-        ((cut, model, bare), text, "exists"),
+        ((cut, other, out), {}, "another model: weights_sha256"),
+        ((tmp_path / "none", model, out), {}, "no checkpoint folder"),
+        ((bare, model, out), {}, "no plan.json"),
+        ((done, model, out), {}, "healed already"),
+        ((deep, model, out), {}, "4 blocks"),
+        ((cut, model, bare), {}, "exists"),
+        ((cut, model, cut), {"force": True}, "itself"),
         ((cut, model, out), {"text": [str(tmp_path / "short.txt")]}, "a step takes 8"),
         ((cut, model, out), {"text": ["gone.txt"]}, "gone.txt"),
-        ((cut, model, out), {**text, "lr": 0.0}, "--lr"),
-        ((cut, model, out), {**text, "at_once": 0}, "--at-once"),
-        ((cut, model, out), {**text, "heldout": 0}, "--heldout"),
-        ((cut, model, out), {**text, "lora": 0}, "--lora"),
-        ((cut, model, out), {**text, "minutes": -1}, "--minutes"),
-        ((cut, model, out), {**text, "length": 300}, "300 tokens .* 256"),
+        ((cut, model, out), {"lr": 0.0}, "--lr"),
+        ((cut, model, out), {"at_once": 0}, "--at-once"),
+        ((cut, model, out), {"heldout": 0}, "--heldout"),
+        ((cut, model, out), {"lora": 0}, "--lora"),
+        ((cut, model, out), {"minutes": -1}, "--minutes"),
+        ((cut, model, out), {"length": 300}, "300 tokens .* 256"),
     ]:
         with pytest.raises(InputError, match=message):
-            heal(*arguments, **{**SMALL, **options})
-    with pytest.raises(InputError, match="itself"):
-        heal(cut, model, cut, **SMALL, **text, force=True)
+            heal(*arguments, **{**SMALL, **text, **options})
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="PEFT"):
         healed(home, out, lora=2)
     assert tree(tmp_path) == before
-
-
-def test_a_plan_of_another_depth_is_refused(home, tmp_path):
-    other = Path(shutil.copytree(home / "OUT", tmp_path / "other"))
-    plan = json.loads((other / "plan.json").read_text())
-    plan["removed"], plan["order"] = plan["order"][:1], plan["order"][:1]
-    (other / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match="4 blocks"):
-        heal(other, home / "MODEL", tmp_path / "H", text=[str(home / "mail.txt")], **SMALL)
 
 
 def test_weights_that_are_not_stored_as_such_are_refused(home):

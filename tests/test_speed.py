@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 import sleb
 from cli_tools import refused, run
+from plan_tools import edit_config
 from runtime_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Costs, bench_model, bench_of
 from sleb.core.errors import InputError, ResourceError
 from sleb.runtimes import worker
@@ -234,21 +235,25 @@ def test_the_dtype_is_the_dense_models_for_all(costs, tiny_dir, out):
 
 def test_mistakes_are_found_before_anything_is_loaded(place, out, capsys, monkeypatch):
     monkeypatch.setattr(worker, "Child", lambda *_: pytest.fail("a model was loaded"))
-    assert "twice" in refused(capsys, 2, "bench", "MODEL", "MODEL")
-    assert "dense model first" in refused(capsys, 2, "bench", out, "MODEL")
     Path("empty").mkdir()
-    assert "config.json" in refused(capsys, 2, "bench", "MODEL", "empty")
-    assert "./gone" in refused(capsys, 2, "bench", "MODEL", "./gone")
-    config = json.loads((out / "config.json").read_text())
     shutil.copytree(out, "other")
-    for field, value in (("vocab_size", 300), ("hidden_size", 64)):
-        Path("other/config.json").write_text(json.dumps({**config, field: value}))
-        assert f"its {field} is {value}" in refused(capsys, 2, "bench", "MODEL", "other")
-    assert "device" in refused(capsys, 2, "bench", "MODEL", "--device", "gpu")
-    assert "dtype" in refused(capsys, 2, "bench", "MODEL", "--dtype", "float12")
-    for wrong in ({"runs": 0}, {"threads": 0}, {"draft": True}):
-        with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
-            bench("MODEL", **{**CPU, **wrong})
+    shutil.copytree(out, "wide")
+    edit_config(Path("other"), vocab_size=300)
+    edit_config(Path("wide"), hidden_size=64)
+    for words, said in {
+        "MODEL MODEL": "twice",
+        f"{out} MODEL": "dense model first",
+        "MODEL empty": "config.json",
+        "MODEL ./gone": "./gone",
+        "MODEL other": "its vocab_size is 300",
+        "MODEL wide": "its hidden_size is 64",
+        "MODEL --device gpu": "device",
+        "MODEL --dtype float12": "dtype",
+        "MODEL --runs 0": "--runs",
+        "MODEL --threads 0": "--threads",
+        "MODEL --draft": "pruned checkpoint",
+    }.items():
+        assert said in refused(capsys, 2, "bench", *words.split())
 
 
 def test_the_command_line_shows_every_figure_or_prints_json(place, out, capsys, costs):
