@@ -206,7 +206,6 @@ def test_tied_embeddings_stay_tied(family, tmp_path):
     assert out.get_output_embeddings().weight is out.get_input_embeddings().weight
 
 
-
 def test_gemma_4_is_cut_in_its_decoder(tmp_path):
     """More of such models are in test_wrappers.py."""
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration
