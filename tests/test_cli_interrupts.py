@@ -15,7 +15,7 @@ from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
 
 # many short windows one by one: long enough to be interrupted, and much to write down
-SEARCH = ["search", "MODEL", "--remove", "3", "--windows", "150", "--length", "16", "--batch", "1"]
+SEARCH = ["search", "MODEL", "--remove", "3", "--windows", "60", "--length", "16", "--batch", "1"]
 CPU = ["--dtype", "float32", "--device", "cpu"]
 KEPT = "sleb: interrupted; scores so far are in {}: repeat the command to go on\n"
 

@@ -190,12 +190,6 @@ def test_jamba_blocks_keep_their_kind_or_the_cut_is_refused(depth, p, a, q, b):
             cut(n, kept, **given)
 
 
-def test_jamba_whole_periods_go():
-    given = {"attn_layer_period": 4, "attn_layer_offset": 2}
-    for kept in ([0, 1, 2, 7], [0, 5, 6, 7], [4, 5, 6, 7]):
-        assert cut(kept=kept, **given) == given
-
-
 @pytest.mark.parametrize(("freq", "kept", "fine"), [(2, [2, 3, 4, 5], True), (2, KEPT, False)])
 def test_deepseek_moe_frequency(freq, kept, fine):
     if fine:

@@ -191,10 +191,14 @@ def test_plans_that_do_not_fit(gemma, tiny_dir, tmp_path):
             export_plan(tmp_path / "plan.json", form, model=str(tiny_dir))
 
 
-def mergekit(config: str, folder: Path) -> Path:
-    python = os.environ.get("SLEB_TEST_MERGEKIT")
-    if not python:
-        pytest.skip("SLEB_TEST_MERGEKIT is not set; `make test-mergekit` sets it")
+@pytest.fixture
+def python() -> str:
+    """The interpreter that has mergekit."""
+    found = os.environ.get("SLEB_TEST_MERGEKIT")
+    return found or pytest.skip("SLEB_TEST_MERGEKIT is not set; `make test-mergekit` sets it")
+
+
+def mergekit(python: str, config: str, folder: Path) -> Path:
     (folder / "merge.yml").write_text(config, encoding="utf-8")
     command = [python, "-m", "mergekit.scripts.run_yaml", folder / "merge.yml", folder / "theirs"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -203,15 +207,13 @@ def mergekit(config: str, folder: Path) -> Path:
     return folder / "theirs"
 
 
-def equal_to_ours(source: Path, order: tuple[int, ...], n: int, folder: Path) -> int:
+def equal_to_ours(python, source: Path, order: tuple[int, ...], n: int, folder: Path) -> int:
     """mergekit's result of a plan holds the tensors of `sleb apply`, and its depth; how many."""
     plan = plan_of(source, *order)
     plan.save(folder / "plan.json")
     written = export_plan(folder / "plan.json", "mergekit", model=str(source))
-    ours, theirs = (
-        Checkpoint.open(path)
-        for path in (sleb.apply(plan, source, folder / "ours"), mergekit(written.text, folder))
-    )
+    made = sleb.apply(plan, source, folder / "ours"), mergekit(python, written.text, folder)
+    ours, theirs = map(Checkpoint.open, made)
     a, b = (
         {name: (i.dtype, i.shape, c.digest(name)) for name, i in c.tensors.items()}
         for c in (ours, theirs)
@@ -228,16 +230,16 @@ FAMILIES = ["llama", "llama:tied", "mistral", "phi3", "gpt2", "stablelm", "starc
 
 @pytest.mark.mergekit
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mergekit_makes_what_apply_makes(family, tmp_path):
+def test_mergekit_makes_what_apply_makes(python, family, tmp_path):
     model, _ = tiny(family)
     if family in ("llama:tied", "mistral"):
         model = model.bfloat16()
     model.save_pretrained(tmp_path / "source")
-    assert equal_to_ours(tmp_path / "source", (2, 5, 3, 0), 8, tmp_path) > 20
+    assert equal_to_ours(python, tmp_path / "source", (2, 5, 3, 0), 8, tmp_path) > 20
 
 
 @pytest.mark.mergekit
 @pytest.mark.real
-def test_mergekit_makes_what_apply_makes_of_a_real_model(real_model, tmp_path):
+def test_mergekit_makes_what_apply_makes_of_a_real_model(python, real_model, tmp_path):
     source = resolve(real_model).path
-    assert equal_to_ours(source, (20, 21, 25), 30, tmp_path) == 27 * 9 + 2
+    assert equal_to_ours(python, source, (20, 21, 25), 30, tmp_path) == 27 * 9 + 2

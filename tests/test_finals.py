@@ -127,27 +127,7 @@ def test_it_compares_losses_after_repairs(loaded, learned, plan, monkeypatch):
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
-def test_text_that_was_written_before_compares(loaded, learned, plan, monkeypatch):
-    written = own.write(loaded, 8, 32, 1, silent)
-    monkeypatch.setattr(own, "write", None)
-    split = split_of(loaded.tokenizer, [str(learned / "text.txt")], windows=6)
-    for n in (8, 5):
-        ours = split.with_self_generated(lambda *_, n=n: written[:n], compare=True)
-        found = find(loaded, learned, split=ours)
-        assert found.final_comparison.self_generated == n
-        assert (found == plan) == (n == 8)
-
-
-def test_the_judge_measures_loss_whatever_the_metric_is(loaded, learned, plan):
-    other = find(loaded, learned, metric="kl")
-    assert other.metric == "kl"
-    known = {frozenset(f.order): f.increase for f in plan.final_comparison.sets}
-    same = [f for f in other.final_comparison.sets if frozenset(f.order) in known]
-    assert same
-    for final in same:
-        assert final.increase == pytest.approx(known[frozenset(final.order)], abs=1e-5)
-
-
+@pytest.mark.slow
 def test_where_blocks_are_fetched_the_given_text_judges(learned, plan):
     streamed = find(sleb.load(learned / "model", stream=True, **CPU), learned)
     assert (streamed.final_comparison.windows, streamed.final_comparison.self_generated) == (6, 0)
@@ -239,11 +219,11 @@ def test_the_model_is_let_go_of_before_the_result_is_loaded(learned, tmp_path, m
     "options",
     [
         {"repair": False},
-        {"strategy": "greedy"},
-        {"metric": "kl"},
-        {"remove": None, "max_loss_increase": 9.0},
+        pytest.param({"strategy": "greedy"}, marks=pytest.mark.slow),
+        pytest.param({"metric": "kl"}, marks=pytest.mark.slow),
+        pytest.param({"remove": None, "max_loss_increase": 9.0}, marks=pytest.mark.slow),
     ],
-    ids=lambda options: [*options][-1],
+    ids=["repair", "strategy", "metric", "limit"],
 )
 def test_prune_leaves_what_was_asked_for(learned, tmp_path, options):
     ours = pruned(learned / "model", learned, tmp_path / "out", **options)

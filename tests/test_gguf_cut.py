@@ -97,7 +97,7 @@ def test_a_cut_of_a_cut_is_the_cut_of_both(tmp_path):
     [
         ("llama", "llama", {}, (0, 3)),
         ("gemma3", "gemma3_text", GEMMA3, (1, 2)),
-        ("gemma3", "gemma3_text", GEMMA3, (5,)),
+        pytest.param("gemma3", "gemma3_text", GEMMA3, (5,), marks=pytest.mark.slow),
     ],
 )
 def test_the_cut_file_is_the_model_with_blocks_bypassed(

@@ -26,8 +26,7 @@ from sleb.evaluation.perplexity import evaluate
 home = heal_tools.home
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_a_healed_checkpoint_is_nearer_and_of_the_same_form(tmp_path, tied, dtype):
     home = cut_model(tmp_path, dtype, tie_word_embeddings=tied, shard="60KB")
     done = healed(home, tmp_path / "H")

@@ -1,5 +1,6 @@
 """A healing run that is stopped goes on, and ends as one that was not."""
 
+import functools
 import shutil
 import signal
 from pathlib import Path
@@ -23,15 +24,24 @@ LONG = {"tokens": 24 * 256, "at_once": 4}  # 24 steps of 2 passes, a check after
 
 @pytest.fixture(scope="module")
 def unbroken(home, tmp_path_factory):
-    """Weights of runs that were not stopped, by their ``lora``."""
-    out = tmp_path_factory.mktemp("unbroken")
-    for lora in (None, 2):
-        healed(home, out / str(lora), lora=lora, **LONG)
-    return {lora: (out / str(lora) / "model.safetensors").read_bytes() for lora in (None, 2)}
+    """Weights of a run that was not stopped, with so many ``lora``."""
+
+    @functools.cache
+    def made(lora):
+        healed(home, out := tmp_path_factory.mktemp("unbroken") / "H", lora=lora, **LONG)
+        return (out / "model.safetensors").read_bytes()
+
+    return made
 
 
-@pytest.mark.parametrize("lora", [None, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("lora", "number"),
+    [
+        (None, signal.SIGINT),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(None, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, unbroken, lora, number):
     stop = Stopping(15, lambda: signal.raise_signal(number))  # in the middle of step 8 of 24
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -45,7 +55,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, unbroken, lora, 
     assert more.passes == 34, "the seven steps that were done are not repeated"
     assert more.total == 17 * 8 * 32, "time left is that of what is left"
     assert done.steps == 24
-    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[lora]
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken(lora)
     assert not (tmp_path / "H.heal").exists()
 
 
@@ -63,7 +73,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_state(home, tmp_path, unbro
     more = Stopping()
     healed(home, tmp_path / "H", **LONG, progress=more)
     assert more.passes == 48 - 2 * (1 + 4 + 3), "after 1, 4 and 3 whole steps"
-    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken(None)
 
 
 def test_an_interrupt_in_the_last_step_is_not_lost(home, tmp_path, unbroken):
@@ -73,7 +83,7 @@ def test_an_interrupt_in_the_last_step_is_not_lost(home, tmp_path, unbroken):
     more = Stopping()
     healed(home, tmp_path / "H", **LONG, progress=more)
     assert more.passes == 0
-    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken[None]
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken(None)
 
 
 def test_the_best_weights_so_far_survive_a_stop(home, tmp_path, monkeypatch):

@@ -51,16 +51,17 @@ def imports() -> tuple[Import, ...]:
     """All imports of sleb's own modules, those for types and those inside functions included."""
     found = []
     for module, path in MODULES.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {
-            id(node)
-            for function in ast.walk(tree)
-            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            for node in ast.walk(function)
-        }
-        for node in ast.walk(tree):
-            found += [Import(module, name, id(node) in inside) for name in named(node)]
+        for node, inside in walked(ast.parse(path.read_text(encoding="utf-8"))):
+            found += [Import(module, name, inside) for name in named(node)]
     return tuple(found)
+
+
+def walked(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node below, and whether it is in a function."""
+    inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    for child in ast.iter_child_nodes(node):
+        yield child, inside
+        yield from walked(child, inside)
 
 
 def named(node: ast.AST) -> Iterator[str]:

@@ -205,7 +205,8 @@ def test_from_a_gguf_file(here, capsys, text, where):
     if where == "architecture":
         write_tiny(here / "m.gguf", architecture=text[:60000])
     else:
-        added = {f"llama.{text[:60000]}": [1] * 8} if where == "key" else {"general.name": text}
+        text = text[:60000]
+        added = {f"llama.{text}": [1] * 8} if where == "key" else {"general.name": text}
         write_tiny(here / "m.gguf", last=added)
     plan_of("llama", 8, 3, 1).save(here / "gguf.json")
     told(capsys, "inspect", "m.gguf")

@@ -10,6 +10,7 @@ import torch
 
 import sleb
 from cli_tools import refused, run, tree
+from plan_tools import plan_of
 from quantize_tools import pack, save_dense
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import check_sums
@@ -101,8 +102,7 @@ def test_quantize_then_cut_is_the_bypassed_quantized_model(quantized, tmp_path):
 
 @pytest.mark.parametrize("removed", [(1, 4), (3,), (0, 5)])
 def test_names_in_the_config_follow_the_cut(packed, tmp_path, removed):
-    plan = sleb.search(packed, **SEARCH).model_copy(update={"removed": removed, "order": removed})
-    out = sleb.apply(plan, packed, tmp_path / "cut")
+    out = sleb.apply(plan_of(packed, *removed), packed, tmp_path / "cut")
     ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     new = {(1, 4): ["model.layers.2.mlp.up_proj"], (3,): [], (0, 5): ["model.layers.2.mlp.up_proj"]}
     assert ignore == ["lm_head", *new[removed]]
@@ -145,8 +145,7 @@ def test_a_forward_pass_does_not_change_what_a_model_consists_of(quantized):
 
 
 def test_a_quantized_cut_is_restored_byte_for_byte(quantized, tmp_path):
-    plan = sleb.search(quantized, **SEARCH)
-    out = sleb.apply(plan, quantized, tmp_path / "cut")
+    out = sleb.apply(plan_of(quantized, 1, 4), quantized, tmp_path / "cut")
     sleb.restore(out, tmp_path / "back")
 
     def weights(folder: Path) -> str:

@@ -20,8 +20,6 @@ from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedMo
 from sleb.models import source
 from sleb.models.source import cache_dir, resolve
 
-CPU = {"dtype": "float32", "device": "cpu"}
-
 
 @pytest.fixture
 def copy(tiny_dir, tmp_path) -> Path:

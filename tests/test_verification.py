@@ -125,7 +125,7 @@ SPOILT = {  # what is done to tensors, or fields of the config; gates that fail;
 }  # fmt: skip
 
 
-@in_memory_and_streamed
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", SPOILT)
 def test_what_is_wrong_is_named(tiny_dir, plan, out, how, stream, request):
     if stream and how == "a tensor has another shape":
