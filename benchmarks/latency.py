@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Run
-from shapes import shortened
+from shapes import Size, shortened
 
 __all__ = ["against_line", "generated", "latency"]
 
@@ -42,16 +42,14 @@ def latency(
     run: Run,
     row: dict[str, Any],
     model: Any,
-    *,
     vocab: int,
-    prompt: int,
-    start: int,
-    new_tokens: int,
+    size: Size,
     batches: Sequence[int],
     generate: Sequence[int],
 ) -> None:
-    """Prompts of ``prompt`` tokens, single steps from a CUDA graph, and whole generations that
-    begin with ``start`` tokens. The models share their weights."""
+    """Prompts of ``size.prompt`` tokens, single steps from a CUDA graph, and whole generations that
+    begin with ``size.start`` tokens. The models share their weights."""
+    start, new_tokens = size.start, size.new_tokens
     models = {"dense": model}
     for name, gone in removed(model.config.num_hidden_layers).items():
         models[name] = shortened(model, gone)
@@ -80,7 +78,7 @@ def latency(
 
     with torch.inference_mode():
         for batch in (1, 8):
-            add(f"prompt, batch {batch}", batch, prompt, 8, prompted)
+            add(f"prompt, batch {batch}", batch, size.prompt, 8, prompted)
         for batch in batches:
             name = f"decode from a CUDA graph, batch {batch}"
             add(name, batch, start, 12, lambda ids: _steps(run, models, ids, new_tokens))

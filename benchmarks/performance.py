@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from common import Run, setting
 from latency import latency
 from pages import render
 from race_model import SPREAD, Losses, Spread, exact_work
-from shapes import SHAPES, Shape, random_llama, shape_of, write_random
+from shapes import FULL, SHAPES, TINY, Shape, Size, random_llama, shape_of, write_random
 
 import sleb
 from sleb.calibration.split import CalibrationSplit
@@ -65,41 +65,6 @@ from sleb.selection.sweep import Sweep, distribute
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # to compile takes what it does at first
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much of everything is measured."""
-
-    windows: int = 128
-    length: int = 2048
-    exact_windows: int = 16
-    repair_tokens: int = 100_000
-    prompt: int = 2048
-    new_tokens: int = 128
-    start: int = 64
-    batches: tuple[int, ...] = (1, 16, 64)
-    stream_blocks: int = 8
-    stream_windows: int = 16
-    stream_candidates: int = 4
-    real: tuple[int, int, int] = (64, 256, 6)  # windows, tokens of each, removed
-
-
-FULL = Size()
-TINY = Size(
-    windows=12,
-    length=32,
-    exact_windows=4,
-    repair_tokens=512,
-    prompt=64,
-    new_tokens=8,
-    start=8,
-    batches=(1, 2),
-    stream_blocks=3,
-    stream_windows=6,
-    stream_candidates=1,
-    real=(6, 64, 2),
-)
 
 
 class Models:
@@ -344,29 +309,7 @@ def real(run: Run, row: Row, path: Path, size: Size) -> None:
     run.write()
     row["speed"] = {}
     several = (1, 64) if cuda else (1,)
-    _speed(run, row["speed"], model.stack.model, shape.vocab, size, size.batches, several)
-
-
-def _speed(
-    run: Run,
-    row: Row,
-    model: Any,
-    vocab: int,
-    size: Size,
-    batches: Sequence[int],
-    generate: Sequence[int],
-) -> None:
-    latency(
-        run,
-        row,
-        model,
-        vocab=vocab,
-        prompt=size.prompt,
-        start=size.start,
-        new_tokens=size.new_tokens,
-        batches=batches,
-        generate=generate,
-    )
+    latency(run, row["speed"], model.stack.model, shape.vocab, size, size.batches, several)
 
 
 def stream(run: Run, row: Row, shape: Shape, disk: Path | None, size: Size) -> None:
@@ -496,7 +439,7 @@ def shape_sections(
     def fast(row: Row) -> None:
         large = name != "7b" and shape.blocks > 8
         some, few = (size.batches[:2], size.batches[:1]) if large else (size.batches,) * 2
-        _speed(run, row, models.of(name, shape).model, shape.vocab, size, some, few)
+        latency(run, row, models.of(name, shape).model, shape.vocab, size, some, few)
 
     return {
         f"{name}.search": (searched, 60 * scale),

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHAPES", "Shape", "random_llama", "shape_of", "shortened", "write_random"]
+__all__ = ["FULL", "SHAPES", "TINY", "Shape", "Size", "random_llama", "shape_of", "shortened"]
+__all__ += ["write_random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,41 @@ class Shape:
     def head_flops(self, tokens: int) -> float:
         """Of the output head on a window, of which the last token predicts nothing."""
         return 2.0 * self.width * self.vocab * (tokens - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything is measured."""
+
+    windows: int = 128
+    length: int = 2048
+    exact_windows: int = 16
+    repair_tokens: int = 100_000
+    prompt: int = 2048
+    new_tokens: int = 128
+    start: int = 64
+    batches: tuple[int, ...] = (1, 16, 64)
+    stream_blocks: int = 8
+    stream_windows: int = 16
+    stream_candidates: int = 4
+    real: tuple[int, int, int] = (64, 256, 6)  # windows, tokens of each, removed
+
+
+FULL = Size()
+TINY = Size(
+    windows=12,
+    length=32,
+    exact_windows=4,
+    repair_tokens=512,
+    prompt=64,
+    new_tokens=8,
+    start=8,
+    batches=(1, 2),
+    stream_blocks=3,
+    stream_windows=6,
+    stream_candidates=1,
+    real=(6, 64, 2),
+)
 
 
 SHAPES = {

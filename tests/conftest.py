@@ -126,6 +126,30 @@ def tiny_plan(tiny_dir):
     return sleb.search(tiny_dir, remove=3, windows=4, length=16, dtype="float32", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def cut(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
+    """The tiny model without the 3 blocks of the plan. Read it, never write to it."""
+    import sleb
+
+    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir):
+    """The tiny model, loaded."""
+    import sleb
+
+    return sleb.load(tiny_dir, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def loaded_learned(learned):
+    """The model that has learned its text, loaded."""
+    import sleb
+
+    return sleb.load(learned / "model", dtype="float32", device="cpu")
+
+
 @pytest.fixture
 def place(tiny_dir, tiny_plan, tmp_path, monkeypatch) -> Path:
     """A working folder with the tiny model in ``MODEL``, a link, and a plan for it."""

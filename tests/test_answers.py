@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
+import conftest
 import sleb
 from conftest import byte_tokenizer
 from sleb.core.errors import InputError
@@ -41,9 +42,7 @@ def chat(content: str, id: str = "c", role: str = "user") -> Prompt:
 PROMPTS = (plain("the block of", "one"), plain("nothing", "two", json=True), plain("a", "three"))
 
 
-@pytest.fixture(scope="module")
-def out(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
-    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+out = conftest.cut
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+import conftest
 import sleb
 from conftest import byte_tokenizer
 from search_tools import split_of, stopped_at, toy
@@ -82,9 +83,7 @@ def test_a_run_that_misses_the_target_is_no_rival():
     assert (found.order, found.finalists) == ((1, 3), ())
 
 
-@pytest.fixture(scope="module")
-def loaded(learned):
-    return sleb.load(learned / "model", **CPU)
+loaded = conftest.loaded_learned
 
 
 def find(loaded, learned, **options):

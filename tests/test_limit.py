@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+import conftest
 import sleb
 from search_tools import split_of, stopped_at
 from sleb import pipeline
@@ -27,9 +28,7 @@ def text(learned):
     return [str(learned / "text.txt")]
 
 
-@pytest.fixture(scope="module")
-def loaded(learned):
-    return sleb.load(learned / "model", **CPU)
+loaded = conftest.loaded_learned
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,6 @@ import sleb
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_dir):
-    return sleb.load(tiny_dir, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def windows(loaded):
     return sleb.load_windows(loaded.tokenizer, (), windows=7, length=20, seed=2)[0]
 

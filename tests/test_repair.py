@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import conftest
 import sleb
 import zoo
 from search_tools import fit_windows
@@ -194,9 +195,7 @@ def test_what_is_refused_leaves_no_trace():
     assert asked[0]
 
 
-@pytest.fixture(scope="module")
-def loaded(learned):
-    return sleb.load(learned / "model", **CPU)
+loaded = conftest.loaded_learned
 
 
 @pytest.fixture(scope="module")

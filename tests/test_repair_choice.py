@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 import sleb
 from search_tools import split_of, stopped_at
 from sleb.core.errors import InputError
@@ -19,9 +20,7 @@ CPU = {"dtype": "float32", "device": "cpu"}
 SMALL = {"windows": 6, "length": 32, "exact": True, "batch": 6}
 
 
-@pytest.fixture(scope="module")
-def loaded(learned):
-    return sleb.load(learned / "model", **CPU)
+loaded = conftest.loaded_learned
 
 
 def find(loaded, learned, **options):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+import conftest
 import sleb
 from search_tools import fit_windows, split_of
 from sleb.calibration.split import SELF_GENERATED
@@ -20,12 +21,7 @@ from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE
 from sleb.selection.sweep import Sweep
 
-CPU = {"device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def loaded(learned):
-    return sleb.load(learned / "model", **CPU)
+loaded = conftest.loaded_learned
 
 
 @pytest.fixture(scope="module")

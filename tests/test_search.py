@@ -24,11 +24,6 @@ CPU = {"dtype": "float32", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_dir):
-    return sleb.load(tiny_dir, **CPU)
-
-
-@pytest.fixture(scope="module")
 def windows(loaded):
     return split_of(loaded.tokenizer, (), windows=6, length=24, seed=3).search
 

@@ -11,11 +11,6 @@ MEASURE_NAMES = ["angular", "cka", "correlation", "cosine", "relative-l2"]
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_dir):
-    return sleb.load(tiny_dir, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def windows(loaded):
     return sleb.load_windows(loaded.tokenizer, (), windows=5, length=12, seed=1)[0]
 

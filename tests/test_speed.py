@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-import sleb
+import conftest
 from cli_tools import refused, run
 from plan_tools import edit_config
 from runtime_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Costs, bench_model, bench_of
@@ -28,10 +28,7 @@ from sleb.runtimes.bench import (
 )
 from sleb.runtimes.worker import Failed
 
-
-@pytest.fixture(scope="module")
-def out(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
-    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
+out = conftest.cut
 
 
 @pytest.fixture

@@ -71,11 +71,6 @@ def test_code_of_a_model_is_copied_and_not_run(tmp_path, capsys):
     assert not ran.exists()
 
 
-@pytest.fixture(scope="module")
-def cut(tiny_dir, tiny_plan, tmp_path_factory) -> Path:
-    return sleb.apply(tiny_plan, tiny_dir, tmp_path_factory.mktemp("cut") / "out")
-
-
 def sha256sum(folder: Path) -> subprocess.CompletedProcess[str]:
     command = ["sha256sum", "-c", "--strict", SUMS]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")

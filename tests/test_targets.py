@@ -23,11 +23,6 @@ SMALL = {"windows": 6, "length": 24, **CPU}
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_dir):
-    return sleb.load(tiny_dir, **CPU)
-
-
-@pytest.fixture(scope="module")
 def split(loaded):
     """Windows to score and to hold out, of text that the model itself wrote: so its loss is low,
     and every removal raises it."""

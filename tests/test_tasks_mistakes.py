@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-import sleb
 from cli_tools import refused, run
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.evaluation import lm_eval as harness_module
@@ -15,11 +14,6 @@ from sleb.evaluation.tasks import check_tasks, run_tasks
 
 GOOD = {"question": "Two?", "choices": ["a", "b", "c"], "answer": 1}
 SAY = {"question": "Two?", "answer": "2"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_dir):
-    return sleb.load(tiny_dir, dtype="float32", device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +124,9 @@ def folder(tmp_path, monkeypatch):
     return "tasks"
 
 
-def test_unknown_names_and_broken_definitions(tiny, folder):
+def test_unknown_names_and_broken_definitions(loaded, folder):
     check_tasks(["mine"], folder=folder)
-    assert run_tasks(tiny, task=["mine"], tasks_folder=str(folder))[0].metric == "acc_norm"
+    assert run_tasks(loaded, task=["mine"], tasks_folder=str(folder))[0].metric == "acc_norm"
     for name, said in [
         ("mime", "'mime'.*'mine'"),
         ("zzzzzz", "'zzzzzz'"),
@@ -163,58 +157,58 @@ TARGET = "doc_to_target: answer"
         (TARGET, f"{TARGET}\nprocess_results: !function own.far\n{FAR}", "far gives an item 7"),
     ],
 )
-def test_definitions_that_cannot_be_scored(tiny, folder, line, instead, said):
+def test_definitions_that_cannot_be_scored(loaded, folder, line, instead, said):
     assert line in YAML
     write("tasks/own.py", "def far(doc, results):\n    return {'far': 7}")
     write("tasks/mine.yaml", YAML.replace(line, instead))
     with pytest.raises(InputError, match=said):
-        run_tasks(tiny, task=["mine"], tasks_folder=str(folder))
+        run_tasks(loaded, task=["mine"], tasks_folder=str(folder))
 
 
 @pytest.mark.parametrize("picked", [None, 2])
-def test_a_right_answer_that_is_no_choice_is_not_scored_as_wrong(tiny, folder, picked):
+def test_a_right_answer_that_is_no_choice_is_not_scored_as_wrong(loaded, folder, picked):
     write("q.jsonl", GOOD, GOOD, {**GOOD, "answer": 7})
     with pytest.raises(InputError, match="item 2: its answer 7 is none of the 3 choices"):
-        run_tasks(tiny, task=["mine"], tasks_folder=str(folder), limit=picked, seed=1)
+        run_tasks(loaded, task=["mine"], tasks_folder=str(folder), limit=picked, seed=1)
 
 
-def test_data_on_the_hub_needs_a_network(tiny, folder):
+def test_data_on_the_hub_needs_a_network(loaded, folder):
     hub = YAML.replace("dataset_path: json", "dataset_path: some/questions")
     write("tasks/mine.yaml", hub.replace("dataset_kwargs: {data_files: {test: q.jsonl}}\n", ""))
     with pytest.raises(ResourceError, match=r"data of task 'mine' cannot be fetched .*tasks\.md"):
-        run_tasks(tiny, task=["mine"], tasks_folder=str(folder))
+        run_tasks(loaded, task=["mine"], tasks_folder=str(folder))
 
 
 def scored(*_, **__):
     raise AssertionError("scored, though an item is too long")
 
 
-def test_an_item_that_is_too_long_is_refused_before_any_is_scored(tiny, monkeypatch):
+def test_an_item_that_is_too_long_is_refused_before_any_is_scored(loaded, monkeypatch):
     # 256 tokens are read, of which the last one is only predicted; a byte is a token
     frame = len("Question: \nAnswer:")
     fits = {**GOOD, "question": "x" * (256 - frame - 1)}
-    assert run_tasks(tiny, task=[write("fits.jsonl", fits)])[0].items == 1
+    assert run_tasks(loaded, task=[write("fits.jsonl", fits)])[0].items == 1
     say = {**SAY, "question": "x" * (256 - frame - 10)}
-    assert run_tasks(tiny, task=[write("say.jsonl", say)])[0].items == 1
+    assert run_tasks(loaded, task=[write("say.jsonl", say)])[0].items == 1
     monkeypatch.setattr(harness_module, "evaluate", scored)
     long = write("long.jsonl", *[GOOD] * 4, {**fits, "question": fits["question"] + "x"})
     with pytest.raises(InputError, match=r"'long', line 5 takes 257 tokens .* reads 256; shorten"):
-        run_tasks(tiny, task=["fits.jsonl", long])
+        run_tasks(loaded, task=["fits.jsonl", long])
     long = write("long.jsonl", SAY, {**say, "id": "it", "question": say["question"] + "x"})
     with pytest.raises(InputError, match=r"'long', it takes 257 tokens with its answer"):
-        run_tasks(tiny, task=[long])
+        run_tasks(loaded, task=[long])
 
 
-def test_limits_and_nan(tiny, monkeypatch):
+def test_limits_and_nan(loaded, monkeypatch):
     path = write("q.jsonl", GOOD)
     for wrong in ("limit", "batch"):
         with pytest.raises(InputError, match=f"--{wrong} 0"):
-            run_tasks(tiny, task=[path], **{wrong: 0})
-    head = tiny.model.lm_head
+            run_tasks(loaded, task=[path], **{wrong: 0})
+    head = loaded.model.lm_head
     nan = torch.nn.Parameter(torch.full_like(head.weight, float("nan")))
     monkeypatch.setitem(head._parameters, "weight", nan)
     with pytest.raises(DataError, match="q, dense: log-probabilities are NaN"):
-        run_tasks(tiny, task=[path])
+        run_tasks(loaded, task=[path])
 
 
 def test_the_command_line_scores_and_records_nothing_by_halves(place, capsys):

@@ -15,13 +15,7 @@ from sleb.core.errors import InputError
 from sleb.evaluation.transfer import Transfer, check_transfer, clearly_worse, transfer
 from text_tools import letters
 
-CPU = {"dtype": "float32", "device": "cpu"}
 SMALL = {"windows": 6, "length": 20}
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_dir):
-    return sleb.load(tiny_dir, **CPU)
 
 
 @pytest.fixture
