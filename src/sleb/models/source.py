@@ -180,7 +180,7 @@ def _convert(path: Path, out: Path) -> None:
         f"{path}: transformers {version('transformers')} does not convert this file ({SAID}); give "
         "the model as a Hugging Face checkpoint"
     )
-    with quiet_transformers():
+    with quiet_transformers(), quiet_tqdm():  # 5.17 draws a bar of its own
         with map_exceptions(
             (ImportError, InputError, needs), (Exception, UnsupportedModel, unread)
         ):
@@ -274,8 +274,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_tqdm() -> Iterator[None]:
-    """Silence all bars of the process, for calls into compressed-tensors and llm-compressor: theirs
-    obey no setting."""
+    """Silence all bars of the process, for calls into libraries whose bars obey no setting."""
     from tqdm import tqdm
 
     kept, show = vars(tqdm)["__init__"], tqdm.__init__  # a descriptor, and what it makes
