@@ -108,3 +108,18 @@ def test_search_keeps_blocks_that_only_images_need(name, tmp_path):
     if name == "qwen3_vl":
         with pytest.raises(UnsupportedModel, match="protect"):
             sleb.apply(plan_of(source, 1), source, tmp_path / "cut")
+
+
+@every_wrapper
+def test_healing_leaves_other_towers_to_the_byte(name, tmp_path):
+    source = wrapper_folder(name, tmp_path / "M")
+    cut = sleb.apply(plan_of(source, 3), source, tmp_path / "cut")
+    (tmp_path / "text.txt").write_text(
+        "a block passes its input through; " * 400
+    )
+    given = {"text": (str(tmp_path / "text.txt"),), "tokens": 2000, "device": "cpu"}
+    sleb.heal(cut, model=source, out=tmp_path / "healed", **given)
+    before, after = (load_file(f / "model.safetensors") for f in (cut, tmp_path / "healed"))
+    changed = {tensor for tensor in before if not torch.equal(before[tensor], after[tensor])}
+    assert changed
+    assert not {tensor for tensor in changed if "vis" in tensor or "projector" in tensor}

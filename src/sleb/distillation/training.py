@@ -30,7 +30,7 @@ from sleb.core.files import staged_files
 from sleb.core.progress import Progress
 from sleb.distillation.loss import SplitModel, backward_kl, validate
 from sleb.distillation.record import Reason
-from sleb.models.stack import BlockStack
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.models.stored_names import block_prefix
 
 PATIENCE = 3
@@ -43,9 +43,10 @@ KEY = "sleb.heal"
 class Student:
     """``model``, loaded from ``checkpoint``, with what is to be trained set to require gradients.
 
-    Without ``rank`` that is every weight of the blocks, and of the norms outside of them. The
-    embedding and the head stay, tied or not. With ``rank``, low-rank adapters (LoRA, 2106.09685) of
-    all linear layers of the blocks are trained instead, and merged at the end.
+    Without ``rank`` that is every weight of the blocks, and of the decoder's norms outside of them.
+    The embedding and the head stay, tied or not, and so do towers for images. With ``rank``,
+    low-rank adapters (LoRA, 2106.09685) of all linear layers of the blocks are trained instead, and
+    merged at the end.
 
     Raises:
         UnsupportedModel: a weight is quantized, or stored under a name that is not its own.
@@ -117,6 +118,11 @@ def _trained(name: str, parameter: Tensor, stack: BlockStack) -> bool:
         if not parameter.is_floating_point():
             raise UnsupportedModel(f"{name} is quantized: heal a model before it is quantized")
         return True
+    config: Any = stack.model.config
+    if decoder_config(config) is not config and not name.startswith(
+        f"{stack.path.rpartition('.')[0]}."
+    ):
+        return False  # of a tower beside the decoder
     ends = (stack.model.get_input_embeddings(), stack.model.get_output_embeddings())  # type: ignore[operator]
     fixed = {id(p) for module in ends if module is not None for p in module.parameters()}
     return parameter.dim() == 1 and id(parameter) not in fixed
