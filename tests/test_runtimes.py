@@ -34,7 +34,7 @@ def oracle(path: Path) -> dict:
     """What a right runtime would answer: ids of the probe, and their log-probabilities in the
     model at ``path``, loaded as it is."""
     loaded = sleb.load(path, dtype="float32", device="cpu")
-    windows, _ = sleb.calibration.load_windows(loaded.tokenizer, (), windows=1, length=255, seed=0)
+    windows, _ = sleb.load_windows(loaded.tokenizer, (), windows=1, length=255, seed=0)
     ids = windows.ids
     with torch.inference_mode():
         chances = loaded.model(input_ids=ids).logits[0, :-1].double().softmax(-1)

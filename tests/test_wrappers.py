@@ -77,6 +77,9 @@ def test_the_config_says_the_depth_of_the_decoder(name, tmp_path):
     assert changed <= {"num_hidden_layers", *derived, *per_block}
     assert before is own or before == after
     assert list(after["architectures"]) == before["architectures"]
+    card = (out / "README.md").read_text()
+    assert "image-text-to-text" in card
+    assert "AutoModelForImageTextToText" in card
     sleb.restore(out, tmp_path / "back")
     for file in source.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
@@ -114,9 +117,7 @@ def test_search_keeps_blocks_that_only_images_need(name, tmp_path):
 def test_healing_leaves_other_towers_to_the_byte(name, tmp_path):
     source = wrapper_folder(name, tmp_path / "M")
     cut = sleb.apply(plan_of(source, 3), source, tmp_path / "cut")
-    (tmp_path / "text.txt").write_text(
-        "a block passes its input through; " * 400
-    )
+    (tmp_path / "text.txt").write_text("a block passes its input through; " * 400)
     given = {"text": (str(tmp_path / "text.txt"),), "tokens": 2000, "device": "cpu"}
     sleb.heal(cut, model=source, out=tmp_path / "healed", **given)
     before, after = (load_file(f / "model.safetensors") for f in (cut, tmp_path / "healed"))

@@ -37,9 +37,9 @@ Removed blocks (original numbering, first is 0): {removed}; {left} remain. {chan
 {measured}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = {loader}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
@@ -84,7 +84,8 @@ def cut_card(
     of = plan.model
     told = "\n".join(measured) or "It was not measured: do so before you rely on it."
     return _CARD.format(
-        front=front_matter(source, model),
+        front=front_matter(source, model, images=_reads_images(of.architecture)),
+        loader=f"AutoModelFor{'ImageTextToText' if _reads_images(of.architecture) else 'CausalLM'}",
         name=_title(model, of.architecture or of.model_type),
         gone=len(plan.removed),
         blocks=of.blocks,
@@ -108,9 +109,16 @@ def with_section(folder: Path, title: str, lines: Iterable[str]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def front_matter(source: Path, model: str | None = None) -> str:
+def _reads_images(architecture: str) -> bool:
+    """Whether the original is a decoder with towers for images beside it, by its class's name;
+    encoder-decoders, which are called so too, are not cut."""
+    return architecture.endswith("ForConditionalGeneration")
+
+
+def front_matter(source: Path, model: str | None = None, *, images: bool = False) -> str:
     """Lines from ``---`` to ``---``, valid YAML. ``source`` is the original's folder, ``model``
-    the original as the user named it: it becomes the base model if it is an id on the hub.
+    the original as the user named it: it becomes the base model if it is an id on the hub;
+    ``images``: the model reads images too.
 
     The hub knows four relations to a base model (adapter, finetune, merge, quantized); a cut is
     shown under the second, which is the one for changed weights.
@@ -119,7 +127,7 @@ def front_matter(source: Path, model: str | None = None) -> str:
 
     fields: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if images else "text-generation",
         "tags": ["sleb", "pruned", "block-pruning"],
         **inherited(source),
     }

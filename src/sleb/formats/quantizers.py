@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import SAID, DataError, UnsupportedModel, VerificationFailed, map_exceptions
 from sleb.core.progress import Progress
+from sleb.models.auto_classes import auto_class
 from sleb.models.load import DTYPES, load_config, strict_model
 from sleb.models.source import quiet_tqdm, quiet_transformers
 from sleb.models.stack import BlockStack
@@ -174,8 +175,9 @@ def _by_rows(path: Path, dtype: torch.dtype, ignore: Sequence[str], trust: bool)
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(ignore) or None)
+    loader = auto_class(load_config(path, trust_remote_code=trust)) or AutoModelForCausalLM
     with quiet_transformers(), _failing("torchao"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loader.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,

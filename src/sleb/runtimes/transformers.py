@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sleb.core.errors import DataError, UnsupportedModel
+from sleb.models.auto_classes import auto_class
 from sleb.runtimes.base import Prompts, Runtime, Settings
 
 
 class Transformers(Runtime):
     """Greedy, with a cache. To time, blocks are found by sleb's own loader, so that they can be
-    bypassed; to score, the checkpoint is loaded without anything of sleb."""
+    bypassed; to score, the checkpoint is loaded by transformers alone."""
 
     def __init__(self, settings: Settings) -> None:
         self.drafts: list[Any] = []
@@ -160,13 +161,15 @@ class Transformers(Runtime):
 
 def _plain(settings: Settings) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    trust = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(settings.path, trust_remote_code=trust)
+    model = (auto_class(config) or AutoModelForCausalLM).from_pretrained(
         settings.path,
         dtype=getattr(torch, settings.dtype),
         use_safetensors=True,
-        trust_remote_code=settings.trust_remote_code,
+        trust_remote_code=trust,
     )
     return model.to(settings.device).eval()
 
