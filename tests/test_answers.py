@@ -17,12 +17,12 @@ from scipy import stats
 import conftest
 import sleb
 from conftest import byte_tokenizer
+from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.core.errors import InputError
 from sleb.core.statistics import proportion
 from sleb.evaluation import answers
 from sleb.evaluation.answer_checks import first_difference, language, repetition, script
 from sleb.evaluation.answers import Comparison, compare
-from sleb.evaluation.prompts import Prompt
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (

@@ -12,12 +12,12 @@ import typer
 import sleb
 from conftest import save_tiny
 from sleb.acceptance import LIMITS, Gate
+from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import SOURCES
 from sleb.cli import verbs
 from sleb.cli.main import app, main
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
-from sleb.evaluation.prompts import read_prompts
 from sleb.project import Project, write_project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS

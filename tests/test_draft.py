@@ -16,8 +16,8 @@ from cli_tools import refused, run
 from conftest import byte_tokenizer, save_tiny
 from plan_tools import plan_of
 from runtime_tools import CPU, InProcess
+from sleb.calibration.prompts import Prompt
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.evaluation.prompts import Prompt
 from sleb.runtimes import worker
 from sleb.runtimes.speculative import Drafting, Tally, acceptance_rate, draft
 from sleb.runtimes.transformers import Transformers

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.core.errors import InputError
-from sleb.evaluation.prompts import Prompt, read_prompts
 
 TURN = {"role": "user", "content": "a"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sleb.evaluation.prompts import read_prompts
+from sleb.calibration.prompts import read_prompts
 
 FILE = Path(str(files("sleb.data") / "prompts.jsonl"))
 SHARES = {

@@ -188,7 +188,9 @@ class SelectionOptions(Options):
     """Choice of blocks."""
 
     metric: str = option(
-        "loss", "loss (SLEB), one-shot-loss, cosine, kl or repaired-loss. See docs/method.md."
+        "loss",
+        "loss (SLEB), one-shot-loss, cosine, kl, repaired-loss, or answers: divergence on answers "
+        "to --prompts. See docs/method.md.",
     )
     strategy: str | None = option(
         None,
@@ -229,6 +231,31 @@ class HeldoutOptions(Options):
     """Text to measure on."""
 
     heldout: int = option(16, "Windows to set aside for quality.", ge=0)
+
+
+class PromptOptions(Options):
+    """Prompts to be answered as now."""
+
+    prompts: tuple[str, ...] = option(
+        (),
+        "Prompts like those of the real job, which the dense model answers: blocks are chosen, "
+        "repaired and measured by these answers too. A .jsonl, .json, .parquet or .txt file; "
+        "repeat for several; none for none. Default: of prune and run 300 embedded ones, where the "
+        "model answers chats.",
+        metavar="FILE",
+    )
+    max_prompts: int | None = option(
+        None, "Answer so many at most. Default: 64, on a GPU 1024.", ge=8
+    )
+    new_tokens: int | None = option(
+        None, "Longest answer, in tokens. Default: 96, on a GPU 256.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if "none" in self.prompts and len(self.prompts) > 1:
+            raise InputError("--prompts none stands alone; leave it or the files out")
+        return self
 
 
 class TrustOptions(Options):
@@ -331,6 +358,7 @@ GROUPS: tuple[type[Options], ...] = (
     TextOptions,
     LengthOptions,
     HeldoutOptions,
+    PromptOptions,
     RepairOptions,
     DepthOptions,
     DeviceOptions,
@@ -360,6 +388,7 @@ class SearchConfig(
     TextOptions,
     LengthOptions,
     HeldoutOptions,
+    PromptOptions,
     LoadOptions,
     ComputeOptions,
 ):

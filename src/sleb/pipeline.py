@@ -11,22 +11,32 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from sleb.calibration.answers import ANSWERS
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
-from sleb.config import LoadOptions, PruneConfig, SearchConfig, WriteConfig, takes
+from sleb.config import (
+    LoadOptions,
+    PromptOptions,
+    PruneConfig,
+    SearchConfig,
+    WriteConfig,
+    takes,
+)
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, writable_target
 from sleb.core.plan import Plan, Target, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
+from sleb.evaluation.agreement import measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair
+from sleb.repairs.answering import asked_of, with_answers
 from sleb.repairs.search import search
 from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import NLL
@@ -118,10 +128,12 @@ def _find(
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
     split, status = _split(loaded, config)
+    specs = asked_of(loaded, config.part(PromptOptions), embedded=True)
+    split = with_answers(loaded, split, specs, config.part(PromptOptions), watch)
     limit = None  # on the loss of what is repaired
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
-        if not config.strategy and config.metric == "loss" and goal.remove is not None:
+        if not config.strategy and config.metric in ("loss", "answers") and goal.remove is not None:
             config = config.replaced({"strategy": GREEDY_OR_WINDOW})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
             limit = goal.max_loss_increase
@@ -146,6 +158,8 @@ def _find(
         setting |= {"processes": group().size * group().tp}
     facts |= {"repair": status, "environment": setting}
     facts |= _measured(loaded, plan, fixed, split.heldout, config, watch)
+    if split.answers:  # last, as the model in memory is cut for it
+        facts["prompts"] = measure_answers(loaded, split.answers, plan, fixed, watch)
     return _Found(plan, fixed, source.path, stack.streamed, facts)
 
 
@@ -273,8 +287,7 @@ def _repaired(
     Raises:
         VerificationFailed: it is so with a single removal.
     """
-    fit, validation, heldout = split.repair_fit, split.repair_validation, split.heldout
-    assert validation is not None
+    fit, validation, heldout = split.repair_fit, split.validation, split.heldout
     while True:
         fixed, status = _fitted(model, plan, (fit, validation), config, progress)
         roles = {"repair_fit": fit, "repair_validation": validation} if fixed else {}
@@ -331,14 +344,15 @@ def _fitted(
         return None, RepairStatus(status="not-possible", reason=str(error))
     if not found.tensors:
         return None, RepairStatus(status="no-gain")
-    seen = found.record.calibration
+    seen = [source.spec for source in found.record.calibration.sources]
     return found, RepairStatus(
         status="repaired",
         tensors=len(found.tensors),
         gaps=sum(gap.ridge is not None for gap in found.record.gaps),
         gaps_total=len(found.record.gaps),
-        tokens=seen.windows * seen.length,
-        self_generated=SELF_GENERATED in [source.spec for source in seen.sources],
+        tokens=windows[0].tokens,
+        self_generated=SELF_GENERATED in seen,
+        answers=len(windows[0].of(ANSWERS)),
         validation_windows=len(windows[1].ids),
     )
 

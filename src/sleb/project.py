@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sleb.acceptance import Gate
+from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import parse_source
 from sleb.calibration.windows import load_windows
 from sleb.config import (
@@ -37,7 +38,6 @@ from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.toml import read_toml
 from sleb.evaluation.answers import Comparison, compare
-from sleb.evaluation.prompts import read_prompts
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, pick_device

@@ -24,6 +24,7 @@ from typing_extensions import Self
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.files import write_text
 from sleb.core.progress import Progress, Tick
+from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult
@@ -65,7 +66,8 @@ class EvaluationText:
 @dataclass(frozen=True, kw_only=True)
 class RepairStatus:
     """What became of the repair: ``tensors`` re-fitted around ``gaps`` of ``gaps_total`` gaps, on
-    ``tokens`` tokens, a third of them ``self_generated`` text, validated on other windows.
+    ``tokens`` tokens, some of them ``self_generated`` text and ``answers`` to so many prompts,
+    validated on other windows.
     ``reason``: the message that says why it was not possible. ``note``: see EvaluationText."""
 
     status: Literal["repaired", "not-asked", "not-possible", "no-gain"]
@@ -75,6 +77,7 @@ class RepairStatus:
     gaps_total: int = 0
     tokens: int = 0
     self_generated: bool = False
+    answers: int = 0
     validation_windows: int = 0
     note: str = ""
 
@@ -140,7 +143,8 @@ class RunRecord:
 
     The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
     pruned). ``evaluation_text`` is null where no text was left to measure on, ``repair`` in records
-    from before there was one. ``similarity[i][j]``: mean cosine of the dense model's states i and j
+    from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
+    ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the dense model's states i and j
     (0 is the embedding, i + 1 the output of block i).
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
@@ -161,6 +165,7 @@ class RunRecord:
     similarity: tuple[tuple[float, ...], ...] | None = None
     tasks: tuple[TaskResult, ...] | None = None
     answers: Comparison | None = None
+    prompts: AnswersKept | None = None
     speed: Speed | None = None
     transfer: Transfer | None = None
     gate: GateResult | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
+from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.calibration.split import SELF_GENERATED
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
@@ -46,7 +47,6 @@ from sleb.evaluation import answers, perplexity
 from sleb.evaluation import transfer as transfers
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
-from sleb.evaluation.prompts import Prompt, read_prompts
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer
 from sleb.formats.exports import Export, export_plan

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
-from sleb.calibration.windows import Texts, Windows, recount
+from sleb.calibration.answers import AnswerSplit
+from sleb.calibration.windows import Texts, Windows
 from sleb.core.errors import InputError
 from sleb.core.plan import SourceRecord
 
@@ -40,7 +40,8 @@ Writer = Callable[[int, int, int], Tensor]
 class CalibrationSplit:
     """Windows by role. ``search``: what blocks are chosen by. ``heldout``: what the result is
     measured on, in no other role. ``repair_given`` and ``repair_validation``: see
-    :meth:`with_repair`. Without ``texts`` there are no windows for further roles.
+    :meth:`with_repair`. Without ``texts`` there are no windows for further roles. ``answers`` stand
+    beside the texts in every role.
     """
 
     search: Windows
@@ -49,6 +50,7 @@ class CalibrationSplit:
     repair_given: Windows | None = None
     repair_validation: Windows | None = None
     generated: _Generated | None = None
+    answers: AnswerSplit | None = None
 
     @classmethod
     def of(
@@ -92,18 +94,35 @@ class CalibrationSplit:
         Raises:
             InputError: no text is left over.
         """
-        rest, fitted, _ = self._repair_rows(tokens // self._length)
+        given = tokens // 2 if self.answers else tokens
+        rest, fitted, _ = self._repair_rows(given // self._length)
         if not fitted:
             raise InputError(
                 "no text is left over to fit repairs on: give more --text, or fewer --windows"
             )
-        return rest.take(fitted)
+        found = rest.take(fitted)
+        if self.answers is None:
+            return found
+        fit = self.answers.fit
+        each = max(1, fit.record.sources[-1].tokens // fit.record.sources[-1].documents)
+        rows = range(len(fit.ids))
+        return found.beside(fit.take(_spread(rows, min(len(rows), given // each + 1))))
 
     @property
     def repair_fit(self) -> Windows:
-        """What a repair is fitted on: what is given, and self-generated windows behind it."""
+        """What a repair is fitted on: what is given, self-generated windows behind it, and then
+        answers."""
         assert self.repair_given is not None
-        return self.generated.behind(self.repair_given) if self.generated else self.repair_given
+        found = self.generated.behind(self.repair_given) if self.generated else self.repair_given
+        return found.beside(self.answers.search + self.answers.fit) if self.answers else found
+
+    @property
+    def validation(self) -> Windows:
+        """What decides whether a fit stays."""
+        assert self.repair_validation is not None
+        if self.answers is None:
+            return self.repair_validation
+        return self.repair_validation.beside(self.answers.validation)
 
     @property
     def _length(self) -> int:
@@ -139,12 +158,17 @@ class CalibrationSplit:
         return replace(self, generated=made)
 
     @property
-    def final_comparison(self) -> Tensor:
-        """Windows [N, T] that compare what a search ends with: its own, and self-generated ones
-        behind them."""
-        if self.generated is None:
-            return self.search.ids
-        return torch.cat((self.search.ids, self.generated.validation))
+    def final_comparison(self) -> Windows:
+        """Windows that compare what a search ends with: its own, self-generated ones, and
+        answers."""
+        found = joined(self.search, self.generated.validation) if self.generated else self.search
+        return found.beside(self.answers.search) if self.answers else found
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def with_answers(self, answers: AnswerSplit) -> CalibrationSplit:
+        """This split with the dense model's answers in every role."""
+        return replace(self, answers=answers)
 
     # -- other roles ---------------------------------------------------------------------------
 
@@ -162,6 +186,8 @@ class CalibrationSplit:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the token ids by role, as the plan records them before a repair."""
         roles = {"search": self.search, "heldout": self.heldout}
+        if self.answers:
+            roles |= {"answers_search": self.answers.search, "answers": self.answers.measured}
         return {role: w.record.sha256 for role, w in roles.items() if w is not None}
 
 
@@ -193,7 +219,6 @@ class _Generated:
 
 def joined(windows: Windows, ids: Tensor) -> Windows:
     """``windows`` and behind them ``ids`` [N, T], which a model has written."""
-    record = windows.record
     source = SourceRecord(
         spec=SELF_GENERATED,
         sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
@@ -201,16 +226,9 @@ def joined(windows: Windows, ids: Tensor) -> Windows:
         tokens=ids.numel(),
         windows=len(ids),
     )
-    record = record.model_copy(update={"sources": (*record.sources, source)})
-    every = torch.cat((windows.ids, ids))
-    sources = windows.source + (len(windows.names),) * len(ids)
-    return replace(
-        windows,
-        ids=every,
-        source=sources,
-        names=(*windows.names, SELF_GENERATED),
-        record=recount(record, every, sources),
-    )
+    record = windows.record.model_copy(update={"sources": (source,)})
+    names, rows = (SELF_GENERATED,), (0,) * len(ids)
+    return windows.beside(Windows(ids=ids, source=rows, names=names, record=record))
 
 
 def _of_each_text(windows: Windows, rows: Sequence[int], n: int, *, most: int) -> list[int]:

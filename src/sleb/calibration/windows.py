@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sleb.calibration.sources import Source, parse_source, read_documents
 from sleb.calibration.tokens import encode_text, opening_tokens
@@ -26,27 +27,72 @@ DEFAULT_WINDOWS = 32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
-    """N windows of T token ids. ``source`` gives each window's index into ``names``."""
+    """N windows of T token ids. ``source`` gives each window's index into ``names``.
+
+    ``scored`` [N, T] says which tokens count, as the prediction of a model; by default all but the
+    first. Behind a window's last one there may be padding.
+    """
 
     ids: Tensor  # [N, T] int64
     source: tuple[int, ...]
     names: tuple[str, ...]
     record: Calibration
+    scored: Tensor | None = None
 
     def take(self, rows: Sequence[int]) -> Windows:
         """Some of the windows, in the order of ``rows``."""
         source = tuple(self.source[row] for row in rows)
-        return replace(
-            self,
-            ids=self.ids[list(rows)],
-            source=source,
-            record=recount(self.record, self.ids[list(rows)], source),
-        )
+        scored = None if self.scored is None else self.scored[list(rows)]
+        return self._with(self.ids[list(rows)], source, scored)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows, without padding."""
+        return self.ids.numel() if self.scored is None else int(unpadded(self.scored).sum())
+
+    def of(self, name: str) -> list[int]:
+        """The windows of one source, by its name."""
+        wanted = self.names.index(name) if name in self.names else -1
+        return [i for i, k in enumerate(self.source) if k == wanted]
 
     def __add__(self, other: Windows) -> Windows:
         """These and then the windows of ``other``, which are from the same sources."""
-        ids, source = torch.cat((self.ids, other.ids)), self.source + other.source
-        return replace(self, ids=ids, source=source, record=recount(self.record, ids, source))
+        (ids, scored), (more, too) = _as_wide(self, other)
+        both = None if scored is None or too is None else torch.cat((scored, too))
+        return self._with(torch.cat((ids, more)), self.source + other.source, both)
+
+    def beside(self, other: Windows) -> Windows:
+        """These and then the windows of ``other``, which are from other sources."""
+        records = self.record.sources + other.record.sources
+        shifted = tuple(k + len(self.names) for k in other.source)
+        names = self.names + other.names
+        record = self.record.model_copy(update={"sources": records})
+        moved = replace(other, source=shifted, names=names, record=record)
+        return replace(self, names=names, record=record) + moved
+
+    def _with(self, ids: Tensor, source: tuple[int, ...], scored: Tensor | None) -> Windows:
+        record = recount(self.record, ids, source, scored)
+        return replace(self, ids=ids, source=source, scored=scored, record=record)
+
+
+def _as_wide(*several: Windows) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Ids and what is scored of each, padded to the widest; None where all is scored of all."""
+    wide = max(w.ids.shape[1] for w in several)
+    every = all(w.scored is None and w.ids.shape[1] == wide for w in several)
+    for w in several:
+        missing = wide - w.ids.shape[1]
+        scored = torch.ones_like(w.ids, dtype=torch.bool) if w.scored is None else w.scored
+        yield pad(w.ids, (0, missing)), None if every else pad(scored, (0, missing))
+
+
+def unpadded(scored: Tensor) -> Tensor:
+    """Which tokens [N, T] are none of the padding behind the last one that is scored."""
+    return scored.flip(1).cumsum(1).flip(1) > 0
+
+
+def used_length(scored: Tensor) -> int:
+    """How many tokens of windows hold all that is scored. scored [N, T]."""
+    return int(scored.any(0).nonzero().max()) + 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -249,17 +295,21 @@ def _fits(texts: Sequence[_Text], shares: list[int]) -> bool:
     return all(0 < n <= s.windows for s, n in zip(texts, shares, strict=True))
 
 
-def recount(record: Calibration, ids: Tensor, source: tuple[int, ...]) -> Calibration:
+def recount(
+    record: Calibration, ids: Tensor, source: tuple[int, ...], scored: Tensor | None = None
+) -> Calibration:
     """The record of other windows from the same sources."""
     counted = tuple(
         known.model_copy(update={"windows": source.count(i)})
         for i, known in enumerate(record.sources)
     )
-    changed = {"sources": counted, "windows": len(ids), "sha256": digest(ids)}
+    changed = {"sources": counted, "windows": len(ids), "sha256": digest(ids, scored)}
     return record.model_copy(update=changed)
 
 
-def digest(ids: Tensor) -> str:
-    """SHA-256 over the ids as little-endian int64, row by row, and then N and T likewise."""
-    raw = ids.numpy().astype("<i8").tobytes()
+def digest(ids: Tensor, scored: Tensor | None = None) -> str:
+    """SHA-256 over the ids as little-endian int64, row by row, and then N and T likewise; before
+    them, where not all is scored, a byte a token."""
+    raw = b"" if scored is None else scored.numpy().tobytes()
+    raw += ids.numpy().astype("<i8").tobytes()
     return hashlib.sha256(raw + struct.pack("<2q", *ids.shape)).hexdigest()

@@ -162,13 +162,15 @@ class Finalist(_Record):
 
 class FinalComparison(_Record):
     """Sets that were compared at the end of a search by their loss after a quick repair, best
-    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, ``self_generated`` of
-    these were written by the model itself."""
+    first. ``fitted``: tokens that each repair saw; ``windows`` scored them, of which the model has
+    written ``self_generated``, and ``answers`` to prompts. With answers the best set is that which
+    loses least on them, of those that lose little more on texts than the one that is best there."""
 
     sets: Annotated[tuple[Finalist, ...], Field(min_length=2)]
     fitted: Count
     windows: Count
     self_generated: Count
+    answers: Count = 0
 
 
 class SimilarityGate(_Record):

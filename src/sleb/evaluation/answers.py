@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sleb.calibration.prompts import Prompt, Read
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
-from sleb.evaluation.prompts import Prompt, Read, read_alike
+from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.models.source import quiet_transformers
 
@@ -220,8 +221,8 @@ def _compared(
 
 
 def _hashed(prompt: Prompt) -> dict[str, Any]:
-    """The prompt as JSON; tools only where there are some, so that earlier hashes hold."""
-    return {k: v for k, v in asdict(prompt).items() if k != "tools" or v}
+    """The prompt as JSON; what came later only where there is some, so that earlier hashes hold."""
+    return {k: v for k, v in asdict(prompt).items() if k not in ("tools", "expected") or v}
 
 
 def _answers(

@@ -95,8 +95,10 @@ def repair(
     if self_generated or (self_generated is None and can_generate(stack)):
         windows = with_self_generated(model, windows, progress)
     stored = _Stored(Checkpoint.open(model.source.path), stack)
-    sweep = Sweep(stack, validation.ids, NLL, batch=batch)
-    fitter = Regression(stack, removed, windows.ids, sweep.batch, writers, stored.rounded)
+    sweep = Sweep(stack, validation.ids, NLL, batch=batch, scored=validation.scored)
+    fitter = Regression(
+        stack, removed, windows.ids, sweep.batch, writers, stored.rounded, scored=windows.scored
+    )
     validate = _Validation(sweep, removed, validation)
     found: list[RepairedGap] = []
     tensors: dict[str, Tensor] = {}

@@ -24,11 +24,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sleb.calibration.windows import unpadded, used_length
 from sleb.checkpoints.cut import consecutive_runs
 from sleb.core.process_group import group
 from sleb.core.progress import Tick
@@ -81,7 +83,8 @@ def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[G
 
 
 class Regression:
-    """Walks the dense and the cut model side by side over windows of tokens. ids [N, T].
+    """Walks the dense and the cut model side by side over windows of tokens. ids [N, T]; what is
+    behind the last token that is ``scored`` [N, T] is padding, and not fitted on.
 
     Weights of the model change as fits are made; :meth:`restore` puts all of them back. Memory:
     both streams, here and where the gap's fit began, and two targets of one block, [N, T, D] each;
@@ -103,12 +106,20 @@ class Regression:
         batch: int,
         writers: dict[int, ResidualWriters] | None = None,
         rounded: Rounded = lambda block, path, new: new,
+        *,
+        scored: Tensor | None = None,
     ) -> None:
         self.stack, self.removed, self.rounded = stack, frozenset(removed), rounded
         self.tick: Tick = lambda n, note="": None
         here = group()
-        ids = ids[len(ids) * here.rank // here.size : len(ids) * (here.rank + 1) // here.size]
-        self.parts = torch.split(ids, batch) if len(ids) else ()
+        mine = slice(len(ids) * here.rank // here.size, len(ids) * (here.rank + 1) // here.size)
+        self.parts = torch.split(ids[mine], batch) if len(ids[mine]) else ()
+        self.real: list[Any] = [None] * len(self.parts)  # which tokens are no padding, [B, T]
+        if scored is not None and self.parts:
+            real = torch.split(unpadded(scored[mine]), batch)
+            self.real = [part[:, : used_length(part)] for part in real]
+            lengths = [part.shape[1] for part in self.real]
+            self.parts = tuple(p[:, :n] for p, n in zip(self.parts, lengths, strict=True))
         entered = [stack.enter(part) for part in self.parts]
         self.calls = [calls for _, calls in entered]
         self.dense = [hidden for hidden, _ in entered]
@@ -257,9 +268,10 @@ class Regression:
         )
         cross = gram.new_zeros((weights[0].shape[0], seen_width))
         with seen.recorded():
-            for out, target in zip(self.run(block, self.cut), targets, strict=True):
+            outs = zip(self.run(block, self.cut), targets, self.real, strict=True)
+            for out, target, real in outs:
                 value = stream_before(out, seen, writers.last) if inner else out
-                for x, y in _weighted(seen, names, target, value):
+                for x, y in _weighted(seen, names, target, value, real):
                     gram += (x.T @ x).to(gram)
                     cross += (y.T @ x).to(gram)
         group().sum_(gram, cross)
@@ -293,18 +305,15 @@ class Regression:
             """Inputs x / rms(y) [R, in], directions y / rms(y) [R, D] and residuals [R, D], in
             float32, all times the root of the token's weight."""
             with seen.recorded():
-                for out, target in zip(self.run(block, self.cut), targets, strict=True):
+                outs = zip(self.run(block, self.cut), targets, self.real, strict=True)
+                for out, target, real in outs:
                     value = stream_before(out, seen, writers.last) if name in writers.inner else out
-                    wanted = target.to(value.device).flatten(0, -2).float()
+                    wanted = _rows(target.to(value.device), real).float()
                     root = gain_weight(wanted)
-                    y = seen.outputs[name].flatten(0, -2).float()
+                    y = _rows(seen.outputs[name], real).float()
                     scale = root * y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-                    x = seen.given(name).flatten(0, -2).float()
-                    yield (
-                        x * scale,
-                        y * scale,
-                        (wanted - value.flatten(0, -2).float()) * root,
-                    )
+                    x = _rows(seen.given(name), real).float()
+                    yield x * scale, y * scale, (wanted - _rows(value, real).float()) * root
 
         for _ in range(ROUNDS):
             weight, gains = weight_of(matrix), weight_of(gain_of)
@@ -335,13 +344,18 @@ class Regression:
             self.write(block, f"{norm.path}.weight", new)
 
 
+def _rows(x: Tensor, real: Tensor | None) -> Tensor:
+    """The real tokens of x [B, T, D] -> [R, D]."""
+    return x.flatten(0, -2) if real is None else x[real.to(x.device)]
+
+
 def _weighted(
-    seen: Outputs, names: Sequence[str], target: Tensor, value: Tensor
+    seen: Outputs, names: Sequence[str], target: Tensor, value: Tensor, real: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs with a one behind them [rows, inputs + 1] and residuals [rows, D], in float32, both
     times the root of the token's weight; at most ``ROWS`` rows at a time."""
-    columns = [seen.given(name).flatten(0, -2) for name in names]
-    target, value = target.flatten(0, -2), value.flatten(0, -2)
+    columns = [_rows(seen.given(name), real) for name in names]
+    target, value = _rows(target, real), _rows(value, real)
     for a in range(0, len(target), ROWS):
         rows = slice(a, a + ROWS)
         wanted = target[rows].to(value.device).float()

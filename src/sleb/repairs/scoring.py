@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from sleb.calibration.windows import Windows
 from sleb.core.statistics import Values
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.residual_writers import ResidualWriters
@@ -22,9 +23,9 @@ from sleb.selection.sweep import Sweep
 RIDGE = 0.1
 
 
-def repaired_scorer(sweep: Sweep, ids: Tensor) -> Scorer:
-    """Scores sets by ``sweep``, each after a repair that is fitted on windows ``ids`` [N, T]."""
-    scores = RepairedScores(sweep, ids)
+def repaired_scorer(sweep: Sweep, windows: Windows) -> Scorer:
+    """Scores sets by ``sweep``, each after a repair that is fitted on ``windows``."""
+    scores = RepairedScores(sweep, windows.ids, windows.scored)
     return Scorer(
         values=scores.values,
         work=scores.work,
@@ -34,13 +35,14 @@ def repaired_scorer(sweep: Sweep, ids: Tensor) -> Scorer:
 
 
 class RepairedScores:
-    """Scores sets of blocks as a Sweep does, each after a repair fitted on ``ids`` [N, T].
+    """Scores sets of blocks as a Sweep does, each after a repair fitted on ``ids`` [N, T]; see
+    :class:`sleb.repairs.regression.Regression` for what is ``scored``.
 
     Blocks that are offloaded are read once to fit a set, up to where its last gap ends, and once to
     score it."""
 
-    def __init__(self, sweep: Sweep, ids: Tensor) -> None:
-        self.sweep, self.ids = sweep, ids
+    def __init__(self, sweep: Sweep, ids: Tensor, scored: Tensor | None = None) -> None:
+        self.sweep, self.ids, self.scored = sweep, ids, scored
         self._tick: Callable[[int], None] = lambda n: None
         self._writers: dict[int, ResidualWriters] = {}
 
@@ -62,7 +64,9 @@ class RepairedScores:
         stack = self.sweep.stack
         if blocks == DENSE:
             return self.sweep.values([blocks], start, stop)
-        fitter = Regression(stack, blocks, self.ids, self.sweep.batch, self._writers)
+        fitter = Regression(
+            stack, blocks, self.ids, self.sweep.batch, self._writers, scored=self.scored
+        )
         fitter.tick = self._tick
         try:
             for gap in gaps(blocks, len(stack)):

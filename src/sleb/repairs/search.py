@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.calibration.split import CalibrationSplit
-from sleb.config import LoadOptions, SearchConfig, takes
+from sleb.config import LoadOptions, PromptOptions, SearchConfig, takes
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import LoadedModel, load
+from sleb.repairs.answering import asked_of, with_answers
 from sleb.repairs.scoring import repaired_scorer
 from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import METRICS
@@ -36,7 +37,8 @@ def search(
             :class:`sleb.config.SearchConfig`. Exactly one target is given: ``remove``,
             ``max_loss_increase``, ``speedup`` or ``size`` (with ``curve`` none means half of the
             blocks). The result is a function of the inputs and the seed.
-        split: windows that were chosen before, in place of ``text``, ``windows`` and ``heldout``.
+        split: windows that were chosen before, in place of ``text``, ``windows``, ``heldout`` and
+            ``prompts``.
         after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
             quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
@@ -61,6 +63,9 @@ def search(
             seed=config.seed,
             heldout=config.heldout if measures_heldout else 0,
         )
+        of_answers = METRICS[config.metric].answers
+        specs = asked_of(model, config.part(PromptOptions), embedded=of_answers)
+        split = with_answers(model, split, specs, config.part(PromptOptions), progress)
     strategy = config.strategy or METRICS[config.metric].strategy
     if strategy == GREEDY_OR_WINDOW and split.generated is None and can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress), compare=True)

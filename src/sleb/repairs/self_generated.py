@@ -79,9 +79,9 @@ def write(model: LoadedModel, n: int, length: int, seed: int, progress: Progress
     with progress.stage("writing text", pieces) as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts, starts = [], _starts(model, opening, pieces, seed).to(device)
-        at_once = _at_once(model.stack, piece)
+        together = at_once(model.stack, piece)
         for prompts, heats in zip(
-            torch.split(starts, at_once), torch.split(heat, at_once), strict=True
+            torch.split(starts, together), torch.split(heat, together), strict=True
         ):
             parts.append(_continued(model, prompts, heats, piece)[:, -piece:].cpu())
             tick(len(prompts))
@@ -145,7 +145,7 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) ->
     return written
 
 
-def _at_once(stack: BlockStack, length: int) -> int:
+def at_once(stack: BlockStack, length: int) -> int:
     """Sequences to write together: with another number, other tokens are sampled."""
     config = decoder_config(stack.model.config)
     heads = getattr(config, "num_attention_heads", None) or 1

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sleb.calibration.prompts import Prompt
 from sleb.calibration.windows import load_windows
 from sleb.config import BenchConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values
-from sleb.evaluation.prompts import Prompt, read_alike
+from sleb.evaluation.prompts import read_alike
 from sleb.models.load import load_tokenizer
 from sleb.runtimes.base import Prompts
 from sleb.runtimes.bench import (

@@ -24,25 +24,45 @@ class TokenMetric:
     """Value per predicted token from logits, or M of them.
 
     ``tokens(logits [N, V], targets [N], dense logits [N, V] or None) -> float32 [N]`` or [N, M].
+    ``window(values [B, P] or [B, P, M], scored [B, P]) -> [B]`` or [B, M'] makes one of the scored
+    tokens' values, by default their mean.
     """
 
     name: str
     unit: str
     tokens: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     needs_dense: bool = False
+    window: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def reduced(self, values: Tensor, scored: Tensor | None) -> Tensor:
+        """One value, or several, of each window, float64: of all tokens without ``scored``."""
+        values = values.double()
+        if scored is None and self.window is None:
+            return values.mean(1)
+        if scored is None:
+            scored = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return (self.window or mean_of)(values, scored)
+
+
+def mean_of(values: Tensor, scored: Tensor) -> Tensor:
+    """Means over the scored tokens. values [B, P] or [B, P, M], scored [B, P] -> [B] or [B, M]."""
+    counts = scored.to(values)
+    return torch.einsum("bp...,bp->b...", values, counts / counts.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A user's choice of ``--metric``: what is measured, and whether it is measured again after
     every removal (``greedy``) or once (``one-shot``). ``token`` is None for a profile metric.
-    ``repaired``: measured after a repair of the cut; see ``sleb.repairs.scoring``."""
+    ``repaired``: measured after a repair of the cut; see ``sleb.repairs.scoring``. ``answers``:
+    measured on the dense model's answers to prompts in place of texts."""
 
     token: TokenMetric | None
     unit: str
     strategy: str
     source: str
     repaired: bool = False
+    answers: bool = False
 
 
 METRICS: Registry[Metric] = Registry("metric")
@@ -115,5 +135,14 @@ METRICS.register("cosine")(
         unit="1 - cosine",
         strategy="one-shot",
         source="SLEB (2402.09025), metric 1; Block Influence of ShortGPT (2403.03853)",
+    )
+)
+METRICS.register("answers")(
+    Metric(
+        token=KL,
+        unit=KL.unit,
+        strategy="greedy",
+        source="divergence from the dense model on its own answers to prompts",
+        answers=True,
     )
 )

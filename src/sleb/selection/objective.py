@@ -22,7 +22,7 @@ from sleb.core.files import disk_errors
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Values
-from sleb.selection.racing import Race
+from sleb.selection.racing import Race, leaders
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class Objective:
     ``cache``, under ``kind``, before it is used. Every round of scoring is a stage of ``progress``
     with this ``title``. ``enough(order)`` tells a strategy that a target is reached by removing
     ``order``. ``final`` scores sets by what is wanted in the end, where that is too dear for every
-    candidate; by default it is the objective itself.
+    candidate; by default it is the objective itself. ``leaders`` puts sets in order by their scores
+    [sets, windows], by default by the mean. ``others`` score by something else, by its name, and
+    may suggest other sets for the final comparison.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class Objective:
         self.scorer = scorer if isinstance(scorer, Scorer) else Scorer(values=scorer)
         self.n_windows = n_windows
         self.final: Objective = self
+        self.others: dict[str, Objective] = {}
+        self.leaders: Callable[[Values], list[int]] = leaders
         self.exact, self.enough = exact, enough
         self._cache, self._kind, self._progress, self._title = cache, kind, progress, title
         self._known: dict[BlockSet, Values] = {}

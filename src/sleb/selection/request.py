@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.calibration import check_sources
+from sleb.calibration.answers import prompts_of
 from sleb.checkpoints.depth_fields import reindex
 from sleb.config import SearchConfig, TargetOptions
 from sleb.core.errors import InputError, UnsupportedModel
@@ -113,6 +114,8 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     """
     goal = check_options(config)
     check_sources(config.text)
+    if config.prompts and config.prompts != ("none",):
+        prompts_of(config.prompts)
     source = group().sequentially(lambda: resolve(model, progress))
     loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import random
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from sleb.calibration.split import CalibrationSplit
-from sleb.calibration.windows import Windows, digest
+from sleb.calibration.answers import ANSWERS
+from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
 from sleb.config import SearchConfig
 from sleb.core.errors import InputError
@@ -31,6 +32,7 @@ from sleb.core.plan import (
 )
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
+from sleb.core.statistics import Values
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
@@ -55,8 +57,12 @@ SEARCH_TOKENS = 16_384
 FINAL_TOKENS = 8192
 """Likewise of a set that is one of a few: they differ by more than text does."""
 
-RepairedScorer = Callable[[Sweep, Tensor], Scorer]
-"""Scores sets as a sweep does, each after a repair that is fitted on windows [N, T]."""
+TEXT_TOLERANCE = 0.03
+"""Nats/token that a set chosen for its answers may lose on texts, after a repair, above what the
+best set does: 3 % of perplexity."""
+
+RepairedScorer = Callable[[Sweep, Windows], Scorer]
+"""Scores sets as a sweep does, each after a repair that is fitted on windows."""
 
 
 def find_blocks(
@@ -98,7 +104,7 @@ def find_blocks(
         rounds=rounds_behind(found.rounds, order),
         final_comparison=finals,
         similarity=search.gate,
-        calibration=split.search.record,
+        calibration=search.windows.record,
         split=split.hashes,
         curve=curve,
         versions=versions(),
@@ -124,6 +130,7 @@ class _Search:
         self.repaired, self.progress = repaired, progress
         self.goal = check_options(config)
         self.metric = METRICS[config.metric]
+        self.windows = self._scored()
         self.strategy = config.strategy or self.metric.strategy
         stack, n_blocks = model.stack, len(model.stack)
         self.candidates = candidates_for(self.goal, config.protect, n_blocks, stack.model.config)
@@ -148,8 +155,23 @@ class _Search:
                     self.similarity, self.candidates, config.min_similarity, least
                 )
         self.costs = Costs.of(checkpoint, stack)
-        self.batch = config.batch or default_batch(stack, split.search.ids.shape[1])
+        self.batch = config.batch or default_batch(stack, self.windows.ids.shape[1])
         self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
+
+    def _scored(self) -> Windows:
+        """What blocks are chosen by.
+
+        Raises:
+            InputError: the metric is of answers, and there are none.
+        """
+        if not self.metric.answers:
+            return self.split.search
+        if self.split.answers is None:
+            raise InputError(
+                f"--metric {self.config.metric} is measured on answers to prompts, and the model "
+                "answers no chats: give --prompts"
+            )
+        return self.split.answers.search
 
     @property
     def measures_heldout(self) -> bool:
@@ -159,43 +181,51 @@ class _Search:
     @property
     def key(self) -> str:
         """Identity of all that every score depends on."""
-        record, config = self.split.search.record, self.config
+        record, config = self.windows.record, self.config
         how = self.model.dtype + (", compiled" if config.compile else "")
         parts = [self.identity.model_dump(), record.sha256, record.seed, config.metric, how]
         parts += [config.exact, versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def fitted(self) -> Tensor:
-        """Windows [N, T] that candidates' repairs are fitted on."""
+    def fitted(self) -> Windows:
+        """What candidates' repairs are fitted on."""
         tokens = FINAL_TOKENS if self.strategy == GREEDY_OR_WINDOW else SEARCH_TOKENS
-        return self.split.candidate_fit(tokens).ids
+        return self.split.candidate_fit(tokens)
 
-    def _plain(self, ids: Tensor, metric: TokenMetric) -> Scorer:
-        """Scores sets on windows [N, T]."""
-        return self._sweep(self.stack, ids, metric).scorer
+    def _plain(self, windows: Windows, metric: TokenMetric) -> Scorer:
+        """Scores sets on windows."""
+        return self._sweep(self.stack, windows, metric).scorer
 
-    def _repaired(self, ids: Tensor, metric: TokenMetric, fitted: Tensor) -> tuple[Scorer, str]:
-        """Scores sets on windows [N, T] after a repair, and names such scores. Blocks whose weights
-        change cannot be compiled."""
-        scorer = self.repaired(self._sweep(self.model.stack, ids, metric), fitted)
-        return scorer, f"{metric.name} repaired {digest(fitted)} {digest(ids)}"
+    def _repaired(
+        self, windows: Windows, metric: TokenMetric, fitted: Windows
+    ) -> tuple[Scorer, str]:
+        """Scores sets on windows after a repair, and names such scores. Blocks whose weights change
+        cannot be compiled."""
+        scorer = self.repaired(self._sweep(self.model.stack, windows, metric), fitted)
+        return scorer, f"{metric.name} repaired {fitted.record.sha256} {windows.record.sha256}"
 
-    def _sweep(self, stack: BlockStack, ids: Tensor, metric: TokenMetric) -> Sweep:
+    def _sweep(self, stack: BlockStack, windows: Windows, metric: TokenMetric) -> Sweep:
         most = self.config.max_memory
-        most_bytes = None if most is None else parse_bytes(most, "--max-memory")
-        return Sweep(stack, ids, metric, batch=self.batch, max_bytes=most_bytes)
+        return Sweep(
+            stack,
+            windows.ids,
+            metric,
+            batch=self.batch,
+            max_bytes=None if most is None else parse_bytes(most, "--max-memory"),
+            scored=windows.scored,
+        )
 
     def heldout(self, cache: ScoreCache, after_repair: bool) -> HeldoutEvaluation | None:
         """The evidence for a depth, if the target needs any."""
         windows = self.split.heldout
         if windows is None or not self.measures_heldout:
             return None
-        scorer, kind, tokens = self._plain(windows.ids, NLL), "held-out", None
+        scorer, kind, tokens = self._plain(windows, NLL), "held-out", None
         if after_repair and self.goal.max_loss_increase is not None:
-            fitted = self.split.candidate_fit(FINAL_TOKENS).ids
-            scorer, kind = self._repaired(windows.ids, NLL, fitted)
-            tokens = fitted.numel()
+            fitted = self.split.candidate_fit(FINAL_TOKENS)
+            scorer, kind = self._repaired(windows, NLL, fitted)
+            tokens = fitted.ids.numel()
         losses = Objective(
             scorer,
             len(windows.ids),
@@ -208,41 +238,67 @@ class _Search:
 
     def choose(self, cache: ScoreCache, rule: StoppingRule) -> SearchResult:
         """Run the strategy, or rank all blocks at once if the metric does that."""
-        metric, split, config = self.metric.token, self.split, self.config
+        metric, split = self.metric.token, self.split
         if metric is None:
             assert self.similarity is not None
             alike = self.similarity.per_window[:, self.candidates]
             only = rank(self.candidates, 1 - alike.T, rule.most)
             return SearchResult(order=only.removed, rounds=(only,), dense=np.zeros(0))
-        ids = split.search.ids
-        if not config.exact:
-            ids = ids[_shuffled(split.search, config.seed)]
-        shared: dict[str, Any] = {"cache": cache, "progress": self.progress}
-        objective = Objective(
-            self._plain(ids, metric), len(ids), enough=rule.enough, exact=config.exact, **shared
-        )
-        if self.metric.repaired:
-            scorer, kind = self._repaired(ids, metric, self.fitted)
-            objective = ShortlistObjective(
-                objective, scorer, len(ids), kind=kind, enough=rule.enough, **shared
-            )
+        objective = self._objective(self.windows, metric, cache, rule)
         if self.strategy == GREEDY_OR_WINDOW:
-            ids = split.final_comparison
-            scorer, kind = self._repaired(ids, NLL, self.fitted)
-            objective.final = Objective(scorer, len(ids), kind=kind, **shared)
+            last = split.final_comparison
+            scorer, kind = self._repaired(last, NLL, self.fitted)
+            shared: dict[str, Any] = {"cache": cache, "progress": self.progress}
+            objective.final = Objective(scorer, len(last.ids), kind=kind, **shared)
+            if split.answers:
+                most = math.inf if self.metric.answers else TEXT_TOLERANCE
+                objective.final.leaders = partial(answers_first, last, most=most)
+            if split.answers and not self.metric.answers:
+                answers = split.answers.search
+                objective.others["answers"] = self._objective(answers, metric, cache, rule)
         return STRATEGIES[self.strategy](objective, self.candidates, rule.most)
+
+    def _objective(
+        self, windows: Windows, metric: TokenMetric, cache: ScoreCache, rule: StoppingRule
+    ) -> Objective:
+        """Scores sets on windows, as the metric says; other windows than the search's own have
+        scores of their own."""
+        kind = "" if windows is self.windows else f"{metric.name} {windows.record.sha256}"
+        if not self.config.exact:
+            windows = windows.take(_shuffled(windows, self.config.seed))
+        n = len(windows.ids)
+        shared: dict[str, Any] = {"cache": cache, "progress": self.progress, "enough": rule.enough}
+        scorer = self._plain(windows, metric)
+        objective = Objective(scorer, n, kind=kind, exact=self.config.exact, **shared)
+        if not self.metric.repaired:
+            return objective
+        scorer, kind = self._repaired(windows, metric, self.fitted)
+        return ShortlistObjective(objective, scorer, n, kind=kind, **shared)
 
     def comparison(self, found: SearchResult) -> FinalComparison | None:
         """The plan's record of the sets that the strategy has compared, if it has."""
         if not found.finalists:
             return None
-        windows = len(self.split.final_comparison)
+        last = self.split.final_comparison
         return FinalComparison(
             sets=found.finalists,
-            fitted=self.fitted.numel(),
-            windows=windows,
-            self_generated=windows - len(self.split.search.ids),
+            fitted=self.fitted.ids.numel(),
+            windows=len(last.ids),
+            self_generated=len(last.of(SELF_GENERATED)),
+            answers=len(last.of(ANSWERS)),
         )
+
+
+def answers_first(windows: Windows, values: Values, *, most: float = TEXT_TOLERANCE) -> list[int]:
+    """Sets, best first, by their losses [sets, windows] on texts and answers: the least loss on
+    answers, of those that lose at most ``most`` nats/token more on texts than the best; then the
+    others, by their loss on texts."""
+    answers = windows.of(ANSWERS)
+    others = [i for i in range(len(windows.ids)) if i not in set(answers)]
+    texts, said = values[:, others].mean(1), values[:, answers].mean(1)
+    near = texts <= texts.min() + most
+    keys = [(0, said[i]) if near[i] else (1, texts[i]) for i in range(len(values))]
+    return sorted(range(len(values)), key=lambda i: keys[i])
 
 
 def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:

@@ -139,21 +139,27 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> SearchRes
 
 @STRATEGIES.register(GREEDY_OR_WINDOW)
 def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
-    """What greedy finds, or the best run of as many neighbours: the one that loses less by the
-    objective's ``final`` scores, which with this strategy are the loss after a repair."""
-    found = {"greedy": greedy(objective, candidates, n)}
-    size = len(found["greedy"].order)
-    if _runs(candidates, size):
-        run = window(objective, candidates, size)
-        # blocks may differ in size, and a run then miss the target that greedy's blocks reach
-        if objective.enough(run.order) or not objective.enough(found["greedy"].order):
-            found["window"] = run
+    """What greedy finds, or the best run of as many neighbours, by the objective and by its
+    ``others``: the one that is best by its ``final`` scores, which with this strategy are losses
+    after a repair."""
+    found: dict[str, SearchResult] = {}
+    for name, each in {"": objective, **objective.others}.items():
+        suffix = f" on {name}" if name else ""
+        chosen = found[f"greedy{suffix}"] = greedy(each, candidates, n)
+        size = len(chosen.order)
+        if _runs(candidates, size):
+            run = window(each, candidates, size)
+            # blocks may differ in size, and a run then miss the target that greedy's reach
+            if objective.enough(run.order) or not objective.enough(chosen.order):
+                found[f"window{suffix}"] = run
+    unlike = {BlockSet(f.order): name for name, f in reversed(found.items())}
+    found = {name: f for name, f in found.items() if unlike[BlockSet(f.order)] == name}
     sets = [BlockSet(f.order) for f in found.values()]
-    if len(set(sets)) == 1:
+    if len(sets) == 1:
         return found["greedy"]
     dense, *values = objective.final.scores([DENSE, *sets], "greedy or window, each repaired")
     losses = dict(zip(found, values, strict=True))
-    names = [[*found][i] for i in leaders(np.array(values))]
+    names = [[*found][i] for i in objective.final.leaders(np.array(values))]
 
     def finalist(name: str) -> Finalist:
         above = losses[name] - losses[names[0]]

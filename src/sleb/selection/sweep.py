@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sleb.calibration.windows import used_length
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import Group, group
 from sleb.core.statistics import Values
@@ -101,7 +102,8 @@ class Sweep:
     """Scores block sets on windows of tokens. ids [N, T].
 
     ``forwards`` counts block forwards of one window, the unit of the search's work. All sets but
-    the dense one are computed under ``patch``.
+    the dense one are computed under ``patch``. Of tokens [N, T] only those that are ``scored``
+    count, by default all; no window has the last of these before its second token.
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class Sweep:
         batch: int | None = None,
         max_bytes: int | None = None,
         patch: Patch | None = None,
+        scored: Tensor | None = None,
     ) -> None:
-        self.stack, self.ids, self.metric = stack, ids, metric
+        self.stack, self.ids, self.metric, self.scored = stack, ids, metric, scored
         self.batch = batch or default_batch(stack, ids.shape[1])
         self.max_bytes = max_bytes or free_bytes(stack) // 2
         if stack.streamed:  # decides how windows are sharded
@@ -227,22 +230,30 @@ class Sweep:
         bundles = self.bundles(list(dict.fromkeys(among)), stop - start)
         # every process needs the dense model for such a metric, so no bundle may have it to itself
         users = [*bundles, [DENSE]] if self.metric.needs_dense else bundles
+        ids, counted = self.ids[start:stop], None
+        if self.scored is not None:  # what is behind all that counts need not be computed
+            counted = self.scored[start:stop]
+            ids = ids[:, : (length := used_length(counted))]
+            counted = counted[:, 1:length]
         if self._patch is None:
-            parts = self.walk(wanted, self.ids[start:stop], users)
+            parts = self.walk(wanted, ids, users)
         else:
-            parts = self._walk_patched(wanted, self.ids[start:stop], users)
+            parts = self._walk_patched(wanted, ids, users)
         if not self.stack.checked:
             self._check(parts[0].hidden, parts[0].ids)
         columns = []
+        which = iter(torch.split(counted, self.batch) if counted is not None else ())
         while parts:
             part = parts.pop(0)  # its memory is needed for the logits
             dense = part.hidden.get(DENSE) if self.metric.needs_dense else None
+            mask = next(which, None)
             scored: dict[BlockSet, Tensor] = {}
             for bundle in bundles:
                 if mine := [s for s in bundle if s in sets]:
                     last = self.stack.device(len(self.stack) - 1)
                     merged = torch.cat([part.hidden.pop(s).to(last) for s in mine])
-                    scored.update(zip(mine, self._score(merged, dense, part.ids), strict=True))
+                    found = self._score(merged, dense, part.ids, mask)
+                    scored.update(zip(mine, found, strict=True))
             columns.append(torch.stack([scored[s] for s in sets]))
             self._tick(len(scored) * len(part.ids))
         out = torch.cat(columns, dim=1)
@@ -293,9 +304,12 @@ class Sweep:
             part.hidden = {**dense.hidden, **part.hidden}
         return others
 
-    def _score(self, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> Tensor:
-        """Mean over the T-1 predicted tokens of each window. hidden [S*B, T, D] of S sets,
-        dense [B, T, D], ids [B, T] -> float64 [S, B] or [S, B, M] on the CPU."""
+    def _score(
+        self, hidden: Tensor, dense: Tensor | None, ids: Tensor, scored: Tensor | None
+    ) -> Tensor:
+        """Mean over the T-1 predicted tokens of each window, or what else the metric makes of them.
+        hidden [S*B, T, D] of S sets, dense [B, T, D], ids [B, T], scored [B, T-1] -> float64 [S, B]
+        or [S, B, M] on the CPU."""
         batch, predicted = len(ids), ids.shape[1] - 1
         vocab = int(decoder_config(self.stack.model.config).vocab_size)
         rows = max(1, logit_bytes(self.stack) // (4 * vocab))
@@ -319,8 +333,10 @@ class Sweep:
                     values = found.new_empty((len(hidden), predicted, *found.shape[2:]))
                 values[a : a + high, here] = found
         assert values is not None
-        means = values.double().mean(1)
-        return means.view(-1, batch, *means.shape[1:]).cpu()
+        if scored is not None:
+            scored = scored.to(values.device).repeat(len(hidden) // batch, 1)
+        found = self.metric.reduced(values, scored)
+        return found.view(-1, batch, *found.shape[1:]).cpu()
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
         """Once per model: the walk must agree with the model's own forward pass. Where blocks are

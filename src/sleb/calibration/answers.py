@@ -1,0 +1,128 @@
+"""The dense model's own answers to prompts, as windows, and which of them play which role.
+
+Mean loss on texts says little of whether a long answer stays right, since that fails at its first
+wrong token (docs/quality.md). So blocks are chosen, repairs fitted and results measured on answers
+too: each is a window of its own, prompt and answer, of which the answer's tokens are scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sleb.calibration.prompts import Prompt, read_prompts
+from sleb.calibration.windows import Windows, digest
+from sleb.core.errors import InputError
+from sleb.core.plan import Calibration, SourceRecord
+
+ANSWERS = "answers"
+"""The name of answers among the texts that they stand beside."""
+DEFAULT = "default"
+"""Stands for the embedded prompts."""
+LEAST = 8
+"""Prompts that there have to be, for every role to get one."""
+MEASURED, SEARCH, VALIDATION = 96, 32, 32
+"""Answers of these roles, at most; a fit gets the rest."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerSplit:
+    """Windows by role: blocks are chosen by ``search``, a repair is fitted on these and on ``fit``,
+    ``validation`` decides whether it stays, and the result is ``measured`` on the rest, which are
+    the answers to the prompts ``asked``."""
+
+    search: Windows
+    fit: Windows
+    validation: Windows
+    measured: Windows
+    asked: tuple[Prompt, ...]
+    new_tokens: int
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Prompt], windows: Windows, *, seed: int, new_tokens: int
+    ) -> AnswerSplit:
+        """Give out answers of up to ``new_tokens`` tokens in a seeded order; ``windows`` are those
+        of the ``prompts``, one each."""
+        n = len(prompts)
+        order = random.Random(f"answers {seed}").sample(range(n), n)
+        sizes = (min(MEASURED, n // 4), min(SEARCH, n // 4), min(VALIDATION, n // 8))
+        starts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes), n]
+        measured, search, validation, fit = (sorted(order[a:b]) for a, b in pairwise(starts))
+        return cls(
+            search=windows.take(search),
+            fit=windows.take(fit),
+            validation=windows.take(validation),
+            measured=windows.take(measured),
+            asked=tuple(prompts[i] for i in measured),
+            new_tokens=new_tokens,
+        )
+
+
+def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
+    """The prompts of all files; the embedded ones for ``DEFAULT``. Ids are unique among all.
+
+    Raises:
+        InputError, DataError: see :func:`sleb.calibration.prompts.read_prompts`; an id is used
+            twice, or there are fewer than ``LEAST``.
+    """
+    found: dict[str, Prompt] = {}
+    for spec in specs:
+        if spec == DEFAULT:
+            with resources.as_file(resources.files("sleb.data") / "prompts.jsonl") as path:
+                rows = read_prompts(path)
+        else:
+            rows = read_prompts(spec)
+        for row in rows:
+            name = row.id if len(specs) == 1 else f"{spec}: {row.id}"
+            if name in found:
+                raise InputError(f"--prompts {spec} is given twice; give it once")
+            found[name] = row
+    if len(found) < LEAST:
+        raise InputError(
+            f"{len(found)} prompts are too few to choose, repair and measure on; give at least "
+            f"{LEAST}, better a hundred"
+        )
+    return tuple(found.values())
+
+
+def answer_windows(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    specs: Sequence[str],
+    seed: int,
+) -> Windows:
+    """A window of each prompt and its answer, both token ids, padded behind to the longest."""
+    rows = [torch.tensor([*p, *a]) for p, a in zip(prompts, answers, strict=True)]
+    ids = pad_sequence(rows, batch_first=True)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt, answer in zip(scored, prompts, answers, strict=True):
+        row[len(prompt) : len(prompt) + len(answer)] = True
+    source = SourceRecord(
+        spec=f"answers to {', '.join(specs)}",
+        sha256=_sha256(ids),
+        documents=len(ids),
+        tokens=sum(map(len, rows)),
+        windows=len(ids),
+    )
+    record = Calibration(
+        sources=(source,),
+        windows=len(ids),
+        length=ids.shape[1],
+        seed=seed,
+        sha256=digest(ids, scored),
+    )
+    return Windows(ids=ids, source=(0,) * len(ids), names=(ANSWERS,), record=record, scored=scored)
+
+
+def _sha256(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()

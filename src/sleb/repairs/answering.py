@@ -1,0 +1,220 @@
+"""The model's own greedy answers to prompts, batched, and kept so that they are written once.
+
+They are what a cut is compared with (does it say the same?) and what a repair is fitted on beside
+texts: on them a small model's fit keeps 1.4 to 2.2 times as many right answers (docs/quality.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb.calibration.answers import DEFAULT, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.prompts import Prompt, read_as
+from sleb.calibration.split import CalibrationSplit
+from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.config import PromptOptions
+from sleb.core.errors import InputError
+from sleb.core.files import disk_errors, write_text
+from sleb.core.process_group import group
+from sleb.core.progress import Progress
+from sleb.models.load import LoadedModel
+from sleb.models.source import cache_dir
+from sleb.repairs.self_generated import at_once, can_generate
+
+PROMPTS = {"cuda": 1024, "cpu": 64}
+"""How many prompts are answered by default, at most."""
+NEW_TOKENS = {"cuda": 256, "cpu": 96}
+"""The longest answer by default, in tokens."""
+TOGETHER = 512
+"""Answers that are written together, at most."""
+
+
+def asked_of(model: LoadedModel, config: PromptOptions, *, embedded: bool = False) -> list[str]:
+    """Files of prompts that a model is to answer: those given, or with ``embedded`` and none given
+    the embedded ones, if it answers chats.
+
+    Raises:
+        InputError: some are given, and every token of an answer would read all blocks.
+    """
+    if config.prompts == ("none",):
+        return []
+    if config.prompts and not can_generate(model.stack):
+        raise InputError(
+            f"{model.source.ref} cannot answer --prompts while its blocks are not in the device's "
+            "memory: leave them out, or --stream"
+        )
+    if config.prompts:
+        return list(config.prompts)
+    chats = embedded and bool(model.tokenizer.chat_template)
+    return [DEFAULT] if chats and can_generate(model.stack) else []
+
+
+def with_answers(
+    model: LoadedModel,
+    split: CalibrationSplit,
+    specs: Sequence[str],
+    config: PromptOptions,
+    progress: Progress,
+) -> CalibrationSplit:
+    """``split`` with the model's answers to the prompts of ``specs``; as it is without these.
+
+    Raises:
+        InputError, DataError: see :func:`sleb.calibration.answers.prompts_of`; a prompt is too
+            long, or needs a chat template that is not there.
+    """
+    if not specs:
+        return split
+    seed = split.search.record.seed
+    return split.with_answers(answer_split(model, specs, config, seed, progress))
+
+
+def answer_split(
+    model: LoadedModel,
+    specs: Sequence[str],
+    config: PromptOptions,
+    seed: int,
+    progress: Progress,
+) -> AnswerSplit:
+    """The model's answers to prompts, by role; see :func:`with_answers`."""
+    kind = model.stack.input_device.type
+    most = config.max_prompts or PROMPTS.get(kind, PROMPTS["cpu"])
+    new_tokens = config.new_tokens or NEW_TOKENS.get(kind, NEW_TOKENS["cpu"])
+    prompts = prompts_of(specs)
+    if len(prompts) > most:
+        step = len(prompts) / most  # spread evenly, as sets are sorted by kind
+        prompts = tuple(prompts[int(i * step)] for i in range(most))
+    ids = prompt_ids(model, prompts, new_tokens)
+    answers = written(model, ids, new_tokens, progress)
+    windows = answer_windows(ids, answers, specs=specs, seed=seed)
+    return AnswerSplit.of(prompts, windows, seed=seed, new_tokens=new_tokens)
+
+
+def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+    """Token ids of prompts; plain text is asked as a chat's turn where there is a template.
+
+    Raises:
+        InputError: one leaves no room for an answer of ``new_tokens``.
+    """
+    read = [one.ids for one in read_as(model.tokenizer, prompts, model.source.ref, ask=True)]
+    room = model.stack.max_length
+    for prompt, ids in zip(prompts, read, strict=True):
+        if room is not None and len(ids) + new_tokens > room:
+            raise InputError(
+                f"prompt '{prompt.id}' takes {len(ids)} of the {room} tokens that the model reads, "
+                f"and an answer of {new_tokens} does not fit; shorten it, or give --new-tokens"
+            )
+    return read
+
+
+def written(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int, progress: Progress
+) -> list[list[int]]:
+    """:func:`answered`, from the cache of answers where this model has given them before.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    key = _key(model, prompts, new_tokens)
+    path = cache_dir() / "answers" / f"{key}.json"
+    here = group()
+    kept = here.broadcast_from_main(lambda: path.read_text("utf-8") if path.is_file() else "")
+    if kept:
+        found: list[list[int]] = json.loads(kept)
+        return found
+    answers = answered(model, prompts, new_tokens, progress)
+    if here.rank == 0:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(answers))
+    return answers
+
+
+def _key(model: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> str:
+    """Of all that answers depend on; files of weights stand for themselves by size and time."""
+    folder = model.source.path.resolve()
+    shards = sorted({info.shard for info in Checkpoint.open(folder).tensors.values()})
+    stats = [(folder / shard).stat() for shard in shards]
+    parts = [
+        str(folder),
+        [(shard, s.st_size, s.st_mtime_ns) for shard, s in zip(shards, stats, strict=True)],
+        [model.dtype, model.stack.input_device.type, new_tokens, [*map(list, prompts)]],
+        [version(name) for name in ("torch", "transformers")],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@torch.inference_mode()
+def answered(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    progress: Progress,
+    title: str = "answering prompts",
+) -> list[list[int]]:
+    """The model's greedy answer to each prompt, all token ids: what ends it included, at most
+    ``new_tokens``."""
+    network: Any = model.model
+    ends = network.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts)) + new_tokens
+    step = min(TOGETHER, at_once(model.stack, longest))
+    answers: list[list[int]] = [[]] * len(prompts)
+    with progress.stage(title, len(prompts) * new_tokens) as tick:
+        for start in range(0, len(order), step):
+            rows = order[start : start + step]
+            told = 0
+
+            def counted(_: Tensor, scores: Tensor) -> Tensor:
+                nonlocal told
+                tick(len(rows))  # noqa: B023 (called before the next round)
+                told += 1
+                return scores
+
+            new = _continued(model, [prompts[i] for i in rows], new_tokens, ends, counted)
+            tick(len(rows) * (new_tokens - told))
+            for i, tokens in zip(rows, new.tolist(), strict=True):
+                stop = next((k for k, t in enumerate(tokens) if t in ends), len(tokens) - 1)
+                answers[i] = tokens[: stop + 1]
+    return answers
+
+
+def _continued(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: list[int],
+    each_step: Any,
+) -> Tensor:
+    """Greedy tokens [B, at most new_tokens] behind prompts, which are padded in front."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, here, prompt in zip(ids, mask, prompts, strict=True):
+        row[longest - len(prompt) :] = torch.tensor(prompt)
+        here[longest - len(prompt) :] = 1
+    network: Any = model.model
+    device = model.stack.input_device
+    out: Tensor = network.generate(
+        ids.to(device),
+        attention_mask=mask.to(device),
+        logits_processor=LogitsProcessorList([each_step]),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        ),
+    )
+    new = out[:, longest:].cpu()
+    group().from_first_(new)
+    return new

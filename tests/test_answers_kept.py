@@ -1,0 +1,269 @@
+"""Prompts, the dense model's answers to them, and what a cut keeps of these."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sleb
+from sleb.calibration.answers import ANSWERS, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.prompts import Prompt
+from sleb.config import PromptOptions
+from sleb.core.errors import InputError
+from sleb.core.progress import silent
+from sleb.evaluation.agreement import agreement_of
+from sleb.evaluation.judges import is_right
+from sleb.repairs import repair
+from sleb.repairs.answering import answer_split, answered, prompt_ids, written
+from sleb.repairs.regression import Regression
+from sleb.selection.metrics import KL, NLL
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.search import answers_first
+from sleb.selection.sweep import Sweep
+
+CPU = {"device": "cpu", "dtype": "float32"}
+NEW = 9
+STARTS = [
+    "the block",
+    "and nothing",
+    "for ever",
+    "of a model passes",
+    "its input",
+    "a",
+    "lost. the",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLEB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def loaded(learned):
+    return sleb.load(learned / "model", **CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts(learned):
+    path = learned / "prompts.jsonl"
+    rows = [{"prompt": f"{start} {i}"} for i in range(5) for start in STARTS]
+    rows = [row | ({"regex": "block|nothing"} if i % 2 else {}) for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def split(loaded, prompts):
+    options = PromptOptions(new_tokens=NEW)
+    return answer_split(loaded, [str(prompts)], options, 0, silent)
+
+
+def alone(model, ids, removed=()):
+    """Greedy tokens behind a prompt, one at a time and without a cache."""
+    ids, new = list(ids), []
+    with model.stack.bypassed(removed), torch.inference_mode():
+        while len(new) < NEW and (not new or new[-1] != 2):
+            logits = model.model(input_ids=torch.tensor([ids + new]), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+    return new
+
+
+def test_answers_written_together_are_those_written_alone(loaded, prompts):
+    ids = prompt_ids(loaded, prompts_of([str(prompts)])[:8], NEW)
+    assert answered(loaded, ids, NEW, silent) == [alone(loaded, row) for row in ids]
+
+
+def test_answers_are_written_once(loaded, prompts, monkeypatch):
+    ids = prompt_ids(loaded, prompts_of([str(prompts)])[8:12], NEW)
+    first = written(loaded, ids, NEW, silent)
+    monkeypatch.setattr("sleb.repairs.answering.answered", None)
+    assert written(loaded, ids, NEW, silent) == first
+    with pytest.raises(TypeError):
+        written(loaded, ids, NEW + 1, silent)
+
+
+def test_no_answer_has_two_roles(split, prompts):
+    roles = [split.search, split.fit, split.validation, split.measured]
+    rows = [tuple(row.tolist()) for windows in roles for row in windows.ids]
+    assert len(rows) == len(set(rows)) == len(prompts_of([str(prompts)]))
+    assert len(split.asked) == len(split.measured.ids)
+
+
+def test_only_the_answer_is_scored(loaded, split):
+    windows = split.measured
+    ids = prompt_ids(loaded, split.asked, NEW)
+    for row, counts, prompt in zip(windows.ids, windows.scored, ids, strict=True):
+        assert row[: len(prompt)].tolist() == prompt
+        assert row[counts].tolist() == alone(loaded, prompt)
+
+
+@pytest.mark.parametrize("metric", [NLL, KL])
+def test_scores_of_padded_windows_are_those_of_each_alone(loaded, split, metric):
+    windows, sets = split.fit, [DENSE, BlockSet({1, 3})]
+    found = Sweep(loaded.stack, windows.ids, metric, batch=4, scored=windows.scored)
+    together = found.values(sets, 0, len(windows.ids))
+    for i, (ids, counts) in enumerate(zip(windows.ids, windows.scored, strict=True)):
+        end, start = int(counts.nonzero().max()) + 1, int(counts.nonzero().min())
+        with torch.inference_mode():
+            dense = loaded.model(input_ids=ids[None, :end]).logits[0, start - 1 : end - 1]
+            with loaded.stack.bypassed({1, 3}):
+                cut = loaded.model(input_ids=ids[None, :end]).logits[0, start - 1 : end - 1]
+        for row, logits in zip(together[:, i], (dense, cut), strict=True):
+            want = metric.tokens(logits, ids[start:end], dense).mean().item()
+            assert row == pytest.approx(want, abs=1e-5)
+
+
+def test_padding_is_not_fitted_on(loaded, split):
+    def fitted(windows):
+        fitter = Regression(loaded.stack, {2}, windows.ids, 3, scored=windows.scored)
+        try:
+            gap = sleb.repairs.gaps({2}, len(loaded.stack))[0]
+            fitter.fit(gap, (0.1,))
+            return {key: value.clone() for key, value in fitter.changes.values.items()}
+        finally:
+            fitter.restore()
+
+    import dataclasses
+
+    other = dataclasses.replace(split.fit, ids=split.fit.ids.clone())
+    behind = ~sleb.calibration.windows.unpadded(split.fit.scored)
+    assert behind.any()
+    other.ids[behind] = 77
+    for key, value in fitted(split.fit).items():
+        assert torch.equal(value, fitted(other)[key])
+
+
+def test_agreement_tells_what_the_cut_would_write(loaded, split):
+    removed = (2, 3)
+    found = agreement_of(loaded, split, removed)
+    ids = prompt_ids(loaded, split.asked, NEW)
+    for row, prompt in zip(found, ids, strict=True):
+        dense, cut = alone(loaded, prompt), alone(loaded, prompt, removed)
+        same = next((i for i, (a, b) in enumerate(zip(dense, cut, strict=False)) if a != b), None)
+        assert row[2] == (len(dense) if same is None else same)
+        assert row[3] == (same is None)
+    assert agreement_of(loaded, split, ())[:, 1] == pytest.approx(1)
+
+
+def test_a_repair_on_answers_keeps_more_of_them(learned, loaded, split):
+    text = [str(learned / "text.txt")]
+    given, rest = sleb.load_windows(
+        loaded.tokenizer, text, windows=16, length=32, seed=0, heldout=6
+    )
+    fit = given.beside(split.search + split.fit)
+    validation = rest.beside(split.validation)
+    fixed = repair(loaded, {2, 3}, fit, validation, self_generated=False)
+    assert set(fixed.record.gaps[0].before) == {*rest.names, ANSWERS}
+    before = agreement_of(loaded, split, {2, 3})
+    after = agreement_of(loaded, split, {2, 3}, lambda: fixed.patch(loaded.stack))
+    assert after[:, 0].mean() < before[:, 0].mean()
+    assert after[:, 1].mean() > before[:, 1].mean()
+
+
+def test_prune_measures_answers(learned, prompts, tmp_path):
+    done = sleb.prune(
+        learned / "model",
+        tmp_path / "out",
+        remove=2,
+        text=[str(learned / "text.txt")],
+        prompts=[str(prompts)],
+        new_tokens=NEW,
+        windows=8,
+        heldout=4,
+        length=32,
+        repair_tokens=2000,
+        **CPU,
+    )
+    kept = sleb.RunRecord.load(tmp_path / "out").prompts
+    assert kept == done.record.prompts
+    assert kept.prompts == len(STARTS) * 5 // 4 and kept.source == str(prompts)
+    assert 0 <= kept.agreement.value <= 1
+    assert kept.right.judged >= kept.right.dense >= kept.right.lost
+    assert kept.right.pruned == kept.right.dense - kept.right.lost + kept.right.won
+    assert done.plan.calibration.sources[-1].windows == len(STARTS) * 5 // 4
+    assert "answers" in done.plan.split
+
+
+def test_none_switches_prompts_off(learned, prompts):
+    options = {"remove": 1, "text": [str(learned / "text.txt")], "windows": 4, "length": 32, **CPU}
+    plain = sleb.search(learned / "model", **options)
+    assert sleb.search(learned / "model", prompts=["none"], **options) == plain
+    other = sleb.search(learned / "model", prompts=[str(prompts)], new_tokens=NEW, **options)
+    assert other.calibration.windows > plain.calibration.windows
+
+
+def test_the_choice_goes_by_answers_within_a_limit_on_texts(split):
+    windows = split.search.beside(split.validation)
+    n, last = len(split.search.ids), len(split.validation.ids)
+    windows = sleb.calibration.windows.replace(windows, names=("text", ANSWERS))
+
+    def order(*sets):
+        return answers_first(windows, np.array([[a] * n + [b] * last for a, b in sets]))
+
+    assert order((1.0, 0.5), (1.02, 0.1)) == [1, 0]
+    assert order((1.0, 0.5), (1.04, 0.1)) == [0, 1]
+    assert order((1.5, 0.1), (1.4, 0.1), (1.0, 0.9)) == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "right"),
+    [
+        ({"answer": 42}, "6 times 7 is 42.", True),
+        ({"answer": 42}, "Answer: 42 apples of 50", True),
+        ({"answer": 42}, "42 apples, or 43", False),
+        ({"answer": 1234.5}, "It costs $1,234.50", True),
+        ({"answer": "1,000"}, "all in all 1000", True),
+        ({"answer": -3}, "the result: -3", True),
+        ({"answer": 3}, "none", False),
+        ({"answer": "New York"}, "It is new  york, I think", True),
+        ({"answer": "art"}, "a party", False),
+        ({"regex": r"^\d+$"}, "123", True),
+        ({"regex": r"^\d+$"}, "a123", False),
+        ({"answer": 3, "regex": "x"}, "3", False),
+        ({"json_schema": {"type": "object", "required": ["a"]}}, '```json\n{"a": 1}\n```', True),
+        ({"json_schema": {"type": "object", "required": ["a"]}}, '{"b": 1}', False),
+        ({"json_schema": {"type": "object", "required": ["a"]}}, "no", False),
+        ({"tests": "assert f() == 1"}, "def f(): return 1", None),
+        ({}, "anything", None),
+    ],
+)
+def test_right_answers_are_told(expected, text, right):
+    assert is_right(expected, text) is right
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "a"}] * 3,
+        [{"prompt": "a", "regex": "("}] * 9,
+        [{"prompt": "a", "answer": [1]}] * 9,
+        [{"prompt": "a", "json_schema": "x"}] * 9,
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused(tmp_path, rows):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError):
+        prompts_of([str(tmp_path / "p.jsonl")])
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(loaded):
+    long = Prompt(id="long", text="a" * 250, messages=None)
+    with pytest.raises(InputError, match="long"):
+        prompt_ids(loaded, [long], NEW)
+
+
+def test_windows_of_several_lengths_stand_beside_each_other(split):
+    ids = [[1, 2, 3], [4, 5]]
+    short = answer_windows(ids, [[6], [7, 8]], specs=["x"], seed=0)
+    both = split.fit.beside(short)
+    n = len(split.fit.ids)
+    assert both.take(range(n)).tokens == split.fit.tokens
+    assert both.tokens == split.fit.tokens + short.tokens == split.fit.tokens + 8
+    assert [row[row != 0].tolist() for row in both.ids[n:]] == [[1, 2, 3, 6], [4, 5, 7, 8]]
+    assert isinstance(split, AnswerSplit)
