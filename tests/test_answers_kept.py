@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,9 +130,7 @@ def test_padding_is_not_fitted_on(loaded, split):
         finally:
             fitter.restore()
 
-    import dataclasses
-
-    other = dataclasses.replace(split.fit, ids=split.fit.ids.clone())
+    other = replace(split.fit, ids=split.fit.ids.clone())
     behind = ~sleb.calibration.windows.unpadded(split.fit.scored)
     assert behind.any()
     other.ids[behind] = 77
@@ -182,26 +181,44 @@ def test_prune_measures_answers(learned, prompts, tmp_path):
     )
     kept = sleb.RunRecord.load(tmp_path / "out").prompts
     assert kept == done.record.prompts
-    assert kept.prompts == len(STARTS) * 5 // 4 and kept.source == str(prompts)
+    assert kept.prompts == len(STARTS) * 5 // 4
+    assert kept.source == str(prompts)
     assert 0 <= kept.agreement.value <= 1
     assert kept.right.judged >= kept.right.dense >= kept.right.lost
     assert kept.right.pruned == kept.right.dense - kept.right.lost + kept.right.won
-    assert done.plan.calibration.sources[-1].windows == len(STARTS) * 5 // 4
-    assert "answers" in done.plan.split
+    assert done.plan.final_comparison is None or done.plan.final_comparison.answers == 8
+    assert {"answers", "answers_search"} <= done.plan.split.keys()
 
 
-def test_none_switches_prompts_off(learned, prompts):
-    options = {"remove": 1, "text": [str(learned / "text.txt")], "windows": 4, "length": 32, **CPU}
-    plain = sleb.search(learned / "model", **options)
-    assert sleb.search(learned / "model", prompts=["none"], **options) == plain
-    other = sleb.search(learned / "model", prompts=[str(prompts)], new_tokens=NEW, **options)
-    assert other.calibration.windows > plain.calibration.windows
+def test_the_metric_of_answers_is_their_divergence(learned, loaded, prompts):
+    options = {"remove": 1, "text": [str(learned / "text.txt")], "windows": 4, "length": 32}
+    found = sleb.search(
+        loaded, metric="answers", prompts=[str(prompts)], new_tokens=NEW, exact=True, **options
+    )
+    split = answer_split(loaded, [str(prompts)], PromptOptions(new_tokens=NEW), 0, silent)
+    means = {
+        b: agreement_of(loaded, replace(split, measured=split.search), [b])[:, 0].mean()
+        for b in range(1, len(loaded.stack) - 1)
+    }
+    assert found.order[0] == min(means, key=means.get)
+    assert found.rounds[0].scores[0].mean == pytest.approx(min(means.values()), abs=1e-4)
+    with pytest.raises(InputError, match="--prompts"):
+        sleb.search(loaded, metric="answers", **options)
+
+
+def test_none_switches_prompts_off(learned, loaded, prompts, tmp_path):
+    options = {"text": [str(learned / "text.txt")], "windows": 4, "length": 32, "remove": 2}
+    options |= {"strategy": "greedy-or-window"}
+    plain = sleb.search(loaded, **options)
+    assert sleb.search(loaded, prompts=["none"], **options) == plain
+    other = sleb.search(loaded, prompts=[str(prompts)], new_tokens=NEW, **options)
+    assert other.split.keys() - plain.split.keys() == {"answers", "answers_search"}
 
 
 def test_the_choice_goes_by_answers_within_a_limit_on_texts(split):
     windows = split.search.beside(split.validation)
     n, last = len(split.search.ids), len(split.validation.ids)
-    windows = sleb.calibration.windows.replace(windows, names=("text", ANSWERS))
+    windows = replace(windows, names=("text", ANSWERS))
 
     def order(*sets):
         return answers_first(windows, np.array([[a] * n + [b] * last for a, b in sets]))
