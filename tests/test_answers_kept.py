@@ -18,7 +18,7 @@ from sleb.core.progress import silent
 from sleb.evaluation.agreement import agreement_of
 from sleb.evaluation.judges import is_right
 from sleb.repairs import repair
-from sleb.repairs.answering import answer_split, answered, prompt_ids, written
+from sleb.repairs.answering import answered, answers_to, prompt_ids, written
 from sleb.repairs.regression import Regression
 from sleb.selection.metrics import KL, NLL
 from sleb.selection.objective import DENSE, BlockSet
@@ -61,8 +61,12 @@ def prompts(learned):
 
 @pytest.fixture(scope="module")
 def split(loaded, prompts):
+    return split_of(loaded, prompts)
+
+
+def split_of(loaded, prompts):
     options = PromptOptions(new_tokens=NEW)
-    return answer_split(loaded, [str(prompts)], options, 0, silent)
+    return AnswerSplit.of(answers_to(loaded, [str(prompts)], options, progress=silent), seed=0)
 
 
 def alone(model, ids, removed=()):
@@ -90,15 +94,15 @@ def test_answers_are_written_once(loaded, prompts, monkeypatch):
 
 
 def test_no_answer_has_two_roles(split, prompts):
-    roles = [split.search, split.fit, split.validation, split.measured]
+    roles = [split.search, split.fit, split.validation, split.measured.windows]
     rows = [tuple(row.tolist()) for windows in roles for row in windows.ids]
     assert len(rows) == len(set(rows)) == len(prompts_of([str(prompts)]))
-    assert len(split.asked) == len(split.measured.ids)
+    assert len(split.measured.prompts) == len(split.measured.windows.ids)
 
 
 def test_only_the_answer_is_scored(loaded, split):
-    windows = split.measured
-    ids = prompt_ids(loaded, split.asked, NEW)
+    windows = split.measured.windows
+    ids = prompt_ids(loaded, split.measured.prompts, NEW)
     for row, counts, prompt in zip(windows.ids, windows.scored, ids, strict=True):
         assert row[: len(prompt)].tolist() == prompt
         assert row[counts].tolist() == alone(loaded, prompt)
@@ -140,14 +144,14 @@ def test_padding_is_not_fitted_on(loaded, split):
 
 def test_agreement_tells_what_the_cut_would_write(loaded, split):
     removed = (2, 3)
-    found = agreement_of(loaded, split, removed)
-    ids = prompt_ids(loaded, split.asked, NEW)
+    found = agreement_of(loaded, split.measured, removed)
+    ids = prompt_ids(loaded, split.measured.prompts, NEW)
     for row, prompt in zip(found, ids, strict=True):
         dense, cut = alone(loaded, prompt), alone(loaded, prompt, removed)
         same = next((i for i, (a, b) in enumerate(zip(dense, cut, strict=False)) if a != b), None)
         assert row[2] == (len(dense) if same is None else same)
         assert row[3] == (same is None)
-    assert agreement_of(loaded, split, ())[:, 1] == pytest.approx(1)
+    assert agreement_of(loaded, split.measured, ())[:, 1] == pytest.approx(1)
 
 
 def test_a_repair_on_answers_keeps_more_of_them(learned, loaded, split):
@@ -159,8 +163,8 @@ def test_a_repair_on_answers_keeps_more_of_them(learned, loaded, split):
     validation = rest.beside(split.validation)
     fixed = repair(loaded, {2, 3}, fit, validation, self_generated=False)
     assert set(fixed.record.gaps[0].before) == {*rest.names, ANSWERS}
-    before = agreement_of(loaded, split, {2, 3})
-    after = agreement_of(loaded, split, {2, 3}, lambda: fixed.patch(loaded.stack))
+    before = agreement_of(loaded, split.measured, {2, 3})
+    after = agreement_of(loaded, split.measured, {2, 3}, lambda: fixed.patch(loaded.stack))
     assert after[:, 0].mean() < before[:, 0].mean()
     assert after[:, 1].mean() > before[:, 1].mean()
 
@@ -195,9 +199,9 @@ def test_the_metric_of_answers_is_their_divergence(learned, loaded, prompts):
     found = sleb.search(
         loaded, metric="answers", prompts=[str(prompts)], new_tokens=NEW, exact=True, **options
     )
-    split = answer_split(loaded, [str(prompts)], PromptOptions(new_tokens=NEW), 0, silent)
+    split = split_of(loaded, prompts)
     means = {
-        b: agreement_of(loaded, replace(split, measured=split.search), [b])[:, 0].mean()
+        b: agreement_of(loaded, replace(split.measured, windows=split.search), [b])[:, 0].mean()
         for b in range(1, len(loaded.stack) - 1)
     }
     assert found.order[0] == min(means, key=means.get)
@@ -257,7 +261,6 @@ def test_right_answers_are_told(expected, text, right):
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"prompt": "a"}] * 3,
         [{"prompt": "a", "regex": "("}] * 9,
         [{"prompt": "a", "answer": [1]}] * 9,
         [{"prompt": "a", "json_schema": "x"}] * 9,
@@ -267,6 +270,23 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path, rows):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError):
         prompts_of([str(tmp_path / "p.jsonl")])
+
+
+def test_too_few_prompts_are_refused(loaded, tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
+    with pytest.raises(InputError, match="3 prompts"):
+        split_of(loaded, tmp_path / "p.txt")
+
+
+def test_eval_measures_every_prompt(learned, loaded, prompts, tmp_path):
+    options = {"text": [str(learned / "text.txt")], "windows": 4, "length": 32, "remove": 2}
+    sleb.search(loaded, **options).save(tmp_path / "plan.json")
+    found = sleb.evaluate(
+        loaded, plan=str(tmp_path / "plan.json"), prompts=[str(prompts)], new_tokens=NEW
+    )
+    assert found.prompts == 5 * len(STARTS)
+    with pytest.raises(InputError, match="plan"):
+        sleb.evaluate(loaded, prompts=[str(prompts)])
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(loaded):

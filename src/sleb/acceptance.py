@@ -21,6 +21,7 @@ from typing_extensions import Self
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
+from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.tasks import TaskResult
 from sleb.record import GateResult, GateRow, RunRecord
@@ -138,6 +139,15 @@ def _answered(share: Callable[[Comparison], float | None]) -> Getter:
     return figures
 
 
+def _kept(figure: Callable[[AnswersKept], Interval | None]) -> Getter:
+    """What the pruned model keeps of the dense one's answers to prompts."""
+
+    def figures(record: RunRecord) -> list[_Figure]:
+        return [_Figure(figure(record.prompts) if record.prompts else None)]
+
+    return figures
+
+
 def _unfinished(both: Comparison) -> float:
     return round(1 - both.pruned.ended.value, 12)  # 1 - 0.7 is a little above 0.3
 
@@ -185,6 +195,10 @@ LIMITS = (
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
     Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("tasks.min_retention", _retentions, "%", by_name="each"),
+    Limit("answers.min_agreement", _kept(lambda kept: kept.agreement), "%", Share),
+    Limit(
+        "answers.min_right", _kept(lambda kept: kept.right.kept if kept.right else None), "%", Share
+    ),
     Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive.value), "%", Share),
     Limit("answers.max_empty", _answered(lambda a: a.pruned.empty.value), "%", Share),
     Limit("answers.max_unfinished", _answered(_unfinished), "%", Share),

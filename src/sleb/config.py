@@ -502,7 +502,7 @@ class VerifyConfig(CheckOptions):
         return self
 
 
-class EvalConfig(DepthOptions, TextOptions, LoadOptions, BatchOptions):
+class EvalConfig(DepthOptions, TextOptions, PromptOptions, LoadOptions, BatchOptions):
     """`sleb eval`."""
 
     length: int | None = like(
@@ -524,6 +524,10 @@ class EvalConfig(DepthOptions, TextOptions, LoadOptions, BatchOptions):
     def _together(self) -> Self:
         if self.depth is not None and self.plan is None:
             raise InputError("--depth is a depth of a plan; give the plan with --plan")
+        if self.prompts and self.plan is None:
+            raise InputError("--prompts compares a cut with the model; give its plan with --plan")
+        if self.prompts and (self.text or self.task):
+            raise InputError("--prompts, --text and --task are measured one at a time; give one")
         if self.task and (self.text or self.windows or self.length):
             raise InputError(
                 "--task scores items, not windows of --text; run sleb eval once for each"
@@ -570,7 +574,7 @@ class HealConfig(OutputOptions, DeviceOptions):
 class CompareConfig(DeviceOptions):
     """`sleb compare`."""
 
-    new_tokens: int = option(256, "Longest answer, in tokens.", ge=1)
+    new_tokens: int = like(PromptOptions, "new_tokens", 256, "Longest answer, in tokens.")
 
 
 class BenchConfig(DeviceOptions, ThreadsOptions):

@@ -158,8 +158,10 @@ def _find(
         setting |= {"processes": group().size * group().tp}
     facts |= {"repair": status, "environment": setting}
     facts |= _measured(loaded, plan, fixed, split.heldout, config, watch)
-    if split.answers:  # last, as the model in memory is cut for it
-        facts["prompts"] = measure_answers(loaded, split.answers, plan, fixed, watch)
+    if split.answers:
+        patch = partial(fixed.patch, stack) if fixed else None
+        measured = split.answers.measured
+        facts["prompts"] = measure_answers(loaded, measured, plan.removed, patch, watch)
     return _Found(plan, fixed, source.path, stack.streamed, facts)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sleb.acceptance import Gate
+from sleb.calibration.answers import DEFAULT, NONE, prompts_of
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import parse_source
 from sleb.calibration.windows import load_windows
@@ -40,7 +41,8 @@ from sleb.core.toml import read_toml
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
-from sleb.models.load import LoadedModel, load, pick_device
+from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
+from sleb.models.source import resolve
 from sleb.pipeline import prune
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
@@ -100,7 +102,10 @@ class Project(Options):
         if isinstance(asked, dict):
             values["search"] = _options(loading, asked, f"{path}: ")
         project = cls.of(values, f"{path}: ")
-        texts = {"text": [f"{name}={project._text(spec)}" for name, spec in project.text.items()]}
+        texts = {
+            "text": [f"{name}={project._text(spec)}" for name, spec in project.text.items()],
+            "prompts": [project._prompts(spec) for spec in project.search.prompts],
+        }
         project = project.model_copy(update={"search": project.search.replaced(texts)})
         if project.gate is not None:
             Gate.parse(project.gate, f"{path}: gate")
@@ -122,6 +127,7 @@ class Project(Options):
             check_tasks(self.tasks, folder=next(iter(folder), None))
         if measure.prompts:
             read_prompts(self.beside(measure.prompts))
+        prompts_of(self.search.prompts)
         if measure.transfer and len(self.text) < 2:
             raise InputError(f"{path}: transfer compares texts; give two or more in [text]")
 
@@ -148,11 +154,15 @@ class Project(Options):
     def _text(self, spec: str) -> str:
         return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
 
+    def _prompts(self, spec: str) -> str:
+        return spec if spec in (DEFAULT, NONE) else self.beside(spec)
+
     def keys(self) -> dict[str, str]:
         """For each stage a hash of all that its result depends on."""
         measure, search = self.measure, self.search
         texts = [_digest(parse_source(spec).location) for spec in search.text]
-        prune = [self.source, search.model_dump(), *texts]
+        asked = [_digest(spec) for spec in search.prompts]
+        prune = [self.source, search.model_dump(), *texts, *asked]
         own = {
             "prune": [],
             "similarity": [],
@@ -197,6 +207,8 @@ def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -
             raises nothing: see the record's ``gate``.)
     """
     project = Project.load(path)
+    if project.gate is not None and not project.search.prompts:
+        _check_chats(project, path)
     keys, out = project.keys(), project.target
     record = _pruned(project, keys["prune"], force, progress)
     session = _Session(project, record, progress)
@@ -211,6 +223,21 @@ def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -
     for lang in project.measure.reports:
         write_report(out, out / f"report.{lang}.html", lang, force=True)
     return record
+
+
+def _check_chats(project: Project, path: str | Path) -> None:
+    """Find out now that a limit on answers could not be measured in the end."""
+    limits = (project.gate or {}).get("answers", {})
+    if not {"min_agreement", "min_right"} & limits.keys():
+        return
+    search = project.search
+    folder = resolve(project.source).path
+    tokenizer = load_tokenizer(folder, trust_remote_code=search.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{path}: [gate.answers] has a limit on answers, and {project.model} has no chat "
+            "template to ask it with: give [search] prompts, or take the limit out"
+        )
 
 
 def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunRecord:

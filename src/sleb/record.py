@@ -47,6 +47,10 @@ COMMANDS = {
 }
 COMMANDS |= dict.fromkeys(("divergence", "agreement"), COMMANDS["perplexity"])
 COMMANDS |= {"memory": COMMANDS["speed"]}
+COMMANDS |= dict.fromkeys(
+    ("answers.min_agreement", "answers.min_right"),
+    "sleb eval MODEL --plan OUT/plan.json --prompts FILE --record OUT",
+)
 """The command that measures what a table of limits is about."""
 
 
@@ -126,7 +130,8 @@ class GateResult:
         name = f"{row.name}, {row.of}" if row.of else row.name
         if row.measured is None:
             why = row.missing.replace("-", " ")
-            why += f"; run: {COMMANDS.get(row.name.partition('.')[0], 'sleb prune')}"
+            table = COMMANDS.get(row.name.partition(".")[0], "sleb prune")
+            why += f"; run: {COMMANDS.get(row.name, table)}"
         else:
             bound = "most" if row.at_most else "least"
             unit = "" if row.unit == "%" else f" {row.unit}"
@@ -144,8 +149,8 @@ class RunRecord:
     The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
     pruned). ``evaluation_text`` is null where no text was left to measure on, ``repair`` in records
     from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
-    ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the dense model's states i and j
-    (0 is the embedding, i + 1 the output of block i).
+    ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
+    dense model's states i and j (0 is the embedding, i + 1 the output of block i).
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
 

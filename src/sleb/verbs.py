@@ -15,6 +15,7 @@ from typing import Any
 from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
+from sleb.calibration.answers import prompts_of
 from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.calibration.split import SELF_GENERATED
 from sleb.calibration.windows import Windows, load_windows
@@ -45,6 +46,7 @@ from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
 from sleb.evaluation import answers, perplexity
 from sleb.evaluation import transfer as transfers
+from sleb.evaluation.agreement import AnswersKept, measure_answers
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
@@ -57,6 +59,7 @@ from sleb.project import write_project
 from sleb.record import GateResult, RunRecord
 from sleb.repairs import Repair, fit_repair, stored_repair
 from sleb.repairs import search as searching
+from sleb.repairs.answering import answers_to, asked_of
 from sleb.runtimes.bench import Speed
 from sleb.runtimes.bench import bench as time_models
 from sleb.runtimes.compatibility import (
@@ -521,8 +524,9 @@ def evaluate(
     *,
     progress: Progress = silent,
     **options: Any,
-) -> Evaluation | tuple[TaskResult, ...]:
-    """Perplexity, or with ``task`` scores of tasks; with ``plan``, dense and cut side by side.
+) -> Evaluation | tuple[TaskResult, ...] | AnswersKept:
+    """Perplexity, or with ``task`` scores of tasks; with ``plan``, dense and cut side by side. With
+    ``prompts`` and a plan: what the cut keeps of the model's answers.
 
     With the plan's full depth the cut is scored with the repair that lies beside the plan.
     ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
@@ -537,6 +541,7 @@ def evaluate(
     plan = Plan.load(config.plan) if config.plan else None
     removed = plan.at_depth(config.depth) if plan else ()
     check_sources(config.text)
+    prompts_of(config.prompts)
     if config.task:
         check_tasks(config.task, folder=config.tasks_folder)
     loaded = _loaded(model, config, progress)
@@ -547,6 +552,9 @@ def evaluate(
         if removed == plan.removed:
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
+    if specs := asked_of(loaded, config):
+        found = answers_to(loaded, specs, config, every=True, progress=progress)
+        return measure_answers(loaded, found, removed, patch, progress)
     if config.task:
         return run_tasks(loaded, config, removed=removed, patch=patch, progress=progress)
     scored, _ = load_windows(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 
@@ -27,6 +27,8 @@ ANSWERS = "answers"
 """The name of answers among the texts that they stand beside."""
 DEFAULT = "default"
 """Stands for the embedded prompts."""
+NONE = "none"
+"""Stands for no prompts, where there would be some by default."""
 LEAST = 8
 """Prompts that there have to be, for every role to get one."""
 MEASURED, SEARCH, VALIDATION = 96, 32, 32
@@ -34,48 +36,65 @@ MEASURED, SEARCH, VALIDATION = 96, 32, 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """The model's answers to ``prompts`` of ``source``, of at most ``new_tokens`` tokens; a window
+    each."""
+
+    prompts: tuple[Prompt, ...]
+    windows: Windows
+    new_tokens: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerSplit:
-    """Windows by role: blocks are chosen by ``search``, a repair is fitted on these and on ``fit``,
-    ``validation`` decides whether it stays, and the result is ``measured`` on the rest, which are
-    the answers to the prompts ``asked``."""
+    """Answers by role: blocks are chosen by ``search``, a repair is fitted on these and on ``fit``,
+    ``validation`` decides whether it stays, and the result is ``measured`` on the rest."""
 
     search: Windows
     fit: Windows
     validation: Windows
-    measured: Windows
-    asked: tuple[Prompt, ...]
-    new_tokens: int
+    measured: Answers
 
     @classmethod
-    def of(
-        cls, prompts: Sequence[Prompt], windows: Windows, *, seed: int, new_tokens: int
-    ) -> AnswerSplit:
-        """Give out answers of up to ``new_tokens`` tokens in a seeded order; ``windows`` are those
-        of the ``prompts``, one each."""
-        n = len(prompts)
+    def of(cls, answers: Answers, *, seed: int) -> AnswerSplit:
+        """Give out answers in a seeded order.
+
+        Raises:
+            InputError: there are too few for every role.
+        """
+        n = len(answers.prompts)
+        if n < LEAST:
+            raise InputError(
+                f"{n} prompts are too few to choose, repair and measure on; give at least {LEAST}, "
+                "better a hundred"
+            )
         order = random.Random(f"answers {seed}").sample(range(n), n)
         sizes = (min(MEASURED, n // 4), min(SEARCH, n // 4), min(VALIDATION, n // 8))
         starts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes), n]
         measured, search, validation, fit = (sorted(order[a:b]) for a, b in pairwise(starts))
         return cls(
-            search=windows.take(search),
-            fit=windows.take(fit),
-            validation=windows.take(validation),
-            measured=windows.take(measured),
-            asked=tuple(prompts[i] for i in measured),
-            new_tokens=new_tokens,
+            search=answers.windows.take(search),
+            fit=answers.windows.take(fit),
+            validation=answers.windows.take(validation),
+            measured=replace(
+                answers,
+                prompts=tuple(answers.prompts[i] for i in measured),
+                windows=answers.windows.take(measured),
+            ),
         )
 
 
 def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
-    """The prompts of all files; the embedded ones for ``DEFAULT``. Ids are unique among all.
+    """The prompts of all files; the embedded ones for ``DEFAULT``, nothing for ``NONE``. Ids are
+    unique among all.
 
     Raises:
-        InputError, DataError: see :func:`sleb.calibration.prompts.read_prompts`; an id is used
-            twice, or there are fewer than ``LEAST``.
+        InputError, DataError: see :func:`sleb.calibration.prompts.read_prompts`; a file is given
+            twice.
     """
     found: dict[str, Prompt] = {}
-    for spec in specs:
+    for spec in specs if tuple(specs) != (NONE,) else ():
         if spec == DEFAULT:
             with resources.as_file(resources.files("sleb.data") / "prompts.jsonl") as path:
                 rows = read_prompts(path)
@@ -86,11 +105,6 @@ def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
             if name in found:
                 raise InputError(f"--prompts {spec} is given twice; give it once")
             found[name] = row
-    if len(found) < LEAST:
-        raise InputError(
-            f"{len(found)} prompts are too few to choose, repair and measure on; give at least "
-            f"{LEAST}, better a hundred"
-        )
     return tuple(found.values())
 
 

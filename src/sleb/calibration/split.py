@@ -187,7 +187,10 @@ class CalibrationSplit:
         """SHA-256 of the token ids by role, as the plan records them before a repair."""
         roles = {"search": self.search, "heldout": self.heldout}
         if self.answers:
-            roles |= {"answers_search": self.answers.search, "answers": self.answers.measured}
+            roles |= {
+                "answers_search": self.answers.search,
+                "answers": self.answers.measured.windows,
+            }
         return {role: w.record.sha256 for role, w in roles.items() if w is not None}
 
 

@@ -260,6 +260,8 @@ def _quantized_notes(q: Any, given: Given) -> Iterator[str]:
 def _evaluated(result: Any, given: Given) -> dict[str, Any]:
     if given["task"]:
         return {"tasks": result}
+    if given["prompts"]:
+        return {"prompts": result}
     from sleb.record import EvaluationText
 
     text = EvaluationText(
@@ -371,7 +373,7 @@ VERBS = (
         name="eval",
         run="evaluate",
         help="Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by "
-        "side.",
+        "side, or with --prompts how much of the answers a cut keeps.",
         example="sleb eval ./model --text test.txt --plan plan.json",
         arguments=(MODEL, RECORD),
         config=EvalConfig,

@@ -11,23 +11,24 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb.calibration.answers import AnswerSplit
-from sleb.core.plan import Plan
+from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion
 from sleb.evaluation.judges import is_right
 from sleb.models.load import LoadedModel
-from sleb.repairs import Repair
 from sleb.repairs.answering import answered, prompt_ids
 from sleb.selection.metrics import TokenMetric, mean_of, token_kl
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Patch, Sweep
+
+FLOOR = 0.93
+"""Agreement below which, of the cuts in docs/quality.md, all lost a third or more of their right
+answers, and most two thirds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ ANSWER_QUALITY = TokenMetric(
 
 def agreement_of(
     model: LoadedModel,
-    answers: AnswerSplit,
+    answers: Answers,
     removed: Collection[int],
     patch: Patch | None = None,
     *,
@@ -103,7 +104,7 @@ def agreement_of(
 ) -> Values:
     """Of every measured answer [N, 4]: divergence, agreement, tokens until the first difference,
     and 1 if it would be reproduced; see :class:`AnswersKept`."""
-    windows, sets = answers.measured, [BlockSet(removed)]
+    windows, sets = answers.windows, [BlockSet(removed)]
     sweep = Sweep(model.stack, windows.ids, ANSWER_QUALITY, patch=patch, scored=windows.scored)
     work = len(windows.ids) * sweep.work([DENSE, *sets])
     with progress.stage("reading answers", work) as tick:
@@ -114,25 +115,24 @@ def agreement_of(
 
 def measure_answers(
     model: LoadedModel,
-    answers: AnswerSplit,
-    plan: Plan,
-    repair: Repair | None,
+    answers: Answers,
+    removed: Collection[int],
+    patch: Patch | None = None,
     progress: Progress = silent,
 ) -> AnswersKept:
-    """What ``plan``'s cut of ``model`` keeps of the measured answers. Where rows tell what is
-    right, the cut answers them itself.
+    """What the cut keeps of the dense model's ``answers``, with ``patch`` as of a repair. Where
+    rows tell what is right, the cut answers them itself.
 
     Raises:
         DataError: a figure is NaN or infinite.
     """
-    patch = partial(repair.patch, model.stack) if repair else None
-    found = agreement_of(model, answers, plan.removed, patch, progress=progress)
-    plain = agreement_of(model, answers, plan.removed, progress=progress) if repair else None
-    windows = answers.measured
+    found = agreement_of(model, answers, removed, patch, progress=progress)
+    plain = agreement_of(model, answers, removed, progress=progress) if patch else None
+    windows = answers.windows
     assert windows.scored is not None
     divergence, agreement, first, reproduced = found.T
     return AnswersKept(
-        source=windows.record.sources[0].spec.removeprefix("answers to "),
+        source=answers.source,
         prompts=len(windows.ids),
         tokens=int(windows.scored.sum()),
         new_tokens=answers.new_tokens,
@@ -141,42 +141,39 @@ def measure_answers(
         until_first=interval(first),
         reproduced=proportion(int(reproduced.sum()), len(reproduced)),
         unrepaired=None if plain is None else interval(plain[:, 1]),
-        right=right_answers(model, answers, plan, repair, progress),
+        right=right_answers(model, answers, removed, patch, progress),
     )
 
 
 def right_answers(
     model: LoadedModel,
-    answers: AnswerSplit,
-    plan: Plan,
-    repair: Repair | None,
+    answers: Answers,
+    removed: Collection[int],
+    patch: Patch | None,
     progress: Progress,
 ) -> RightAnswers | None:
     """Right answers of both models to prompts whose rows tell; None without such."""
-    rows = [
-        i for i, prompt in enumerate(answers.asked) if is_right(prompt.expected, "") is not None
-    ]
-    if not rows:
+    judged = [(i, p) for i, p in enumerate(answers.prompts) if is_right(p.expected, "") is not None]
+    if not judged:
         return None
-    windows = answers.measured.take(rows)
+    windows = answers.windows.take([i for i, _ in judged])
     assert windows.scored is not None
-    before = [ids[counts].tolist() for ids, counts in zip(windows.ids, windows.scored, strict=True)]
-    asked = [answers.asked[i] for i in rows]
-    ids = prompt_ids(model, asked, answers.new_tokens)
-    with repair.patch(model.stack) if repair else nullcontext(), model.stack.bypassed(plan.removed):
-        after = answered(model, ids, answers.new_tokens, progress, "answering without the blocks")
-    expected = [prompt.expected for prompt in asked]
+    rows = zip(windows.ids, windows.scored, strict=True)
+    before = [ids[counts].tolist() for ids, counts in rows]
+    asked = prompt_ids(model, [prompt for _, prompt in judged], answers.new_tokens)
+    with patch() if patch else nullcontext(), model.stack.bypassed(removed):
+        after = answered(model, asked, answers.new_tokens, progress, "answering without the blocks")
+    expected = [prompt.expected for _, prompt in judged]
     dense = _judged(model.tokenizer, expected, before)
     pruned = _judged(model.tokenizer, expected, after)
-    lost = sum(a and not b for a, b in zip(dense, pruned, strict=True))
-    won = sum(b and not a for a, b in zip(dense, pruned, strict=True))
-    kept = [b for a, b in zip(dense, pruned, strict=True) if a]
+    both = [*zip(dense, pruned, strict=True)]
+    kept = [after for before, after in both if before]
     return RightAnswers(
-        judged=len(rows),
+        judged=len(both),
         dense=sum(dense),
         pruned=sum(pruned),
-        lost=lost,
-        won=won,
+        lost=sum(before and not after for before, after in both),
+        won=sum(after and not before for before, after in both),
         kept=proportion(sum(kept), len(kept)) if kept else None,
     )
 

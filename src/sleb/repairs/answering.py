@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.answers import DEFAULT, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.answers import DEFAULT, NONE, Answers, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt, read_as
 from sleb.calibration.split import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -23,7 +23,8 @@ from sleb.config import PromptOptions
 from sleb.core.errors import InputError
 from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
-from sleb.core.progress import Progress
+from sleb.core.progress import Progress, Tick
+from sleb.models.decoding import capturable, greedy
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import at_once, can_generate
@@ -43,7 +44,7 @@ def asked_of(model: LoadedModel, config: PromptOptions, *, embedded: bool = Fals
     Raises:
         InputError: some are given, and every token of an answer would read all blocks.
     """
-    if config.prompts == ("none",):
+    if config.prompts == (NONE,):
         return []
     if config.prompts and not can_generate(model.stack):
         raise InputError(
@@ -66,34 +67,38 @@ def with_answers(
     """``split`` with the model's answers to the prompts of ``specs``; as it is without these.
 
     Raises:
-        InputError, DataError: see :func:`sleb.calibration.answers.prompts_of`; a prompt is too
-            long, or needs a chat template that is not there.
+        InputError, DataError: see :func:`sleb.calibration.answers.prompts_of`; there are too few, a
+            prompt is too long, or needs a chat template that is not there.
     """
     if not specs:
         return split
     seed = split.search.record.seed
-    return split.with_answers(answer_split(model, specs, config, seed, progress))
+    answers = answers_to(model, specs, config, seed=seed, progress=progress)
+    return split.with_answers(AnswerSplit.of(answers, seed=seed))
 
 
-def answer_split(
+def answers_to(
     model: LoadedModel,
     specs: Sequence[str],
     config: PromptOptions,
-    seed: int,
+    *,
+    seed: int = 0,
+    every: bool = False,
     progress: Progress,
-) -> AnswerSplit:
-    """The model's answers to prompts, by role; see :func:`with_answers`."""
-    kind = model.stack.input_device.type
-    most = config.max_prompts or PROMPTS.get(kind, PROMPTS["cpu"])
-    new_tokens = config.new_tokens or NEW_TOKENS.get(kind, NEW_TOKENS["cpu"])
+) -> Answers:
+    """The model's answers to the prompts of ``specs``. Of many, to some that are spread evenly over
+    all, unless ``every`` one is wanted and no number is given. Raises as :func:`with_answers`."""
+    kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
+    new_tokens = config.new_tokens or NEW_TOKENS[kind]
     prompts = prompts_of(specs)
+    most = config.max_prompts or (len(prompts) if every else PROMPTS[kind])
     if len(prompts) > most:
-        step = len(prompts) / most  # spread evenly, as sets are sorted by kind
-        prompts = tuple(prompts[int(i * step)] for i in range(most))
+        prompts = tuple(prompts[i * len(prompts) // most] for i in range(most))
     ids = prompt_ids(model, prompts, new_tokens)
     answers = written(model, ids, new_tokens, progress)
     windows = answer_windows(ids, answers, specs=specs, seed=seed)
-    return AnswerSplit.of(prompts, windows, seed=seed, new_tokens=new_tokens)
+    source = ", ".join(specs)
+    return Answers(prompts=prompts, windows=windows, new_tokens=new_tokens, source=source)
 
 
 def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
@@ -160,8 +165,7 @@ def answered(
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt, all token ids: what ends it included, at most
     ``new_tokens``."""
-    network: Any = model.model
-    ends = network.generation_config.eos_token_id
+    ends = model.model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = max(map(len, prompts)) + new_tokens
@@ -170,16 +174,7 @@ def answered(
     with progress.stage(title, len(prompts) * new_tokens) as tick:
         for start in range(0, len(order), step):
             rows = order[start : start + step]
-            told = 0
-
-            def counted(_: Tensor, scores: Tensor) -> Tensor:
-                nonlocal told
-                tick(len(rows))  # noqa: B023 (called before the next round)
-                told += 1
-                return scores
-
-            new = _continued(model, [prompts[i] for i in rows], new_tokens, ends, counted)
-            tick(len(rows) * (new_tokens - told))
+            new = _continued(model, [prompts[i] for i in rows], new_tokens, ends, tick)
             for i, tokens in zip(rows, new.tolist(), strict=True):
                 stop = next((k for k, t in enumerate(tokens) if t in ends), len(tokens) - 1)
                 answers[i] = tokens[: stop + 1]
@@ -191,23 +186,42 @@ def _continued(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     ends: list[int],
-    each_step: Any,
+    tick: Tick,
 ) -> Tensor:
     """Greedy tokens [B, at most new_tokens] behind prompts, which are padded in front."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    longest = max(map(len, prompts))
+    longest, device = max(map(len, prompts)), model.stack.input_device
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, here, prompt in zip(ids, mask, prompts, strict=True):
         row[longest - len(prompt) :] = torch.tensor(prompt)
         here[longest - len(prompt) :] = 1
-    network: Any = model.model
-    device = model.stack.input_device
+    ids, mask = ids.to(device), mask.to(device)
+    if capturable(model.model, device) and not model.stack.streamed:
+        new = greedy(model.model, ids, mask, new_tokens, ends, tick).cpu()
+    else:
+        new = _generated(model.model, ids, mask, new_tokens, ends, tick).cpu()
+    group().from_first_(new)
+    return new
+
+
+def _generated(
+    network: Any, ids: Tensor, mask: Tensor, new_tokens: int, ends: list[int], tick: Tick
+) -> Tensor:
+    """As :func:`sleb.models.decoding.greedy`, by transformers' own loop."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    told = 0
+
+    def counted(_: Tensor, scores: Tensor) -> Tensor:
+        nonlocal told
+        told += len(scores)
+        tick(len(scores))
+        return scores
+
     out: Tensor = network.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        logits_processor=LogitsProcessorList([each_step]),
+        ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([counted]),
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=new_tokens,
@@ -215,6 +229,5 @@ def _continued(
             pad_token_id=ends[0] if ends else 0,
         ),
     )
-    new = out[:, longest:].cpu()
-    group().from_first_(new)
-    return new
+    tick(len(ids) * new_tokens - told)
+    return out[:, ids.shape[1] :]

@@ -114,8 +114,7 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     """
     goal = check_options(config)
     check_sources(config.text)
-    if config.prompts and config.prompts != ("none",):
-        prompts_of(config.prompts)
+    prompts_of(config.prompts)
     source = group().sequentially(lambda: resolve(model, progress))
     loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)

@@ -7,12 +7,13 @@ from typing import Any
 
 from sleb.core.plan import RepairedGap, RepairRecord
 from sleb.core.statistics import Flips, Interval
+from sleb.evaluation.agreement import FLOOR, AnswersKept, RightAnswers
 from sleb.evaluation.answers import Answer, Comparison, Pair
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
 from sleb.views.locale import DASH, Locale
-from sleb.views.model import Answered, Item, Listing, SideBySide, Table, Text
+from sleb.views.model import Answered, Facts, Item, Listing, SideBySide, Table, Text
 
 PAIRS = 6
 """Pairs of answers on a page; a terminal shows half as many."""
@@ -203,6 +204,57 @@ def worst_tasks(t: Locale, results: Sequence[TaskResult]) -> Table:
     }
     caption, note = t("tasks.short_caption"), t("quality.more", count=left) if left else ""
     return t.table("tasks", columns, worst, words=["reading"], caption=caption, note=note)
+
+
+# -- answers kept --------------------------------------------------------------------------------
+
+
+def kept(t: Locale, k: AnswersKept) -> list[Item]:
+    """What is kept of the original's answers to prompts."""
+    right = k.right
+    rows: list[tuple[str, str]] = []
+    if right:
+        rows.append((t("kept.right", judged=right.judged), _right(t, right)))
+        if right.kept:
+            rows.append((t("kept.right_kept"), t.interval(right.kept, t.percent)))
+    rows.append((t("kept.agreement"), t.interval(k.agreement, t.percent)))
+    if k.unrepaired:
+        rows.append((t("kept.unrepaired"), t.interval(k.unrepaired, t.percent)))
+    rows += [
+        (t("kept.until_first"), t.interval(k.until_first, t.level)),
+        (t("kept.reproduced"), t.interval(k.reproduced, t.percent)),
+        (t("kept.divergence"), t.interval(k.divergence, t.nats)),
+    ]
+    facts = Facts(tuple(rows))
+    return [facts, *warning(t, k), Text(t("kept.text", **asked(t, k)))]
+
+
+def kept_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
+    """Rows of a table with a column for the original and one for each of ``cuts``."""
+    plain = [t.interval(k.unrepaired, t.percent) if k.unrepaired else DASH] * (cuts - 1)
+    rows: list[tuple[str, ...]] = []
+    if right := k.right:
+        counts = [str(right.dense), *[DASH] * (cuts - 1), str(right.pruned)]
+        rows.append((t("kept.right", judged=right.judged), *counts))
+    agreement = t.interval(k.agreement, t.percent)
+    return [*rows, (t("kept.agreement"), t.percent(1.0), *plain, agreement)]
+
+
+def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
+    """That too little is kept, where it is."""
+    if k is None or k.agreement.value >= FLOOR:
+        return []
+    return [Text(t("kept.below", share=t.percent(k.agreement.value), floor=t.percent(FLOOR)))]
+
+
+def asked(t: Locale, k: AnswersKept) -> dict[str, str]:
+    """What is filled into the sentence on what was asked."""
+    return {"prompts": t.count(k.prompts), "source": k.source, "tokens": t.count(k.new_tokens)}
+
+
+def _right(t: Locale, right: RightAnswers) -> str:
+    counts = {"dense": right.dense, "pruned": right.pruned, "lost": right.lost, "won": right.won}
+    return t("kept.counts", **counts)
 
 
 # -- answers -------------------------------------------------------------------------------------

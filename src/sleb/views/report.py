@@ -168,12 +168,18 @@ class Report:
 
     def _quality(self) -> list[Item]:
         t, e = self.t, self.record.evaluation
+        kept = self.record.prompts
+        first = quality.kept(t, kept) if kept else self._missing("kept")
         items = self._missing("evaluation")
         if e and e.perplexity_ratio:
             caption = t("quality.caption" if self._heldout else "quality.caption_other")
             items = [quality.worst_texts(t, e, caption)]
         tasks = [task for task in self.record.tasks or () if task.pruned is not None]
-        return [*items, *([quality.worst_tasks(t, tasks)] if tasks else self._missing("tasks"))]
+        return [
+            *first,
+            *items,
+            *([quality.worst_tasks(t, tasks)] if tasks else self._missing("tasks")),
+        ]
 
     def _saved(self) -> list[Item]:
         found = self._ratios

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.printable import printable_json
 from sleb.distillation.record import Healed
+from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult
@@ -71,6 +72,7 @@ def _register(kind: type, view: Callable[[Locale, Any], list[Item]]) -> None:
 
 _register(Evaluation, quality.evaluation)
 _register(Comparison, quality.answers)
+_register(AnswersKept, quality.kept)
 _register(Transfer, quality.transfer)
 _register(Speed, speed.speed)
 _register(Drafting, speed.drafting)
@@ -158,10 +160,12 @@ def _(s: Similarity) -> list[Item]:
 @items.register
 def _(r: RunRecord) -> list[Item]:
     """The summary of a run."""
-    found: list[Item] = [sizes(T, r)]
+    found: list[Item] = [sizes(T, r), *quality.warning(T, r.prompts)]
     if r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
-    lines = [f"removed blocks {T.join(r.removed)}; perplexity: {evaluated_on(r)}"]
+    lines = [f"removed blocks {T.join(r.removed)}"]
+    lines += [T("kept.text", **quality.asked(T, r.prompts))] if r.prompts else []
+    lines.append(f"perplexity: {evaluated_on(r)}")
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
@@ -172,12 +176,13 @@ def _(r: RunRecord) -> list[Item]:
 
 
 def sizes(t: Locale, r: RunRecord) -> Table:
-    """Blocks, size and perplexity before and after. The plain cut and the repaired one stand
-    apart."""
+    """Answers, perplexity, blocks and size before and after. The plain cut and the repaired one
+    stand apart."""
     left, e = r.blocks - len(r.removed), r.evaluation
     cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
     n = len(cuts)
-    rows = [
+    rows = quality.kept_rows(t, r.prompts, n) if r.prompts else []
+    rows += [
         ("blocks", str(r.blocks), *[str(left)] * n),
         ("parameters", t.large(r.parameters[0]), *[t.large(r.parameters[1])] * n),
         ("weights", t.size(r.nbytes[0]), *[t.size(r.nbytes[1])] * n),
@@ -211,10 +216,11 @@ def repair_told(r: RepairStatus) -> str:
     if r.status != "repaired":
         words = {"not-asked": "not asked for", "no-gain": "no fit was better on every text"}
         return words.get(r.status, f"not possible: {r.reason}")
-    texts = "a third of them the model's own text" if r.self_generated else "all of the given texts"
+    parts = ["given texts", *(["the model's own text"] if r.self_generated else [])]
+    parts += [f"its answers to {r.answers} prompts"] if r.answers else []
     return (
         f"{r.tensors} matrices around {r.gaps} of {r.gaps_total} gaps, fitted on {r.tokens:,} "
-        f"tokens, {texts}, and judged on {r.validation_windows} other windows"
+        f"tokens ({', '.join(parts)}), and judged on {r.validation_windows} other windows"
     )
 
 
