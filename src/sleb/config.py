@@ -403,7 +403,7 @@ class PruneConfig(SearchConfig, RepairOptions, KeepOptions):
     """`sleb prune`."""
 
 
-class RepairConfig(DepthOptions, DeviceOptions):
+class RepairConfig(DepthOptions, PromptOptions, DeviceOptions):
     """`sleb.repair`."""
 
     stream: bool = like(LoadOptions, "stream")
@@ -440,9 +440,10 @@ class ApplyConfig(RepairConfig, KeepOptions):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.text and not self.repair:
+        if (self.text or self.prompts) and not self.repair:
+            given = "--text" if self.text else "--prompts"
             raise InputError(
-                "--text is what --repair is fitted on; give --repair too, or leave it out"
+                f"{given} is what --repair is fitted on; give --repair too, or leave it out"
             )
         if (self.stream or self.device_map) and not self.repair:
             raise InputError(

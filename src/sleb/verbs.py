@@ -215,14 +215,9 @@ def repair(
     """
     removed = _plan(plan).at_depth(config.depth)
     check_sources(config.text)
-    return fit_repair(
-        _loaded(model, config, progress),
-        removed,
-        text=config.text,
-        length=config.length,
-        tokens=config.repair_tokens,
-        progress=progress,
-    )
+    prompts_of(config.prompts)
+    loaded = _loaded(model, config, progress)
+    return fit_repair(loaded, removed, config=config, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

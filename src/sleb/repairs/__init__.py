@@ -23,6 +23,7 @@ from sleb.calibration.split import SHARE, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, tensor_bytes
 from sleb.checkpoints.cut import Cut
+from sleb.config import RepairConfig
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
@@ -32,6 +33,7 @@ from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
+from sleb.repairs.answering import asked_of, with_answers
 from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
 from sleb.repairs.self_generated import can_generate, with_self_generated, writer
@@ -125,25 +127,26 @@ def fit_repair(
     model: LoadedModel,
     removed: Collection[int],
     *,
-    text: Sequence[str] = (),
-    length: int,
-    tokens: int | None = None,
-    seed: int = 0,
+    config: RepairConfig,
     progress: Progress = silent,
 ) -> Repair:
-    """Repair a cut as ``sleb apply --repair`` does: fitted on ``text``, in windows of ``length``,
-    and, where the model can write, on its own. ``tokens``: see :func:`given_tokens`.
+    """Repair a cut as ``sleb apply --repair`` does: fitted on texts, on answers to prompts, and,
+    where the model can write, on its own text. ``repair_tokens``: see :func:`given_tokens`.
 
     Raises:
-        InputError: the text is too short, or as :func:`sleb.load_windows`.
+        InputError: the text is too short, or as :func:`sleb.load_windows` and
+            :func:`sleb.repairs.answering.with_answers`.
         UnsupportedModel: as :func:`repair`.
     """
-    split = CalibrationSplit.of(model.tokenizer, text, windows=None, length=length, seed=seed)
-    split = split.with_repair(given_tokens(model.stack, tokens), beside_search=True)
+    split = CalibrationSplit.of(
+        model.tokenizer, config.text, windows=None, length=config.length, seed=0
+    )
+    given = given_tokens(model.stack, config.repair_tokens)
+    split = split.with_repair(given, beside_search=True)
+    split = with_answers(model, split, asked_of(model, config), config, progress)
     if can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress))
-    fit, validation = split.repair_fit, split.repair_validation
-    assert validation is not None
+    fit, validation = split.repair_fit, split.validation
     return repair(model, removed, fit, validation, self_generated=False, progress=progress)
 
 
