@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import sleb
 from sleb.calibration.windows import Windows
+from sleb.config import RepairConfig
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.statistics import Values, exponential, interval
@@ -116,14 +117,8 @@ class Bench:
         if not out.exists():
             model = sleb.load(self.dense)
             try:
-                found = fit_repair(
-                    model,
-                    plan.removed,
-                    text=self.text,
-                    length=o.length,
-                    tokens=o.repair_tokens,
-                    seed=o.seed,
-                )
+                asked = {"text": self.text, "length": o.length, "repair_tokens": o.repair_tokens}
+                found = fit_repair(model, plan.removed, config=RepairConfig.of(asked))
             except UnsupportedModel as error:
                 return None, f"not possible: {error}"
             if not found.tensors:
