@@ -185,12 +185,12 @@ def test_prune_measures_answers(learned, prompts, tmp_path):
     )
     kept = sleb.RunRecord.load(tmp_path / "out").prompts
     assert kept == done.record.prompts
-    assert kept.prompts == len(STARTS) * 5 // 4
+    assert kept.prompts == len(STARTS) * 5 // 3
     assert kept.source == str(prompts)
     assert 0 <= kept.agreement.value <= 1
     assert kept.right.judged >= kept.right.dense >= kept.right.lost
     assert kept.right.pruned == kept.right.dense - kept.right.lost + kept.right.won
-    assert done.plan.final_comparison is None or done.plan.final_comparison.answers == 8
+    assert done.plan.final_comparison is None or done.plan.final_comparison.answers == 5
     assert {"answers", "answers_search"} <= done.plan.split.keys()
 
 

@@ -19,6 +19,7 @@ from sleb.pipeline import Pruned, prune
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000
+PROMPTS, ANSWER = 36, 48  # prompts, and tokens of each answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ def demo(
         raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
     options = ["--remove", "20%", "--windows", str(WINDOWS), "--length", str(LENGTH)]
     options += ["--repair-tokens", str(REPAIR)]
+    options += ["--max-prompts", str(PROMPTS), "--new-tokens", str(ANSWER)]
     done = prune(
         model,
         out,
@@ -59,6 +61,8 @@ def demo(
         length=LENGTH,
         heldout=HELDOUT,
         repair_tokens=REPAIR,
+        max_prompts=PROMPTS,
+        new_tokens=ANSWER,
         force=True,
         command=shlex.join(["sleb", "prune", model, *options, "-o", str(out)]),
         progress=progress,

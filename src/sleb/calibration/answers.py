@@ -29,7 +29,7 @@ DEFAULT = "default"
 """Stands for the embedded prompts."""
 NONE = "none"
 """Stands for no prompts, where there would be some by default."""
-LEAST = 8
+LEAST = 12
 """Prompts that there have to be, for every role to get one."""
 MEASURED, SEARCH, VALIDATION = 96, 32, 32
 """Answers of these roles, at most; a fit gets the rest."""
@@ -70,7 +70,7 @@ class AnswerSplit:
                 "better a hundred"
             )
         order = random.Random(f"answers {seed}").sample(range(n), n)
-        sizes = (min(MEASURED, n // 4), min(SEARCH, n // 4), min(VALIDATION, n // 8))
+        sizes = (min(MEASURED, n // 3), min(SEARCH, n // 6), min(VALIDATION, n // 8))
         starts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes), n]
         measured, search, validation, fit = (sorted(order[a:b]) for a, b in pairwise(starts))
         return cls(
