@@ -27,7 +27,16 @@ SECTIONS = [
     *("draft", "transfer", "exact", "runtimes", "gate", "provenance"),
 ]
 MEASURED = (
-    *("evaluation", "evaluation_text", "similarity", "tasks", "answers", "speed", "transfer"),
+    *(
+        "evaluation",
+        "evaluation_text",
+        "similarity",
+        "tasks",
+        "answers",
+        "prompts",
+        "speed",
+        "transfer",
+    ),
     *("gate", "runtimes", "draft"),
 )
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -17,7 +17,7 @@ from scipy import stats
 import conftest
 import sleb
 from conftest import byte_tokenizer
-from sleb.calibration.prompts import Prompt, read_prompts
+from sleb.calibration.prompts import Prompt
 from sleb.core.errors import InputError
 from sleb.core.statistics import proportion
 from sleb.evaluation import answers

@@ -182,5 +182,5 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     known = {name for table in tables for name in table.model_fields}
     assert set(keys) - known == {
         "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",
-        "max_repetitive", "max_empty", "max_unfinished",
+        "max_repetitive", "max_empty", "max_unfinished", "min_agreement", "min_right",
     }  # fmt: skip

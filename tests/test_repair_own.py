@@ -149,9 +149,9 @@ def test_a_repair_is_fitted_on_it_unless_told_not_to(learned, loaded):
 def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch):
     """6 blocks of 2 key-value heads of 8, keys and values in float32: 768 bytes a token."""
     monkeypatch.setattr(own, "CACHE", 768 * 32 * 20)
-    assert own._at_once(loaded.stack, 32) == 20
-    assert own._at_once(loaded.stack, 64) == 10
-    assert own._at_once(loaded.stack, 32_000) == 1
+    assert own.at_once(loaded.stack, 32) == 20
+    assert own.at_once(loaded.stack, 64) == 10
+    assert own.at_once(loaded.stack, 32_000) == 1
     sizes = []
     real = own._continued
 
@@ -172,7 +172,7 @@ def test_a_gpu_has_room_by_its_size_unless_it_is_full(loaded, monkeypatch, free,
     size = SimpleNamespace(total_memory=2**32)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
     assert resources.room_bytes(loaded.stack) == room
-    assert own._at_once(loaded.stack, 32) == room // (768 * 32)
+    assert own.at_once(loaded.stack, 32) == room // (768 * 32)
 
 
 def test_long_windows_are_of_several_pieces(loaded, monkeypatch):

@@ -249,7 +249,8 @@ def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
 
 def asked(t: Locale, k: AnswersKept) -> dict[str, str]:
     """What is filled into the sentence on what was asked."""
-    return {"prompts": t.count(k.prompts), "source": k.source, "tokens": t.count(k.new_tokens)}
+    counts = {"prompts": k.prompts, "answered": k.tokens, "tokens": k.new_tokens}
+    return {"source": k.source, **{name: t.count(n) for name, n in counts.items()}}
 
 
 def _right(t: Locale, right: RightAnswers) -> str:
