@@ -11,10 +11,11 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from report_plan import plan, repaired_plan
+from sleb.core.finding import finding
 from sleb.core.statistics import Interval
 from sleb.record import EvaluationText, GateResult, RunRecord
 from sleb.runtimes.bench import Skipped
-from sleb.surgery.verification import Check
+from sleb.surgery.gates import Check
 from sleb.views.html import render
 from sleb.views.locale import Locale
 from sleb.views.report import Report
@@ -85,13 +86,11 @@ def repaired(**changes):
     checks = record.verification.checks
     first = Check(
         key="repaired-tensors",
-        name="repaired tensors",
         passed=True,
-        measured="6 tensors are the plan's",
-        limit="the plan's hashes",
+        found=finding("equal", tensors=6),
     )
-    name = f"{checks[3].name}, but for the repaired"
-    weights = replace(checks[3], key="weights-but-repaired", name=name)
+    both = finding("equal", tensors=78, repaired=6)
+    weights = replace(checks[3], key="weights-but-repaired", found=both)
     checks = (first, *checks[:3], weights, *checks[4:])
     record = put(record, "verification.checks", checks)
     record = replace(record, evaluation=replace(record.evaluation, unrepaired=plain))
@@ -163,12 +162,15 @@ def hostile(evil=EVIL, image='"><img src=x onerror=alert(1)>'):
         "speed.skipped": tuple(Skipped(reason="note", detail=x) for x in (evil, image)),
         "speed.device": evil,
         "draft.drafts.0.path": evil,
-        "runtimes.verdicts.1.why": evil,
+        "runtimes.verdicts.1.why": finding("error", error=evil),
+        "runtimes.verdicts.0.why": finding(image, listed=(evil,)),
         "runtimes.verdicts.2.runtime": image,
         "transfer.domains": (evil, image),
         "gate.rows.2.of": evil,
         "gate.rows.3.of": image,
-        "verification.checks.0.measured": evil,
+        "verification.checks.0.found": finding("error", error=evil),
+        "verification.checks.1.found": finding("differ", field=image),
+        "verification.checks.2.found": finding("equal", fields=(evil, image)),
     }.items():
         record = put(record, path, new)
     chosen = repaired_plan(metric=evil, strategy=image, unit=evil, versions={evil: image})

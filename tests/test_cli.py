@@ -17,8 +17,9 @@ from cli_tools import refused, run, tree
 from sleb import pipeline
 from sleb.cli import progress
 from sleb.cli.verbs import VERBS
+from sleb.core.finding import finding
 from sleb.core.plan import Plan
-from sleb.surgery.verification import Check
+from sleb.surgery.gates import Check
 
 SMALL = ["--windows", "4", "--length", "16", "--dtype", "float32", "--device", "cpu"]
 CARD = """---
@@ -92,7 +93,7 @@ def test_search_apply_verify_and_eval(place, capsys):
     ran = run(capsys, "verify", "out3", "--model", "MODEL", "--depth", "2", "--json")
     assert ran.code == 3
     assert not all(check["passed"] for check in ran.json["checks"])
-    assert "out3 failed 'number of blocks': 3 (must be 4)" in ran.err
+    assert "'blocks' (counted: blocks 3, expected 4)" in ran.err
 
     options = ["--plan", "plan.json", "--length", "32", "--windows", "8"]
     text, found = (run(capsys, "eval", "MODEL", *options, *json_) for json_ in ([], ["--json"]))
@@ -157,14 +158,14 @@ def test_a_gate_that_fails_leaves_no_checkpoint(place, capsys, monkeypatch):
     real = pipeline.verify
 
     def verify(*args, **kwargs):
-        bad = Check(name="logits", passed=False, measured="off by 1", limit="at most 0")
+        bad = Check(key="logits", passed=False, found=finding("gap", gap=1.0, limit=0.0))
         found = real(*args, **kwargs)
         return replace(found, checks=(*found.checks, bad))
 
     monkeypatch.setattr(pipeline, "verify", verify)
     options = ["--remove", "2", *SMALL, "--no-repair"]
     said = refused(capsys, 3, "prune", "MODEL", *options, "-o", "out")
-    assert "out failed 'logits': off by 1 (must be at most 0)" in said
+    assert "'logits' (gap: gap 1, limit 0)" in said
     assert names(place) == ["MODEL", "out.journal"]  # the scores are kept for another try
 
 

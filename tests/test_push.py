@@ -130,7 +130,7 @@ SPOILT = {  # what is done to the folder, the exit code, and what is said
     "a shard": (
         lambda f: damaged(sorted(f.glob("*.safetensors"))[0]),
         5,
-        ".safetensors is another",
+        ".safetensors is changed",
     ),
     "a file less": (lambda f: (f / "tokenizer.json").unlink(), 5, "tokenizer.json is missing"),
     "no plan": (lambda f: (f / "plan.json").unlink(), 2, "has no plan.json"),

@@ -76,7 +76,7 @@ def test_the_folder_holds_what_belongs_to_the_model(dense, int8):
     names = {path.name for path in int8.iterdir()}
     assert {"tokenizer.json", "quantize.json", "README.md", "SHA256SUMS"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
-    assert check_sums(int8)[1] == []
+    assert check_sums(int8)[1] == {}
     record = json.loads((int8 / "quantize.json").read_text())
     assert (record["scheme"], record["group"], record["calibration"]) == ("int8", None, None)
     assert set(record["versions"]) == {"torchao", "transformers", "torch"}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from report_plan import plan
-from report_tools import HERE, complete, repaired, save, sparse
+from report_tools import HERE, complete, repaired, save, seen, sparse
 from sleb.core.errors import InputError
 from sleb.record import RepairStatus, RunRecord, upgrade
 
@@ -84,6 +84,24 @@ def test_rows_of_a_gate_become_keys(name, missing, facts):
     old = {"gate": {"rows": [{"name": name, "missing": missing}]}}
     (row,) = upgrade(old)["gate"]["rows"]
     assert {key: row.get(key, "") for key in facts} == facts
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_sentences_of_checks_and_verdicts_are_kept_as_they_were(tmp_path, schema):
+    old = json.loads((HERE / "data" / "run.json").read_text())
+    old["schema_version"] = schema
+    check = {"name": "number of blocks", "passed": True, "measured": "nine", "limit": "9"}
+    old["verification"]["checks"] = [check]
+    old["runtimes"]["verdicts"][0]["why"], old["runtimes"]["verdicts"][1]["why"] = "", "who knows"
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    record = RunRecord.load(tmp_path)
+    assert [c.key for c in record.verification.checks] == ["blocks"]
+    assert [v.why and v.why.key for v in record.runtimes.verdicts] == [None, "note", "unknown"]
+    page = seen(record)
+    assert page.rows["exact"][1][2:] == ["nine", "9"]
+    assert "llama.cpp: who knows" in page.text("runtimes")
+    record.save(tmp_path / "run.json")
+    assert RunRecord.load(tmp_path) == record
 
 
 def test_what_was_not_timed_and_the_names_of_runtimes_become_keys():

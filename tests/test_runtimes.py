@@ -117,7 +117,7 @@ def test_a_runtime_that_computes_the_same_is_accepted(place):
     found = place.check("vllm", "llama.cpp")
     assert [v.runtime for v in found.verdicts] == ["vllm", "llama.cpp"]
     for v in found.verdicts:
-        assert (v.verdict, v.how, v.why, v.version) == ("accepted", "loaded", "", "unknown")
+        assert (v.verdict, v.how, v.why, v.version) == ("accepted", "loaded", None, "unknown")
         assert max(v.dense, v.pruned) < 1e-5
     found.require()
 
@@ -156,7 +156,7 @@ def test_a_runtime_may_deviate_as_it_does_on_the_dense_model(quick, dense, prune
     ("which", "answer", "verdict", "why"),
     [
         ("dense", {"says": "no such\narchitecture"}, "undecided", "RuntimeError: no such archit"),
-        ("out", {"says": "no luck"}, "refused", "the pruned model: RuntimeError: no luck"),
+        ("out", {"says": "no luck"}, "refused", "pruned-fails: error RuntimeError: no luck"),
         ("out", {"dies": 1}, "refused", "ended with 7"),
         ("out", {"logprobs": [float("nan")] * 254}, "refused", "not finite"),
     ],
@@ -168,8 +168,8 @@ def test_a_runtime_that_does_not_run_a_model(quick, which, answer, verdict, why,
     quick.says(quick.out if which == "out" else quick.dense, {**known, **answer})
     found = quick.check("vllm")
     assert one(found).verdict == verdict
-    assert why in one(found).why
-    assert "\n" not in one(found).why
+    assert why in str(one(found).why)
+    assert "\n" not in str(one(found).why)
     if verdict == "undecided":
         found.require()
     else:
@@ -287,7 +287,7 @@ def test_llama_cpp_needs_the_files_of_both(place):
     place.out.with_name("out.gguf").unlink()
     v = one(place.check("llama-cpp"))  # as the command line has it, too
     assert (v.how, v.verdict) == ("by rule", "accepted")
-    assert "no .gguf file of both models" in v.why
+    assert v.no_file
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_what_later_verbs_add_does_not_break_it(cut, tmp_path, capsys, tiny_dir)
     (out / SUMS).unlink()  # without which it is verified all the same
     ran = run(capsys, "verify", out, "--model", tiny_dir, "--json")
     assert ran.code == 0
-    assert not any(SUMS in check["name"] for check in ran.json["checks"])
+    assert "checksums" not in {check["key"] for check in ran.json["checks"]}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -109,12 +109,12 @@ def test_verify_names_the_file_that_is_another(cut, tmp_path, capsys, tiny_dir, 
     (out / name).write_bytes(raw)
     ran = run(capsys, "verify", out, "--model", tiny_dir)
     assert ran.code == 3
-    assert f"failed 'files match SHA256SUMS': {name} is another file" in ran.err
+    assert f"changed {name}" in ran.err
     assert sha256sum(out).returncode == 1
     (out / name).unlink()
     if name != "config.json":  # without which it is no checkpoint
         ran = run(capsys, "verify", out, "--model", tiny_dir)
-        assert (ran.code, f"{name} is missing" in ran.err) == (3, True)
+        assert (ran.code, f"missing {name}" in ran.err) == (3, True)
 
 
 def test_a_cut_of_a_cut_has_its_own_checksums(cut, tmp_path):
@@ -135,10 +135,10 @@ def test_odd_names_are_written_as_sha256sum_reads_them(tmp_path):
     (tmp_path / "bytes\udcff").write_text("not UTF-8")
     write_sums(tmp_path)
     assert set(read_sums(tmp_path / SUMS)) == {*names, "bytes\udcff"} == set(covered(tmp_path))
-    assert check_sums(tmp_path) == (len(names) + 1, [])
+    assert check_sums(tmp_path) == (len(names) + 1, {})
     assert sha256sum(tmp_path).returncode == 0, sha256sum(tmp_path).stderr
     (tmp_path / "line\nbreak").write_text("other")
-    assert check_sums(tmp_path)[1] == ["line\nbreak is another file"]
+    assert check_sums(tmp_path)[1] == {"line\nbreak": "changed"}
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a//b", "a/../../b"])

@@ -15,27 +15,33 @@ from conftest import byte_tokenizer, save_tiny
 from plan_tools import edit_config, plan_of
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.models.stack import BlockStack
-from sleb.surgery import verification
+from sleb.surgery import gates, verification
+from sleb.views.locale import Locale
 from zoo import tiny
 
-CONFIG = "depth-dependent config fields"
-RELOAD = "clean reload"
-BLOCKS = "number of blocks"
-WEIGHTS = "weights equal the original's"
-LOGITS = "logits equal the original with blocks bypassed"
-GENERATION = "generation with cache equals without"
-KEPT = "config.json keeps the original's fields"
+CONFIG = "depth-fields"
+RELOAD = "clean-reload"
+BLOCKS = "blocks"
+WEIGHTS = "weights"
+LOGITS = "logits"
+GENERATION = "generation"
+KEPT = "config-kept"
 ORDER = [KEPT, CONFIG, RELOAD, BLOCKS, WEIGHTS, LOGITS, GENERATION]
 UP = "model.layers.2.mlp.up_proj.weight"
 in_memory_and_streamed = pytest.mark.parametrize("stream", [False, True])
 
 
 def failed(found: verification.Verification) -> list[str]:
-    """Names of the gates that failed; and that the error names the first of them."""
-    names = [check.name for check in found.checks if not check.passed]
+    """Keys of the gates that failed; and that the error names the first of them, and a reader is
+    told of all in words."""
+    for check in found.checks:
+        for words in (Locale("en"), Locale("ja")):
+            assert words.said("found", check.found, check.key) != str(check.found)
+            assert words.said("must", check.found, check.key) != str(check.found)
+    names = [check.key for check in found.checks if not check.passed]
     assert found.passed == (not names)
     if names:
-        with pytest.raises(VerificationFailed, match=rf"failed '{names[0]}': .*\(must be .*do not"):
+        with pytest.raises(VerificationFailed, match=rf"'{names[0]}' \(.*\); do not ship"):
             found.require()
     else:
         found.require()
@@ -43,7 +49,7 @@ def failed(found: verification.Verification) -> list[str]:
 
 
 def measured(found: verification.Verification, name: str) -> str:
-    return next(check.measured for check in found.checks if check.name == name)
+    return str(next(check.found for check in found.checks if check.key == name))
 
 
 def without_sums(folder: Path) -> Path:
@@ -87,10 +93,10 @@ def test_a_right_checkpoint_passes_every_gate(tiny_dir, plan, out, tmp_path):
     before = tree(tmp_path)
     found = sleb.verify(out, model=tiny_dir, plan=plan)
     assert failed(found) == []
-    assert [check.name for check in found.checks] == ORDER
-    assert measured(found, LOGITS) == "maximum difference 0"
-    assert measured(found, BLOCKS) == "4"
-    assert measured(found, WEIGHTS) == "39 tensors are equal"
+    assert [check.key for check in found.checks] == ORDER
+    assert measured(found, LOGITS) == "gap: gap 0, limit 0"
+    assert measured(found, BLOCKS).startswith("counted: blocks 4")
+    assert measured(found, WEIGHTS) == "equal: tensors 39"
     assert found.removed == (1, 3)
     assert tree(tmp_path) == before
 
@@ -111,8 +117,8 @@ def nudged(tensors):
 
 
 SPOILT = {  # what is done to tensors, or fields of the config; gates that fail; what one says
-    "two blocks are swapped": (swapped, [WEIGHTS, LOGITS], "14 of 39 tensors differ"),
-    "one weight is off": (nudged, [WEIGHTS, LOGITS], f"1 of 39 tensors differ, for example {UP}"),
+    "two blocks are swapped": (swapped, [WEIGHTS, LOGITS], "wrong 14, tensors 39"),
+    "one weight is off": (nudged, [WEIGHTS, LOGITS], f"wrong 1, tensors 39, example {UP}"),
     "a tensor is missing": (lambda t: t.pop(UP), [RELOAD], f"1 missing keys .* {UP}"),
     "a tensor is extra": (lambda t: t.update(x=t[UP]), [RELOAD], "1 unexpected keys .* x"),
     "a tensor has another shape": (
@@ -130,11 +136,11 @@ SPOILT = {  # what is done to tensors, or fields of the config; gates that fail;
 def test_what_is_wrong_is_named(tiny_dir, plan, out, how, stream, request):
     if stream and how == "a tensor has another shape":
         request.applymarker(pytest.mark.xfail(reason="is a bug: a ValueError of accelerate's"))
-    change, gates, said = SPOILT[how]
+    change, wrong, said = SPOILT[how]
     edit_config(out, **change) if isinstance(change, dict) else edit_tensors(out, change)
     found = sleb.verify(out, model=tiny_dir, plan=plan, stream=stream)
-    assert failed(found) == gates
-    assert re.search(said, measured(found, gates[0]))
+    assert failed(found) == wrong
+    assert re.search(said, measured(found, wrong[0]))
 
 
 @in_memory_and_streamed
@@ -147,7 +153,7 @@ def test_more_or_fewer_blocks_are_missing(tiny_dir, plan, out):
     deeper = plan_of(tiny_dir, 3, 1, 2)
     found = sleb.verify(out, model=tiny_dir, plan=deeper)
     assert failed(found) == [BLOCKS, WEIGHTS]
-    assert measured(found, BLOCKS) == "4"
+    assert measured(found, BLOCKS).startswith("counted: blocks 4")
     assert failed(sleb.verify(out, model=tiny_dir, plan=deeper, depth=2)) == []
     with pytest.raises(InputError, match=r"--depth 4 is outside this plan's 1\.\.3"):
         sleb.verify(out, model=tiny_dir, plan=deeper, depth=4)
@@ -193,7 +199,7 @@ def test_a_stale_list_of_layer_types(tmp_path, kind):
     edit_config(out, layer_types=types[:5])
     found = sleb.verify(out, model=source, plan=plan)
     assert failed(found) == [CONFIG, LOGITS]
-    assert measured(found, CONFIG).startswith("layer_types = ['")
+    assert measured(found, CONFIG).startswith("differ: field layer_types")
     changed = json.loads((out / "config.json").read_text())
     del changed["layer_types"]  # now the library makes up the list, from the number of blocks
     (out / "config.json").write_text(json.dumps({**changed, "max_window_layers": 2}))
@@ -251,12 +257,12 @@ def test_the_models_sampling_settings_do_not_matter(tiny_dir, plan, out):
 @pytest.mark.parametrize(
     ("pruned", "original", "passed", "said"),
     [
-        (False, True, False, "tokens differ"),
-        (False, False, True, "the original"),
-        (RuntimeError("bad"), RuntimeError("bad before"), True, "the original"),
+        (False, True, False, "differ: "),
+        (False, False, True, "original-differ: "),
+        (RuntimeError("bad"), RuntimeError("bad before"), True, "original-error: "),
         (RuntimeError("bad"), False, False, "RuntimeError"),
-        (True, None, True, "16 equal tokens"),
-        (RuntimeError("bad\nmask"), True, False, r"generate() fails: RuntimeError: bad mask"),
+        (True, None, True, "equal: tokens 16"),
+        (RuntimeError("bad\nmask"), True, False, "RuntimeError: bad mask"),
     ],
 )
 def test_generation_is_compared_with_and_without_cache(
@@ -270,7 +276,7 @@ def test_generation_is_compared_with_and_without_cache(
             raise answer
         return answer
 
-    monkeypatch.setattr(verification, "_cache_agrees", agrees)
+    monkeypatch.setattr(gates, "cache_agrees", agrees)
     found = sleb.verify(out, model=tiny_dir, plan=plan)
     assert failed(found) == ([] if passed else [GENERATION])
     assert said in measured(found, GENERATION)
@@ -280,9 +286,9 @@ def test_a_cache_that_goes_wrong_is_noticed(tiny_dir):
     """Without the stand-in: two blocks that write to one place of the cache."""
     loaded = sleb.load(tiny_dir, dtype="float32", device="cpu")
     ids = verification.probe_ids(loaded.model.config)
-    assert verification._cache_agrees(loaded.model, ids, 16)
+    assert gates.cache_agrees(loaded.model, ids, 16)
     loaded.stack.blocks[3].self_attn.layer_idx = 2
-    assert not verification._cache_agrees(loaded.model, ids, 16)
+    assert not gates.cache_agrees(loaded.model, ids, 16)
 
 
 def test_in_float32_on_the_cpu_nothing_but_zero_will_do():
@@ -291,7 +297,7 @@ def test_in_float32_on_the_cpu_nothing_but_zero_will_do():
     other[0, 1, 1] = torch.nextafter(other[0, 1, 1], torch.tensor(9.0))
 
     def passes(found, dtype=torch.float32, exact=True):
-        return verification._logit_check(found, logits, dtype, exact).passed
+        return gates.check_logits(found, logits, dtype, exact).passed
 
     assert passes(logits)
     assert not passes(other)
@@ -321,8 +327,8 @@ def test_a_right_checkpoint_passes_and_blocks_stay_in_its_files(family, tmp_path
     out = sleb.apply(plan, folder, tmp_path / "out")
     found = sleb.verify(out, model=folder, plan=plan, stream=True)
     assert failed(found) == []
-    assert [c.name for c in found.checks][1:] == ORDER
-    assert measured(found, GENERATION) == "2 equal tokens"
+    assert [c.key for c in found.checks][1:] == ORDER
+    assert measured(found, GENERATION) == "equal: tokens 2"
     assert len(streams) >= 2
     assert all(streams)
 
@@ -336,12 +342,12 @@ def test_repaired_tensors_are_the_plans(learned, tmp_path):
     checked = {"model": learned / "model", "plan": done.plan, "stream": True}
     found = sleb.verify(tmp_path / "out", **checked)
     assert failed(found) == []
-    name = f"{WEIGHTS}, but for the repaired"
-    assert measured(found, name).endswith(f"{count} are the plan's")
+    name = "weights-but-repaired"
+    assert measured(found, name).endswith(f"repaired {count}")
     without_sums(tmp_path / "out")
     edit_tensors(tmp_path / "out", lambda t: [x.__iadd__(1) for n, x in t.items() if "down" in n])
     found = failed(sleb.verify(tmp_path / "out", **checked))
-    assert {"repaired tensors", name} <= set(found)
+    assert {"repaired-tensors", name} <= set(found)
 
 
 def test_it_is_done_where_a_model_does_not_fit(tiny_dir, plan, out, streams, monkeypatch):

@@ -32,7 +32,9 @@ from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.record import RepairStatus
 from sleb.runtimes.bench import Skipped
+from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
+from sleb.surgery.gates import GATES
 from sleb.views.locale import LANGUAGES, LINK, Locale
 from sleb.views.terminal import draw
 
@@ -307,6 +309,7 @@ def variety():
         "tasks.1.flips": None,
         "tasks.0.chance": 0.9,
         "started": "2026",
+        "runtimes.verdicts.2.no_file": True,
     }.items():
         yield put(full, path, new), chosen
     yield put(full, "speed.ratios.3.ratio", alone), chosen
@@ -328,6 +331,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
             page(record, chosen)
         drawn(complete().tasks)
     by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
+    by_name |= {"found", "must", "rules"}
     known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}
     assert known - said == {"format.large"}
 
@@ -337,8 +341,9 @@ def test_keys_of_the_record_have_words(words):
     """What the library can write into a record is told in the reader's language."""
     assert {*METRICS} == {*words.tables["metrics"]}
     assert {limit.key for limit in LIMITS} == {*words.tables["limits"]} - {"all"}
-    checks = {c.key for r in (complete(), repaired()) for c in r.verification.checks}
-    assert checks <= {*words.tables["checks"]}
+    assert {*GATES} == {*words.tables["checks"]}
+    assert {*GATES} <= {*words.tables["must"]}
+    assert {rule.key for rule in VLLM.values()} <= {*words.tables["rules"]}
 
 
 @pytest.mark.parametrize("key", [*EN.tables["commands"]])

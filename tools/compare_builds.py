@@ -44,6 +44,9 @@ INTENDED = [
     ("*", "*command", "options may be spelled in another order"),
     ("*", "*schema_version", "records of schema 2 hold keys in place of sentences"),
     ("*", "*checks.*", "checks have keys, and there are more of them; exit codes are compared"),
+    ("*", "*verdicts.*.why*", "a key and figures in place of a sentence"),
+    ("*", "*verdicts.*.no_file", "it stood in that sentence"),
+    ("apply *--repaired*", "repair.*", "the plan's repair is shown where it is taken along"),
     ("*", "split*", "plans name the windows of every role since there is one split of the text"),
     (
         "*/config.json",

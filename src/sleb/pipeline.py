@@ -201,12 +201,11 @@ def _write(
     trust = config.trust_remote_code
 
     def finish(stage: Path) -> None:
-        stream = True if found.streamed else None
         checked = verify(
             stage,
             model=model,
             plan=found.plan,
-            stream=stream,
+            stream=found.streamed,
             trust_remote_code=trust,
             progress=watch,
         )

@@ -11,7 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -230,12 +230,9 @@ class Stopwatch:
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
 
-    def stage(self, title: str, total: int | None) -> AbstractContextManager[Tick]:
-        """See :class:`sleb.core.progress.Progress`."""
-        return self._timed(title, total)
-
     @contextmanager
-    def _timed(self, title: str, total: int | None) -> Iterator[Tick]:
+    def stage(self, title: str, total: int | None) -> Iterator[Tick]:
+        """See :class:`sleb.core.progress.Progress`."""
         before = time.perf_counter()
         try:
             with self.inner.stage(title, total) as tick:
@@ -297,18 +294,20 @@ _MISSING = {
 
 def upgrade(record: Any) -> Any:
     """A run record of any schema, as JSON gives it, in this one's form; what is no record, and what
-    has another form than schema 1 had, is left as it is, for the validation to find."""
-    if not isinstance(record, dict) or record.get("schema_version", 1) != 1:
+    has another form than it ever had, is left as it is, for the validation to find."""
+    if not isinstance(record, dict) or record.get("schema_version", 1) not in (1, SCHEMA):
         return record
-    new = {**record, "schema_version": SCHEMA}
-    text, repair = str(new.pop("evaluation_note", "")), str(new.pop("repair_note", ""))
-    new["evaluation_text"] = _evaluation_text(text)
-    new["repair"] = _repair_status(repair) if repair else None
-    for section, rows, kind, change in _CHANGED:
+    new, changed = {**record, "schema_version": SCHEMA}, _SENTENCES
+    if record.get("schema_version", 1) == 1:
+        text, repair = str(new.pop("evaluation_note", "")), str(new.pop("repair_note", ""))
+        new["evaluation_text"] = _evaluation_text(text)
+        new["repair"] = _repair_status(repair) if repair else None
+        changed = (*_SENTENCES, *_NAMES)
+    for section, rows, kind, change in changed:
         found = new.get(section)
         if isinstance(found, dict) and isinstance(found.get(rows), list):
-            changed = [change(row) if isinstance(row, kind) else row for row in found[rows]]
-            new[section] = {**found, rows: changed}
+            now = [change(row) if isinstance(row, kind) else row for row in found[rows]]
+            new[section] = {**found, rows: now}
     return new
 
 
@@ -347,7 +346,15 @@ def _repair_status(note: str) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any]) -> dict[str, Any]:
-    return {"key": _CHECKS.get(str(row.get("name", "")), ""), **row}
+    if "measured" not in row:
+        return row
+    key = row.get("key") or _CHECKS.get(str(row.get("name", "")), "")
+    found = _note(row["measured"], must=str(row.get("limit", "")))
+    return {"key": key, "passed": row.get("passed"), "found": found}
+
+
+def _note(sentence: Any, **more: str) -> dict[str, Any]:
+    return {"key": "note", "values": {"note": str(sentence), **more}}
 
 
 def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -370,17 +377,21 @@ def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdict(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "runtime": str(row.get("runtime", "")).replace("llama-cpp", "llama.cpp")}
+    new = {**row, "runtime": str(row.get("runtime", "")).replace("llama-cpp", "llama.cpp")}
+    if isinstance(why := row.get("why"), str):
+        new["why"] = _note(why) if why else None
+    return new
 
 
 def _skipped(sentence: str) -> dict[str, Any]:
     return {"reason": "note", "detail": sentence}
 
 
-_CHANGED: tuple[tuple[str, str, type, Callable[[Any], dict[str, Any]]], ...] = (
+_Changes = tuple[tuple[str, str, type, Callable[[Any], dict[str, Any]]], ...]
+_SENTENCES: _Changes = (
     ("verification", "checks", dict, _check),
-    ("gate", "rows", dict, _gate_row),
     ("runtimes", "verdicts", dict, _verdict),
-    ("speed", "skipped", str, _skipped),
 )
-"""Sections, their lists, and how an entry of schema 1 becomes one of today."""
+_NAMES: _Changes = (("gate", "rows", dict, _gate_row), ("speed", "skipped", str, _skipped))
+"""Sections, their lists, and how an entry becomes one of today: where it held sentences, and by the
+names of schema 1."""

@@ -72,8 +72,9 @@ from sleb.runtimes.speculative import Drafting, draft
 from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
 from sleb.surgery import apply as cutting
 from sleb.surgery import verification
+from sleb.surgery.gates import Check
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
-from sleb.surgery.verification import Check, Verification
+from sleb.surgery.verification import Verification
 from sleb.views import write_report
 
 _BENCH, _OUTPUT = BenchConfig(), OutputOptions()
@@ -487,7 +488,7 @@ def verify(
     }
     found = None
     if Path(out).is_dir():
-        found = verification.verify(out, dtype=config.dtype, stream=config.stream or None, **shared)
+        found = verification.verify(out, dtype=config.dtype, stream=config.stream, **shared)
     ran = None
     if tried and (found is None or found.passed):
         ran = check_runtimes(

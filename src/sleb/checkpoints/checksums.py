@@ -51,9 +51,9 @@ def write_sums(folder: Path, progress: Progress = silent) -> None:
     (folder / SUMS).write_bytes(os.fsencode(text))  # names need not be Unicode
 
 
-def check_sums(folder: Path, progress: Progress = silent) -> tuple[int, list[str]]:
-    """Hash again what ``folder``/SHA256SUMS lists. Returns how many files that is, and in words
-    what is wrong with some of them.
+def check_sums(folder: Path, progress: Progress = silent) -> tuple[int, dict[str, str]]:
+    """Hash again what ``folder``/SHA256SUMS lists. Returns how many files that is, and those that
+    are ``missing`` or ``changed``, by name.
 
     Raises:
         DataError: the list is not in sha256sum's form, or leads out of the folder.
@@ -62,11 +62,11 @@ def check_sums(folder: Path, progress: Progress = silent) -> tuple[int, list[str
     there = [name for name in listed if (folder / name).is_file()]
     sums = _digests(folder, there, "checking the checksums", progress)
     found = dict(zip(there, sums, strict=True))
-    wrong = [
-        f"{name} {'is another file' if name in found else 'is missing'}"
+    wrong = {
+        name: "changed" if name in found else "missing"
         for name, digest in listed.items()
         if found.get(name) != digest
-    ]
+    }
     return len(listed), wrong
 
 

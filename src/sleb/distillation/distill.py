@@ -35,7 +35,8 @@ from sleb.distillation.training import Schedule, Student, Training, check_adapte
 from sleb.models.load import LoadedModel, load, load_config, strict_model
 from sleb.models.stack import decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
-from sleb.surgery.verification import HEALED, probe_ids
+from sleb.surgery.rollback_manifest import HEALED
+from sleb.surgery.verification import probe_ids
 
 LENGTH = 1024
 TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 1024}

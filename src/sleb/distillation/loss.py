@@ -20,7 +20,7 @@ from sleb.core.errors import DataError, UnsupportedModel
 from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import token_nll, token_quality
-from sleb.surgery.verification import logit_tolerance
+from sleb.surgery.gates import logit_tolerance
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Float32 logits of one chunk, at most. Four or five tensors of that size exist at a time."""

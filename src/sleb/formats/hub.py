@@ -154,9 +154,8 @@ def _check_contents(out: Path, with_rollback: bool, progress: Progress) -> None:
         )
     _, wrong = check_sums(out, progress)
     if wrong:
-        raise DataError(
-            f"{out} is not as {SUMS} says: {'; '.join(wrong[:3])}; nothing was uploaded"
-        )
+        named = "; ".join(f"{name} is {state}" for name, state in [*wrong.items()][:3])
+        raise DataError(f"{out} is not as {SUMS} says: {named}; nothing was uploaded")
     if with_rollback:
         open_original(out, progress)
 

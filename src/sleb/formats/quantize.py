@@ -34,44 +34,35 @@ from sleb.models.pruned_config import both_spellings, write_json
 from sleb.models.quantization_names import quant_method
 from sleb.models.source import ModelSource, resolve
 from sleb.surgery.apply import carry, refuse_source
+from sleb.surgery.rollback_manifest import HEALED
 
 QUANTIZED = "quantize.json"
 """File of a quantized checkpoint that says how it was made."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scheme:
-    """What a scheme does: ``bits`` per weight, by ``library`` (its package; ``module`` to import),
-    whether it is ``calibrated`` on text, and whether it needs a ``gpu``."""
+    """What a scheme does: ``bits`` per weight, by ``library`` (to install and to import), and
+    whether it needs a ``gpu``."""
 
     name: str
     bits: int
-    library: str
-    module: str
-    calibrated: bool
+    library: str = "llmcompressor"
     gpu: bool = False
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is calibrated on text."""
+        return self.library == "llmcompressor"
 
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme(
-            name="w4a16", bits=4, library="llmcompressor", module="llmcompressor", calibrated=True
-        ),
-        Scheme(
-            name="w8a16", bits=8, library="llmcompressor", module="llmcompressor", calibrated=True
-        ),
-        Scheme(
-            name="awq",
-            bits=4,
-            library="llmcompressor",
-            module="llmcompressor",
-            calibrated=True,
-            gpu=True,
-        ),
-        Scheme(name="int8", bits=8, library="torchao", module="torchao", calibrated=False),
-    )
-}
+
+_ALL = (
+    Scheme("w4a16", 4),
+    Scheme("w8a16", 8),
+    Scheme("awq", 4, gpu=True),
+    Scheme("int8", 8, library="torchao"),
+)
+SCHEMES = {scheme.name: scheme for scheme in _ALL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +104,7 @@ def check_scheme(name: str) -> Scheme:
             f"unknown scheme '{name}'{did_you_mean(name, SCHEMES)}; known: {', '.join(SCHEMES)}"
         )
     scheme = SCHEMES[name]
-    if importlib.util.find_spec(scheme.module) is None:
+    if importlib.util.find_spec(scheme.library) is None:
         raise InputError(
             f"--scheme {name} needs {scheme.library}, which is not installed: "
             "pip install 'sleb[quantize]'"
@@ -226,7 +217,7 @@ def _carry(source: ModelSource, before: Checkpoint, stage: Path) -> None:
     _keep_config(before, stage, spell_both=source.is_gguf)
     for path in sorted(source.path.iterdir()):
         carry(path, stage)
-    for name in ("plan.json", "heal.json"):
+    for name in ("plan.json", HEALED):
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, stage / name)
 

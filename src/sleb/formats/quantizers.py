@@ -21,7 +21,8 @@ from sleb.models.auto_classes import auto_class
 from sleb.models.load import DTYPES, load_config, strict_model
 from sleb.models.source import quiet_tqdm, quiet_transformers
 from sleb.models.stack import BlockStack
-from sleb.surgery.verification import logit_tolerance, probe_ids
+from sleb.surgery.gates import logit_tolerance
+from sleb.surgery.verification import probe_ids
 
 if TYPE_CHECKING:
     from sleb.calibration.windows import Windows

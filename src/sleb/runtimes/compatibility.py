@@ -22,6 +22,7 @@ from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import CheckOptions, takes
 from sleb.core.errors import InputError, SlebError, VerificationFailed, did_you_mean
+from sleb.core.finding import Finding, finding
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
@@ -50,6 +51,7 @@ class Verdict:
     runtime that was loaded, or whose code the rule is from. ``dense``, ``pruned``: mean absolute
     deviation of its log-probabilities from transformers', in nats per token, on the original and on
     the checkpoint; null where it was not loaded. ``limit``: the most that ``pruned`` may be.
+    ``no_file``: it was not loaded for want of a .gguf file of both models.
     """
 
     runtime: str
@@ -59,7 +61,8 @@ class Verdict:
     dense: float | None = None
     pruned: float | None = None
     limit: float | None = None
-    why: str = ""
+    why: Finding | None = None
+    no_file: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,8 @@ class RuntimeReport:
         for v in self.verdicts:
             if v.how == "loaded" and v.verdict == "refused":
                 raise VerificationFailed(
-                    f"{self.checkpoint} is not right in {v.runtime} {v.version}: {v.why}; "
-                    "do not serve it there"
+                    f"{self.checkpoint} is not right in {v.runtime} {v.version} ({v.why}); do not "
+                    "serve it there"
                 )
 
 
@@ -196,8 +199,8 @@ def check_runtimes(
                 verdict = _loaded(settings, files[name], known.get(name), reference)
             verdicts.append(_cautious(verdict, text, len(reference.ids)))
         else:
-            lacking = "; not loaded: no .gguf file of both models" if name in there else ""
-            verdicts.append(_by_rule(name, text, files[name][1], cut, lacking))
+            verdict = _by_rule(name, text, files[name][1], cut)
+            verdicts.append(replace(verdict, no_file=name in there))
     return RuntimeReport(
         checkpoint=str(out),
         removed=cut.removed,
@@ -260,9 +263,9 @@ def _loaded(
     settings = replace(settings, length=len(reference.ids) + 1)
     about: dict[str, Any] = {"runtime": name, "version": None, "how": "loaded"}
     for path, expected in zip(files, (reference.dense, reference.pruned), strict=True):
-        what = "pruned model" if deviations else "dense model"
+        what = "pruned" if deviations else "dense"
         try:
-            with Worker(f"the {what}", python) as worker:
+            with Worker(f"the {what} model", python) as worker:
                 about["version"] = worker.ask("version", {"runtime": name}, VERSION_S)
                 worker.load(replace(settings, path=str(path.absolute())))
                 got = np.array(worker.ask("logprobs", {"ids": reference.ids}))
@@ -270,19 +273,16 @@ def _loaded(
                 raise Failed("its log-probabilities are not finite, or not one for each token")
         except (Failed, SlebError) as error:
             verdict, dense = ("refused", deviations[0]) if deviations else ("undecided", None)
-            why = f"it does not run the {what}: {error}"
+            why = finding(f"{what}-fails", error=str(error))
             return Verdict(**about, verdict=verdict, dense=dense, why=why)
         deviations.append(float(np.abs(got - expected).mean()))
     dense, pruned = deviations
     limit = FACTOR * dense + SLACK[settings.dtype]
-    why = ""
+    about |= {"dense": dense, "pruned": pruned, "limit": limit}
     if pruned > limit:
-        why = (
-            f"its log-probabilities deviate from transformers' by {pruned:.3g} nats per token, "
-            f"and by {dense:.3g} on the dense model (at most {limit:.3g} is rounding)"
-        )
-    verdict = "refused" if why else "accepted"
-    return Verdict(**about, verdict=verdict, dense=dense, pruned=pruned, limit=limit, why=why)
+        why = finding("deviates", dense=dense, pruned=pruned, limit=limit)
+        return Verdict(**about, verdict="refused", why=why)
+    return Verdict(**about, verdict="accepted")
 
 
 def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
@@ -290,19 +290,15 @@ def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
     window = _window(config)
     if verdict.verdict != "accepted" or window is None or window < tokens:
         return verdict
-    return replace(
-        verdict,
-        why=f"which blocks slide did not show: the probe has {tokens} tokens, the window {window}",
-    )
+    return replace(verdict, why=finding("window-unseen", tokens=tokens, window=window))
 
 
-def _by_rule(
-    name: str, config: dict[str, Any], gguf: Path | None, cut: Cut, lacking: str
-) -> Verdict:
+def _by_rule(name: str, config: dict[str, Any], gguf: Path | None, cut: Cut) -> Verdict:
     try:
         ruling = rules.judge(name, config, gguf, cut)
     except SlebError as error:  # the file is not one that could run
-        ruling = rules.Ruling(verdict="refused", why=str(error))
+        ruling = rules.Ruling(verdict="refused", why=finding("error", error=str(error)))
     read = rules.READ.get(name) or version(name)
-    why = ruling.why + lacking
-    return Verdict(runtime=name, version=read, verdict=ruling.verdict, how="by rule", why=why)
+    return Verdict(
+        runtime=name, version=read, verdict=ruling.verdict, how="by rule", why=ruling.why
+    )

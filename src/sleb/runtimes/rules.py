@@ -15,6 +15,7 @@ from typing import Any
 from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED, GGUFModel
 from sleb.checkpoints.gguf_file import GGUFFile
+from sleb.core.finding import Finding, finding
 
 READ = {"vllm": "0.32.0", "llama.cpp": "0.3.36"}
 """The releases whose code was read: vllm/model_executor/models and vllm/models; and llama.cpp as
@@ -25,19 +26,19 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Ruling:
-    """``verdict``: accepted, refused or undecided; and why."""
+    """``verdict``: accepted, refused or undecided; and why (see :func:`phrase`)."""
 
     verdict: str
-    why: str
+    why: Finding
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rule:
-    """Of one runtime and some model types. ``reads(config)``: what the runtime takes each block
-    for, and ``means(config)``: what transformers does; or None where it does not apply. They must
-    be equal."""
+    """Of one runtime and some model types, with a key for words. ``reads(config)``: what the
+    runtime takes each block for, and ``means(config)``: what transformers does; or None where it
+    does not apply. They must be equal."""
 
-    what: str
+    key: str
     reads: Callable[[Config], Any]
     means: Callable[[Config], Any]
 
@@ -85,42 +86,27 @@ def _rotates_full(config: Config) -> bool:
     return "sliding_attention" not in config["layer_types"]
 
 
-_DENSE_FIRST = _Rule(
-    what="which blocks have experts is read from `first_k_dense_replace`, not `mlp_layer_types`",
-    reads=_after_first,
-    means=_sparse,
-)
+_DENSE_FIRST = _Rule(key="dense-first", reads=_after_first, means=_sparse)
 _ROTATION = _Rule(
-    what="without any sliding block, blocks with full attention get a rotary embedding, which they "
-    "were trained without",
+    key="rotation",
     reads=_rotates_full,
     means=lambda config: config.get("sliding_window") is None,
 )
-_TWO_KINDS = _Rule(
-    what="sliding and full attention in one model is refused", reads=_one_kind, means=lambda _: True
+_TWO_KINDS = _Rule(key="two-kinds", reads=_one_kind, means=lambda _: True)
+_STEPPED = _Rule(
+    key="stepped-experts",
+    reads=_stepped_experts,
+    means=lambda config: sorted(config.get("moe_layers") or ()),
 )
 
 VLLM: dict[str, _Rule] = {
-    "gpt_oss": _Rule(
-        what="every other block slides by its place, whatever `layer_types` says",
-        reads=_even,
-        means=_sliding,
-    ),
-    **dict.fromkeys(
-        ("llama4", "llama4_text"),
-        _Rule(
-            what="experts are in every `interleave_moe_layer_step`th block, whatever `moe_layers` "
-            "says",
-            reads=_stepped_experts,
-            means=lambda config: sorted(config.get("moe_layers") or ()),
-        ),
-    ),
+    "gpt_oss": _Rule(key="every-other-slides", reads=_even, means=_sliding),
+    **dict.fromkeys(("llama4", "llama4_text"), _STEPPED),
     **dict.fromkeys(("qwen2", "qwen3"), _TWO_KINDS),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "hy_v3"), _DENSE_FIRST),
     **dict.fromkeys(("exaone4", "exaone_moe"), _ROTATION),
     "mimo_v2_flash": _Rule(
-        what="kinds are read from `hybrid_layer_pattern` and `moe_layer_freq`, not `layer_types` "
-        "and `mlp_layer_types`",
+        key="own-lists",
         reads=_mimo,
         means=lambda config: (_sliding(config), _sparse(config)),
     ),
@@ -139,7 +125,7 @@ def judge(runtime: str, config: Config, gguf: Path | None, cut: Cut) -> Ruling:
         return vllm(config)
     if runtime == "llama.cpp":
         return llama_cpp(config, gguf, cut)
-    return Ruling(verdict="accepted", why="its own config and code")
+    return Ruling(verdict="accepted", why=finding("own-code"))
 
 
 def vllm(config: Config) -> Ruling:
@@ -148,27 +134,29 @@ def vllm(config: Config) -> Ruling:
     Args:
         config: the text decoder's, with every per-block list written out.
     """
-    kind, read = config["model_type"], f"as vLLM {READ['vllm']} is written"
+    kind = config["model_type"]
     if kind in NOT_IN_VLLM:
-        return Ruling(verdict="refused", why=f"{read}, it has no code for {kind}")
+        return Ruling(verdict="refused", why=finding("no-code", type=kind))
     rule = VLLM.get(kind)
     if rule is None:
-        listed = [name for name in ("layer_types", "mlp_layer_types") if config.get(name)]
-        why = f"reads {' and '.join(listed)} block by block" if listed else "blocks are alike"
-        return Ruling(verdict="accepted", why=f"{read}, {why}")
+        listed = tuple(name for name in ("layer_types", "mlp_layer_types") if config.get(name))
+        why = finding("listed", fields=listed) if listed else finding("alike")
+        return Ruling(verdict="accepted", why=why)
     reads, means = rule.reads(config), rule.means(config)
     if reads != means:
-        return Ruling(verdict="refused", why=f"{read}, {rule.what}{_first(reads, means)}")
-    return Ruling(verdict="accepted", why=f"{read}; this cut keeps what it needs ({rule.what})")
+        return Ruling(verdict="refused", why=_broken(rule.key, reads, means))
+    return Ruling(verdict="accepted", why=finding("kept", rule=rule.key))
 
 
-def _first(reads: Any, means: Any) -> str:
-    """The first block that would change its kind, if both are lists of kinds."""
+def _broken(rule: str, reads: Any, means: Any) -> Finding:
+    """That a rule is broken; and by the first block that would change its kind, if both are lists
+    of kinds."""
     if not (isinstance(reads, list) and isinstance(means, list)) or len(reads) != len(means):
-        return ""
+        return finding("broken", rule=rule)
     if not all(isinstance(kind, bool) for kind in (*reads, *means)):
-        return ""
-    return f": block {next(i for i, (a, b) in enumerate(zip(reads, means, strict=True)) if a != b)}"
+        return finding("broken", rule=rule)
+    first = next(i for i, (a, b) in enumerate(zip(reads, means, strict=True)) if a != b)
+    return finding("broken-at", rule=rule, block=first)
 
 
 def llama_cpp(config: Config, gguf: Path | None, cut: Cut) -> Ruling:
@@ -182,65 +170,65 @@ def llama_cpp(config: Config, gguf: Path | None, cut: Cut) -> Ruling:
     Raises:
         DataError, UnsupportedModel: ``gguf`` is no GGUF file of a language model.
     """
-    read = f"as llama.cpp in llama-cpp-python {READ['llama.cpp']} is written"
-    kind = config["model_type"]
     if gguf is None:
-        return _without_file(kind, read)
+        return _without_file(config["model_type"])
     model = GGUFModel.of(GGUFFile.open(gguf))
-    if model.blocks != config["num_hidden_layers"]:
-        return Ruling(
-            verdict="refused",
-            why=f"{gguf} has {model.blocks} blocks, not {config['num_hidden_layers']}",
-        )
+    if model.blocks != (expected := config["num_hidden_layers"]):
+        why = finding("blocks", file=str(gguf), blocks=model.blocks, expected=expected)
+        return Ruling(verdict="refused", why=why)
     if model.name not in ARCHITECTURES:
-        why = REFUSED.get(model.name, f"sleb does not know how it runs {model.name}")
-        return Ruling(verdict="undecided", why=f"{read}, {why}")
+        key = "not-cut" if model.name in REFUSED else "unknown"
+        return Ruling(verdict="undecided", why=finding(key, architecture=model.name))
     architecture = ARCHITECTURES[model.name]
-    for step in architecture.steps:
+    for number, step in enumerate(architecture.steps):
         if (period := step.period(model)) > 1 and any(
             ((old + 1) % period == 0) != ((new + 1) % period == 0)
             for new, old in enumerate(cut.kept)
         ):
-            why = f"{read}, it {step.what} in every {period}th block, by its place"
+            why = finding("step", architecture=model.name, step=number, period=period)
             return Ruling(verdict="refused", why=why)
     if architecture.depth(model, cut.blocks) != architecture.depth(model, len(cut.kept)):
-        why = f"{read}, it tells {architecture.depth_of} by the number of blocks"
-        return Ruling(verdict="refused", why=why)
-    return _windows(config, model, architecture.window(model), read)
+        return Ruling(verdict="refused", why=finding("depth", architecture=model.name))
+    return _windows(config, model, architecture.window(model))
 
 
-def _windows(config: Config, model: GGUFModel, period: int, read: str) -> Ruling:
+def _windows(config: Config, model: GGUFModel, period: int) -> Ruling:
     """The sliding windows of a file against those of the config."""
     kinds = config.get("layer_types")
     stated = model.get(PATTERN)
     if not kinds or not (period or stated is not None):
-        return Ruling(verdict="accepted", why=f"{read}, blocks are alike but for their tensors")
+        return Ruling(verdict="accepted", why=finding("alike"))
     if isinstance(stated, list):
         found: Sequence[bool] = [bool(one) for one in stated]
     else:
         step = int(period if stated is None else stated)
         found = [step == 0 or i % step < step - 1 for i in range(model.blocks)]
     if list(found) != _sliding(config):
-        return Ruling(
-            verdict="refused",
-            why=f"{read}, which blocks slide is told by "
-            + (f"{model.name}.{PATTERN}" if stated is not None else "their place")
-            + _first(list(found), _sliding(config)),
-        )
-    return Ruling(verdict="accepted", why=f"{read}, the file says which blocks slide")
+        rule = "slide-by-place" if stated is None else "slide-by-file"
+        return Ruling(verdict="refused", why=_broken(rule, list(found), _sliding(config)))
+    return Ruling(verdict="accepted", why=finding("kept", rule="slide-by-file"))
 
 
-def _without_file(kind: str, read: str) -> Ruling:
+def _without_file(kind: str) -> Ruling:
     name = next((name for name, a in ARCHITECTURES.items() if kind in a.types), None)
     if name is None:
-        return Ruling(verdict="undecided", why=f"sleb does not know how llama.cpp runs {kind}")
+        return Ruling(verdict="undecided", why=finding("unknown", architecture=kind))
     architecture = ARCHITECTURES[name]
     if architecture.steps or architecture.depth_of or architecture.window is not _NO_WINDOW:
-        return Ruling(
-            verdict="undecided",
-            why=f"{read}, places count in {name}: cut the GGUF file with sleb apply, and verify it",
-        )
-    return Ruling(verdict="accepted", why=f"{read}, blocks of {name} are alike but for tensors")
+        return Ruling(verdict="undecided", why=finding("place", architecture=name))
+    return Ruling(verdict="accepted", why=finding("alike"))
+
+
+def phrase(why: Finding) -> str:
+    """What llama.cpp does with the architecture that a finding is about, in the words of
+    :mod:`sleb.checkpoints.gguf_fields`; empty if it is about none."""
+    name, step = why.values.get("architecture"), why.values.get("step")
+    known = ARCHITECTURES.get(str(name))
+    if why.key == "not-cut":
+        return REFUSED.get(str(name), "")
+    if known is not None and why.key == "step" and step in range(len(known.steps)):
+        return known.steps[int(str(step))].what
+    return known.depth_of if known is not None and why.key == "depth" else ""
 
 
 _NO_WINDOW = ARCHITECTURES["llama"].window

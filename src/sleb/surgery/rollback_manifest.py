@@ -34,6 +34,8 @@ TENSORS = "tensors.tsv"
 HEADERS = "headers/"
 FILES = "files/"
 TEMPLATES = "additional_chat_templates"
+HEALED = "heal.json"
+"""File of a checkpoint that was trained after the cut."""
 
 # params.json is the config, number of blocks included, of another format; heal.json tells of
 # another checkpoint's training
@@ -44,7 +46,7 @@ REWRITTEN = frozenset(
         "README.md",
         "plan.json",
         "run.json",
-        "heal.json",
+        HEALED,
         "SHA256SUMS",
     }
 )

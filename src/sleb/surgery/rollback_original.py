@@ -30,6 +30,7 @@ from sleb.surgery.rollback_manifest import (
     FILES,
     FOLDER,
     HEADERS,
+    HEALED,
     MANIFEST,
     REMOVED,
     TENSORS,
@@ -37,7 +38,6 @@ from sleb.surgery.rollback_manifest import (
     shown,
 )
 
-HEALED = "heal.json"
 MAX_HEADER = 100_000_000
 """Longest header of a safetensors file, in bytes; the format's own limit."""
 MAX_TEXT = 256 * 2**20

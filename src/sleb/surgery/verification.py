@@ -1,7 +1,7 @@
-"""Exactness gates: is a checkpoint really the original model without those blocks?
+"""Exactness: is a checkpoint really the original model without those blocks?
 
 The comparison is with the original and its blocks bypassed, so it also judges a checkpoint that
-another tool pruned.
+another tool pruned. What is compared is in :mod:`sleb.surgery.gates`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from typing_extensions import Self
 
 from sleb.checkpoints.checkpoint import (
     Checkpoint,
@@ -28,10 +29,10 @@ from sleb.checkpoints.checkpoint import (
     tensor_bytes,
     tensor_lines,
 )
-from sleb.checkpoints.checksums import SUMS, check_sums
+from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
-from sleb.checkpoints.depth_fields import NUMBER_OF_BLOCKS, depth_fields
-from sleb.core.errors import DataError, InputError, SlebError, UnsupportedModel, VerificationFailed
+from sleb.config import CheckOptions, takes
+from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import (
@@ -43,47 +44,19 @@ from sleb.models.load import (
     stream_places,
     strict_model,
 )
-from sleb.models.pruned_config import lost_fields, pruned_config
+from sleb.models.pruned_config import pruned_config
 from sleb.models.quantization_names import quant_method
-from sleb.models.source import resolve
+from sleb.models.source import ModelSource, resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.models.stored_names import block_prefix
 from sleb.repairs import repaired
+from sleb.surgery import gates
 from sleb.surgery.apply import cut_config
+from sleb.surgery.gates import Check, entry
+from sleb.surgery.rollback_manifest import HEALED
 
-HEALED = "heal.json"
-"""File of a checkpoint that was trained after the cut."""
-NAMES = {
-    "checksums": f"files match {SUMS}",
-    "repaired-tensors": "repaired tensors",
-    "config-kept": "config.json keeps the original's fields",
-    "depth-fields": "depth-dependent config fields",
-    "clean-reload": "clean reload",
-    "blocks": "number of blocks",
-    "weights": "weights equal the original's",
-    "weights-but-repaired": "weights equal the original's, but for the repaired",
-    "logits": "logits equal the original with blocks bypassed",
-    "generation": "generation with cache equals without",
-}
-"""Gates by their keys, in the order in which they are asked."""
 NEW_TOKENS = 16
 MAX_PROBE = 1040
-
-
-def logit_tolerance(dtype: torch.dtype) -> float:
-    """How far logits of the same weights may be apart after a reload, as a share of the largest."""
-    return 1e-4 if dtype == torch.float32 else 2e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One gate: what was measured, against which limit. ``key`` names it for programs."""
-
-    name: str
-    key: str = ""
-    passed: bool
-    measured: str
-    limit: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +77,18 @@ class Verification:
         for check in self.checks:
             if not check.passed:
                 raise VerificationFailed(
-                    f"{self.checkpoint} failed '{check.name}': {check.measured} "
-                    f"(must be {check.limit}); do not ship it"
+                    f"{self.checkpoint} failed the gate '{check.key}' ({check.found}); do not ship "
+                    "it"
                 )
 
 
+@takes(CheckOptions)
 def verify(
     out: str | Path,
+    config: CheckOptions,
     *,
     model: str | Path,
     plan: Plan,
-    depth: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    stream: bool | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Verification:
     """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed and, where the
@@ -127,114 +97,163 @@ def verify(
     The two models are in memory one after the other, never together. In float32 on the CPU logits
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
 
-    With ``stream``, by default where a model does not fit, blocks stay in the files and are read
-    when they run. Then tensors are compared as they are stored, under their names in the files,
-    and fewer tokens are generated, since each reads the model.
+    With ``stream``, and where a model does not fit, blocks stay in the files and are read when they
+    run. Then tensors are compared as they are stored, under their names in the files, and fewer
+    tokens are generated, since each reads the model.
 
     Raises:
         InputError: a path is wrong, ``out`` is no checkpoint or a healed one, or the plan is for
             another model.
         UnsupportedModel: the original cannot be cut exactly.
     """
-    if (Path(out) / HEALED).is_file():
+    out, cut = Path(out), Cut.of(plan, config.depth)
+    checks: list[Check] = []
+
+    def found() -> Verification:
+        return Verification(checkpoint=str(out), removed=cut.removed, checks=tuple(checks))
+
+    _refuse_healed(out)
+    source = resolve(model, progress)
+    resolve(out)
+    if (out / SUMS).is_file():
+        checks.append(gates.check_checksums(out, progress))
+        if not checks[-1].passed:  # loading damaged files can fail in any way
+            return found()
+    both = _Loading.of(model, source, out, config)
+    lines = tensor_lines(both.given)
+    identified = identity(both.given, decoder_config(both.fields).num_hidden_layers, lines)
+    check_fingerprint(plan.model, identified, source.ref)
+    if cut.record:
+        check, cut = gates.check_repair(cut, plan, out)
+        checks.append(check)
+    with progress.stage("original with the blocks bypassed", None):
+        wanted = _bypassed(both, cut, lines)
+        gc.collect()
+    with progress.stage("reloading the checkpoint", None):
+        checks.append(gates.check_config_kept(out, wanted.config, wanted.expected))
+        checks.append(gates.check_depth_fields(out, wanted.expected, config.trust_remote_code))
+        try:
+            checkpoint = Checkpoint.open(out)
+            pruned = both.checkpoint(out)
+        except (DataError, UnsupportedModel) as error:
+            checks.append(gates.check_reload(error))
+            return found()
+        checks.append(gates.check_reload())
+    checks.append(gates.check_blocks(len(BlockStack(pruned)), len(cut.kept)))
+    stays = _stored_digests(tensor_lines(checkpoint)) if both.streams else _digests(pruned)
+    changed = len(cut.record.tensors) if cut.record else 0
+    checks.append(gates.check_weights(stays, wanted.weights, changed))
+    probe = probe_ids(both.fields)
+    if len(BlockStack(pruned)) == len(cut.kept):
+        logits = _logits(pruned, probe)
+        checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
+    with progress.stage("generating", None):
+        tokens = 2 if both.streams else NEW_TOKENS
+        checks.append(gates.check_generation(pruned, probe, both.original, tokens))
+    return found()
+
+
+def _refuse_healed(out: Path) -> None:
+    if (out / HEALED).is_file():
         raise InputError(
             f"{out} is healed: its weights were trained after the cut, so they are not the "
             f"original's, as {HEALED} records; verify the cut that it was made from"
         )
-    cut = Cut.of(plan, depth)
-    removed = cut.removed
-    target = pick_device(device)
-    source = resolve(model, progress)
-    resolve(out)
-    checks: list[Check] = []
-    if (Path(out) / SUMS).is_file():
-        checks.append(_sums_check(Path(out), progress))
-        if not checks[-1].passed:  # loading damaged files can fail in any way
-            return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
-    trust = trust_remote_code
-    config = load_config(source.path, trust_remote_code=trust)
-    after = quant_method(read_json(Path(out) / "config.json"))
-    if after and not quant_method(config):
-        raise InputError(
-            f"{out} is quantized ({after}) and {source.ref} is not, so no weight is equal; verify "
-            "the cut that it was made from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loading:
+    """How the two models are loaded. ``fields``: the original's config, ``given``: its checkpoint;
+    ``streams``: blocks stay in the files."""
+
+    model: str | Path
+    options: CheckOptions
+    fields: Any
+    given: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    streams: bool
+
+    @classmethod
+    def of(cls, model: str | Path, source: ModelSource, out: Path, options: CheckOptions) -> Self:
+        """Raises InputError where ``out`` is quantized and the original is not."""
+        fields = load_config(source.path, trust_remote_code=options.trust_remote_code)
+        after = quant_method(read_json(out / "config.json"))
+        if after and not quant_method(fields):
+            raise InputError(
+                f"{out} is quantized ({after}) and {source.ref} is not, so no weight is equal; "
+                "verify the cut that it was made from"
+            )
+        device = pick_device(options.device)
+        dtype, given = pick_dtype(options.dtype, fields, device), Checkpoint.open(source.path)
+        return cls(
+            model=model,
+            options=options,
+            fields=fields,
+            given=given,
+            dtype=dtype,
+            device=device,
+            streams=options.stream or _too_large(given, dtype, device),
         )
-    checked_dtype = pick_dtype(dtype, config, target)
-    given = Checkpoint.open(source.path)
-    lines = tensor_lines(given)
-    found = identity(given, decoder_config(config).num_hidden_layers, lines)
-    check_fingerprint(plan.model, found, source.ref)
-    expected = pruned_config(config, removed)
-    probe = probe_ids(config)
-    streams = _too_large(given, checked_dtype, target) if stream is None else stream
 
-    def load_again() -> LoadedModel:
-        return load(model, dtype=dtype, device=device, stream=streams, trust_remote_code=trust)
+    @property
+    def exact(self) -> bool:
+        """Whether the same computation gives the same bits."""
+        return self.dtype == torch.float32 and self.device.type == "cpu" and not self.streams
 
-    if cut.record:
-        check, cut = _repair_check(cut, plan, Path(out))
-        checks.append(check)
-    with progress.stage("original with the blocks bypassed", None):
-        original = load_again()
-        _align(original.model)
-        stack = original.stack
-        prefix = block_prefix(given, stack)
-        wanted = cut_config(given, stack, cut, config, expected)
-        with repaired(stack, cut.repair or {}, prefix):
-            if streams:
-                weights = _stored_digests(lines, cut, prefix)
-            else:
-                weights = _digests(original.model, cut, f"{stack.path}.")
-            reference = _logits(original.model, probe, stack.bypassed(removed))
-        del original, stack
-        gc.collect()
+    def original(self) -> LoadedModel:
+        """The original."""
+        options = self.options
+        return load(
+            self.model,
+            dtype=options.dtype,
+            device=options.device,
+            stream=self.streams,
+            trust_remote_code=options.trust_remote_code,
+        )
 
-    with progress.stage("reloading the checkpoint", None):
-        checks.append(_kept_check(Path(out), wanted, expected))
-        checks.append(_config_check(Path(out), expected, trust))
-        try:
-            checkpoint = Checkpoint.open(out)
-            if streams:
-                own = load_config(Path(out), trust_remote_code=trust)
-                places = {"device_map": stream_places(own, target, trust)}
-                pruned = strict_model(Path(out), checked_dtype, trust, places)
-            else:
-                pruned = strict_model(Path(out), checked_dtype, trust).to(target)
-            _align(pruned)
-        except (DataError, UnsupportedModel) as error:
-            checks.append(_check("clean-reload", False, str(error), "no tensor missing or extra"))
-            return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
-        checks.append(_check("clean-reload", True, "0 missing, unexpected, mismatched", "0"))
-    blocks = len(BlockStack(pruned))
-    left = plan.model.blocks - len(removed)
-    checks.append(_check("blocks", blocks == left, str(blocks), str(left)))
-    stays = _stored_digests(tensor_lines(checkpoint)) if streams else _digests(pruned)
-    checks.append(_weight_check(stays, weights, len(cut.record.tensors) if cut.record else 0))
-    if blocks == left:
-        exact = checked_dtype == torch.float32 and target.type == "cpu" and not streams
-        checks.append(_logit_check(_logits(pruned, probe), reference, checked_dtype, exact))
-    with progress.stage("generating", None):
-        tokens = 2 if streams else NEW_TOKENS
-        checks.append(_generation_check(pruned, probe, load_again, tokens))
-    return Verification(checkpoint=str(out), removed=removed, checks=tuple(checks))
+    def checkpoint(self, out: Path) -> nn.Module:
+        """The model in ``out``, every tensor of which must be accounted for."""
+        trust = self.options.trust_remote_code
+        if self.streams:
+            fields = load_config(out, trust_remote_code=trust)
+            places = {"device_map": stream_places(fields, self.device, trust)}
+            pruned = strict_model(out, self.dtype, trust, places)
+        else:
+            pruned = strict_model(out, self.dtype, trust).to(self.device)
+        _align(pruned)
+        return pruned
 
 
-def _repair_check(cut: Cut, plan: Plan, out: Path) -> tuple[Check, Cut]:
-    """Whether the checkpoint has the plan's repaired tensors; and the cut with those, if so."""
-    key, limit = "repaired-tensors", "the hashes in the plan"
-    try:
-        found = Cut.of(plan, len(cut.removed), out)
-    except (DataError, InputError) as error:
-        return _check(key, False, str(error), limit), cut
-    return _check(key, True, f"{len(found.repair or ())} tensors are the plan's", limit), found
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What the checkpoint must be: config.json, what transformers reads of it, digests of tensors
+    by name, and logits [1, T, V] on :func:`probe_ids`."""
+
+    config: dict[str, Any]
+    expected: Any
+    weights: dict[str, str]
+    logits: Tensor
 
 
-def _sums_check(out: Path, progress: Progress) -> Check:
-    """Whether the files are those that were written with the checkpoint."""
-    count, wrong = check_sums(out, progress)
-    measured = "; ".join([*wrong[:3], *(["..."] if len(wrong) > 3 else [])])
-    measured = measured or f"{count} files are as written"
-    return _check("checksums", not wrong, measured, "equal SHA-256")
+def _bypassed(both: _Loading, cut: Cut, lines: Mapping[str, str]) -> _Wanted:
+    """The original with the blocks of ``cut`` bypassed and its repair in place."""
+    original = both.original()
+    _align(original.model)
+    stack = original.stack
+    prefix = block_prefix(both.given, stack)
+    expected = pruned_config(both.fields, cut.removed)
+    with repaired(stack, cut.repair or {}, prefix):
+        if both.streams:
+            weights = _stored_digests(lines, cut, prefix)
+        else:
+            weights = _digests(original.model, cut, f"{stack.path}.")
+        return _Wanted(
+            config=cut_config(both.given, stack, cut, both.fields, expected),
+            expected=expected,
+            weights=weights,
+            logits=_logits(original.model, probe_ids(both.fields), stack.bypassed(cut.removed)),
+        )
 
 
 def probe_ids(config: Any) -> Tensor:
@@ -251,17 +270,11 @@ def probe_ids(config: Any) -> Tensor:
 @torch.inference_mode()
 def _logits(model: nn.Module, ids: Tensor, context: Any = None) -> Tensor:
     """Logits [1, T, V] on the CPU, float32."""
-    ids = ids.to(_entry(model))
+    ids = ids.to(entry(model))
     if context is None:
         return model(input_ids=ids, use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
     with context:
         return _logits(model, ids)
-
-
-def _entry(model: Any) -> torch.device:
-    """Where token ids go."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
 
 
 def _align(model: nn.Module) -> None:
@@ -318,96 +331,3 @@ def _stored(tensor: Any) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in _stored(getattr(tensor, name))]
-
-
-def _weight_check(found: dict[str, str], expected: dict[str, str], repaired: int) -> Check:
-    """Whether every tensor is as ``expected``: the original's, or one of the ``repaired``."""
-    key, limit = "weights", "equal bytes in every tensor that stays"
-    equal = f"{len(found)} tensors are equal"
-    if repaired:
-        key = "weights-but-repaired"
-        limit += ", or the plan's"
-        equal = f"{len(found) - repaired} tensors are equal, {repaired} are the plan's"
-    differ = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-    if differ:
-        measured = f"{len(differ)} of {len(expected)} tensors differ, for example {differ[0]}"
-        return _check(key, False, measured, limit)
-    return _check(key, True, equal, limit)
-
-
-def _logit_check(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> Check:
-    if found.shape != expected.shape:
-        return _check("logits", False, f"shape {tuple(found.shape)}", f"{tuple(expected.shape)}")
-    gap = (found - expected).abs().max().item()
-    limit = 0.0 if exact else expected.abs().max().item() * logit_tolerance(dtype)
-    return _check("logits", gap <= limit, f"maximum difference {gap:.3g}", f"at most {limit:.3g}")
-
-
-def _generation_check(
-    pruned: nn.Module, ids: Tensor, reload: Callable[[], LoadedModel], tokens: int
-) -> Check:
-    """Greedy tokens with and without the key-value cache must agree; if they do not, but neither
-    do the original's, or if that cannot generate at all, the cut is not to blame."""
-    key, limit = "generation", f"{tokens} equal tokens"
-
-    def outcome(model: nn.Module) -> tuple[int, str]:
-        """How bad it is, and what there is to say."""
-        try:
-            if _cache_agrees(model, ids, tokens):
-                return 0, limit
-        except Exception as error:  # any failure of generate() is a failed gate, and is shown
-            said = " ".join(str(error).split())[:400]
-            return 2, f"generate() fails: {type(error).__name__}: {said}"
-        return 1, "tokens differ"
-
-    worst, said = outcome(pruned)
-    if not worst or worst > outcome(reload().model)[0]:
-        return _check(key, not worst, said, limit)
-    return _check(key, True, f"{said}; so it is with the original", limit)
-
-
-def _cache_agrees(model: Any, ids: Tensor, tokens: int) -> bool:
-    prompt = ids[:, :32].to(_entry(model))
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "attention_mask": torch.ones_like(prompt),
-        "pad_token_id": 0,
-    }
-    cached, plain = (model.generate(prompt, use_cache=flag, **options) for flag in (True, False))
-    return bool(torch.equal(cached, plain))
-
-
-def _kept_check(out: Path, wanted: dict[str, Any], expected: Any) -> Check:
-    """Every field of config.json must be the original's, in its words: other readers than this
-    version of transformers would take a default for one that is gone. (Those that transformers
-    knows to depend on depth are for the next check.)"""
-    text = decoder_config(expected)
-    known = {field.name for field in depth_fields(text.to_dict(), text.num_hidden_layers)}
-    lost = list(lost_fields(wanted, read_json(out / "config.json"), known | NUMBER_OF_BLOCKS))
-    measured = ", ".join(lost[:8]) + (" and others" if len(lost) > 8 else "")
-    key, limit = "config-kept", "every field as the original has it"
-    if lost:
-        return _check(key, False, f"gone or changed: {measured}", limit)
-    return _check(key, True, f"{len(wanted)} fields are kept", limit)
-
-
-def _config_check(out: Path, expected: Any, trust_remote_code: bool) -> Check:
-    """Every depth-dependent field must be what the re-index rules make of the original's."""
-    key = "depth-fields"
-    try:
-        text = decoder_config(load_config(out, trust_remote_code=trust_remote_code)).to_dict()
-    except SlebError as error:
-        return _check(key, False, str(error), "a config that loads")
-    want = decoder_config(expected).to_dict()
-    depth = decoder_config(expected).num_hidden_layers
-    names = [field.name for field in depth_fields(want, depth)]
-    for field in names:
-        if text.get(field) != want.get(field):
-            return _check(key, False, f"{field} = {text.get(field)}", f"{want.get(field)}")
-    return _check(key, True, ", ".join(names) or "none besides the number of blocks", "re-indexed")
-
-
-def _check(key: str, passed: bool, measured: str, limit: str) -> Check:
-    return Check(name=NAMES[key], key=key, passed=passed, measured=measured, limit=limit)

@@ -47,4 +47,9 @@ def _measured(t: Locale, r: RunRecord) -> Iterator[Item]:
         if found:
             yield from items(found)
     yield Text("Checks passed when it was written:")
-    yield Listing(tuple(f"{check.name}: {check.measured}" for check in r.verification.checks))
+    yield Listing(
+        tuple(
+            f"{t.named('checks', check.key)}: {t.said('found', check.found, check.key)}"
+            for check in r.verification.checks
+        )
+    )

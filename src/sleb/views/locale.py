@@ -17,6 +17,7 @@ from typing import TypeVar
 from markupsafe import Markup, escape
 
 from sleb.core.errors import InputError, did_you_mean
+from sleb.core.finding import Finding, Value
 from sleb.core.printable import printable
 from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
@@ -25,6 +26,7 @@ from sleb.views.model import Table
 LANGUAGES = ("en", "ja")
 WHOLE = 20  # characters of a command's word that a line break does not cut
 UNIT = re.compile(r"[^\d∞–]*$")
+FILLED = re.compile(r"\{(\w+)\}")
 LINK = re.compile(r"\[\[(\w+)\|(.+?)\]\]")
 DASH = "–"
 LONGEST = 2000  # characters of what is filled into a sentence
@@ -89,6 +91,26 @@ class Locale:
     def named(self, table: str, name: str) -> str:
         """What a key of the record, such as that of a check, is called; itself if unknown."""
         return self.plain(f"{table}.{name}") if name in self.tables[table] else name
+
+    def said(self, table: str, found: Finding, of: str = "") -> str:
+        """A finding in words: the sentence of the table for ``of`` and its key together, for its
+        key, or for ``of``; as it is where there is none. A dash stands for what it lacks."""
+        known = self.tables[table]
+        names = (f"{of}-{found.key}", found.key, of)
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            return printable(str(found), LONGEST)
+        values = {word: self._value(found.values.get(word)) for word in FILLED.findall(known[name])}
+        return self(f"{table}.{name}", **values)
+
+    def _value(self, value: Value | None) -> str:
+        if value is None or value == ():
+            return DASH
+        if isinstance(value, tuple):
+            return self.join(printable(part, LONGEST) for part in value)
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return self.count(value) if isinstance(value, int) else value
 
     def join(self, parts: Iterable[object]) -> str:
         """A list within a sentence."""

@@ -8,7 +8,8 @@ from typing import Any
 from sleb.core.plan import Calibration, Plan
 from sleb.record import COMMANDS, GateRow, RunRecord
 from sleb.runtimes.bench import Speed
-from sleb.surgery.verification import Check, Verification
+from sleb.surgery.gates import Check
+from sleb.surgery.verification import Verification
 from sleb.views.locale import Locale
 from sleb.views.model import Facts, Item, Table, Text
 from sleb.views.speed import case
@@ -22,12 +23,18 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
     def name(check: Check) -> str:
         return t.named("checks", check.key)
 
+    def measured(check: Check) -> str:
+        return t.said("found", check.found, check.key)
+
+    def limit(check: Check) -> str:
+        return t.said("must", check.found, check.key)
+
     if not t.markup:
         rows = tuple(
             (
                 "pass" if c.passed else "FAIL",
-                c.name,
-                c.measured if c.passed else f"{c.measured}; must be {c.limit}",
+                name(c),
+                measured(c) if c.passed else f"{measured(c)}; must be {limit(c)}",
             )
             for c in v.checks
         )
@@ -37,8 +44,8 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
     columns: Columns = {
         "check": name,
         "result": lambda c: t("exact.passed" if c.passed else "exact.failed"),
-        "measured": lambda c: c.measured,
-        "limit": lambda c: c.limit,
+        "measured": measured,
+        "limit": limit,
     }
     words = ["result", "measured", "limit"]
     note = t("exact.note_repaired") if repaired else ""

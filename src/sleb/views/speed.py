@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sleb.core.finding import Finding
 from sleb.runtimes.bench import Case, Measured, Ratio, Skipped, Speed
-from sleb.runtimes.compatibility import RuntimeReport
+from sleb.runtimes.compatibility import RuntimeReport, Verdict
+from sleb.runtimes.rules import phrase
 from sleb.runtimes.speculative import Drafting
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import Bars, Dots, Figure, Item, Listing, Missing, Table, Text
@@ -291,11 +293,19 @@ def runtimes(t: Locale, r: RuntimeReport) -> list[Item]:
         items.append(Text(t("runtimes.text", **about)))
     bad = {id(v) for v in r.verdicts if v.verdict == "refused"}
     items.append(t.table("runtimes", columns, r.verdicts, words=words, bad=lambda v: id(v) in bad))
-    if why := tuple(t("runtimes.why", runtime=v.runtime, why=v.why) for v in r.verdicts if v.why):
+    if why := tuple(_why(t, v, v.why) for v in r.verdicts if v.why):
         items.append(Listing(why))
     if any(v.how != "loaded" for v in r.verdicts):
         items.append(Text(t("runtimes.rule")))
     return items
+
+
+def _why(t: Locale, v: Verdict, found: Finding) -> str:
+    """What a verdict goes by."""
+    words = {"rule": t.named("rules", str(found.values.get("rule"))), "phrase": phrase(found)}
+    said = t.said("rules", replace(found, values={**found.values, **words}))
+    why = t("runtimes.no_file", why=said) if v.no_file else said
+    return t("runtimes.why", runtime=v.runtime, why=why)
 
 
 def drafting(t: Locale, d: Drafting) -> list[Item]:
