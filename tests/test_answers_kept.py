@@ -13,7 +13,7 @@ import sleb
 from sleb.calibration.answers import ANSWERS, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt
 from sleb.config import PromptOptions
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.progress import silent
 from sleb.evaluation.agreement import agreement_of
 from sleb.evaluation.judges import is_right
@@ -208,6 +208,27 @@ def test_the_metric_of_answers_is_their_divergence(learned, loaded, prompts):
     assert found.rounds[0].scores[0].mean == pytest.approx(min(means.values()), abs=1e-4)
     with pytest.raises(InputError, match="--prompts"):
         sleb.search(loaded, metric="answers", **options)
+
+
+def test_as_many_blocks_go_as_keep_the_answers(learned, prompts, tmp_path):
+    options = {"text": [str(learned / "text.txt")], "prompts": [str(prompts)], "new_tokens": NEW}
+    options |= {"windows": 8, "heldout": 4, "length": 32, "repair_tokens": 2000, **CPU}
+
+    def pruned(share, **more):
+        return sleb.prune(
+            learned / "model", tmp_path / f"{share}", keep_answers=share, **options, **more
+        )
+
+    done = [pruned(share) for share in (0.3, 0.9)]
+    for share, one in zip((0.3, 0.9), done, strict=True):
+        target = one.plan.target
+        assert (target.kind, target.limit) == ("keep-answers", share)
+        assert share <= target.reached <= one.record.prompts.agreement.value
+    assert len(done[0].plan.removed) > len(done[1].plan.removed)
+    with pytest.raises(VerificationFailed, match="keep-answers"):
+        pruned(0.9999, protect="0-3,-1", repair=False)
+    with pytest.raises(InputError, match="prompts"):
+        sleb.search(learned / "model", keep_answers=0.5, text=options["text"], **CPU)
 
 
 def test_none_switches_prompts_off(learned, loaded, prompts, tmp_path):

@@ -14,6 +14,7 @@ from sleb.cli import verbs
 from sleb.cli.main import app, main
 from sleb.config import InputError, LoadOptions, Options, PruneConfig, SearchConfig, takes
 from sleb.project import Project
+from sleb.selection.request import Goal
 
 COMMANDS = typer.main.get_command(app).commands
 BY_NAME = {verb.name: verb for verb in verbs.VERBS}
@@ -120,7 +121,8 @@ def test_a_field_is_declared_in_one_class():
 
 
 VALUES = {
-    "device": "cpu", "device_map": "auto", "dtype": "float32", "max_loss_increase": 0.1,
+    "device": "cpu", "device_map": "auto", "dtype": "float32", "keep_answers": 0.9,
+    "max_loss_increase": 0.1,
     "max_memory": "1GB", "max_prompts": 19, "metric": "kl", "min_similarity": 0.5,
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,
     "strategy": "beam",
@@ -139,9 +141,7 @@ def test_every_option_of_prune_stands_in_the_project_file_and_is_handed_on(
     value = VALUES.get(name, not default if isinstance(default, bool) else 3)
 
     def project(top: str = "", search: str = "") -> Project:
-        target = "" if name in ("max_loss_increase", "size", "speedup", "remove") and search else (
-            "remove = 2\n"
-        )  # fmt: skip
+        target = "" if name in Goal.__dataclass_fields__ and search else "remove = 2\n"
         file = tmp_path / "sleb.toml"
         file.write_text(
             f'model = "m"\nout = "o"\n{top}[text]\na = "default"\n[search]\n{target}{search}'

@@ -277,7 +277,7 @@ def variety():
     about = {"runtime": "vllm", "models": ("a",), "others": ("b",)}
     by = SimilarityGate(measure="cosine", threshold=0.9, candidates=(4, 7, 8))
     yield full, plan(similarity=by)
-    for kind in ("remove", "speedup", "size"):
+    for kind in ("remove", "speedup", "size", "keep-answers"):
         yield full, plan(target=Target(kind=kind, limit=3, reached=3))
     whole = complete(removed=(7, 8, 9))
     for rounds in (chosen, worse, early, put(chosen, "rounds.0.scores.1.excess_se", 1.0)):

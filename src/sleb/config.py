@@ -175,6 +175,12 @@ class TargetOptions(Options):
         "bound); 0.1 is 10.5 % more perplexity.",
         metavar="NATS",
     )
+    keep_answers: float | None = option(
+        None,
+        "As many blocks as keep this share of the tokens of the model's answers to --prompts, say "
+        "0.95 (95 % bound).",
+        metavar="SHARE",
+    )
     speedup: float | None = option(
         None, "X times as fast at generating (estimated), say 1.25.", metavar="X"
     )

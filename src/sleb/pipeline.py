@@ -26,7 +26,7 @@ from sleb.config import (
 )
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, writable_target
-from sleb.core.plan import Plan, Target, blocks_to_remove
+from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.evaluation.agreement import measure_answers
@@ -39,7 +39,7 @@ from sleb.repairs import Repair, check_repair, given_tokens, repair
 from sleb.repairs.answering import asked_of, with_answers
 from sleb.repairs.search import search
 from sleb.repairs.self_generated import can_generate, writer
-from sleb.selection.metrics import NLL
+from sleb.selection.metrics import MISSED, NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, check_options, check_request
 from sleb.selection.strategies import GREEDY_OR_WINDOW
@@ -130,13 +130,13 @@ def _find(
     split, status = _split(loaded, config)
     specs = asked_of(loaded, config.part(PromptOptions), embedded=True)
     split = with_answers(loaded, split, specs, config.part(PromptOptions), watch)
-    limit = None  # on the loss of what is repaired
+    limited = None  # the target, where it is a limit on what the repaired cut costs
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
         if not config.strategy and config.metric in ("loss", "answers") and goal.remove is not None:
             config = config.replaced({"strategy": GREEDY_OR_WINDOW})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
-            limit = goal.max_loss_increase
+            limited = goal if goal.limit is not None else None
     if split.repair_given is not None and can_generate(stack):
         compare = config.strategy == GREEDY_OR_WINDOW
         split = split.with_self_generated(writer(loaded, watch), compare=compare)
@@ -144,14 +144,14 @@ def _find(
         loaded,
         config.part(SearchConfig),
         split=split,
-        after_repair=limit is not None,
+        after_repair=limited is not None,
         journal=journal,
         keep_journal=True,  # a full disk later on must not cost the search
         progress=watch,
     )
     fixed = None
     if split.repair_given is not None:
-        plan, fixed, status = _repaired(loaded, plan, split, limit, config, watch)
+        plan, fixed, status = _repaired(loaded, plan, split, limited, config, watch)
     facts = {"model": source.ref, "removed": plan.removed, "blocks": plan.model.blocks}
     setting = environment(str(stack.input_device), loaded.dtype)
     if group().several:
@@ -278,44 +278,52 @@ def _repaired(
     model: LoadedModel,
     plan: Plan,
     split: CalibrationSplit,
-    limit: float | None,
+    limited: Goal | None,
     config: PruneConfig,
     progress: Progress,
 ) -> tuple[Plan, Repair | None, RepairStatus]:
-    """The plan with its repair. Removals are taken back while the loss of the held-out windows is
-    above a ``limit``, since the search has held that with quick repairs.
+    """The plan with its repair. Removals are taken back while the cut costs more on held-out
+    windows or answers than is ``limited``, since the search has held that with quick repairs.
 
     Raises:
         VerificationFailed: it is so with a single removal.
     """
-    fit, validation, heldout = split.repair_fit, split.validation, split.heldout
+    fit, validation = split.repair_fit, split.validation
     while True:
         fixed, status = _fitted(model, plan, (fit, validation), config, progress)
         roles = {"repair_fit": fit, "repair_validation": validation} if fixed else {}
         hashes = plan.split | {role: windows.record.sha256 for role, windows in roles.items()}
         changes = {"repair": fixed.record if fixed else None, "split": hashes}
         repaired = plan.model_copy(update=changes)
-        if limit is None:
+        if limited is None or limited.limit is None:
             return repaired, fixed, status
-        assert heldout is not None  # see search
-        reached = _reached(model, plan, fixed, heldout, config)
-        if reached <= limit:
-            target = Target(kind="max-loss-increase", limit=limit, reached=round(reached, 6))
+        sweep = _judge(model, split, limited, config)
+        reached = _reached(sweep, plan, fixed)
+        if reached <= limited.limit:
+            target = limited.reached(reached)
             return repaired.model_copy(update={"target": target}), fixed, status
         if len(plan.order) == 1:
-            raise nothing_within_limit(
-                limit, plan.order[0], reached, len(heldout.ids), " after its repair"
-            )
+            n = len(sweep.ids)
+            raise nothing_within_limit(limited, plan.order[0], reached, n, " after its repair")
         plan = plan.without_last()
 
 
-def _reached(
-    model: LoadedModel, plan: Plan, fixed: Repair | None, heldout: Windows, config: PruneConfig
-) -> float:
-    """Upper bound of the increase of the loss on held-out windows, nats/token."""
-    n, sweep = len(heldout.ids), Sweep(model.stack, heldout.ids, NLL, batch=config.batch)
+def _judge(
+    model: LoadedModel, split: CalibrationSplit, limited: Goal, config: PruneConfig
+) -> Sweep:
+    """Scores what a limit is on."""
+    windows, metric = split.heldout, NLL
+    if limited.keep_answers is not None and split.answers:
+        windows, metric = split.answers.measured.windows, MISSED
+    assert windows is not None  # see search
+    return Sweep(model.stack, windows.ids, metric, batch=config.batch, scored=windows.scored)
+
+
+def _reached(sweep: Sweep, plan: Plan, fixed: Repair | None) -> float:
+    """Upper bound of what the cut costs: nats/token, or the share of tokens that are not kept."""
+    n, stack = len(sweep.ids), sweep.stack
     dense = sweep.values([DENSE], 0, n)[0]
-    with fixed.patch(model.stack) if fixed else nullcontext():
+    with fixed.patch(stack) if fixed else nullcontext():
         pruned = sweep.values([BlockSet(plan.removed)], 0, n)[0]
     bound = upper_bound(pruned - dense)
     assert bound is not None  # at least two windows, see search

@@ -324,7 +324,7 @@ class _Session:
 
     def transfer(self) -> Transfer:
         """As many blocks as the run removed, whatever its target was."""
-        others = dict.fromkeys(("max_loss_increase", "speedup", "size"))
+        others = dict.fromkeys(("max_loss_increase", "keep_answers", "speedup", "size"))
         target = {**others, "remove": len(self.record.removed), "curve": False}
         config = self.project.search.part(TransferConfig).replaced(target)
         return transfer(self.dense, config, progress=self.progress)

@@ -183,9 +183,10 @@ class SimilarityGate(_Record):
 
 class Target(_Record):
     """What was asked for: ``remove`` (blocks), ``max-loss-increase`` (nats/token, held-out),
+    ``keep-answers`` (share of the tokens of the dense model's answers),
     ``speedup`` (ratio, estimated) or ``size`` (bytes); and what the plan reaches of it."""
 
-    kind: Literal["remove", "max-loss-increase", "speedup", "size"]
+    kind: Literal["remove", "max-loss-increase", "keep-answers", "speedup", "size"]
     limit: float
     reached: float
 

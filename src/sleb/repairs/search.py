@@ -35,18 +35,18 @@ def search(
         model: a loaded model, or anything that :func:`sleb.load` takes.
         config: the options, which may also be given as keywords: see
             :class:`sleb.config.SearchConfig`. Exactly one target is given: ``remove``,
-            ``max_loss_increase``, ``speedup`` or ``size`` (with ``curve`` none means half of the
+            ``max_loss_increase``, ``keep_answers``, ``speedup`` or ``size`` (with ``curve`` none means half of the
             blocks). The result is a function of the inputs and the seed.
         split: windows that were chosen before, in place of ``text``, ``windows``, ``heldout`` and
             ``prompts``.
-        after_repair: with ``max_loss_increase``, hold the limit with cuts that were each repaired
+        after_repair: with one of these two limits, hold it with cuts that were each repaired
             quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
         keep_journal: leave it when the search is done, for a caller who is not done.
         progress: receives the stages.
 
     Raises:
-        VerificationFailed: nothing can be removed within ``max_loss_increase``.
+        VerificationFailed: nothing can be removed within the limit.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     goal = check_options(config)
@@ -63,7 +63,7 @@ def search(
             seed=config.seed,
             heldout=config.heldout if measures_heldout else 0,
         )
-        of_answers = METRICS[config.metric].answers
+        of_answers = METRICS[config.metric].answers or goal.keep_answers is not None
         specs = asked_of(model, config.part(PromptOptions), embedded=of_answers)
         split = with_answers(model, split, specs, config.part(PromptOptions), progress)
     strategy = config.strategy or METRICS[config.metric].strategy

@@ -105,6 +105,12 @@ def _by_rows(value: Callable[[slice], Tensor], logits: Tensor) -> Tensor:
     return torch.cat([value(slice(a, a + rows)) for a in range(0, n, rows)])
 
 
+def token_missed(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
+    """1 where the likeliest token is not the target. [N, V], [N] -> float32 [N]."""
+    return (logits.argmax(-1) != targets).float()
+
+
+MISSED = TokenMetric(name="missed", unit="share", tokens=token_missed)
 NLL = TokenMetric(name="loss", unit="nats/token", tokens=token_nll)
 KL = TokenMetric(name="kl", unit="nats/token", tokens=token_kl, needs_dense=True)
 QUALITY = TokenMetric(

@@ -14,7 +14,7 @@ from sleb.calibration.answers import prompts_of
 from sleb.checkpoints.depth_fields import reindex
 from sleb.config import SearchConfig, TargetOptions
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
+from sleb.core.plan import SimilarityGate, Target, blocks_to_remove, parse_blocks
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.models.fixed_blocks import fixed_blocks
@@ -32,13 +32,14 @@ class Goal:
 
     remove: int | str | None = None
     max_loss_increase: float | None = None
+    keep_answers: float | None = None
     speedup: float | None = None
     size: int | str | None = None
 
     def __post_init__(self) -> None:
         given = [f"--{k.replace('_', '-')}" for k, v in vars(self).items() if v is not None]
         if len(given) != 1:
-            choice = "--remove, --max-loss-increase, --speedup or --size"
+            choice = "--remove, --max-loss-increase, --keep-answers, --speedup or --size"
             raise InputError(
                 f"{' and '.join(given)} are two targets: give one of {choice}"
                 if given
@@ -49,10 +50,31 @@ class Goal:
                 f"--max-loss-increase {self.max_loss_increase} is not possible; give nats/token "
                 "above 0, for example 0.1 (10.5 % more perplexity)"
             )
+        if self.keep_answers is not None and not 0 < self.keep_answers < 1:
+            raise InputError(
+                f"--keep-answers {self.keep_answers} is not possible; give a share of tokens below "
+                "1, for example 0.95"
+            )
         if self.speedup is not None and not 1 < self.speedup < math.inf:
             raise InputError(f"--speedup {self.speedup} is not possible; give for example 1.25")
         if self.size is not None:
             parse_bytes(self.size, "--size")
+
+    @property
+    def limit(self) -> float | None:
+        """The most that a removal may cost on text or answers that took no part in the choice:
+        nats/token, or the share of tokens that are no longer kept. None for other targets."""
+        kept = self.keep_answers
+        return self.max_loss_increase if kept is None else 1 - kept
+
+    def reached(self, bound: float) -> Target:
+        """The record of a limit that is kept up to ``bound``."""
+        if self.keep_answers is not None:
+            kept = round(1 - bound, 6)
+            return Target(kind="keep-answers", limit=self.keep_answers, reached=kept)
+        assert self.max_loss_increase is not None
+        limit = self.max_loss_increase
+        return Target(kind="max-loss-increase", limit=limit, reached=round(bound, 6))
 
     @classmethod
     def of(cls, config: TargetOptions) -> Goal:
@@ -96,9 +118,10 @@ def check_options(config: SearchConfig) -> Goal:
         parse_bytes(config.max_memory, "--max-memory")
     if metric.token is None and strategy != metric.strategy:
         raise InputError(f"--metric {config.metric} ranks all blocks at once: it has no --strategy")
-    if goal.max_loss_increase is not None and strategy not in ("greedy", "one-shot"):
+    if goal.limit is not None and strategy not in ("greedy", "one-shot"):
+        asked = "--max-loss-increase" if goal.keep_answers is None else "--keep-answers"
         raise InputError(
-            f"--max-loss-increase tests one removal after the other, and --strategy {strategy} "
+            f"{asked} tests one removal after the other, and --strategy {strategy} "
             "chooses a set of known size: use greedy, or a plan's --curve"
         )
     if config.compile and config.stream:

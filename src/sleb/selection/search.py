@@ -36,7 +36,7 @@ from sleb.core.statistics import Values
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
-from sleb.selection.metrics import METRICS, NLL, TokenMetric
+from sleb.selection.metrics import METRICS, MISSED, NLL, TokenMetric
 from sleb.selection.objective import Objective, ScoreCache, Scorer, ShortlistObjective
 from sleb.selection.racing import baseline, rank
 from sleb.selection.request import (
@@ -81,7 +81,8 @@ def find_blocks(
     cache = ScoreCache(journal, search.key, keep=keep_journal)
     with on_threads(config.threads), cache:
         evidence = search.heldout(cache, after_repair)
-        rule = StoppingRule(search.goal, search.costs, search.candidates, evidence)
+        decides = search.kept(cache, after_repair) or evidence
+        rule = StoppingRule(search.goal, search.costs, search.candidates, decides)
         found = search.choose(cache, rule)
         order, target = rule.settle(found.order)
         tested = found.order if config.curve else found.order[: len(order) + 1]
@@ -221,10 +222,37 @@ class _Search:
         windows = self.split.heldout
         if windows is None or not self.measures_heldout:
             return None
-        scorer, kind, tokens = self._plain(windows, NLL), "held-out", None
-        if after_repair and self.goal.max_loss_increase is not None:
+        repaired = after_repair and self.goal.max_loss_increase is not None
+        return self._evidence(windows, NLL, cache, repaired, "measuring held-out loss")
+
+    def kept(self, cache: ScoreCache, after_repair: bool) -> HeldoutEvaluation | None:
+        """The evidence for a depth by answers, if that is the target.
+
+        Raises:
+            InputError: there are no answers.
+        """
+        if self.goal.keep_answers is None:
+            return None
+        if self.split.answers is None:
+            raise InputError(
+                "--keep-answers is measured on answers to prompts, and the model answers no chats: "
+                "give --prompts"
+            )
+        windows = self.split.answers.measured.windows
+        return self._evidence(windows, MISSED, cache, after_repair, "measuring answers")
+
+    def _evidence(
+        self,
+        windows: Windows,
+        metric: TokenMetric,
+        cache: ScoreCache,
+        repaired: bool,
+        title: str,
+    ) -> HeldoutEvaluation:
+        scorer, kind, tokens = self._plain(windows, metric), "held-out", None
+        if repaired:
             fitted = self.split.candidate_fit(FINAL_TOKENS)
-            scorer, kind = self._repaired(windows, NLL, fitted)
+            scorer, kind = self._repaired(windows, metric, fitted)
             tokens = fitted.ids.numel()
         losses = Objective(
             scorer,
@@ -232,7 +260,7 @@ class _Search:
             cache=cache,
             kind=f"{kind} {windows.record.sha256}",
             progress=self.progress,
-            title="measuring held-out loss",
+            title=title,
         )
         return HeldoutEvaluation(losses, windows, self.costs, fitted=tokens)
 

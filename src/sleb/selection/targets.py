@@ -69,8 +69,9 @@ class Costs:
 
 
 class HeldoutEvaluation:
-    """Loss of the model on held-out windows as blocks go: the evidence for a depth. ``losses``
-    scores sets as plain cuts, or after a repair that is ``fitted`` on so many tokens."""
+    """Loss of the model on held-out windows as blocks go, or what else ``losses`` scores there: the
+    evidence for a depth. It scores sets as plain cuts, or after a repair that is ``fitted`` on so
+    many tokens."""
 
     def __init__(
         self, losses: Objective, windows: Windows, costs: Costs, fitted: int | None = None
@@ -114,11 +115,18 @@ def upper_bound(increase: Values) -> float | None:
 
 
 def nothing_within_limit(
-    limit: float, block: int, bound: float, windows: int, after: str = ""
+    goal: Goal, block: int, bound: float, windows: int, after: str = ""
 ) -> VerificationFailed:
     """The error that not even one block can go."""
+    if goal.keep_answers is not None:
+        return VerificationFailed(
+            f"nothing can be removed within --keep-answers {goal.keep_answers:g}: without block "
+            f"{block} alone as few as {1 - bound:.4f} of the tokens are kept{after} (95 % bound on "
+            f"{windows} answers); more --prompts tighten the bound"
+        )
     return VerificationFailed(
-        f"nothing can be removed within --max-loss-increase {limit:g}: without block {block} alone "
+        f"nothing can be removed within --max-loss-increase {goal.max_loss_increase:g}: without "
+        f"block {block} alone "
         f"the held-out loss rises by up to {bound:.4f} nats/token{after} (95 % bound on {windows} "
         "windows); more text tightens the bound"
     )
@@ -139,7 +147,7 @@ class StoppingRule:
         if goal.remove is not None:
             return blocks_to_remove(goal.remove, len(costs.blocks))
         possible = min(len(candidates), len(costs.blocks) - 1)
-        if goal.max_loss_increase is not None:
+        if goal.limit is not None:
             return possible
         cheapest = sorted(candidates, key=lambda b: costs.blocks[b])
         for n in range(1, possible + 1):
@@ -159,8 +167,8 @@ class StoppingRule:
         goal = self.goal
         if goal.remove is not None:
             return len(order) >= self.most
-        if goal.max_loss_increase is not None:
-            return self._bound(order) > goal.max_loss_increase
+        if goal.limit is not None:
+            return self._bound(order) > goal.limit
         if goal.size is not None:
             return self._costs.size(order) <= parse_bytes(goal.size, "--size")
         assert goal.speedup is not None
@@ -179,14 +187,14 @@ class StoppingRule:
         goal = self.goal
         depth = next((d for d in range(1, len(order) + 1) if self.enough(order[:d])), len(order))
         used = tuple(order[:depth])
-        if (limit := goal.max_loss_increase) is not None:
+        if (limit := goal.limit) is not None:
             if self._bound(used) > limit:
                 used = used[:-1]
             if not used:
                 assert self._heldout
                 windows = len(self._heldout.windows.ids)
-                raise nothing_within_limit(limit, order[0], self._bound(order[:1]), windows)
-            return used, Target(kind="max-loss-increase", limit=limit, reached=self._bound(used))
+                raise nothing_within_limit(goal, order[0], self._bound(order[:1]), windows)
+            return used, goal.reached(self._bound(used))
         if goal.speedup is not None:
             reached = round(self._costs.speedup(used), 6)
             return used, Target(kind="speedup", limit=goal.speedup, reached=reached)

@@ -308,6 +308,7 @@ def target(t: Locale, plan: Plan) -> list[Item]:
         "remove": lambda x: t.number(x, 0),
         "size": t.size,
         "speedup": t.times,
+        "keep-answers": t.percent,
     }
     show, kind = shows.get(plan.target.kind, t.nats), plan.target.kind.replace("-", "_")
     ends = {"limit": show(plan.target.limit), "reached": show(plan.target.reached)}
