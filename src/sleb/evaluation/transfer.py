@@ -94,10 +94,11 @@ def check_transfer(config: TransferConfig) -> None:
             "--curve measures one plan at many depths, and sleb transfer many plans at one: use "
             "--curve with sleb search"
         )
-    if config.max_loss_increase is not None or config.keep_answers is not None:
+    limits = [n for n in ("max_loss_increase", "keep_answers") if getattr(config, n) is not None]
+    if limits:
         raise InputError(
-            "a limit on loss or answers would have every plan remove another number of blocks, so "
-            "their losses would not compare; give --remove, --speedup or --size"
+            f"--{limits[0].replace('_', '-')} would have every plan remove another number of "
+            "blocks, so their losses would not compare; give --remove, --speedup or --size"
         )
     if config.heldout < 2:
         raise InputError(f"--heldout {config.heldout} is too few to compare on; give at least 2")

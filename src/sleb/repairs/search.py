@@ -35,8 +35,8 @@ def search(
         model: a loaded model, or anything that :func:`sleb.load` takes.
         config: the options, which may also be given as keywords: see
             :class:`sleb.config.SearchConfig`. Exactly one target is given: ``remove``,
-            ``max_loss_increase``, ``keep_answers``, ``speedup`` or ``size`` (with ``curve`` none means half of the
-            blocks). The result is a function of the inputs and the seed.
+            ``max_loss_increase``, ``keep_answers``, ``speedup`` or ``size`` (with ``curve`` none
+            means half of the blocks). The result is a function of the inputs and the seed.
         split: windows that were chosen before, in place of ``text``, ``windows``, ``heldout`` and
             ``prompts``.
         after_repair: with one of these two limits, hold it with cuts that were each repaired
