@@ -350,7 +350,7 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
         split = CalibrationSplit.of(
             model.tokenizer, mix, windows=options.windows, length=options.length, seed=options.seed
         ).with_self_generated(writer(model, silent), compare=True)
-        judging, writing, _ = measure(device, lambda: split.final_comparison)
+        judging, writing, _ = measure(device, lambda: split.final_comparison.ids)
     given, n, fitted = len(split.search.ids), len(judging), split.candidate_fit(FINAL_TOKENS).ids
     sweep = Sweep(model.stack, judging, NLL, batch=8)
     scores = RepairedScores(sweep, fitted)

@@ -288,7 +288,7 @@ def test_splits_that_are_refused_before_loading(tiny_dir, tmp_path, monkeypatch)
         ({"tp": 2, "device_map": "auto"}, "--device-map and --tp both say where"),
         ({"stream": True, "device_map": "auto"}, "--stream and --device-map both say where"),
         ({"device_map": "auto", "device": "cpu"}, "--device-map and --device both say where"),
-        ({"tp": 0}, "--tp 0 is not possible"),
+        ({"tp": 0}, "--tp 0"),
         ({"device_map": "atuo"}, r"neither auto, .* nor a JSON file \(did you mean 'auto'\?\)"),
     ],
 )

@@ -23,8 +23,6 @@ def check_placing(*, device: str, stream: bool, device_map: str | None, tp: int)
     Raises:
         InputError: says what, and what to leave out.
     """
-    if tp < 1:
-        raise InputError(f"--tp {tp} is not possible; give the number of GPUs that share a model")
     for given, option, other in (
         (stream and device_map, "--stream", "--device-map"),
         (stream and tp > 1, "--stream", "--tp"),
