@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from sleb.calibration.prompts import Prompt
 from sleb.config import PromptOptions
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.progress import silent
+from sleb.evaluation import run_code
 from sleb.evaluation.agreement import agreement_of
-from sleb.evaluation.judges import is_right
+from sleb.evaluation.judges import are_right, judges
 from sleb.repairs import repair
 from sleb.repairs.answering import answered, answers_to, prompt_ids, written
 from sleb.repairs.regression import Regression
@@ -271,12 +273,39 @@ def test_the_choice_goes_by_answers_within_a_limit_on_texts(split):
         ({"json_schema": {"type": "object", "required": ["a"]}}, '```json\n{"a": 1}\n```', True),
         ({"json_schema": {"type": "object", "required": ["a"]}}, '{"b": 1}', False),
         ({"json_schema": {"type": "object", "required": ["a"]}}, "no", False),
-        ({"tests": "assert f() == 1"}, "def f(): return 1", None),
-        ({}, "anything", None),
+        ({"tests": "assert f() == 1"}, "so:\n```python\ndef f(): return 1\n```", True),
+        ({"tests": "assert f() == 1"}, "def f(): return 1", True),
+        ({"tests": "assert f() == 1", "regex": "g"}, "def f(): return 1", False),
+        ({"tests": "assert f() == 1"}, "def f(): return 2", False),
+        ({"tests": ""}, "while True: pass", False),
+        ({"tests": ""}, "x = bytearray(4 << 30)", False),
+        ({"tests": ""}, "open('a', 'wb').write(bytes(32 << 20))", False),
+        ({"tests": ""}, "import socket; socket.create_connection(('127.0.0.1', PORT), 1)", False),
+        (
+            {"tests": ""},
+            "import os; assert os.listdir() == [] and 'SECRET' not in os.environ",
+            True,
+        ),
     ],
 )
-def test_right_answers_are_told(expected, text, right):
-    assert is_right(expected, text) is right
+def test_right_answers_are_told(expected, text, right, monkeypatch):
+    monkeypatch.setattr(run_code, "SECONDS", 3)
+    monkeypatch.setenv("SECRET", "x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        text = text.replace("PORT", str(server.getsockname()[1]))
+        assert are_right([expected], [text], judges(True)) == [right]
+
+
+def test_code_runs_only_where_it_may(monkeypatch):
+    assert judges(True) - judges(False) == {"tests"}
+    monkeypatch.setattr(run_code, "pass_all", None)
+    assert are_right([{"tests": "1 / 0"}], ["x"], judges(False)) == [True]
+
+
+def test_code_that_would_have_a_network_is_not_run(monkeypatch):
+    monkeypatch.setattr(run_code, "NETWORK", 0)  # as if the child had said so
+    with pytest.raises(InputError, match="--run-code"):
+        run_code.passes("", "")
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,14 @@ class PromptOptions(Options):
         None, "Longest answer, in tokens. Default: 96, on a GPU 256.", ge=1
     )
 
+    run_code: bool = option(
+        False,
+        "Judge answers to rows with tests by running their code: in a child with limits of time "
+        "and memory, a scratch folder and no network. It can read what you can, and write where "
+        "you may: use a machine or container that may be lost.",
+        flag="--run-code",
+    )
+
     @model_validator(mode="after")
     def _alone(self) -> Self:
         if "none" in self.prompts and len(self.prompts) > 1:

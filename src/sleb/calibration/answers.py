@@ -38,12 +38,13 @@ MEASURED, SEARCH, VALIDATION = 96, 32, 32
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
     """The model's answers to ``prompts`` of ``source``, of at most ``new_tokens`` tokens; a window
-    each."""
+    each. ``run_code``: code in them may be run, to see whether it is right."""
 
     prompts: tuple[Prompt, ...]
     windows: Windows
     new_tokens: int
     source: str
+    run_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,10 +8,9 @@ place of that, and whether there is none, hold for greedy answers too. Over 33 c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion
-from sleb.evaluation.judges import is_right
+from sleb.evaluation.judges import are_right, judges
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered, prompt_ids
 from sleb.selection.metrics import TokenMetric, mean_of, token_kl
@@ -153,7 +152,8 @@ def right_answers(
     progress: Progress,
 ) -> RightAnswers | None:
     """Right answers of both models to prompts whose rows tell; None without such."""
-    judged = [(i, p) for i, p in enumerate(answers.prompts) if is_right(p.expected, "") is not None]
+    known = judges(answers.run_code)
+    judged = [(i, p) for i, p in enumerate(answers.prompts) if p.expected.keys() & known]
     if not judged:
         return None
     windows = answers.windows.take([i for i, _ in judged])
@@ -164,8 +164,10 @@ def right_answers(
     with patch() if patch else nullcontext(), model.stack.bypassed(removed):
         after = answered(model, asked, answers.new_tokens, progress, "answering without the blocks")
     expected = [prompt.expected for _, prompt in judged]
-    dense = _judged(model.tokenizer, expected, before)
-    pruned = _judged(model.tokenizer, expected, after)
+    dense, pruned = (
+        are_right(expected, model.tokenizer.batch_decode(said, skip_special_tokens=True), known)
+        for said in (before, after)
+    )
     both = [*zip(dense, pruned, strict=True)]
     kept = [after for before, after in both if before]
     return RightAnswers(
@@ -176,10 +178,3 @@ def right_answers(
         won=sum(after and not before for before, after in both),
         kept=proportion(sum(kept), len(kept)) if kept else None,
     )
-
-
-def _judged(
-    tokenizer: Any, expected: Sequence[dict[str, Any]], answers: Sequence[list[int]]
-) -> list[bool]:
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [bool(is_right(each, text)) for each, text in zip(expected, texts, strict=True)]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jsonschema.exceptions import SchemaError
@@ -16,23 +16,40 @@ from referencing.exceptions import Unresolvable
 
 from sleb.calibration.rows import first_line
 from sleb.core.errors import InputError
+from sleb.evaluation.run_code import pass_all
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _MARK = re.compile(r"answer\s*(?:is|:)", re.IGNORECASE)
 
 
-def is_right(expected: Mapping[str, Any], text: str) -> bool | None:
-    """Whether ``text`` fulfils all that is ``expected``: ``answer``, a number (the first behind the
-    last "Answer:", else the last one in the text) or a text (found in it as words); ``regex``,
-    found anywhere; ``json_schema``, of the JSON that the text or its first fence is. None where
-    nothing is expected that is known here; ``tests`` are run by the caller, if at all.
+def judges(run_code: bool) -> set[str]:
+    """What a row may expect that can be judged: ``tests`` only where code may be run."""
+    return {*_JUDGES, *(["tests"] if run_code else [])}
+
+
+def are_right(
+    expected: Sequence[Mapping[str, Any]], texts: Sequence[str], known: Collection[str]
+) -> list[bool]:
+    """Whether each text fulfils all that is expected of it and ``known``: see :func:`judges`.
+
+    ``answer``: a number (the first behind the last "Answer:", else the last one in the text) or a
+    text (found in it as words); ``regex``: found anywhere; ``json_schema``: of the JSON that the
+    text or its first fence is; ``tests``: Python that runs behind the code of the text.
 
     Raises:
-        InputError: the schema is none, or refers to another.
+        InputError: a schema is none, or refers to another; the network cannot be taken from code.
     """
-    found = [_JUDGES[key](wanted, text) for key, wanted in expected.items() if key in _JUDGES]
-    return all(found) if found else None
+    right = [
+        all(_JUDGES[key](wanted[key], text) for key in wanted if key in _JUDGES)
+        for wanted, text in zip(expected, texts, strict=True)
+    ]
+    if "tests" in known:
+        rows = [i for i, wanted in enumerate(expected) if right[i] and "tests" in wanted]
+        passed = pass_all([texts[i] for i in rows], [expected[i]["tests"] for i in rows])
+        for i, good in zip(rows, passed, strict=True):
+            right[i] = good
+    return right
 
 
 def _answer(wanted: float | str, text: str) -> bool:

@@ -98,7 +98,13 @@ def answers_to(
     answers = written(model, ids, new_tokens, progress)
     windows = answer_windows(ids, answers, specs=specs, seed=seed)
     source = ", ".join(specs)
-    return Answers(prompts=prompts, windows=windows, new_tokens=new_tokens, source=source)
+    return Answers(
+        prompts=prompts,
+        windows=windows,
+        new_tokens=new_tokens,
+        source=source,
+        run_code=config.run_code,
+    )
 
 
 def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
