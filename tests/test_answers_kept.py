@@ -187,6 +187,7 @@ def test_prune_measures_answers(learned, prompts, tmp_path):
     )
     kept = sleb.RunRecord.load(tmp_path / "out").prompts
     assert kept == done.record.prompts
+    assert done.record.evaluation_text.shared == 4  # as its text says the same again and again
     assert kept.prompts == len(STARTS) * 5 // 3
     assert kept.source == str(prompts)
     assert 0 <= kept.agreement.value <= 1

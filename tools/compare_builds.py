@@ -56,6 +56,7 @@ INTENDED = [
     ("*/config.json", "no_rope_layer_interval", "likewise; transformers reads the list"),
     *(("*", f"gate.rows.*.{k}", "a limit is named by keys") for k in ("name", "of", "path")),
     *(("*", f"gate.rows.*.{k}", "a limit is named by keys") for k in ("near", "runtime")),
+    ("*", "*evaluation_text.shared", "windows that repeat what was fitted on are counted"),
     ("heal *", "stopped", "a key in place of a sentence"),
     ("*/heal.json", "stopped", "a key in place of a sentence"),
     ("*SHA256SUMS", "*plan.json", "compared as facts, not bytes"),

@@ -251,7 +251,7 @@ class PromptOptions(Options):
         metavar="FILE",
     )
     max_prompts: int | None = option(
-        None, "Answer so many at most. Default: 64, on a GPU 1024.", ge=12
+        None, "Answer so many at most. Default: 64, on a GPU 1024.", ge=1
     )
     new_tokens: int | None = option(
         None, "Longest answer, in tokens. Default: 96, on a GPU 256.", ge=1

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sleb.calibration.answers import ANSWERS
+from sleb.calibration.overlap import shared_with
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -157,7 +158,7 @@ def _find(
     if group().several:
         setting |= {"processes": group().size * group().tp}
     facts |= {"repair": status, "environment": setting}
-    facts |= _measured(loaded, plan, fixed, split.heldout, config, watch)
+    facts |= _measured(loaded, plan, fixed, split, config, watch)
     if split.answers:
         patch = partial(fixed.patch, stack) if fixed else None
         measured = split.answers.measured
@@ -169,11 +170,12 @@ def _measured(
     model: LoadedModel,
     plan: Plan,
     fixed: Repair | None,
-    heldout: Windows | None,
+    split: CalibrationSplit,
     config: PruneConfig,
     progress: Progress,
 ) -> dict[str, Any]:
     """Perplexity on held-out windows, and what these are."""
+    heldout = split.heldout
     if heldout is None:
         return {"evaluation": None, "evaluation_text": None}
     found = evaluate(
@@ -185,7 +187,9 @@ def _measured(
         progress=progress,
     )
     length = heldout.record.length
-    text = EvaluationText(windows=found.windows, length=length, source="held-out")
+    seen = split.repair_given if fixed and split.repair_given else split.search
+    shared = len(shared_with(heldout.ids, seen.ids))
+    text = EvaluationText(windows=found.windows, length=length, source="held-out", shared=shared)
     return {"evaluation": found, "evaluation_text": text}
 
 

@@ -57,13 +57,15 @@ COMMANDS |= dict.fromkeys(
 @dataclass(frozen=True, kw_only=True)
 class EvaluationText:
     """What perplexity was measured on: ``windows`` of ``length`` tokens, held out of the texts that
-    chose the blocks, or given for it (the ``texts``, as they were named). ``note``: a sentence of
+    chose the blocks, or given for it (the ``texts``, as they were named). ``shared``: held-out
+    windows with a long run of tokens that was chosen by or fitted on too. ``note``: a sentence of
     an older record from which none of this could be read."""
 
     windows: int
     length: int
     source: Literal["held-out", "given"]
     texts: tuple[str, ...] = ()
+    shared: int = 0
     note: str = ""
 
 

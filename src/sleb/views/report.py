@@ -268,6 +268,8 @@ class Report:
             source=source,
         )
         items: list[Item] = [Text(intro)]
+        if seen and seen.shared:
+            items.append(Text(t("texts.shared", count=seen.shared)))
         plain = e.unrepaired.perplexity_ratio if e.unrepaired else None
         if plain and e.perplexity_ratio:
             both = {"repaired": e.perplexity_ratio, "plain": plain}

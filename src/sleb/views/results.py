@@ -205,7 +205,8 @@ def evaluated_on(r: RunRecord) -> str:
     if text.note:
         return text.note
     if text.source == "held-out":
-        return f"{text.windows} held-out windows of {text.length} tokens from the calibration texts"
+        told = f"{text.windows} held-out windows of {text.length} tokens from the calibration texts"
+        return f"{told}{', ' + T('texts.shared', count=text.shared) if text.shared else ''}"
     return f"{text.windows} windows of {text.length} tokens from {', '.join(text.texts)}"
 
 
