@@ -293,3 +293,10 @@ def test_the_example_names_every_limit_and_is_right(tmp_path):
     named = {f"{x.key.partition('.')[0]}.{x.by_name}" for x in LIMITS if x.by_name}
     keys = {f"{table}.{key}" for table, keys in given.items() for key in keys}
     assert keys == {limit.key for limit in LIMITS} | named
+
+
+def test_the_result_is_required():
+    found = Gate.parse({"divergence": {"max": 0.2}, "agreement": {"min": 0.7}}, "g").check(FULL)
+    with pytest.raises(VerificationFailed, match=r"divergence.max: 0.25 .* 0.2 .*1 of 2 limits"):
+        found.require()
+    GateResult(rows=found.rows[1:]).require()

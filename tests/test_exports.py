@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -243,3 +244,8 @@ def test_mergekit_makes_what_apply_makes(python, family, tmp_path):
 def test_mergekit_makes_what_apply_makes_of_a_real_model(python, real_model, tmp_path):
     source = resolve(real_model).path
     assert equal_to_ours(python, source, (20, 21, 25), 30, tmp_path) == 27 * 9 + 2
+
+
+def test_the_formats_are_those_of_the_help(capsys):
+    said = "".join(run(capsys, "export", "--help").out.split())
+    assert set(FORMATS) == set(re.search(r"--asFORM(.*?)\.", said)[1].split(","))
