@@ -14,6 +14,8 @@ from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 # many short windows one by one: long enough to be interrupted, and much to write down
 SEARCH = ["search", "MODEL", "--remove", "3", "--windows", "60", "--length", "16", "--batch", "1"]
 CPU = ["--dtype", "float32", "--device", "cpu"]

@@ -13,6 +13,8 @@ from sleb.cli.main import main
 from sleb.core import process_group as parallel
 from sleb.selection.sweep import Sweep
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 SEARCH = [
     *("search", "MODEL", "--remove", "3", "--exact", "--windows", "40", "--length", "32"),
     *("--batch", "1", "--threads", "1", "--device", "cpu", "--dtype", "float32"),

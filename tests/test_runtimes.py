@@ -27,6 +27,8 @@ from sleb.runtimes.compatibility import RuntimeReport, check_runtimes, parse_run
 from sleb.runtimes.worker import Child
 from zoo import tiny
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 REMOVED = (1, 3)
 
 

@@ -24,6 +24,8 @@ from sleb.runtimes.vllm import VLLM
 from sleb.runtimes.worker import Failed, OutOfMemory, Worker
 from zoo import tiny
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 PROMPTS = {case: random_prompts(case, 128) for case in (PROMPT, WRITE)}
 
 

@@ -71,15 +71,15 @@ def test_a_model_writes_when_it_is_first_asked_and_all_at_once(texts):
     split = split_of(*texts)
     alone = split.with_self_generated(write, compare=True)
     assert asked == []
-    assert torch.equal(alone.final_comparison[:6], split.search.ids)
-    assert alone.final_comparison.shape == (14, 10)
+    assert torch.equal(alone.final_comparison.ids[:6], split.search.ids)
+    assert alone.final_comparison.ids.shape == (14, 10)
     assert asked == [(8, 10, 1)]  # not what a repair would be fitted on, of seed 0
     both = split.with_repair(600).with_self_generated(write, compare=True)
     half = len(both.repair_given.ids) // 2
     fit = both.repair_fit
     assert len(fit.ids) == 3 * half + len(both.repair_given.ids) % 2
     assert fit.names[-1] == fit.record.sources[-1].spec == SELF_GENERATED
-    assert len(both.final_comparison) == 14
+    assert len(both.final_comparison.ids) == 14
     assert asked[1:] == [(half + 8, 10, 0)]
 
 
