@@ -19,7 +19,7 @@ from sleb.pipeline import Pruned, prune
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000
-PROMPTS, ANSWER = 36, 48  # prompts, and tokens of each answer
+PROMPTS, ANSWER = 24, 32  # prompts, and tokens of each answer
 
 
 @dataclass(frozen=True, kw_only=True)
