@@ -198,6 +198,7 @@ def test_the_guides_files_are_read(guide, tmp_path):
     prompts, questions = fenced(guide, "json")
     (settings,) = fenced(guide, "toml")
     (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    (tmp_path / "real.jsonl").write_text(prompts, encoding="utf-8")
     (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     (tmp_path / "sleb.toml").write_text(settings, encoding="utf-8")
     project = Project.load(tmp_path / "sleb.toml")
@@ -217,7 +218,7 @@ def test_the_guides_files_are_read(guide, tmp_path):
 @guides
 def test_the_guides_limits_are_those_of_the_gate(guide, tmp_path):
     limits = re.findall(r"`(\w+)\.((?:max|min)_\w+)`", prose(guide))
-    assert len(limits) == 10
+    assert len(limits) == 11
     for table, key in limits:
         assert f"{table}.{key}" in {limit.key for limit in LIMITS}
     write_project(tmp_path / "sleb.toml", "MODEL")

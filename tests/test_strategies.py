@@ -9,7 +9,7 @@ from search_tools import toy
 from sleb.core.errors import InputError
 from sleb.selection.objective import BlockSet, Objective
 from sleb.selection.racing import ERROR, Race, leaders, rank
-from sleb.selection.strategies import BEAM, STRATEGIES
+from sleb.selection.strategies import BEAM, STRATEGIES, greedy_or_window
 
 WEIGHTS = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
@@ -239,3 +239,24 @@ def test_an_exact_objective_does_not_race():
     table, score = noisy(np.linspace(0, 9, 5), 0.01, 32, 0)
     values = Objective(score, 32, exact=True).best([BlockSet([i]) for i in range(5)])
     assert np.array_equal(values, table)
+
+
+def test_others_suggest_sets_for_the_final_comparison():
+    """What another objective finds is compared too, by the final scores, and told by its name."""
+    weights = {"": [9, 1, 1, 9, 9, 9], "answers": [9, 9, 9, 9, 1, 1]}
+
+    def scored(costs):
+        return Objective(
+            lambda sets, a, b: np.array(
+                [[sum(costs[i] for i in s)] * (b - a) for s in sets], dtype=float
+            ),
+            2,
+        )
+
+    objective = scored(weights[""])
+    objective.others["answers"] = scored(weights["answers"])
+    objective.final = scored([9, 5, 5, 9, 2, 2])
+    found = greedy_or_window(objective, range(6), 2)
+    assert set(found.order) == {4, 5}
+    assert found.finalists[0].strategy == "greedy on answers"
+    assert {frozenset(f.order) for f in found.finalists} == {frozenset({1, 2}), frozenset({4, 5})}
