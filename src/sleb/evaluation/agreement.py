@@ -164,10 +164,7 @@ def right_answers(
     with patch() if patch else nullcontext(), model.stack.bypassed(removed):
         after = answered(model, asked, answers.new_tokens, progress, "answering without the blocks")
     expected = [prompt.expected for _, prompt in judged]
-    dense, pruned = (
-        are_right(expected, model.tokenizer.batch_decode(said, skip_special_tokens=True), known)
-        for said in (before, after)
-    )
+    dense, pruned = (are_right(expected, _texts(model, said), known) for said in (before, after))
     both = [*zip(dense, pruned, strict=True)]
     kept = [after for before, after in both if before]
     return RightAnswers(
@@ -178,3 +175,12 @@ def right_answers(
         won=sum(after and not before for before, after in both),
         kept=proportion(sum(kept), len(kept)) if kept else None,
     )
+
+
+def _texts(model: LoadedModel, answers: list[list[int]]) -> list[str]:
+    texts: list[str] = model.tokenizer.batch_decode(
+        answers,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,  # which would change them
+    )
+    return texts
