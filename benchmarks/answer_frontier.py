@@ -57,7 +57,7 @@ class Frontier:
         )
         split = split.with_repair(given_tokens(model.stack))
         files = sorted(str(path) for path in (options.data / "answers").glob("*_fit.jsonl"))
-        split = with_answers(model, split, files, PromptOptions(), silent)
+        split = with_answers(model, split, PromptOptions(prompts=tuple(files)), silent)
         self.split = split.with_self_generated(writer(model, silent), compare=True)
         self.test = {
             name: sleb.load_windows(model.tokenizer, (spec,), windows=12, length=length, seed=0)[0]

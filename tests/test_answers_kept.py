@@ -18,7 +18,7 @@ from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.progress import silent
 from sleb.evaluation import run_code
 from sleb.evaluation.agreement import agreement_of
-from sleb.evaluation.judges import are_right, judges
+from sleb.evaluation.grading import are_right, gradable
 from sleb.repairs import repair
 from sleb.repairs.answering import answered, answers_to, prompt_ids, written
 from sleb.repairs.regression import Regression
@@ -294,13 +294,13 @@ def test_right_answers_are_told(expected, text, right, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     with socket.create_server(("127.0.0.1", 0)) as server:
         text = text.replace("PORT", str(server.getsockname()[1]))
-        assert are_right([expected], [text], judges(True)) == [right]
+        assert are_right([expected], [text], gradable(True)) == [right]
 
 
 def test_code_runs_only_where_it_may(monkeypatch):
-    assert judges(True) - judges(False) == {"tests"}
+    assert gradable(True) - gradable(False) == {"tests"}
     monkeypatch.setattr(run_code, "pass_all", None)
-    assert are_right([{"tests": "1 / 0"}], ["x"], judges(False)) == [True]
+    assert are_right([{"tests": "1 / 0"}], ["x"], gradable(False)) == [True]
 
 
 def test_code_that_would_have_a_network_is_not_run(monkeypatch):

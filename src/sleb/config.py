@@ -239,6 +239,12 @@ class HeldoutOptions(Options):
     heldout: int = option(16, "Windows to set aside for quality.", ge=0)
 
 
+NO_PROMPTS = "none"
+"""Stands for no prompts, where there would be some by default."""
+MAX_PROMPTS, NEW_TOKENS = {"cpu": 64, "cuda": 1024}, {"cpu": 96, "cuda": 256}
+"""How many prompts are answered, and with how many tokens at most, by default."""
+
+
 class PromptOptions(Options):
     """Prompts to be answered as now."""
 
@@ -251,12 +257,15 @@ class PromptOptions(Options):
         metavar="FILE",
     )
     max_prompts: int | None = option(
-        None, "Answer so many at most. Default: 64, on a GPU 1024.", ge=1
+        None,
+        "Answer so many at most. Default: {cpu}, on a GPU {cuda}.".format(**MAX_PROMPTS),
+        ge=1,
     )
     new_tokens: int | None = option(
-        None, "Longest answer, in tokens. Default: 96, on a GPU 256.", ge=1
+        None,
+        "Longest answer, in tokens. Default: {cpu}, on a GPU {cuda}.".format(**NEW_TOKENS),
+        ge=1,
     )
-
     run_code: bool = option(
         False,
         "Judge answers to rows with tests by running their code: in a child with limits of time "
@@ -267,7 +276,7 @@ class PromptOptions(Options):
 
     @model_validator(mode="after")
     def _alone(self) -> Self:
-        if "none" in self.prompts and len(self.prompts) > 1:
+        if NO_PROMPTS in self.prompts and len(self.prompts) > 1:
             raise InputError("--prompts none stands alone; leave it or the files out")
         return self
 

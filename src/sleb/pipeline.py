@@ -19,7 +19,6 @@ from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import (
     LoadOptions,
-    PromptOptions,
     PruneConfig,
     SearchConfig,
     WriteConfig,
@@ -37,7 +36,7 @@ from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair
-from sleb.repairs.answering import asked_of, with_answers
+from sleb.repairs.answering import with_answers
 from sleb.repairs.search import search
 from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import MISSED, NLL
@@ -129,8 +128,7 @@ def _find(
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
     split, status = _split(loaded, config)
-    specs = asked_of(loaded, config.part(PromptOptions), embedded=True)
-    split = with_answers(loaded, split, specs, config.part(PromptOptions), watch)
+    split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
@@ -301,7 +299,7 @@ def _repaired(
         repaired = plan.model_copy(update=changes)
         if limited is None or limited.limit is None:
             return repaired, fixed, status
-        sweep = _judge(model, split, limited, config)
+        sweep = _limited_sweep(model, split, limited, config)
         reached = _reached(sweep, plan, fixed)
         if reached <= limited.limit:
             target = limited.reached(reached)
@@ -312,7 +310,7 @@ def _repaired(
         plan = plan.without_last()
 
 
-def _judge(
+def _limited_sweep(
     model: LoadedModel, split: CalibrationSplit, limited: Goal, config: PruneConfig
 ) -> Sweep:
     """Scores what a limit is on."""

@@ -19,11 +19,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sleb.acceptance import Gate
-from sleb.calibration.answers import DEFAULT, NONE, prompts_of
+from sleb.calibration.answers import DEFAULT, prompts_of
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import parse_source
 from sleb.calibration.windows import load_windows
 from sleb.config import (
+    NO_PROMPTS,
     CompareConfig,
     DeviceOptions,
     EvalConfig,
@@ -155,7 +156,7 @@ class Project(Options):
         return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
 
     def _prompts(self, spec: str) -> str:
-        return spec if spec in (DEFAULT, NONE) else self.beside(spec)
+        return spec if spec in (DEFAULT, NO_PROMPTS) else self.beside(spec)
 
     def keys(self) -> dict[str, str]:
         """For each stage a hash of all that its result depends on."""

@@ -7,7 +7,6 @@ too: each is a window of its own, prompt and answer, of which the answer's token
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +14,18 @@ from importlib import resources
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sleb.calibration.prompts import Prompt, read_prompts
-from sleb.calibration.windows import Windows, digest
+from sleb.calibration.windows import Windows, digest, written_source
+from sleb.config import NO_PROMPTS
 from sleb.core.errors import InputError
-from sleb.core.plan import Calibration, SourceRecord
+from sleb.core.plan import Calibration
 
 ANSWERS = "answers"
 """The name of answers among the texts that they stand beside."""
 DEFAULT = "default"
 """Stands for the embedded prompts."""
-NONE = "none"
-"""Stands for no prompts, where there would be some by default."""
 LEAST = 12
 """Prompts that there have to be, for every role to get one."""
 MEASURED, SEARCH, VALIDATION = 96, 32, 32
@@ -87,15 +84,15 @@ class AnswerSplit:
 
 
 def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
-    """The prompts of all files; the embedded ones for ``DEFAULT``, nothing for ``NONE``. Ids are
-    unique among all.
+    """The prompts of all files; the embedded ones for ``DEFAULT``, nothing for ``NO_PROMPTS``.
+    Ids are unique among all.
 
     Raises:
         InputError, DataError: see :func:`sleb.calibration.prompts.read_prompts`; a file is given
             twice.
     """
     found: dict[str, Prompt] = {}
-    for spec in specs if tuple(specs) != (NONE,) else ():
+    for spec in specs if tuple(specs) != (NO_PROMPTS,) else ():
         if spec == DEFAULT:
             with resources.as_file(resources.files("sleb.data") / "prompts.jsonl") as path:
                 rows = read_prompts(path)
@@ -122,13 +119,7 @@ def answer_windows(
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt, answer in zip(scored, prompts, answers, strict=True):
         row[len(prompt) : len(prompt) + len(answer)] = True
-    source = SourceRecord(
-        spec=f"answers to {', '.join(specs)}",
-        sha256=_sha256(ids),
-        documents=len(ids),
-        tokens=sum(map(len, rows)),
-        windows=len(ids),
-    )
+    source = written_source(f"answers to {', '.join(specs)}", ids, sum(map(len, rows)))
     record = Calibration(
         sources=(source,),
         windows=len(ids),
@@ -137,7 +128,3 @@ def answer_windows(
         sha256=digest(ids, scored),
     )
     return Windows(ids=ids, source=(0,) * len(ids), names=(ANSWERS,), record=record, scored=scored)
-
-
-def _sha256(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()

@@ -37,7 +37,7 @@ EXPECTED: dict[str, Any] = {
 class Prompt:
     """One row of a file of prompts: plain ``text``, or the turns of a chat with its ``tools``, an
     ``id``, whether ``json`` is wanted, and what is ``expected`` of a right answer: see
-    :mod:`sleb.evaluation.judges`."""
+    :mod:`sleb.evaluation.grading`."""
 
     id: str
     text: str | None

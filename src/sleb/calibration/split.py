@@ -7,7 +7,6 @@ then the held-out windows, then the rest.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from sleb.calibration.answers import AnswerSplit
-from sleb.calibration.windows import Texts, Windows
+from sleb.calibration.windows import Texts, Windows, written_source
 from sleb.core.errors import InputError
-from sleb.core.plan import SourceRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,13 +220,7 @@ class _Generated:
 
 def joined(windows: Windows, ids: Tensor) -> Windows:
     """``windows`` and behind them ``ids`` [N, T], which a model has written."""
-    source = SourceRecord(
-        spec=SELF_GENERATED,
-        sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
-        documents=len(ids),
-        tokens=ids.numel(),
-        windows=len(ids),
-    )
+    source = written_source(SELF_GENERATED, ids, ids.numel())
     record = windows.record.model_copy(update={"sources": (source,)})
     names, rows = (SELF_GENERATED,), (0,) * len(ids)
     return windows.beside(Windows(ids=ids, source=rows, names=names, record=record))

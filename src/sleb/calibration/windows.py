@@ -295,6 +295,17 @@ def _fits(texts: Sequence[_Text], shares: list[int]) -> bool:
     return all(0 < n <= s.windows for s, n in zip(texts, shares, strict=True))
 
 
+def written_source(spec: str, ids: Tensor, tokens: int) -> SourceRecord:
+    """The record of windows [N, T] that a model has written, of so many tokens without padding."""
+    return SourceRecord(
+        spec=spec,
+        sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
+        documents=len(ids),
+        tokens=tokens,
+        windows=len(ids),
+    )
+
+
 def recount(
     record: Calibration, ids: Tensor, source: tuple[int, ...], scored: Tensor | None = None
 ) -> Calibration:

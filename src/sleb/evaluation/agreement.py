@@ -18,9 +18,9 @@ from torch import Tensor
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion
-from sleb.evaluation.judges import are_right, judges
+from sleb.evaluation.grading import are_right, gradable
 from sleb.models.load import LoadedModel
-from sleb.repairs.answering import answered, prompt_ids
+from sleb.repairs.answering import answered
 from sleb.selection.metrics import TokenMetric, mean_of, token_kl
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Patch, Sweep
@@ -152,15 +152,15 @@ def right_answers(
     progress: Progress,
 ) -> RightAnswers | None:
     """Right answers of both models to prompts whose rows tell; None without such."""
-    known = judges(answers.run_code)
+    known = gradable(answers.run_code)
     judged = [(i, p) for i, p in enumerate(answers.prompts) if p.expected.keys() & known]
     if not judged:
         return None
     windows = answers.windows.take([i for i, _ in judged])
     assert windows.scored is not None
-    rows = zip(windows.ids, windows.scored, strict=True)
+    rows = [*zip(windows.ids, windows.scored, strict=True)]
     before = [ids[counts].tolist() for ids, counts in rows]
-    asked = prompt_ids(model, [prompt for _, prompt in judged], answers.new_tokens)
+    asked = [ids[: int(counts.nonzero()[0])].tolist() for ids, counts in rows]
     with patch() if patch else nullcontext(), model.stack.bypassed(removed):
         after = answered(model, asked, answers.new_tokens, progress, "answering without the blocks")
     expected = [prompt.expected for _, prompt in judged]

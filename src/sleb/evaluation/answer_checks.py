@@ -93,11 +93,20 @@ def switched(before: str, after: str) -> bool:
     return True
 
 
+def json_of(text: str) -> Any:
+    """The one JSON value (RFC 8259) that ``text``, or what is within its first ``` fence, is.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    fenced = _FENCE.search(text)
+    return json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+
+
 def is_json(text: str) -> bool:
     """Whether ``text``, or what is within its first ``` fence, is one JSON value (RFC 8259)."""
-    fenced = _FENCE.search(text)
     try:
-        json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+        json_of(text)
     except (ValueError, RecursionError):
         return False
     return True

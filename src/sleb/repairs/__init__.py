@@ -33,7 +33,7 @@ from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
-from sleb.repairs.answering import asked_of, with_answers
+from sleb.repairs.answering import with_answers
 from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
 from sleb.repairs.self_generated import can_generate, with_self_generated, writer
@@ -143,7 +143,7 @@ def fit_repair(
     )
     given = given_tokens(model.stack, config.repair_tokens)
     split = split.with_repair(given, beside_search=True)
-    split = with_answers(model, split, asked_of(model, config), config, progress)
+    split = with_answers(model, split, config, progress)
     if can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress))
     fit, validation = split.repair_fit, split.validation

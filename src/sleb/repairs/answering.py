@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.answers import DEFAULT, NONE, Answers, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.answers import DEFAULT, Answers, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt, read_as
 from sleb.calibration.split import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.config import PromptOptions
+from sleb.config import MAX_PROMPTS, NEW_TOKENS, NO_PROMPTS, PromptOptions
 from sleb.core.errors import InputError
 from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
@@ -29,10 +29,6 @@ from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import at_once, can_generate
 
-PROMPTS = {"cuda": 1024, "cpu": 64}
-"""How many prompts are answered by default, at most."""
-NEW_TOKENS = {"cuda": 256, "cpu": 96}
-"""The longest answer by default, in tokens."""
 TOGETHER = 512
 """Answers that are written together, at most."""
 
@@ -44,7 +40,7 @@ def asked_of(model: LoadedModel, config: PromptOptions, *, embedded: bool = Fals
     Raises:
         InputError: some are given, and every token of an answer would read all blocks.
     """
-    if config.prompts == (NONE,):
+    if config.prompts == (NO_PROMPTS,):
         return []
     if config.prompts and not can_generate(model.stack):
         raise InputError(
@@ -60,16 +56,20 @@ def asked_of(model: LoadedModel, config: PromptOptions, *, embedded: bool = Fals
 def with_answers(
     model: LoadedModel,
     split: CalibrationSplit,
-    specs: Sequence[str],
     config: PromptOptions,
     progress: Progress,
+    *,
+    embedded: bool = False,
 ) -> CalibrationSplit:
-    """``split`` with the model's answers to the prompts of ``specs``; as it is without these.
+    """``split`` with the model's answers to the prompts that it is asked, see :func:`asked_of`; as
+    it is without any.
 
     Raises:
-        InputError, DataError: see :func:`sleb.calibration.answers.prompts_of`; there are too few, a
-            prompt is too long, or needs a chat template that is not there.
+        InputError, DataError: see :func:`asked_of` and
+            :func:`sleb.calibration.answers.prompts_of`; there are too few, a prompt is too long, or
+            needs a chat template that is not there.
     """
+    specs = asked_of(model, config, embedded=embedded)
     if not specs:
         return split
     seed = split.search.record.seed
@@ -91,7 +91,7 @@ def answers_to(
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
     new_tokens = config.new_tokens or NEW_TOKENS[kind]
     prompts = prompts_of(specs)
-    most = config.max_prompts or (len(prompts) if every else PROMPTS[kind])
+    most = config.max_prompts or (len(prompts) if every else MAX_PROMPTS[kind])
     if len(prompts) > most:
         prompts = tuple(prompts[i * len(prompts) // most] for i in range(most))
     ids = prompt_ids(model, prompts, new_tokens)

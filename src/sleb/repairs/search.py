@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.calibration.split import CalibrationSplit
-from sleb.config import LoadOptions, PromptOptions, SearchConfig, takes
+from sleb.config import LoadOptions, SearchConfig, takes
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import LoadedModel, load
-from sleb.repairs.answering import asked_of, with_answers
+from sleb.repairs.answering import with_answers
 from sleb.repairs.scoring import repaired_scorer
 from sleb.repairs.self_generated import can_generate, writer
 from sleb.selection.metrics import METRICS
@@ -64,8 +64,7 @@ def search(
             heldout=config.heldout if measures_heldout else 0,
         )
         of_answers = METRICS[config.metric].answers or goal.keep_answers is not None
-        specs = asked_of(model, config.part(PromptOptions), embedded=of_answers)
-        split = with_answers(model, split, specs, config.part(PromptOptions), progress)
+        split = with_answers(model, split, config, progress, embedded=of_answers)
     strategy = config.strategy or METRICS[config.metric].strategy
     if strategy == GREEDY_OR_WINDOW and split.generated is None and can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress), compare=True)

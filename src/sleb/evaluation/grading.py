@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -16,22 +15,22 @@ from referencing.exceptions import Unresolvable
 
 from sleb.calibration.rows import first_line
 from sleb.core.errors import InputError
+from sleb.evaluation.answer_checks import json_of
 from sleb.evaluation.run_code import pass_all
 
-_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _MARK = re.compile(r"answer\s*(?:is|:)", re.IGNORECASE)
 
 
-def judges(run_code: bool) -> set[str]:
-    """What a row may expect that can be judged: ``tests`` only where code may be run."""
-    return {*_JUDGES, *(["tests"] if run_code else [])}
+def gradable(run_code: bool) -> set[str]:
+    """What a row may expect that can be graded: ``tests`` only where code may be run."""
+    return {*_GRADERS, *(["tests"] if run_code else [])}
 
 
 def are_right(
     expected: Sequence[Mapping[str, Any]], texts: Sequence[str], known: Collection[str]
 ) -> list[bool]:
-    """Whether each text fulfils all that is expected of it and ``known``: see :func:`judges`.
+    """Whether each text fulfils all that is expected of it and ``known``: see :func:`gradable`.
 
     ``answer``: a number (the first behind the last "Answer:", else the last one in the text) or a
     text (found in it as words); ``regex``: found anywhere; ``json_schema``: of the JSON that the
@@ -41,7 +40,7 @@ def are_right(
         InputError: a schema is none, or refers to another; the network cannot be taken from code.
     """
     right = [
-        all(_JUDGES[key](wanted[key], text) for key in wanted if key in _JUDGES)
+        all(_GRADERS[key](wanted[key], text) for key in wanted if key in _GRADERS)
         for wanted, text in zip(expected, texts, strict=True)
     ]
     if "tests" in known:
@@ -71,9 +70,8 @@ def _folded(text: str) -> str:
 
 
 def _schema(schema: Mapping[str, Any], text: str) -> bool:
-    fenced = _FENCE.search(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json_of(text)
     except (ValueError, RecursionError):
         return False
     kind = validator_for(schema)
@@ -84,7 +82,7 @@ def _schema(schema: Mapping[str, Any], text: str) -> bool:
         raise InputError(f"a json_schema is not possible: {first_line(error)[:200]}") from None
 
 
-_JUDGES = {
+_GRADERS = {
     "answer": _answer,
     "regex": lambda wanted, text: re.search(wanted, text) is not None,
     "json_schema": _schema,
