@@ -15,12 +15,15 @@ import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
+from sleb.calibration.answers import ANSWERS
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import HealConfig
-from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
-from sleb.distillation import heal
-from sleb.distillation.distill import heal_windows
-from sleb.distillation.training import Schedule, Student, TrainingState, rows_of
+from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
+from sleb.core.progress import silent
+from sleb.distillation import heal, training
+from sleb.distillation.loss import Batch, lengths
+from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
+from sleb.distillation.training import Schedule, Student, TrainingState
 from sleb.evaluation.perplexity import evaluate
 
 home = heal_tools.home
@@ -40,8 +43,9 @@ def test_a_healed_checkpoint_is_nearer_and_of_the_same_form(tmp_path, tied, dtyp
     assert forms[0] == forms[1]
     assert len(before.metadata) == len(after.metadata)
     same = {n for n in after.tensors if after.digest(n) == before.digest(n)}
-    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
-    assert same == ends, "all but embedding and head were trained"
+    ends = {"model.embed_tokens.weight", "model.norm.weight"}
+    ends |= set() if tied else {"lm_head.weight"}
+    assert same == ends, "all of the blocks was trained, and nothing else"
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "H")
     assert stock.dtype == dtype
@@ -58,8 +62,9 @@ def test_what_was_done_is_recorded(home, tmp_path):
     found = json.loads((tmp_path / "H/heal.json").read_text())
     assert found["steps"] == done.steps == 100
     assert found["tokens"] == 8 * 32 * 100
-    assert done.passes > 1, "more tokens than text: it is gone through again"
-    assert done.passes == pytest.approx(800 / found["calibration"]["windows"], abs=1e-3)
+    assert done.passes["texts"] > 1, "more tokens than text: it is gone through again"
+    windows = found["calibration"]["texts"]["windows"]
+    assert done.passes["texts"] == pytest.approx(800 / windows, abs=1e-3)
     assert [step for step, _ in done.checks] == list(range(0, 101, 10))
     assert found["settings"]["lr"] == 3e-3
     for name, folder in (("cut", home / "OUT"), ("healed", tmp_path / "H")):
@@ -97,31 +102,104 @@ def test_adapters_are_merged(home, tmp_path):
     assert changed == {n for n in before.tensors if n.endswith("_proj.weight")}
 
 
-def test_training_stops_where_it_does_not_get_better_and_the_best_weights_win(
+def test_a_run_that_gets_worse_goes_back_to_its_best_weights_with_a_lower_rate(
     home, tmp_path, monkeypatch
 ):
-    seen = scripted(monkeypatch, [0.09, 0.05, 0.06, 0.05, 0.07, 0.01, 0.01])
+    rates, steps = [], training.Training._step
+
+    def noted(self, mix, step, rate, stopped, tick):
+        rates.append(rate)
+        return steps(self, mix, step, rate, stopped, tick)
+
+    monkeypatch.setattr(training.Training, "_step", noted)
+    # the start; worse than that; the best; worse twice; and on from the best
+    seen = scripted(
+        monkeypatch, [0.1, 0.2, 0.05, 0.06, 0.07, 0.055, 0.04, 0.05, 0.041, 0.05, 0.045]
+    )
     done = healed(home, tmp_path / "H", tokens=10 * 256)
-    assert done.stopped == "no-gain"
-    assert (done.steps, done.best_step) == (5, 2)
-    assert len(seen) == 5
+    assert (done.steps, done.best_step, done.stopped) == (10, 6, "steps")
+    assert done.lr == pytest.approx(3e-3 / 81), "lowered at checks 1, 4, 8 and 10"
+    shares = [Schedule(steps=10).share(step, 0) for step in range(10)]
+    lowered = [0, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    wanted = [3e-3 * share / 3**n for share, n in zip(shares, lowered, strict=True)]
+    assert rates == pytest.approx(wanted)
     found = load_file(tmp_path / "H/model.safetensors")
     for name, tensor in found.items():
-        assert torch.equal(tensor, seen[1][name]), name
-    assert not torch.equal(seen[1]["model.norm.weight"], seen[4]["model.norm.weight"])
+        assert torch.equal(tensor, seen[5][name]), name
+    # where a run has gone back, it starts as any that has seen nothing
+    first = {n: seen[4][n] - seen[1][n] for n in found if ".layers." in n}
+    step = max(float(d.abs().max()) for d in first.values())
+    assert step == pytest.approx(rates[4], rel=0.01), "a first step of AdamW is of the rate"
+
+
+def test_no_kind_of_window_gets_worse_than_it_was(home, tmp_path, monkeypatch):
+    scripted(monkeypatch, [(0.1, 0.1), (0.01, 0.11), (0.09, 0.1)] + [(0.01, 0.2)] * 10)
+    done = healed(home, tmp_path / "H", tokens=10 * 256)
+    assert done.best_step == 2
 
 
 def test_a_run_that_makes_nothing_better_writes_nothing(home, tmp_path, monkeypatch):
-    scripted(monkeypatch, [9.0] * 10)
-    with pytest.raises(VerificationFailed, match="lower --lr"):
+    scripted(monkeypatch, [1.0] + [9.0] * 10)
+    with pytest.raises(VerificationFailed, match="nothing was written"):
         healed(home, tmp_path / "H")
     assert tree(tmp_path) == {}
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(home, tmp_path):
-    with pytest.raises(DataError, match="give a lower --lr"):
-        healed(home, tmp_path / "H", lr=1e30)
-    assert not (tmp_path / "H").exists()
+def test_no_rate_is_too_high_and_none_has_to_be_given(home, tmp_path):
+    """A rate a thousand times too high is lowered until it helps; one that makes NaN is, too."""
+    high = healed(home, tmp_path / "H", lr=1.0, tokens=30 * 256)
+    assert high.overall.healed_divergence.value < 0.9 * high.overall.cut_divergence.value
+    assert high.lr < 0.1
+    none = healed(home, tmp_path / "N", lr=None)
+    assert none.overall.healed_divergence.value < 0.7 * none.overall.cut_divergence.value
+    assert [rate for rate, _ in none.rates][:3] == [0, *training.RATES[:2]]
+    assert none.lr == min(none.rates, key=lambda pair: pair[1])[0]
+    # the test leaves no trace: the same run with the rate that it found
+    given = healed(home, tmp_path / "G", lr=none.lr)
+    assert given.checks == none.checks
+    wild = Schedule(steps=9).over(TrainingState(step=3, lowered=training.LOWERED + 1))
+    assert wild == "no-gain"
+
+
+def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp_path):
+    starts = ["the block", "and nothing", "of a model", "its input", "def f", "return x", "lost"]
+    rows = [json.dumps({"prompt": f"{start} {i}"}) for i in range(5) for start in starts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    asked = {"prompts": [str(tmp_path / "prompts.jsonl")], "new_tokens": 9}
+    done = healed(home, tmp_path / "H", **asked, tokens=20 * 256)
+    assert [*done.texts] == ["mail", "code", ANSWERS]
+    for text in done.texts.values():
+        assert text.healed_divergence.value < text.cut_divergence.value
+    assert all(len(found) == 2 for _, found in done.checks)
+
+    config = HealConfig(**SMALL, **asked, text=[str(home / "mail.txt")])
+    dense = sleb.load(home / "MODEL", **CPU)
+    found = Material.of(dense, config, silent)
+    measured = set(map(tuple, found.measured.windows.ids.tolist()))
+    assert len(measured) == 35 // 3
+    parts = [found.train[ANSWERS], found.validation[ANSWERS]]
+    others = [set(map(tuple, part.ids.tolist())) for part in parts]
+    assert not measured & others[0]
+    assert not measured & others[1]
+    assert not others[0] & others[1]
+    assert len(measured | others[0] | others[1]) == 35
+
+    # a step is half texts and half answers, and only what is answered counts
+    mix = found.mix(config, 32, 4)
+    passes = [*mix.step(3)]
+    share = {
+        id(w): sum(lengths(w)[i] for v, rows, _ in passes for i in rows if v is w) for w in parts
+    }
+    assert share[id(parts[0])] == pytest.approx(128, rel=0.3)
+    assert sum(len(rows) for w, rows, _ in passes if w is found.train[TEXTS]) == 4
+    for windows in found.train.values():
+        scored = sum(
+            len(Batch.of(windows, rows, torch.device("cpu")).rows) * scale
+            for w, rows, scale in passes
+            if w is windows
+        )
+        assert scored == pytest.approx(1 / 2), "the mean of the kinds' means"
+    assert max(len(rows) * max(lengths(w)[i] for i in rows) for w, rows, _ in passes) <= 4 * 32
 
 
 def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
@@ -130,16 +208,16 @@ def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     assert 1.8 <= done.seconds < 10
     assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
 
-    plain = Schedule(steps=100, batch=8, lr=1.0)
-    rates = [plain.rate(step, 0.0) for step in range(100)]
+    plain = Schedule(steps=100)
+    rates = [plain.share(step, 0.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[4] == pytest.approx(1, abs=0.01)
     assert max(rates) == rates[4]
     assert rates[50] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.001
-    timed = Schedule(steps=100, batch=8, lr=1.0, seconds=10)
-    assert timed.rate(5, 5.0) == pytest.approx(0.5)
-    assert timed.rate(5, 12.0) == 0
+    timed = Schedule(steps=100, seconds=10)
+    assert timed.share(5, 5.0) == pytest.approx(0.5)
+    assert timed.share(5, 12.0) == 0
     assert timed.over(TrainingState(step=5, seconds=10)) == "time"
     assert plain.over(TrainingState(step=99)) is None
     assert plain.over(TrainingState(step=100)) == "steps"
@@ -174,7 +252,7 @@ def test_windows_that_judge_are_of_every_text_and_never_trained_on(tmp_path):
     assert set(few.source) == {0, 1}
     assert not set(map(tuple, few.ids.tolist())) & set(map(tuple, same.ids.tolist()))
     with pytest.raises(InputError, match="left to train on"):
-        windows(40, specs[:1], 1000)
+        windows(40, specs[:1], 2500)
 
 
 def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeypatch):
@@ -199,7 +277,7 @@ def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeyp
         ((deep, model, out), {}, "4 blocks"),
         ((cut, model, bare), {}, "exists"),
         ((cut, model, cut), {"force": True}, "itself"),
-        ((cut, model, out), {"text": [str(tmp_path / "short.txt")]}, "a step takes 8"),
+        ((cut, model, out), {"text": [str(tmp_path / "short.txt")], "length": 150}, "to train on"),
         ((cut, model, out), {"text": ["gone.txt"]}, "gone.txt"),
         ((cut, model, out), {"lr": 0.0}, "--lr"),
         ((cut, model, out), {"at_once": 0}, "--at-once"),
@@ -237,13 +315,13 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     ran = run(capsys, *command)
     assert ran.code == 0, ran.err
     rows = {line.split()[0]: line for line in ran.out.splitlines() if line.count(" to ") == 3}
-    assert [*rows] == ["mail", "code", "all"], "two ratios with intervals, and the divergence"
+    assert [*rows] == ["mail", "code"], "two ratios with intervals, and the divergence"
     assert f"checkpoint written to {tmp_path / 'H'}" in ran.out
 
     assert "exists" in refused(capsys, 2, *command)
     found = run(capsys, *command, "--force", "--json").json
     assert found["overall"]["healed_divergence"]["value"] < 1
-    assert found["heldout"]["windows"] == 8
+    assert found["heldout"]["texts"]["windows"] == 8
     assert "healed" in refused(capsys, 2, "verify", tmp_path / "H", "--model", "MODEL")
 
     monkeypatch.setattr("sleb.cli.verbs.terminal_progress", lambda: Stopping(3))

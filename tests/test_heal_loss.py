@@ -10,10 +10,19 @@ import heal_tools
 import sleb
 import zoo
 from heal_tools import CPU
-from sleb.calibration.windows import load_windows
+from sleb.calibration.windows import Windows, load_windows, written_source
 from sleb.core.errors import UnsupportedModel
+from sleb.core.plan import Calibration
 from sleb.distillation import loss
-from sleb.distillation.loss import SplitModel, backward_kl, chunks, kl, validate
+from sleb.distillation.loss import (
+    Batch,
+    SplitModel,
+    Validation,
+    backward_kl,
+    chunks,
+    kl,
+    passes,
+)
 from sleb.distillation.training import recomputed
 from sleb.models.stack import BlockStack
 
@@ -27,31 +36,65 @@ def test_the_divergence_is_that_of_its_definition():
     assert float(kl(a, a)) == 0
 
 
+def windows_of(ids, scored=None):
+    """Token ids as windows."""
+    record = written_source("test", ids, ids.numel())
+    calibration = Calibration(
+        sources=(record,), windows=len(ids), length=ids.shape[1], seed=0, sha256="0" * 64
+    )
+    return Windows(
+        ids=ids, source=(0,) * len(ids), names=("test",), record=calibration, scored=scored
+    )
+
+
+def batch_of(ids, scored=None):
+    return Batch.of(windows_of(ids, scored), range(len(ids)), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
 @pytest.mark.parametrize("positions", [1, 5, 100])
 def test_in_chunks_the_loss_and_its_gradients_are_those_of_one_pass(family, positions, monkeypatch):
+    """Of all tokens but the first, and of those that are scored alone."""
     teacher, _ = zoo.tiny(family)
     student, _ = zoo.tiny(family)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(0.9)
-    ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(1))
-    whole = kl(student(ids).logits, teacher(ids).logits.detach())
-    (whole / 7).backward()
-    wanted = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-    student.zero_grad()
-
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 90, (3, 12), generator=generator)
     vocabulary = teacher(ids).logits.shape[-1]
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * vocabulary * 3 * positions)
-    assert len([*chunks(ids, vocabulary)]) == math.ceil(12 / positions)
-    end = student.get_output_embeddings().weight  # frozen, if it is not the embedding too
-    total = backward_kl(SplitModel(student), SplitModel(teacher), ids, 1 / 7)
-    # what float32 loses where two distributions are nearly equal: one part in a thousand here
-    assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
-    for name, parameter in student.named_parameters():
-        # a tied head gets a gradient as the embedding and as the head
-        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6), name
-    assert end.grad is not None
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * vocabulary * positions)
+    halves = SplitModel(student), SplitModel(teacher)
+    assert halves[0].plain == (family not in ("gemma2", "cohere")), "which scale and cap"
+    some = torch.rand(3, 12, generator=generator) < 0.4
+    for scored in (None, some):
+        student.zero_grad()
+        counts = (torch.ones(3, 11) if scored is None else scored[:, 1:]).bool()
+        ours, theirs = (model(ids).logits[:, :-1][counts] for model in (student, teacher))
+        whole = kl(ours, theirs.detach())
+        (whole / 7).backward()
+        wanted = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        student.zero_grad()
+        total = backward_kl(*halves, batch_of(ids, scored), 1 / 7)
+        # what float32 loses where two distributions are nearly equal: one part in a thousand here
+        assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
+        for name, parameter in student.named_parameters():
+            # a tied head gets a gradient as the embedding and as the head
+            assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6), name
+    assert [*chunks(33, vocabulary, ids.device)][-1].stop == 33
+    assert len([*chunks(33, vocabulary, ids.device)]) == math.ceil(33 / positions)
+
+
+def test_passes_hold_all_windows_by_length_and_no_more_tokens_than_wanted():
+    lengths = [9, 2, 7, 3, 3, 8]
+    found = passes(lengths, [0, 1, 3, 4, 5], 10)
+    assert found == [[1, 3, 4], [5], [0]]
+    assert passes(lengths, range(6), 1) == [[1], [3], [4], [2], [5], [0]], "one at least"
+    batch = batch_of(torch.ones(2, 6, dtype=torch.long), torch.tensor([[0, 1, 0, 1, 0, 0]] * 2) > 0)
+    assert batch.ids.shape == (2, 4), "without the padding"
+    assert batch.tokens == 8
+    assert batch.rows.tolist() == [0, 2, 4, 6]
+    assert batch.owner.tolist() == [0, 0, 1, 1]
 
 
 def test_recomputing_changes_no_gradient(home):
@@ -65,7 +108,7 @@ def test_recomputing_changes_no_gradient(home):
         student, teacher = SplitModel(cut), SplitModel(dense)
         calls.clear()
         with recomputed(BlockStack(cut), wanted):
-            backward_kl(student, teacher, ids, 1.0)
+            backward_kl(student, teacher, batch_of(ids), 1.0)
         assert len(calls) == 1 + wanted
         found.append([p.grad.clone() for p in cut.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -92,6 +135,16 @@ def test_validation_in_chunks_is_validation(home, monkeypatch):
     windows, _ = load_windows(
         dense.tokenizer, [str(home / "code.txt")], windows=5, length=24, seed=0
     )
-    whole = validate(cut, SplitModel(dense.model), windows, 5)
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 259 * 2 * 7)
-    assert validate(cut, SplitModel(dense.model), windows, 2) == pytest.approx(whole, rel=1e-5)
+    teacher = SplitModel(dense.model)
+    whole = Validation(teacher, windows, 5 * 24)(cut)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 259 * 7)
+    assert Validation(teacher, windows, 2 * 24)(cut) == pytest.approx(whole, rel=1e-5)
+    # of windows of several lengths, each as alone
+    scored = torch.ones_like(windows.ids, dtype=torch.bool)
+    scored[1, 10:] = scored[3, :20] = scored[3, 22:] = False
+    some = windows_of(windows.ids, scored)
+    found = Validation(teacher, some, 60)(cut)
+    for row in range(5):
+        alone = Validation(teacher, some.take([row]), 60)(cut)
+        assert found[row] == pytest.approx(alone[0], rel=1e-5)
+    assert found[[0, 2, 4]] == pytest.approx(whole[[0, 2, 4]], rel=1e-5)

@@ -573,24 +573,35 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
-class HealConfig(OutputOptions, DeviceOptions):
+class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     """`sleb heal`."""
 
     text: tuple[str, ...] = like(TextOptions, "text")
     seed: int = like(TextOptions, "seed")
     tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
     length: int | None = like(
-        LengthOptions, "length", None, "Tokens per window. Default: 1024, or what the model reads."
+        LengthOptions,
+        "length",
+        None,
+        "Tokens per window. Default: 1024, or what the model reads; fewer in a short run.",
     )
-    lr: float = option(6e-4, "Highest learning rate.", gt=0)
-    batch: int = option(8, "Windows per optimizer step.", ge=1)
+    lr: float | None = option(
+        None, "Highest learning rate. Default: found on a tenth of the run.", gt=0
+    )
+    batch: int | None = option(
+        None,
+        "Windows per optimizer step, or as many tokens. Default: 8, fewer in a short run.",
+        ge=1,
+    )
     at_once: int | None = option(
         None,
         "Windows per pass; fewer need less memory. Default: 8192 tokens, on a CPU 1024.",
         ge=1,
     )
     minutes: float | None = option(None, "Train for so long at most; fewer tokens then.", gt=0)
-    heldout: int = option(32, "Windows to set aside for validation.", ge=1)
+    heldout: int | None = option(
+        None, "Windows to set aside for validation. Default: 32, fewer in a short run.", ge=1
+    )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
 

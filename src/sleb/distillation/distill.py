@@ -12,14 +12,11 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sleb.calibration import check_sources
-from sleb.calibration.split import CalibrationSplit
-from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
@@ -29,16 +26,23 @@ from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
-from sleb.distillation.loss import SplitModel, agree, validate
+from sleb.distillation.loss import SplitModel, Validation, agree
+from sleb.distillation.mix import TEXTS, Material, window_length
 from sleb.distillation.record import Healed, HealedText, Reason, by_text, card
-from sleb.distillation.training import Schedule, Student, Training, check_adapters, recomputed
+from sleb.distillation.training import (
+    LOWER,
+    Schedule,
+    Student,
+    Training,
+    check_adapters,
+    recomputed,
+)
 from sleb.models.load import LoadedModel, load, load_config, strict_model
-from sleb.models.stack import decoder_config
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
 from sleb.surgery.verification import probe_ids
 
-LENGTH = 1024
 TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -137,26 +141,24 @@ class _Healing:
                 f"{cut} has {self.blocks} blocks, and its plan leaves {plan.model.blocks} - "
                 f"{len(plan.removed)}: it is not of this plan"
             )
-        length = _length(dense, config.length)
-        self.schedule = Schedule(
-            steps=max(1, math.ceil(config.tokens / (config.batch * length))),
-            batch=config.batch,
-            lr=config.lr,
-            seconds=None if config.minutes is None else 60 * config.minutes,
-        )
-        self.windows, self.validation = heal_windows(
-            dense.tokenizer, config, wanted=self.schedule.steps * config.batch, length=length
-        )
+        length = window_length(dense, config)
         device = dense.stack.input_device.type
         self.at_once = config.at_once or max(1, TOKENS_AT_ONCE.get(device, 1024) // length)
-        chosen = {"tokens", "batch", "lr", "minutes", "lora", "recompute", "seed"}
+        self.material = Material.of(dense, config, progress)
+        self.mix = self.material.mix(config, length, self.at_once)
+        self.schedule = Schedule(
+            steps=math.ceil(config.tokens / self.mix.step_tokens),
+            seconds=None if config.minutes is None else 60 * config.minutes,
+        )
+        chosen = {"tokens", "lr", "minutes", "lora", "recompute", "seed"}
         self.settings = {
             "model": plan.model.weights_sha256,
             "cut": fingerprint(self.checkpoint, self.blocks).weights_sha256,
-            "windows": self.windows.record.sha256,
-            "held-out windows": self.validation.record.sha256,
+            "windows": {k: w.record.sha256 for k, w in self.material.train.items()},
+            "held-out windows": {k: w.record.sha256 for k, w in self.material.validation.items()},
             **config.model_dump(include=chosen),
             "length": length,
+            "step_tokens": self.mix.step_tokens,
             "at_once": self.at_once,
             "device": device,
             "dtype": dense.dtype,
@@ -168,10 +170,14 @@ class _Healing:
         model: nn.Module = strict_model(path, dtype, self.config.trust_remote_code)
         return model.to(self.dense.stack.input_device)
 
-    def _validated(self, path: Path) -> Values:
+    def _validated(self, path: Path) -> dict[str, Values]:
         """A checkpoint on the validation windows, in the dtype of the dense model."""
         student = SplitModel(self._load(path, self.dense.stack.dtype))
-        return validate(student, self.teacher, self.validation, self.at_once)
+        tokens = self.mix.at_once
+        return {
+            kind: Validation(self.teacher, windows, tokens)(student)
+            for kind, windows in self.material.validation.items()
+        }
 
     def train(self, save_every: float) -> tuple[Training, Reason]:
         """Train the cut; why that ended.
@@ -181,38 +187,40 @@ class _Healing:
         """
         with self.progress.stage("measuring the cut", None):
             self.before = self._validated(self.cut)
-        dtype = self.dense.stack.dtype
-        model = self._load(self.cut, dtype if self.config.lora else torch.float32)
+        dense = self.dense.stack.dtype
+        dtype = dense if dense == torch.float32 else torch.bfloat16  # float16's gradients vanish
+        model = self._load(self.cut, dtype)
         student = Student(model, self.checkpoint, rank=self.config.lora, seed=self.config.seed)
         # of float32: weights, best, and two moments; and room to replace the file as a whole
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * 16 * student.count)
         training = Training(
             student=student,
-            split=SplitModel(model, autocast=None if dtype == torch.float32 else torch.bfloat16),
+            split=SplitModel(model),
             teacher=self.teacher,
-            windows=self.windows,
-            validation=self.validation,
+            mix=self.mix,
+            validation=self.material.validation,
             schedule=self.schedule,
-            at_once=self.at_once,
-            seed=self.config.seed,
+            lr=self.config.lr,
             settings=self.settings,
             path=self.state,
         )
         with recomputed(training.split.stack, self.config.recompute):
-            stopped = training.run(float(self.before[:, 2].mean()), save_every, self.progress)
+            stopped = training.run(save_every, self.progress)
         if training.where.best_step == 0:
             self.state.unlink(missing_ok=True)
             raise VerificationFailed(
                 f"healing did not bring {self.cut} nearer to the dense model on held-out text in "
-                f"{training.where.step} steps; nothing was written: give a lower --lr, or more "
-                "--text"
+                f"{training.where.step} steps; nothing was written: give more --text, or a lower "
+                "--lr"
             )
         return training, stopped
 
     def write(self, training: Training, stopped: Reason) -> Healed:
         """Write the trained weights as a checkpoint, and load and validate it."""
         where, count = training.where, training.student.count
-        tensors, logits = training.student.finish(), _probed(training.student.model)
+        tensors, model = training.student.finish(), training.student.model
+        logits, dtype = _probed(model), BlockStack(model).dtype
+        del model
         training.release()
         with staged_dir(self.out, force=self.config.force) as stage:
             cut_checkpoint(
@@ -224,27 +232,30 @@ class _Healing:
             )
             shutil.copyfile(self.cut / "plan.json", stage / "plan.json")
             with self.progress.stage("reloading the checkpoint", None):
-                self._check_reload(stage, tensors, logits)
+                self._check_reload(stage, tensors, logits, dtype)
                 after = self._validated(stage)
+            heldout = self.material.validation
             done = Healed(
                 path=str(self.out),
                 model=self.dense.source.ref,
                 cut=str(self.cut),
                 removed=self.plan.removed,
                 repaired=self.plan.repair is not None,
-                texts=by_text(self.before, after, self.validation),
-                overall=HealedText.of(self.before, after),
+                texts=by_text(self.before, after, heldout),
+                overall=HealedText.of(self.before[TEXTS], after[TEXTS]),
                 steps=where.step,
                 best_step=where.best_step,
-                tokens=where.step * self.schedule.batch * self.windows.record.length,
-                passes=round(where.step * self.schedule.batch / len(self.windows.ids), 3),
+                tokens=where.step * self.mix.step_tokens,
+                passes=self.mix.turns(where.step),
+                lr=where.lr / LOWER**where.lowered,
+                rates=where.rates,
                 stopped=stopped,
                 seconds=round(where.seconds, 1),
                 trained_parameters=count,
                 checks=where.checks,
                 settings=self.settings,
-                calibration=self.windows.record,
-                heldout=self.validation.record,
+                calibration={k: w.record for k, w in self.material.train.items()},
+                heldout={k: w.record for k, w in heldout.items()},
                 cut_sha256=self.settings["cut"],
                 healed_sha256=fingerprint(Checkpoint.open(stage), self.blocks).weights_sha256,
             )
@@ -253,9 +264,12 @@ class _Healing:
             write_sums(stage, self.progress)
         return done
 
-    def _check_reload(self, stage: Path, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
+    def _check_reload(
+        self, stage: Path, tensors: Mapping[str, Tensor], logits: Tensor, dtype: torch.dtype
+    ) -> None:
         """Raise VerificationFailed unless the new checkpoint is the trained model: its tensors in
-        form those of the cut, in value those trained, its logits those of the trained model."""
+        form those of the cut, in value those trained, its logits, computed in ``dtype``, those of
+        the trained model."""
         written = Checkpoint.open(stage)
         new, old = (
             {name: (info.dtype, info.shape) for name, info in c.tensors.items()}
@@ -266,53 +280,15 @@ class _Healing:
         for name, tensor in tensors.items():
             if not torch.equal(written.tensor(name), tensor):
                 raise VerificationFailed(f"{name} was not written as it was trained")
-        if not agree(_probed(self._load(stage, torch.float32)), logits):
+        if not agree(_probed(self._load(stage, dtype)), logits):
             raise VerificationFailed(
                 "the healed checkpoint computes other logits than it was trained to"
             )
 
 
-def _length(dense: LoadedModel, length: int | None) -> int:
-    """Tokens per window, as far as the model reads."""
-    longest = dense.stack.max_length
-    length = length or min(LENGTH, longest or LENGTH)
-    if longest and length > longest:
-        raise InputError(
-            f"windows of {length} tokens are longer than the {longest} that {dense.stack.name} "
-            f"reads: use --length {longest}"
-        )
-    return length
-
-
 @torch.no_grad()
 def _probed(model: nn.Module) -> Tensor:
-    """Logits on fixed token ids, float32 on the CPU [1, T, V]."""
+    """Logits on fixed token ids, on the CPU [1, T, V]."""
     ids = probe_ids(model.config).to(next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float().cpu()
-
-
-def heal_windows(
-    tokenizer: Any, config: HealConfig, *, wanted: int, length: int
-) -> tuple[Windows, Windows]:
-    """Up to ``wanted`` windows to train on, by the weights of the texts as far as each goes; and
-    about ``heldout`` others to validate on, spread evenly over every text, at most a quarter of it.
-
-    Raises:
-        InputError: not a whole step of ``batch`` windows is left to train on.
-    """
-    split = CalibrationSplit.of(
-        tokenizer,
-        config.text,
-        windows=None,
-        length=length,
-        seed=config.seed,
-        heldout=wanted + config.heldout,
-    )
-    windows, validation = split.healing(wanted, config.heldout)
-    if len(windows.ids) < config.batch:
-        raise InputError(
-            f"{len(windows.ids)} windows of {length} tokens are left to train on, and a step takes "
-            f"{config.batch}: give more --text, a shorter --length, or a smaller --batch"
-        )
-    return windows, validation
+    return logits.cpu()

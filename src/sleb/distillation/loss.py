@@ -7,16 +7,15 @@ before the head then gets all these gradients at once. The result is that of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, pad
 
-from sleb.calibration.windows import Windows
-from sleb.core.errors import DataError, UnsupportedModel
+from sleb.calibration.windows import Windows, unpadded, used_length
+from sleb.core.errors import UnsupportedModel
 from sleb.core.statistics import Values
 from sleb.models.stack import BlockStack
 from sleb.selection.metrics import token_nll, token_quality
@@ -34,21 +33,19 @@ class SplitModel:
     """``model`` split before its output head: the features that the head is given, and the logits
     that it and all that follows make of them.
 
-    ``autocast``: dtype that the products are computed in, where it is not the weights' own.
-
     Raises:
         UnsupportedModel: the model names no output head, or its parts make other logits than the
             whole.
     """
 
-    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
-        self.model, self.stack, self.dtype = model, BlockStack(model), autocast
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.stack = model, BlockStack(model)
         head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise UnsupportedModel(
                 f"{self.stack.name} names no output head, so it cannot be healed"
             )
-        self.head = head
+        self.head, self.plain = head, False
         self.vocabulary = self._check()
 
     @property
@@ -66,8 +63,7 @@ class SplitModel:
 
         handle = self.head.register_forward_pre_hook(reach)
         try:
-            with self._computing():
-                self.model(input_ids=ids, use_cache=False)
+            self.model(input_ids=ids, use_cache=False)
         except _Reached:
             pass
         finally:
@@ -75,29 +71,32 @@ class SplitModel:
         return found[0]
 
     def logits(self, features: Tensor) -> Tensor:
-        """Head, scaling and caps. features [B, T, D] -> logits [B, T, V]; any positions will do."""
-        handle = self.head.register_forward_pre_hook(lambda *_: (features,))
-        ids = torch.zeros(features.shape[:2], dtype=torch.long, device=features.device)
+        """Head, scaling and caps. features [N, D] -> logits [N, V]."""
+        if self.plain:
+            found: Tensor = self.head(features)
+            return found
+        # a position each, as more could be more than the model knows of
+        handle = self.head.register_forward_pre_hook(lambda *_: (features[:, None],))
+        ids = torch.zeros((len(features), 1), dtype=torch.long, device=features.device)
         try:
-            with self._computing(), self.stack.bypassed(range(len(self.stack))):
+            with self.stack.bypassed(range(len(self.stack))):
                 logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        return logits
-
-    def _computing(self) -> Any:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        return logits[:, 0]
 
     @torch.no_grad()
     def _check(self) -> int:
-        """Size of the vocabulary, V, once the parts are known to be the whole."""
+        """Size of the vocabulary, V, once the parts are known to be the whole; and whether logits
+        are what the head gives, to the bit, so that nothing else has to run."""
         ids = torch.arange(8, device=self.device)[None]
-        with self._computing():
-            whole = self.model(input_ids=ids, use_cache=False).logits
-        if not agree(self.logits(self.features(ids)), whole):
+        whole = self.model(input_ids=ids, use_cache=False).logits
+        features = self.features(ids)
+        if not agree(self.logits(features[0]), whole[0]):
             raise UnsupportedModel(
                 f"{self.stack.name} cannot be split before its head, so it cannot be healed"
             )
+        self.plain = torch.equal(self.head(features), whole)
         return int(whole.shape[-1])
 
 
@@ -113,56 +112,112 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(q, p, reduction="sum", log_target=True)
 
 
-def chunks(ids: Tensor, vocabulary: int) -> Iterator[slice]:
-    """Slices of the positions of ids [B, T] whose logits are small enough to be held."""
-    limit = CHUNK_BYTES.get(ids.device.type, CHUNK_BYTES["cpu"])
-    step = max(1, limit // (4 * vocabulary * len(ids)))
-    for start in range(0, ids.shape[1], step):
-        yield slice(start, min(start + step, ids.shape[1]))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Windows of one pass, on the device, without padding that all of them have. ``rows`` [P]: the
+    positions in ids [B, T], flattened, whose next token is scored; ``owner`` [P]: the window of
+    each, by its number among all; ``tokens``: without padding."""
+
+    ids: Tensor
+    rows: Tensor
+    owner: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, windows: Windows, picked: Sequence[int], device: torch.device) -> Batch:
+        """The windows ``picked``."""
+        rows = [*picked]
+        ids, scored = windows.ids[rows], torch.ones(len(rows), windows.ids.shape[1])
+        if windows.scored is not None:
+            scored = windows.scored[rows]
+        length = used_length(scored)
+        where = pad(scored[:, 1:length], (0, 1)).nonzero()  # on the CPU: a GPU would be waited for
+        parts = (ids[:, :length], where[:, 0] * length + where[:, 1])
+        ids, positions = (part.to(device, non_blocking=True) for part in parts)
+        owner, tokens = torch.tensor(rows)[where[:, 0]], int(unpadded(scored).sum())
+        return cls(ids=ids, rows=positions, owner=owner, tokens=tokens)
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens to be predicted [P]."""
+        return self.ids.flatten().index_select(0, self.rows + 1)
+
+    def scored(self, features: Tensor) -> Tensor:
+        """Of features [B, T, D] those whose predictions count [P, D]."""
+        return features.flatten(0, 1).index_select(0, self.rows)
 
 
-def backward_kl(student: SplitModel, teacher: SplitModel, ids: Tensor, scale: float) -> Tensor:
-    """Add the gradients of ``scale`` times the summed KL on ids [B, T] to the student's parameters;
-    return the unscaled sum."""
+def lengths(windows: Windows) -> list[int]:
+    """Tokens of each window up to the last that is scored."""
+    n, length = windows.ids.shape
+    if windows.scored is None:
+        return [length] * n
+    return [int(used) for used in unpadded(windows.scored).sum(1)]
+
+
+def passes(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> list[list[int]]:
+    """``rows`` by length, in groups that hold at most ``tokens`` tokens, padding included."""
+    found: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if found and (len(found[-1]) + 1) * lengths[row] <= tokens:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of so many rows of features whose logits are small enough to be held."""
+    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def backward_kl(student: SplitModel, teacher: SplitModel, batch: Batch, scale: float) -> Tensor:
+    """Add the gradients of ``scale`` times the summed KL of a batch to the student's parameters;
+    return the unscaled sum, on the device."""
     with torch.no_grad():
-        known = teacher.features(ids)
-    features = student.features(ids)
-    total, gradients = features.new_zeros((), dtype=torch.float32), []
-    for rows in chunks(ids, teacher.vocabulary):
-        chunk = features[:, rows].detach().requires_grad_()
+        known = batch.scored(teacher.features(batch.ids))
+    features = batch.scored(student.features(batch.ids))
+    total, gradient = features.new_zeros((), dtype=torch.float32), torch.empty_like(features)
+    for rows in chunks(len(known), teacher.vocabulary, known.device):
+        chunk = features[rows].detach().requires_grad_()
         with torch.no_grad():
-            wanted = teacher.logits(known[:, rows])
+            wanted = teacher.logits(known[rows])
         loss = kl(student.logits(chunk), wanted)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         assert chunk.grad is not None
-        gradients.append(chunk.grad)
+        gradient[rows] = chunk.grad
         total += loss.detach()
-    features.backward(torch.cat(gradients, 1))  # type: ignore[no-untyped-call]
+    features.backward(gradient)  # type: ignore[no-untyped-call]
     return total
 
 
-@torch.no_grad()
-def validate(student: SplitModel, teacher: SplitModel, windows: Windows, at_once: int) -> Values:
-    """Per window the teacher's loss, the student's, and KL(teacher || student), nats/token, means
-    over the predicted tokens. Returns float64 [N, 3].
+class Validation:
+    """``windows`` to validate on, ``tokens`` in a pass. What the dense model makes of them before
+    its head is kept, so that it reads them once."""
 
-    Raises:
-        DataError: one of them is NaN or infinite.
-    """
-    rows = []
-    for start in range(0, len(windows.ids), at_once):
-        ids = windows.ids[start : start + at_once].to(teacher.device)
-        known, own = teacher.features(ids), student.features(ids)
-        sums = torch.zeros(len(ids), 3, dtype=torch.float64)
-        for part in chunks(ids[:, 1:], teacher.vocabulary):
-            targets = ids[:, 1:][:, part].reshape(-1)
-            dense = teacher.logits(known[:, part]).flatten(0, 1)
-            logits = student.logits(own[:, part]).flatten(0, 1)
-            found = token_quality(logits, targets, dense)[:, :2]
-            values = torch.cat((token_nll(dense, targets)[:, None], found), 1)
-            sums += values.double().view(len(ids), -1, 3).sum(1).cpu()
-        rows.append(sums / (ids.shape[1] - 1))
-    losses: Values = torch.cat(rows).numpy()
-    if not np.isfinite(losses).all():
-        raise DataError("a loss is NaN or infinite on held-out text; give a lower --lr")
-    return losses
+    @torch.no_grad()
+    def __init__(self, teacher: SplitModel, windows: Windows, tokens: int) -> None:
+        self.teacher, self.windows = teacher, windows
+        groups = passes(lengths(windows), range(len(windows.ids)), tokens)
+        self.batches = [Batch.of(windows, rows, teacher.device) for rows in groups]
+        self.known = [batch.scored(teacher.features(batch.ids)) for batch in self.batches]
+
+    @torch.no_grad()
+    def __call__(self, student: SplitModel) -> Values:
+        """Per window the dense model's loss, the student's, and KL(dense || student), nats/token,
+        means over the scored tokens. Returns float64 [N, 3]; what is NaN stays so."""
+        n = len(self.windows.ids)
+        sums, counts = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n)
+        for batch, known in zip(self.batches, self.known, strict=True):
+            own, targets = batch.scored(student.features(batch.ids)), batch.targets
+            found = []
+            for rows in chunks(len(known), self.teacher.vocabulary, known.device):
+                dense, logits = self.teacher.logits(known[rows]), student.logits(own[rows])
+                quality = token_quality(logits, targets[rows], dense)[:, :2]
+                found.append(torch.cat((token_nll(dense, targets[rows])[:, None], quality), 1))
+            sums.index_add_(0, batch.owner, torch.cat(found).double().cpu())
+            counts += torch.bincount(batch.owner, minlength=n)
+        values: Values = (sums / counts[:, None]).numpy()
+        return values

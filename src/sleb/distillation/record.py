@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from sleb.core.plan import Calibration
 from sleb.core.statistics import Interval, Values, exponential, interval
 
 Reason = Literal["steps", "time", "no-gain"]
-"""Why a run ended: all steps done, its minutes spent, or no better several times on end."""
+"""Why a run ended: all steps done, its minutes spent, or no better with ever lower rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +45,29 @@ class HealedText:
         )
 
 
-def by_text(cut: Values, healed: Values, windows: Windows) -> dict[str, HealedText]:
-    """The same for each text by its name."""
-    source = np.array(windows.source)
-    rows = {name: source == i for i, name in enumerate(windows.names)}
-    return {name: HealedText.of(cut[r], healed[r]) for name, r in rows.items() if r.any()}
+def by_text(
+    cut: Mapping[str, Values], healed: Mapping[str, Values], windows: Mapping[str, Windows]
+) -> dict[str, HealedText]:
+    """The same for each text by its name, of all kinds of windows."""
+    found = {}
+    for kind, own in windows.items():
+        source = np.array(own.source)
+        for i, name in enumerate(own.names):
+            if (rows := source == i).any():
+                found[name] = HealedText.of(cut[kind][rows], healed[kind][rows])
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
     """What :func:`sleb.heal` did, as heal.json records it.
 
-    ``texts``, ``overall``: before and after, on validation windows. ``checks``: (step, validation
-    divergence in nats/token), of which the best one's weights were taken. ``passes``: how often
-    the training windows were gone through. ``cut_sha256``, ``healed_sha256``: over all tensors of
+    ``texts``: before and after, on validation windows by their text, answers to prompts among them;
+    ``overall``: on all but answers. Windows are of kinds, texts and answers: ``checks``: (step,
+    validation divergence of each kind in nats/token), of which the best one's weights were taken;
+    ``passes``: how often those of a kind were gone through. ``lr``: the highest learning rate, at
+    the end, and ``rates`` what a step with others made of the validation divergence, (rate,
+    nats/token), the start first. ``cut_sha256``, ``healed_sha256``: over all tensors of
     the checkpoint that was healed, and of the result. ``repaired``: whether the cut was.
     ``seconds``: of training, over all calls where it was stopped in between.
     """
@@ -72,17 +82,19 @@ class Healed:
     steps: int
     best_step: int
     tokens: int
-    passes: float
+    passes: dict[str, float]
+    lr: float
+    rates: tuple[tuple[float, float], ...]
     stopped: Reason
     seconds: float
     trained_parameters: int
-    checks: tuple[tuple[int, float], ...]
+    checks: tuple[tuple[int, tuple[float, ...]], ...]
     settings: dict[str, Any]
-    calibration: Calibration
-    heldout: Calibration
+    calibration: dict[str, Calibration]
+    heldout: dict[str, Calibration]
     cut_sha256: str
     healed_sha256: str
-    schema_version: int = 2
+    schema_version: int = 3
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -95,13 +107,13 @@ def card(cut: Path, done: Healed) -> str:
     lines = [
         f"After the cut, {done.trained_parameters:,} parameters were trained to predict what the "
         f"original predicts ({how}, {done.steps} steps, {done.tokens:,} tokens). Perplexity on "
-        f"{done.overall.windows} held-out windows of {done.heldout.length} tokens, as a ratio to "
-        "the original's, and divergence from its predictions (KL, nats/token):",
+        "held-out windows, as a ratio to the original's, and divergence from its predictions (KL, "
+        "nats/token):",
         "",
         f"| text | windows | {'repaired' if done.repaired else 'cut'} | healed | divergence |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, text in [*done.texts.items(), ("all", done.overall)]:
+    for name, text in done.texts.items():
         old, new = text.cut_divergence.value, text.healed_divergence.value
         lines.append(
             f"| {name} | {text.windows} | {text.cut_ratio.value:.2f} | "

@@ -8,14 +8,15 @@ import functools
 import gc
 import json
 import math
-import random
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import le
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -28,25 +29,44 @@ from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.core.files import staged_files
 from sleb.core.progress import Progress
-from sleb.distillation.loss import SplitModel, backward_kl, validate
+from sleb.distillation.loss import Batch, SplitModel, Validation, backward_kl
+from sleb.distillation.mix import Mix
 from sleb.distillation.record import Reason
-from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
 
-PATIENCE = 3
-"""Checks without a better validation divergence after which a run stops."""
 CHECKS = 10
 """Checks in a run of full length."""
+PATIENCE = 2
+"""Checks without a better validation divergence after which the best weights are taken up again;
+one is enough if it is worse than the start."""
+LOWER, LOWERED = 3, 6
+"""By what the rate is divided then, and how often before the run ends."""
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Learning rates of the range test, each for a step: from what changes next to nothing to what
+wrecks any model."""
+TEST = 10
+"""A range test takes one token in so many of a run's."""
+PROBED = 4
+"""A range test validates on one window in so many."""
+WORSE = 1.5
+"""A range test ends at a divergence of so many times the start's."""
+SAVING = 20
+"""At most one part in so many of a run is spent on writing its state, at BYTES_PER_SECOND."""
+BYTES_PER_SECOND = 1e9
 KEY = "sleb.heal"
 
 
 class Student:
     """``model``, loaded from ``checkpoint``, with what is to be trained set to require gradients.
 
-    Without ``rank`` that is every weight of the blocks, and of the decoder's norms outside of them.
-    The embedding and the head stay, tied or not, and so do towers for images. With ``rank``,
-    low-rank adapters (LoRA, 2106.09685) of all linear layers of the blocks are trained instead, and
-    merged at the end.
+    Without ``rank`` that is every weight of the blocks. What stands before and behind them stays,
+    and so do towers for images. With ``rank``, low-rank adapters (LoRA, 2106.09685) of all linear
+    layers of the blocks are trained instead, and merged at the end.
+
+    ``trained``: what the optimizer changes, float32. Where the model computes in another dtype
+    these are copies, which gather the gradients of its parameters (mixed precision, 1710.03740);
+    :meth:`rounded` hands what they became back to the model.
 
     Raises:
         UnsupportedModel: a weight is quantized, or stored under a name that is not its own.
@@ -67,9 +87,40 @@ class Student:
                 parameter.requires_grad_(True)
         else:
             self._adapted = _adapters(model, stack, rank, seed)
-        self.trained: dict[str, nn.Parameter] = {
-            name: p for name, p in model.named_parameters() if p.requires_grad
-        }
+        self._computing = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: self._master(name, p) for name, p in self._computing.items()}
+
+    def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """The float32 copy of a parameter, in full precision; itself, if it is of float32."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        stored = self.checkpoint.tensor(self.stored[name])
+        master = nn.Parameter(stored.to(parameter.device, torch.float32))
+
+        def gather(computed: Tensor) -> None:
+            assert computed.grad is not None
+            if master.grad is None:
+                master.grad = computed.grad.float()
+            else:
+                master.grad += computed.grad
+            computed.grad = None
+
+        parameter.register_post_accumulate_grad_hook(gather)  # type: ignore[no-untyped-call]
+        return master
+
+    @torch.no_grad()
+    def rounded(self) -> None:
+        """Give the model the trained weights, in its own dtype."""
+        for name, parameter in self._computing.items():
+            if (master := self.trained[name]) is not parameter:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all that is trained."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
+        self.rounded()
 
     @property
     def count(self) -> int:
@@ -107,25 +158,18 @@ class Student:
             parameters = dict(self.model.named_parameters())
             for name, known in self.stored.items():
                 dtype = getattr(torch, TORCH_DTYPES[self.checkpoint.tensors[known].dtype])
-                rounded = parameters[name].to(dtype)
+                rounded = self.trained.get(name, parameters[name]).to(dtype)
                 parameters[name].copy_(rounded)
                 found[known] = rounded.cpu()
         return found
 
 
 def _trained(name: str, parameter: Tensor, stack: BlockStack) -> bool:
-    if name.startswith(f"{stack.path}."):
-        if not parameter.is_floating_point():
-            raise UnsupportedModel(f"{name} is quantized: heal a model before it is quantized")
-        return True
-    config: Any = stack.model.config
-    if decoder_config(config) is not config and not name.startswith(
-        f"{stack.path.rpartition('.')[0]}."
-    ):
-        return False  # of a tower beside the decoder
-    ends = (stack.model.get_input_embeddings(), stack.model.get_output_embeddings())  # type: ignore[operator]
-    fixed = {id(p) for module in ends if module is not None for p in module.parameters()}
-    return parameter.dim() == 1 and id(parameter) not in fixed
+    if not name.startswith(f"{stack.path}."):
+        return False
+    if not parameter.is_floating_point():
+        raise UnsupportedModel(f"{name} is quantized: heal a model before it is quantized")
+    return True
 
 
 def check_adapters() -> None:
@@ -170,23 +214,37 @@ def recomputed(stack: BlockStack, wanted: bool) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Where a run is. ``seconds``: spent in training so far. ``checks``: (step, validation
-    divergence in nats/token). ``worse``: checks since the best one."""
+    """Where a run is. ``seconds``: spent in training so far. ``lr``: the highest learning rate, 0
+    until it is known; ``rates``: what the range test found, (rate, validation divergence after a
+    step with it). ``checks``: (step, validation divergence of each kind of window, nats/token).
+    ``worse``: checks since the best one, ``lowered``: how often the rate was lowered."""
 
     step: int = 0
     seconds: float = 0.0
+    lr: float = 0.0
+    rates: tuple[tuple[float, float], ...] = ()
     best_step: int = 0
     worse: int = 0
-    checks: tuple[tuple[int, float], ...] = ()
+    lowered: int = 0
+    checks: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
-    def checked(self, value: float) -> bool:
-        """Note a validation divergence at this step; whether it is the lowest so far."""
-        better = value < min(known for _, known in self.checks)
-        self.checks += ((self.step, value),)
+    def checked(self, found: tuple[float, ...]) -> bool:
+        """Note validation divergences at this step; whether they are the best so far: the lowest
+        mean of the kinds, and no kind worse than at the start."""
+        start = self.checks[0][1]
+        lowest = min(mean(known) for step, known in self.checks if step in (0, self.best_step))
+        better = mean(found) < lowest and all(map(le, found, start))
+        self.checks += ((self.step, found),)
         self.worse = 0 if better else self.worse + 1
         if better:
             self.best_step = self.step
         return better
+
+    @property
+    def lost(self) -> bool:
+        """Whether the best weights are to be taken up again."""
+        start, last = mean(self.checks[0][1]), mean(self.checks[-1][1])
+        return self.worse >= PATIENCE or (self.worse > 0 and not last < start)
 
     def save(self, path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, position and settings into one safetensors file, atomically.
@@ -233,7 +291,8 @@ class TrainingState:
                             "to start anew"
                         )
                 where = cls(**saved["progressed"])
-                where.checks = tuple((step, value) for step, value in where.checks)
+                where.checks = tuple((step, tuple(found)) for step, found in where.checks)
+                where.rates = tuple((rate, found) for rate, found in where.rates)
                 return where, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None
@@ -241,21 +300,22 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """``steps`` of ``batch`` windows; the learning rate rises to ``lr`` over a twentieth of them,
-    and falls along a cosine to zero at the last, or when ``seconds`` are spent."""
+    """``steps``; the learning rate rises to its highest over a twentieth of them, and falls along a
+    cosine to zero at the last, or when ``seconds`` are spent."""
 
     steps: int
-    batch: int
-    lr: float
     seconds: float | None = None
 
-    def rate(self, step: int, spent: float) -> float:
-        """Learning rate of a step, counted from 0, that begins after ``spent`` seconds."""
+    def share(self, step: int, spent: float) -> float:
+        """Of the highest learning rate at a step, counted from 0, that begins after ``spent``
+        seconds."""
         warmup = max(1, self.steps // 20)
-        done = max(step / self.steps, spent / self.seconds if self.seconds else 0.0)
-        return (
-            self.lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
-        )
+        done = min(1.0, self.done(step, spent))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def done(self, step: int, spent: float) -> float:
+        """How much of the run is behind it, 1 at its end."""
+        return max(step / self.steps, spent / self.seconds if self.seconds else 0.0)
 
     def over(self, where: TrainingState) -> Reason | None:
         """Why a run ends here; None if it goes on."""
@@ -263,129 +323,184 @@ class Schedule:
             return "steps"
         if self.seconds and where.seconds >= self.seconds:
             return "time"
-        return "no-gain" if where.worse >= PATIENCE else None
-
-
-def rows_of(step: int, batch: int, windows: int, seed: int) -> list[int]:
-    """Which windows a step, counted from 0, is trained on: each is taken once before any is taken
-    again, in a new order every time."""
-    taken = range(step * batch, (step + 1) * batch)
-    return [_order(k // windows, windows, seed)[k % windows] for k in taken]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(turn: int, windows: int, seed: int) -> list[int]:
-    return random.Random(f"{seed}/{turn}").sample(range(windows), windows)
+        return "no-gain" if where.lowered > LOWERED else None
 
 
 @dataclass(kw_only=True)
 class Training:
-    """One run. ``split``: the student's model; ``at_once``: windows per pass, which add up to a
-    step; ``settings``: what the state in ``path`` is only good for."""
+    """One run. ``split``: the student's model; ``validation``: windows by kind; ``lr``: the highest
+    learning rate, or None to find it; ``settings``: what the state in ``path`` is only good for."""
 
     student: Student
     split: SplitModel
     teacher: SplitModel
-    windows: Windows
-    validation: Windows
+    mix: Mix
+    validation: Mapping[str, Windows]
     schedule: Schedule
-    at_once: int
-    seed: int
+    lr: float | None
     settings: Mapping[str, Any]
     path: Path
 
-    def run(self, before: float, save_every: float, progress: Progress) -> Reason:
+    def run(self, save_every: float, progress: Progress) -> Reason:
         """Train, from where an earlier run was stopped if there is its state, and leave the best
-        weights in the model; why it ended. ``before``: validation divergence of the start.
+        weights in the model; why it ended.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is written.
-            DataError: the loss is NaN or infinite, or the state is damaged.
+            DataError: a divergence is NaN at the start, or the state is damaged.
             InputError: the state is of other settings.
             ResourceError: the disk is full.
         """
         self.trained = self.student.trained
-        self.optimizer = torch.optim.AdamW(
-            [*self.trained.values()], lr=self.schedule.lr, betas=(0.9, 0.95), weight_decay=0.0
-        )
-        self.where = TrainingState(checks=((0, before),))
-        self.best = {name: p.detach().cpu().clone() for name, p in self.trained.items()}
+        self.judges = [
+            Validation(self.teacher, windows, self.mix.at_once)
+            for windows in self.validation.values()
+        ]
+        self.where = TrainingState()
+        self._anew()
+        self.best = self._kept()
         if found := TrainingState.load(self.path, self.settings):
             self._restore(*found)
-        tokens = self.windows.ids.shape[1] * self.schedule.batch
-        left = (self.schedule.steps - self.where.step) * tokens
-        with interruptible() as stopped, progress.stage("healing", left) as tick:
-            reason = self._steps(stopped, tick, save_every)
+        else:
+            self.where.checks = ((0, self._divergences(self.judges)),)
+            if not all(map(math.isfinite, self.where.checks[0][1])):
+                raise DataError("a loss is NaN or infinite on held-out text; try --dtype float32")
+        left = (self.schedule.steps - self.where.step) * self.mix.step_tokens
+        with interruptible() as stopped:
+            if not self.where.lr and not self._find_rate(stopped, progress):
+                raise KeyboardInterrupt
+            with progress.stage("healing", left) as tick:
+                reason = self._steps(stopped, tick, save_every)
             if reason is None or stopped():
                 self.save()
                 raise KeyboardInterrupt
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.grad = None
-                parameter.copy_(self.best[name])
+        for parameter in self.trained.values():
+            parameter.grad = None
+        self.student.take(self.best)
         del self.optimizer
         return reason
 
     def release(self) -> None:
         """Let go of the model, whose memory is needed for the one that is written."""
-        del self.student, self.split, self.trained, self.best
+        del self.student, self.split, self.trained, self.best, self.judges
         gc.collect()
+
+    def _anew(self) -> None:
+        """An optimizer that has seen nothing."""
+        weights = [*self.trained.values()]
+        self.fused = weights[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            weights, betas=(0.9, 0.95), weight_decay=0.0, fused=self.fused or None
+        )
+
+    def _kept(self) -> dict[str, Tensor]:
+        """A copy of all that is trained, where it was if there is plenty of memory."""
+        device, nbytes = next(iter(self.trained.values())).device, 4 * self.student.count
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * nbytes
+        place = device if roomy else torch.device("cpu")
+        return {name: p.detach().to(place, copy=True) for name, p in self.trained.items()}
 
     def _steps(
         self, stopped: Callable[[], bool], tick: Callable[..., None], save_every: float
     ) -> Reason | None:
         """All steps up to the end of the run, for the reason given; None if it was stopped."""
-        every = max(1, self.schedule.steps // CHECKS)
-        start, saved, spent = time.monotonic(), time.monotonic(), self.where.seconds
-        while (reason := self.schedule.over(self.where)) is None:
-            if not self._step(stopped, tick):
+        where, schedule = self.where, self.schedule
+        start = saved = time.monotonic()
+        spent = where.seconds
+        every = max(save_every, SAVING * 16 * self.student.count / BYTES_PER_SECOND)
+        while (reason := schedule.over(where)) is None:
+            done = schedule.done(where.step, where.seconds)
+            rate = where.lr / LOWER**where.lowered * schedule.share(where.step, where.seconds)
+            if not self._step(self.mix, where.step, rate, stopped, tick):
                 return None
-            if self.where.step % every == 0 or self.where.step == self.schedule.steps:
-                self._validate()
-            self.where.seconds = spent + time.monotonic() - start
-            if time.monotonic() - saved >= save_every:
+            where.step += 1
+            where.seconds = spent + time.monotonic() - start
+            due = int(CHECKS * schedule.done(where.step, where.seconds)) > int(CHECKS * done)
+            if due or where.step == schedule.steps:
+                self._check()
+            if time.monotonic() - saved >= every:
                 self.save()
                 saved = time.monotonic()
-        if self.where.checks[-1][0] != self.where.step:
-            self._validate()
+        if where.checks[-1][0] != where.step:
+            self._check()
         return reason
 
-    def _step(self, stopped: Callable[[], bool], tick: Callable[..., None]) -> bool:
-        """One step; False, with nothing changed, if the run was stopped meanwhile."""
-        ids = self.windows.ids
-        rows = rows_of(self.where.step, self.schedule.batch, len(ids), self.seed)
-        scale = 1 / (len(rows) * ids.shape[1])
+    def _find_rate(self, stopped: Callable[[], bool], progress: Progress) -> bool:
+        """A range test (1506.01186): steps from the start with rates that rise, up to where the
+        divergence does; the best one is the run's. False, with nothing changed, if it was stopped.
+        """
+        if self.lr is not None:
+            self.where.lr = self.lr
+            return True
+        begun = time.monotonic()
+        total = self.schedule.steps * self.mix.step_tokens
+        steps = self.mix.smaller(0 if self.schedule.seconds else total / TEST / len(RATES))
+        probes = [
+            Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.mix.at_once)
+            for w in self.validation.values()
+        ]
+        with progress.stage("finding a learning rate", len(RATES)) as tick:
+            found = [(0.0, mean(self._divergences(probes)))]
+            for turn, rate in enumerate(RATES):
+                if not self._step(steps, turn, rate, stopped, lambda *_, **__: None):
+                    return False
+                found.append((rate, mean(self._divergences(probes))))
+                tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
+                if not found[-1][1] < WORSE * found[0][1]:
+                    break
+        self.student.take(self.best)
+        self._anew()
+        where = self.where
+        where.rates = tuple(pair for pair in found if math.isfinite(pair[1]))
+        where.lr = min(where.rates[1:], key=lambda pair: pair[1], default=RATES)[0]
+        where.seconds += time.monotonic() - begun
+        return True
+
+    def _step(
+        self,
+        mix: Mix,
+        step: int,
+        rate: float,
+        stopped: Callable[[], bool],
+        tick: Callable[..., None],
+    ) -> bool:
+        """One step; False, with nothing changed, if the run was stopped meanwhile. Nothing in it
+        waits for a GPU."""
         self.optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(rows), self.at_once):
+        for windows, rows, scale in mix.step(step):
             if stopped():
                 return False
-            batch = ids[rows[start : start + self.at_once]].to(self.split.device)
-            loss = float(backward_kl(self.split, self.teacher, batch, scale)) * scale
-            if not math.isfinite(loss):
-                raise DataError(
-                    f"the loss of step {self.where.step + 1} is {loss}; give a lower --lr"
-                    + (f", and remove {self.path}" if self.path.exists() else "")
-                )
-            tick(batch.numel(), note=self._note())
+            batch = Batch.of(windows, rows, self.split.device)
+            backward_kl(self.split, self.teacher, batch, scale)
+            tick(batch.tokens, note=self._note())
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self.where.step, self.where.seconds)
+            group["lr"] = rate
         self.optimizer.step()
-        self.where.step += 1
+        self.student.rounded()
         return True
 
     def _note(self) -> str:
-        first, (_, last) = self.where.checks[0][1], self.where.checks[-1]
+        where = self.where
+        first, last = mean(where.checks[0][1]), mean(where.checks[-1][1])
         return (
-            f"step {self.where.step + 1} of {self.schedule.steps}, "
+            f"step {where.step + 1} of {self.schedule.steps}, "
             f"held-out divergence {last:.3f}, at first {first:.3f}"
         )
 
-    def _validate(self) -> None:
-        found = validate(self.split, self.teacher, self.validation, self.at_once)
-        if self.where.checked(float(found[:, 2].mean())):
+    def _divergences(self, judges: Sequence[Validation]) -> tuple[float, ...]:
+        """Of each kind, nats/token."""
+        return tuple(float(judge(self.split)[:, 2].mean()) for judge in judges)
+
+    def _check(self) -> None:
+        """Validate; keep what is better, and where the run is lost go back to that."""
+        if self.where.checked(self._divergences(self.judges)):
             for name, parameter in self.trained.items():
                 self.best[name].copy_(parameter.detach())
+        elif self.where.lost:
+            self.student.take(self.best)
+            self._anew()
+            self.where.lowered, self.where.worse = self.where.lowered + 1, 0
 
     def save(self) -> None:
         """Write the state."""
@@ -399,15 +514,18 @@ class Training:
     @torch.no_grad()
     def _restore(self, where: TrainingState, tensors: dict[str, Tensor]) -> None:
         self.where = where
+        self.student.take(
+            {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
+        )
         moments = sorted({name.partition("/")[0] for name in tensors} - {"best", "weight"})
         for name, parameter in self.trained.items():
-            parameter.copy_(tensors[f"weight/{name}"])
             self.best[name].copy_(tensors[f"best/{name}"])
             for kind in moments:
                 value = tensors[f"{kind}/{name}"]
-                # AdamW counts its steps on the CPU
+                # AdamW counts its steps on the CPU, unless it is fused
+                here = kind == "step" and not self.fused
                 self.optimizer.state[parameter][kind] = (
-                    value if kind == "step" else value.to(parameter.device)
+                    value if here else value.to(parameter.device)
                 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,7 @@ from sleb.core.progress import Progress, Tick
 from sleb.models.decoding import capturable, greedy
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
-from sleb.repairs.self_generated import at_once, can_generate
+from sleb.repairs.self_generated import at_once, can_generate, write
 
 TOGETHER = 512
 """Answers that are written together, at most."""
@@ -132,30 +132,46 @@ def written(
     Raises:
         ResourceError: the disk is full.
     """
-    key = _key(model, prompts, new_tokens)
+    key = _key(model, new_tokens, [*map(list, prompts)])
+    return _kept(key, lambda: answered(model, prompts, new_tokens, progress))
+
+
+def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Windows [n, length] that the model writes, from the same cache where it did before: see
+    :func:`sleb.repairs.self_generated.write`.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    key = _key(model, "own text", n, length, seed)
+    return torch.tensor(_kept(key, lambda: write(model, n, length, seed, progress).tolist()))
+
+
+def _kept(key: str, made: Callable[[], list[list[int]]]) -> list[list[int]]:
     path = cache_dir() / "answers" / f"{key}.json"
     here = group()
     kept = here.broadcast_from_main(lambda: path.read_text("utf-8") if path.is_file() else "")
     if kept:
         found: list[list[int]] = json.loads(kept)
         return found
-    answers = answered(model, prompts, new_tokens, progress)
+    tokens = made()
     if here.rank == 0:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(answers))
-    return answers
+        write_text(path, json.dumps(tokens))
+    return tokens
 
 
-def _key(model: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> str:
-    """Of all that answers depend on; files of weights stand for themselves by size and time."""
+def _key(model: LoadedModel, *asked: Any) -> str:
+    """Of all that a model's tokens depend on; files of weights stand for themselves by size and
+    time. ``asked``: JSON."""
     folder = model.source.path.resolve()
     shards = sorted({info.shard for info in Checkpoint.open(folder).tensors.values()})
     stats = [(folder / shard).stat() for shard in shards]
     parts = [
         str(folder),
         [(shard, s.st_size, s.st_mtime_ns) for shard, s in zip(shards, stats, strict=True)],
-        [model.dtype, model.stack.input_device.type, new_tokens, [*map(list, prompts)]],
+        [model.dtype, model.stack.input_device.type, *asked],
         [version(name) for name in ("torch", "transformers")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -236,7 +236,6 @@ ENDS = {
 def _(h: Healed) -> list[Item]:
     """Original, cut and healed side by side, on every text."""
     cut = "repaired" if h.repaired else "cut"
-    texts = [*h.texts.items(), *([("all", h.overall)] if len(h.texts) != 1 else [])]
     rows = tuple(
         (
             name,
@@ -246,18 +245,19 @@ def _(h: Healed) -> list[Item]:
             T.interval(text.healed_ratio, T.ratio),
             f"{text.cut_divergence.value:.3f} to {text.healed_divergence.value:.3f}",
         )
-        for name, text in texts
+        for name, text in h.texts.items()
     )
     heads = ("text", "windows", "original", cut, "healed", "divergence")
     about = (
         f"{cut} and healed: ratio to the original with 95 % interval, paired; divergence from the "
-        f"original in nats/token. Windows of {h.heldout.length} tokens, none of them trained on"
+        "original in nats/token. On windows that were not trained on"
     )
-    more = f", {h.passes:.1f} times through the text" if h.passes > 1 else ""
+    often = [f"{n:.1f} times through the {kind}" for kind, n in h.passes.items() if n > 1]
+    more = "".join(f", {one}" for one in often)
     best = "" if h.best_step == h.steps else f"; the weights are those of step {h.best_step}"
     trained = (
         f"trained {h.trained_parameters:,} parameters for {h.steps} steps in {h.seconds:,.0f} s on "
-        f"{h.tokens:,} tokens{more}; {ENDS[h.stopped]}{best}"
+        f"{h.tokens:,} tokens{more}, at a learning rate of {h.lr:.0e}; {ENDS[h.stopped]}{best}"
     )
     table = Table(caption="perplexity on held-out text", columns=heads, rows=rows)
     return [table, Text(about), Text(trained)]

@@ -1,0 +1,191 @@
+"""What a cut learns from: texts, with some that the dense model writes itself, and its answers.
+
+Texts alone bring back little of the right answers, which fail at their first wrong token, and
+answers alone forget the texts. So both are in every step, with the same weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sleb.calibration.answers import ANSWERS, Answers, AnswerSplit
+from sleb.calibration.split import SHARE, CalibrationSplit, joined
+from sleb.calibration.windows import Windows
+from sleb.config import HealConfig
+from sleb.core.errors import InputError
+from sleb.core.progress import Progress
+from sleb.distillation.loss import lengths, passes
+from sleb.models.load import LoadedModel
+from sleb.repairs.answering import answers_to, asked_of, own_text
+from sleb.repairs.self_generated import can_generate
+
+TEXTS = "texts"
+LENGTH, SHORTEST = 1024, 128
+"""Tokens per window, of a long and of a short run."""
+WINDOWS = 100
+"""Windows that a run has at least, by which those of a short run are shorter."""
+STEPS = 32
+"""Steps that a run has at least, by which those of a short run are smaller."""
+BATCH = 8
+HELDOUT = 32
+OWN = 128
+"""Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mix:
+    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each kind as many;
+    ``at_once`` of them in a pass, padding included."""
+
+    kinds: dict[str, Windows]
+    tokens: int
+    at_once: int
+    seed: int
+
+    def step(self, step: int) -> Iterator[tuple[Windows, list[int], float]]:
+        """Passes of a step, counted from 0: windows, which of them, and what the summed loss of
+        their tokens counts with, so that a step's is the mean of the kinds' means per token."""
+        for name, windows in self.kinds.items():
+            rows = rows_of(step, self.rows[name], len(windows.ids), self.seed)
+            scale = 1 / (len(self.kinds) * sum(self._scored[name][row] for row in rows))
+            for group in passes(self._lengths[name], rows, self.at_once):
+                yield windows, group, scale
+
+    @functools.cached_property
+    def rows(self) -> dict[str, int]:
+        """Windows of each kind in a step."""
+        share = self.tokens / len(self.kinds)
+        return {
+            name: max(1, round(share * len(used) / sum(used)))
+            for name, used in self._lengths.items()
+        }
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step reads, on average."""
+        means = {name: sum(used) / len(used) for name, used in self._lengths.items()}
+        return round(sum(n * means[name] for name, n in self.rows.items()))
+
+    def turns(self, steps: int) -> dict[str, float]:
+        """How often the windows of each kind are gone through in so many steps."""
+        return {
+            name: round(steps * n / len(self.kinds[name].ids), 3) for name, n in self.rows.items()
+        }
+
+    def smaller(self, tokens: float) -> Mix:
+        """The same in steps of so many tokens, at most as now, in another order."""
+        return replace(self, tokens=int(min(self.tokens, tokens)), seed=self.seed + 1)
+
+    @functools.cached_property
+    def _lengths(self) -> dict[str, list[int]]:
+        return {name: lengths(windows) for name, windows in self.kinds.items()}
+
+    @functools.cached_property
+    def _scored(self) -> dict[str, list[int]]:
+        return {
+            name: [windows.ids.shape[1] - 1] * len(windows.ids)
+            if windows.scored is None
+            else [int(n) for n in windows.scored[:, 1:].sum(1)]
+            for name, windows in self.kinds.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Material:
+    """What there is to learn from, and what it is judged by; both by kind. ``measured``: answers
+    that have no part in either."""
+
+    train: dict[str, Windows]
+    validation: dict[str, Windows]
+    measured: Answers | None
+
+    @classmethod
+    def of(cls, dense: LoadedModel, config: HealConfig, progress: Progress) -> Material:
+        """Read the texts, and let the dense model answer the prompts and write.
+
+        Raises:
+            InputError, DataError: see :func:`heal_windows` and
+                :func:`sleb.repairs.answering.with_answers`.
+        """
+        length = window_length(dense, config)
+        specs = asked_of(dense, config, embedded=True)
+        share = 2 if specs else 1
+        wanted = -(-config.tokens // (share * length))
+        texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
+        if can_generate(dense.stack) and (own := min(OWN, len(texts.ids) // (SHARE - 1))):
+            texts = joined(texts, own_text(dense, own, length, config.seed, progress))
+        train, held = {TEXTS: texts}, {TEXTS: validation}
+        if not specs:
+            return cls(train=train, validation=held, measured=None)
+        answers = answers_to(dense, specs, config, seed=config.seed, progress=progress)
+        split = AnswerSplit.of(answers, seed=config.seed)
+        train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
+        return cls(train=train, validation=held, measured=split.measured)
+
+    def mix(self, config: HealConfig, length: int, at_once: int) -> Mix:
+        """The training windows in steps."""
+        batch = config.batch or max(1, min(BATCH, config.tokens // (length * STEPS)))
+        return Mix(
+            kinds=self.train, tokens=batch * length, at_once=at_once * length, seed=config.seed
+        )
+
+
+def window_length(dense: LoadedModel, config: HealConfig) -> int:
+    """Tokens per window: as wanted, or as the model and the run allow.
+
+    Raises:
+        InputError: the model does not read so many.
+    """
+    longest, length = dense.stack.max_length, config.length
+    if length is None:
+        few = 1 << max(1, config.tokens // WINDOWS).bit_length() - 1
+        length = min(LENGTH, max(SHORTEST, few), longest or LENGTH)
+    if longest and length > longest:
+        raise InputError(
+            f"windows of {length} tokens are longer than the {longest} that {dense.stack.name} "
+            f"reads: use --length {longest}"
+        )
+    return length
+
+
+def heal_windows(
+    tokenizer: Any, config: HealConfig, *, wanted: int, length: int
+) -> tuple[Windows, Windows]:
+    """Up to ``wanted`` windows to train on, by the weights of the texts as far as each goes; and
+    about ``heldout`` others to validate on, spread evenly over every text, at most a quarter of it.
+
+    Raises:
+        InputError: not one window is left to train on.
+    """
+    heldout = config.heldout or min(HELDOUT, max(1, wanted // 8))
+    split = CalibrationSplit.of(
+        tokenizer,
+        config.text,
+        windows=None,
+        length=length,
+        seed=config.seed,
+        heldout=wanted + heldout,
+    )
+    windows, validation = split.healing(wanted, heldout)
+    if not len(windows.ids):
+        raise InputError(
+            f"no window of {length} tokens is left to train on: give more --text, or a shorter "
+            "--length"
+        )
+    return windows, validation
+
+
+def rows_of(step: int, batch: int, windows: int, seed: int) -> list[int]:
+    """Which windows a step, counted from 0, is trained on: each is taken once before any is taken
+    again, in a new order every time."""
+    taken = range(step * batch, (step + 1) * batch)
+    return [_order(k // windows, windows, seed)[k % windows] for k in taken]
+
+
+@functools.lru_cache(maxsize=8)
+def _order(turn: int, windows: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}/{turn}").sample(range(windows), windows)
