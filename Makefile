@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize bench-search bench-quality bench-answers bench-quantize check lint format types clean
+.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make compare-builds OLD=DIR  the same results as another checkout, byte by byte"
 	@echo "make test-llama-cpp  cut GGUF files, run in llama.cpp (builds it once, 10 minutes)"
 	@echo "make test-mergekit  exported plans, run in mergekit (fetches it once)"
+	@echo "make test-runtimes  models of 2025 and 2026 in other runtimes; writes docs/compatibility.md"
 	@echo "make test-quantize  the tests with llm-compressor (fetches it once)"
 	@echo "make bench-search  the published search against ours, timed"
 	@echo "make bench-quality  what each choice of blocks costs, with and without repair"
@@ -72,6 +73,27 @@ $(MERGEKIT):
 	.venv-mergekit.part/bin/python -m pip install --quiet --disable-pip-version-check \
 		torch==2.13.0 mergekit==0.1.5
 	mv .venv-mergekit.part .venv-mergekit
+
+# What reads a cut besides transformers 5, each in an environment of its own. Takes half an hour.
+TRANSFORMERS_4 := .venv-transformers-4/bin/python
+MLX := .venv-mlx/bin/python
+test-runtimes: $(READY) $(TRANSFORMERS_4) $(MLX)
+	OMP_NUM_THREADS=1 SLEB_TEST_TRANSFORMERS_4=$(TRANSFORMERS_4) SLEB_TEST_MLX=$(MLX) \
+		SLEB_COMPATIBILITY=docs/compatibility.md $(BIN)/python -m pytest -m runtimes
+
+$(TRANSFORMERS_4):
+	rm -rf .venv-transformers-4 .venv-transformers-4.part
+	$(PYTHON) -m venv .venv-transformers-4.part
+	.venv-transformers-4.part/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 numpy transformers==4.57.6
+	mv .venv-transformers-4.part .venv-transformers-4
+
+$(MLX):
+	rm -rf .venv-mlx .venv-mlx.part
+	$(PYTHON) -m venv .venv-mlx.part
+	.venv-mlx.part/bin/python -m pip install --quiet --disable-pip-version-check \
+		"mlx[cpu]==0.32.4; sys_platform == 'linux'" mlx-lm==0.32.2 xllamacpp==2026.10.11549
+	mv .venv-mlx.part .venv-mlx
 
 # llm-compressor lags behind transformers, so it gets an environment of its own.
 QUANTIZE := .venv-quantize/bin/python

@@ -1,9 +1,10 @@
 """config.json as makers publish them: in their own words, not as transformers 5 would write them.
 
-``HUB`` has, by a name, what a file says, and cuts to try. Each file has words that transformers 5
-renames or drops (``rope_theta``, ``torch_dtype``, ``rotary_pct``, patterns in place of lists, kinds
-of layers by older names). In data/hub_configs.json a file is its ``own`` words beside the
-``common`` ones, or it is there as a ``whole``.
+``HUB`` has, by a name, what a file says, and cuts to try; ``MODELS`` which published model it is
+of, with its sizes shrunk. Each file has words that transformers 5 renames or drops (``rope_theta``,
+``torch_dtype``, ``rotary_pct``, patterns in place of lists, kinds of layers by older names). In
+data/hub_configs.json a file is its ``own`` words beside the ``common`` ones (null takes one of
+these away), or it is there as a ``whole``.
 """
 
 import json
@@ -20,13 +21,21 @@ FILES = json.loads((Path(__file__).parent / "data/hub_configs.json").read_text(e
 
 def _file(whole: Any = None, own: Any = None) -> dict[str, Any]:
     first = {"architectures": None, "model_type": None}  # their place
-    return whole or {**first, **FILES["common"], **own}
+    return whole or {
+        name: value
+        for name, value in {**first, **FILES["common"], **own}.items()
+        if value is not None or name not in FILES["common"]
+    }
 
 
 HUB: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]] = {
-    name: (_file(row.get("whole"), row.get("own")), [tuple(cut) for cut in row["cuts"]])
+    name: (
+        _file(row.get("whole"), row.get("own")),
+        [tuple(cut) for cut in row.get("cuts", [[1, 4]])],
+    )
     for name, row in FILES["models"].items()
 }
+MODELS: dict[str, str] = {n: row["of"] for n, row in FILES["models"].items() if "of" in row}
 
 
 def hub_folder(name: str, folder: Path) -> Path:

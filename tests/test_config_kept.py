@@ -21,6 +21,10 @@ DEPTH = {
     "decoder_sparse_step",
     "mlp_only_layers",
     "first_k_dense_replace",
+    "num_dense_layers",
+    "full_attn_idxs",
+    "moe_layer_start_index",
+    "moe_layer_end_index",
 }
 CASES = [(name, removed) for name, (_, cuts) in HUB.items() for removed in cuts]
 
@@ -42,15 +46,17 @@ def test_nothing_changes_but_what_depends_on_depth(case):
     for name, value in given.items():
         if name in DERIVED_FROM:
             assert new.get(name, value) == value
+        elif name == "hybrid_override_pattern" or (
+            isinstance(value, list) and len(value) == BLOCKS
+        ):
+            kept = [entry for i, entry in enumerate(value) if i not in removed]
+            assert list(new[name]) == kept, name
         elif name not in DEPTH:
             assert name in new
             assert new[name] == value, name
     assert set(new) - set(given) <= DEPTH
     depth = "n_layer" if "n_layer" in given else "num_hidden_layers"
     assert new[depth] == BLOCKS - len(removed)
-    kinds = given.get("layer_types")
-    if kinds:
-        assert new["layer_types"] == [k for i, k in enumerate(kinds) if i not in removed]
 
 
 def test_transformers_reads_the_cut_from_it(case):

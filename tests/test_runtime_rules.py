@@ -68,10 +68,51 @@ def test_rules_of_vllm(fields, verdict, why):
     assert why in told(ruling)
 
 
+MLX_DSA = {"model_type": "deepseek_v32", "mlp_layer_types": [D, E, E, E]}
+L = "linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("fields", "written", "verdict", "why"),
+    [
+        ({"model_type": "llama"}, {}, "accepted", "alike"),
+        ({"model_type": "gemma3_text", "layer_types": [S, S, F, S]}, {"sliding_window_pattern": 3},
+         "accepted", "keeps"),
+        # gone from the file, as it is no longer true: the default is six
+        ({"model_type": "gemma3_text", "layer_types": [S, F, S, S]}, {}, "refused", "block 1"),
+        ({"model_type": "cohere2", "layer_types": [S, S, S, F]}, {}, "accepted", "keeps"),
+        ({"model_type": "qwen3_5_text", "layer_types": [L, F, L, F]},
+         {"model_type": "qwen3_5", "text_config": {}}, "refused", "linear"),
+        ({"model_type": "qwen3_next", "layer_types": [L, F, L, F]}, {"full_attention_interval": 2},
+         "accepted", "keeps"),
+        ({"model_type": "exaone4", "layer_types": [S, F, S, F]}, {"sliding_window_pattern": "LG"},
+         "accepted", "keeps"),
+        ({"model_type": "exaone4", "layer_types": [F, F, F, F]}, {"sliding_window_pattern": None},
+         "accepted", "keeps"),
+        ({"model_type": "exaone4", "layer_types": [S, F, S, F]}, {}, "refused", "place"),
+        ({"model_type": "llama4_text", "moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0]},
+         {"model_type": "llama4", "text_config": {"interleave_moe_layer_step": 2}}, "accepted", ""),
+        ({"model_type": "llama4_text", "moe_layers": [1, 3], "no_rope_layers": [1, 0, 1, 0]},
+         {"model_type": "llama4", "text_config": {"interleave_moe_layer_step": 2}},
+         "refused", "rotary"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1, 0, 1, 0]}, {}, "accepted", ""),
+        (MLX_DSA, {"first_k_dense_replace": 1}, "accepted", "keeps"),
+        (MLX_DSA, {"first_k_dense_replace": 2}, "refused", "block 1"),
+        ({"model_type": "gpt_oss", "layer_types": [F, F]}, {"layer_types": [F, F]},
+         "refused", "each kind"),
+    ],
+)  # fmt: skip
+def test_rules_of_mlx_lm_read_the_file(fields, written, verdict, why):
+    written = {"model_type": fields["model_type"], **written}
+    ruling = rules.mlx_lm({"num_hidden_layers": 4, **fields}, written)
+    assert ruling.verdict == verdict
+    assert why in told(ruling)
+
+
 def test_every_type_in_the_rules_is_one_of_transformers():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
 
-    lacking = {*rules.VLLM, *rules.NOT_IN_VLLM} - set(known)
+    lacking = {*rules.VLLM, *rules.NOT_IN_VLLM, *rules.MLX} - set(known)
     assert lacking <= {"hy_v3", "glm4_moe_lite", "mimo_v2_flash"}  # of newer versions
     for kind in ("gpt_oss", "qwen3", "exaone4", "llama4_text"):
         config = tiny_config(kind).to_dict()

@@ -138,8 +138,10 @@ def test_a_runtime_that_runs_other_blocks_is_caught(quick, runtime):
 @pytest.mark.parametrize(
     ("dense", "pruned", "verdict"),
     [
-        (0.1, 0.1, "accepted"),
-        (0.1, 0.29, "accepted"),
+        (0.01, 0.01, "accepted"),
+        (0.01, 0.031, "accepted"),
+        (0.01, 0.033, "refused"),
+        (0.1, 0.1, "undecided"),  # it computes another dense model
         (0.1, 0.32, "refused"),
         (0.0, 0.0018, "accepted"),
         (0.0, 0.0022, "refused"),

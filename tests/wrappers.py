@@ -200,11 +200,17 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
-def wrapper_folder(name: str, folder: Path, *, hub_names: bool = True) -> Path:
-    """A random model under the file ``name`` of ``WRAPPERS``, with a tokenizer."""
+def wrapper_folder(
+    name: str, folder: Path, *, hub_names: bool = True, changes: dict[str, Any] | None = None
+) -> Path:
+    """A random model under the file ``name`` of ``WRAPPERS``, with a tokenizer; ``changes`` replace
+    fields of it."""
     import transformers
 
     written, names = WRAPPERS[name]
+    if changes:
+        text = {**written.get("text_config", {}), **changes.get("text_config", {})}
+        written = {**written, **changes, **({"text_config": text} if text else {})}
     folder.mkdir(parents=True)
     text = json.dumps(written, indent=1) + "\n"
     (folder / "config.json").write_text(text)
@@ -229,6 +235,55 @@ def _renamed(name: str, names: dict[str, str]) -> str:
             return old + name.removeprefix(new)
     return name
 
+
+# Published models, each with what its config.json says otherwise than the file of ``WRAPPERS``.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma-3-4b-it",
+        {"vocab_size": 259, "text_config": {"sliding_window_pattern": 6}},
+    ),
+    "mistral3": (
+        "Mistral-Small-3.2-24B-Instruct-2506",
+        {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}},
+    ),
+    "qwen2_5_vl": ("Qwen2.5-VL-3B-Instruct", {"tie_word_embeddings": True}),
+    "qwen3_vl": (
+        "Qwen3-VL-4B-Instruct",
+        {
+            "tie_word_embeddings": True,
+            "text_config": {"tie_word_embeddings": True, "rope_theta": 5e6},
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3.5-27B",
+        {
+            "text_config": {
+                "layer_types": [
+                    *["linear_attention"] * 3,
+                    "full_attention",
+                    *["linear_attention"] * 2,
+                ],
+                "full_attention_interval": 4,
+                "linear_conv_kernel_dim": 4,
+            }
+        },
+    ),
+    "llama4": (
+        "Llama-4-Scout-17B-16E-Instruct",
+        {
+            "text_config": {
+                "attention_bias": False,
+                "moe_layers": None,
+                "interleave_moe_layer_step": 1,
+                "no_rope_layers": [1, 1, 1, 0, 1, 1],
+                "num_experts_per_tok": 1,
+                "rope_scaling": None,
+                "rope_theta": 500000.0,
+                "use_qk_norm": True,
+            }
+        },
+    ),
+}
 
 # One per way in which images reach the decoder; these are tested by default.
 QUICK = {"gemma3", "qwen3_vl", "mllama"}

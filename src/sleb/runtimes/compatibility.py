@@ -39,6 +39,8 @@ from sleb.runtimes.worker import VERSION_S, Failed, Worker
 FACTOR = 3.0
 SLACK = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 """What a deviation may be beyond the dense model's, in nats: less than rounding in the dtype."""
+OTHERWISE = 10.0
+"""A dense model that deviates by so many times the slack is computed otherwise, not rounded."""
 TOKENS, MAX_TOKENS = 256, 1040
 _DEFAULTS = CheckOptions()
 
@@ -47,10 +49,11 @@ _DEFAULTS = CheckOptions()
 class Verdict:
     """What one runtime makes of a checkpoint.
 
-    ``verdict``: accepted, refused or undecided. ``how``: loaded or by rule. ``version``: of the
-    runtime that was loaded, or whose code the rule is from. ``dense``, ``pruned``: mean absolute
-    deviation of its log-probabilities from transformers', in nats per token, on the original and on
-    the checkpoint; null where it was not loaded. ``limit``: the most that ``pruned`` may be.
+    ``verdict``: accepted, refused or undecided (it does not compute the dense model as transformers
+    does, or no rule can tell). ``how``: loaded or by rule. ``version``: of the runtime that was
+    loaded, or whose code the rule is from. ``dense``, ``pruned``: mean absolute deviation of its
+    log-probabilities from transformers', in nats per token, on the original and on the checkpoint;
+    null where it was not loaded. ``limit``: the most that ``pruned`` may be.
     ``no_file``: it was not loaded for want of a .gguf file of both models.
     """
 
@@ -199,7 +202,8 @@ def check_runtimes(
                 verdict = _loaded(settings, files[name], known.get(name), reference)
             verdicts.append(_cautious(verdict, text, len(reference.ids)))
         else:
-            verdict = _by_rule(name, text, files[name][1], cut)
+            written = Checkpoint.open(pruned).config
+            verdict = _by_rule(name, text, written, files[name][1], cut)
             verdicts.append(replace(verdict, no_file=name in there))
     return RuntimeReport(
         checkpoint=str(out),
@@ -282,6 +286,9 @@ def _loaded(
     if pruned > limit:
         why = finding("deviates", dense=dense, pruned=pruned, limit=limit)
         return Verdict(**about, verdict="refused", why=why)
+    if name != "llama.cpp" and dense > OTHERWISE * SLACK[settings.dtype]:  # it has its own types
+        why = finding("dense-deviates", dense=dense)
+        return Verdict(**about, verdict="undecided", why=why)
     return Verdict(**about, verdict="accepted")
 
 
@@ -293,9 +300,11 @@ def _cautious(verdict: Verdict, config: dict[str, Any], tokens: int) -> Verdict:
     return replace(verdict, why=finding("window-unseen", tokens=tokens, window=window))
 
 
-def _by_rule(name: str, config: dict[str, Any], gguf: Path | None, cut: Cut) -> Verdict:
+def _by_rule(
+    name: str, config: dict[str, Any], written: dict[str, Any], gguf: Path | None, cut: Cut
+) -> Verdict:
     try:
-        ruling = rules.judge(name, config, gguf, cut)
+        ruling = rules.judge(name, config, written, gguf, cut)
     except SlebError as error:  # the file is not one that could run
         ruling = rules.Ruling(verdict="refused", why=finding("error", error=str(error)))
     read = rules.READ.get(name) or version(name)

@@ -17,9 +17,9 @@ from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, REFUSED, GGUFMo
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.finding import Finding, finding
 
-READ = {"vllm": "0.32.0", "llama.cpp": "0.3.36"}
-"""The releases whose code was read: vllm/model_executor/models and vllm/models; and llama.cpp as
-llama-cpp-python carries it."""
+READ = {"vllm": "0.32.0", "llama.cpp": "0.3.36", "mlx-lm": "0.32.2"}
+"""The releases whose code was read: vllm/model_executor/models and vllm/models; llama.cpp as
+llama-cpp-python carries it; and mlx_lm/models."""
 
 Config = dict[str, Any]
 
@@ -112,19 +112,70 @@ VLLM: dict[str, _Rule] = {
     ),
 }
 
+
+def _period(field: str, default: int) -> Callable[[Config], list[bool]]:
+    """All but every so many blocks, by a field that a cut leaves out where it is no longer true."""
+
+    def reads(config: Config) -> list[bool]:
+        period = config.get(field) or default
+        return [(i + 1) % period != 0 for i in range(config["num_hidden_layers"])]
+
+    return reads
+
+
+def _letters(config: Config) -> list[bool] | None:
+    """Sliding blocks by a pattern such as LLLG. Without the field, mlx-lm stops."""
+    if "sliding_window_pattern" not in config:
+        return None
+    pattern = config["sliding_window_pattern"] or "G"
+    return [pattern[i % len(pattern)] == "L" for i in range(config["num_hidden_layers"])]
+
+
+def _not_full(config: Config) -> list[bool]:
+    return [kind != "full_attention" for kind in config["layer_types"]]
+
+
+_BOTH = _Rule(
+    key="both-kinds",
+    reads=lambda config: len(set(config.get("layer_types") or "SF")) == 2,
+    means=lambda _: True,
+)
+_SLIDES = "slide-by-place"
+_LINEAR = _Rule(key="linear-by-place", reads=_period("full_attention_interval", 4), means=_not_full)
+MLX: dict[str, _Rule] = {
+    "gemma3_text": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 6), means=_not_full),
+    "cohere2": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 4), means=_not_full),
+    "exaone4": _Rule(key=_SLIDES, reads=_letters, means=_sliding),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
+    # the wrapper alone: mlx-lm has other code for llama4_text, without experts
+    "llama4": _Rule(
+        key="llama4-by-place",
+        reads=lambda config: (_stepped_experts(config), _period("", 4)(config)),
+        means=lambda config: (
+            sorted(config.get("moe_layers") or ()),
+            [bool(rotates) for rotates in config["no_rope_layers"]],
+        ),
+    ),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"), _DENSE_FIRST),
+    "mimo_v2_flash": VLLM["mimo_v2_flash"],
+    **dict.fromkeys(("gpt_oss", "olmo3"), _BOTH),
+}
+
 # neither code of vLLM's own, nor a model that its transformers backend can take
 NOT_IN_VLLM = frozenset(
     ["codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt", "rwkv", "xglm"]
 )
 
 
-def judge(runtime: str, config: Config, gguf: Path | None, cut: Cut) -> Ruling:
-    """What ``runtime`` makes of a cut: see :func:`vllm` and :func:`llama_cpp`. transformers reads
-    every field that sleb re-indexes: they are its own."""
+def judge(runtime: str, config: Config, written: Config, gguf: Path | None, cut: Cut) -> Ruling:
+    """What ``runtime`` makes of a cut: see :func:`vllm`, :func:`llama_cpp` and :func:`mlx_lm`.
+    transformers reads every field that sleb re-indexes: they are its own."""
     if runtime == "vllm":
         return vllm(config)
     if runtime == "llama.cpp":
         return llama_cpp(config, gguf, cut)
+    if runtime == "mlx-lm":
+        return mlx_lm(config, written)
     return Ruling(verdict="accepted", why=finding("own-code"))
 
 
@@ -137,12 +188,27 @@ def vllm(config: Config) -> Ruling:
     kind = config["model_type"]
     if kind in NOT_IN_VLLM:
         return Ruling(verdict="refused", why=finding("no-code", type=kind))
-    rule = VLLM.get(kind)
+    return _ruled(VLLM.get(kind), config, config)
+
+
+def mlx_lm(config: Config, written: Config) -> Ruling:
+    """Whether mlx-lm would take each block for what transformers does.
+
+    Args:
+        config: as for :func:`vllm`.
+        written: config.json, which mlx-lm reads by itself, with defaults of its own.
+    """
+    own = {"num_hidden_layers": config["num_hidden_layers"], **written.get("text_config", written)}
+    kind = written["model_type"] if written["model_type"] in MLX else config["model_type"]
+    return _ruled(MLX.get(kind), own, config)
+
+
+def _ruled(rule: _Rule | None, written: Config, config: Config) -> Ruling:
     if rule is None:
         listed = tuple(name for name in ("layer_types", "mlp_layer_types") if config.get(name))
         why = finding("listed", fields=listed) if listed else finding("alike")
         return Ruling(verdict="accepted", why=why)
-    reads, means = rule.reads(config), rule.means(config)
+    reads, means = rule.reads(written), rule.means(config)
     if reads != means:
         return Ruling(verdict="refused", why=_broken(rule.key, reads, means))
     return Ruling(verdict="accepted", why=finding("kept", rule=rule.key))

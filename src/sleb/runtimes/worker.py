@@ -36,6 +36,7 @@ from sleb.core.errors import ResourceError, SlebError
 from sleb.core.printable import printable
 from sleb.runtimes.base import Prompts, Runtime, Settings, release
 from sleb.runtimes.llama_cpp import LlamaCpp
+from sleb.runtimes.mlx_lm import MLX
 from sleb.runtimes.transformers import Transformers
 from sleb.runtimes.vllm import VLLM
 
@@ -43,6 +44,7 @@ ADAPTERS: dict[str, type[Runtime]] = {
     "transformers": Transformers,
     "vllm": VLLM,
     "llama.cpp": LlamaCpp,
+    "mlx-lm": MLX,
 }
 VERSION_S = 60.0
 """Seconds for an answer to ``version``: longer takes no interpreter to start."""

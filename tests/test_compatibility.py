@@ -1,0 +1,119 @@
+"""Models of 2025 and 2026 by their makers' configs, with sizes shrunk and random weights: each is
+inspected, searched, cut, verified and restored, and the cut read by other runtimes.
+
+`make test-runtimes` runs it and writes docs/compatibility.md. SLEB_TEST_TRANSFORMERS_4 and
+SLEB_TEST_MLX are the Pythons that have them, SLEB_COMPATIBILITY is the file to write.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import sleb
+from hub_configs import HUB, MODELS, hub_folder
+from plan_tools import plan_of
+from sleb.runtimes.compatibility import Verdict, check_runtimes
+from wrappers import PUBLISHED, wrapper_folder
+
+pytestmark = pytest.mark.runtimes
+
+FEW = {"windows": 2, "heldout": 0, "length": 32, "protect": "", "device": "cpu"}
+PERIODS = {"jamba"}
+"""A search takes blocks one by one, and here whole periods alone can go."""
+HEAD = """\
+# Compatibility
+
+Written by `make test-runtimes` (tests/test_compatibility.py), not by hand. Each row is the
+config.json of a published model in its maker's words, with its structure block by block, but eight
+blocks (six in the decoders of vision-language models), small widths and random weights. Each was
+inspected, searched (jamba: cut by hand, since only whole periods of its pattern can go), cut,
+verified in transformers {transformers}, and restored to the byte.
+
+The cut was then read by the other runtimes. Figures are the mean absolute deviation of
+log-probabilities from transformers {transformers}'s, in nats per token: of the original, and of the
+cut from the original with its blocks bypassed. They must be alike, as `sleb verify --runtime` has
+it. *moves*: what the cut itself moves log-probabilities by.
+
+- *wrong*, *does not load*: it goes by a block's place; `sleb verify --runtime` refuses the cut, by
+  rule too where the runtime is not installed
+- *otherwise*: it computes the original otherwise than transformers {transformers} as well
+- –: it does not take the original
+
+| model | type | removed | moves | transformers {older} | its cut | mlx-lm {mlx} | its cut |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
+"""
+
+
+@dataclass
+class Table:
+    """The rows, and the versions of the runtimes that were asked."""
+
+    rows: list[str]
+    versions: dict[str, str | None]
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Table]:
+    made = Table(rows=[], versions={})
+    yield made
+    if file := os.environ.get("SLEB_COMPATIBILITY"):
+        head = HEAD.format(transformers=version("transformers"), **made.versions)
+        Path(file).write_text(head + "\n".join(made.rows) + "\n", encoding="utf-8")
+
+
+def cells(found: Verdict) -> str:
+    """A verdict's two figures, or why there are none."""
+    if found.dense is None:
+        return "– | –"
+    if found.pruned is None:
+        return f"{found.dense:.1g} | *does not load*"
+    said = {"accepted": "", "refused": " *wrong*", "undecided": " *otherwise*"}[found.verdict]
+    return f"{found.dense:.1g} | {found.pruned:.1g}{said}"
+
+
+def published(name: str, folder: Path) -> Path:
+    """A random model with the config of a published one."""
+    for key, of in MODELS.items():
+        if of == name:
+            return hub_folder(key, folder)
+    key, changes = next((key, new) for key, (of, new) in PUBLISHED.items() if of == name)
+    return wrapper_folder(key, folder, changes=changes)
+
+
+def python(name: str) -> str:
+    return os.environ.get(name) or pytest.skip(f"{name} is not set; `make test-runtimes` sets it")
+
+
+@pytest.mark.parametrize("name", [*MODELS.values(), *(of for of, _ in PUBLISHED.values())])
+def test_a_cut_is_the_same_model_everywhere(name, tmp_path, table):
+    older, mlx = python("SLEB_TEST_TRANSFORMERS_4"), python("SLEB_TEST_MLX")
+    source, out = published(name, tmp_path / "model"), tmp_path / "cut"
+    kind = sleb.describe(source).model_type
+    if kind in PERIODS:
+        plan = plan_of(source, *HUB[kind][1][0])
+    else:
+        plan = sleb.search(source, remove=2, **FEW)
+    sleb.apply(plan, source, out, keep=True)
+    sleb.verify(out, model=source).require()
+    sleb.restore(out, tmp_path / "back")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+
+    given = {"model": source, "plan": plan}
+    asked = {"transformers": older, "mlx-lm": mlx}
+    found = check_runtimes(out, **given, runtimes=list(asked), pythons=asked)
+    assert found.moved is not None
+    before, apple = found.verdicts
+    (ruled,) = check_runtimes(out, **given, runtimes=["mlx-lm"]).verdicts
+    table.versions |= {"older": before.version, "mlx": apple.version}
+    table.rows.append(
+        f"| {name} | {kind} | {', '.join(map(str, plan.removed))} | {found.moved:.2f} | "
+        f"{cells(before)} | {cells(apple)} |"
+    )
+    assert before.verdict != "refused", before.why
+    if apple.verdict != "undecided":
+        assert ruled.verdict == apple.verdict, apple.why
