@@ -1,123 +1,127 @@
 """Right answers of a model and of its cuts: code that passes its unit tests, sums.
 
     python benchmarks/answers.py MODEL --data FOLDER --removed 3,6 -o out.json
+    python benchmarks/answers.py MODEL --data FOLDER --removed 3 --systems default --heal 4 -o OUT
     python benchmarks/answers.py MODEL --data FOLDER --cuts A=FOLDER ... -o out.json
 
-FOLDER holds ``answers/code_dev.jsonl`` (``prompt``, ``tests``) and ``answers/math_dev.jsonl``
-(``prompt``, ``answer``), and the texts of texts.py, on which cuts are calibrated. The code that a
-model writes is run, in a child process with a time limit alone: use a machine that you can lose.
+FOLDER holds the texts of texts.py, on whose calibration part cuts are made; prompts that are given
+to them, ``answers/*_fit.jsonl``; and others of the same kinds that are asked in the end,
+``answers/code_dev.jsonl`` (``prompt``, ``tests``) and ``math_dev.jsonl`` (``prompt``, ``answer``).
+Perplexity is over the dense model's, on all test texts. The code that a model writes is run: see
+`sleb eval --run-code`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from math import exp
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from common import main_of, save, setting
-from texts import prepare
+from common import asked, main_of, measure, save, setting
+from texts import Texts, prepare
 
 import sleb
+from sleb.calibration.prompts import read_prompts
+from sleb.core.progress import silent
 from sleb.core.statistics import flips, proportion
+from sleb.evaluation.grading import are_right, gradable
+from sleb.models.load import LoadedModel
+from sleb.repairs import self_generated
+from sleb.repairs.answering import answered, prompt_ids
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "cosine": {"metric": "cosine", "repair": False},
     "sleb": {"exact": True, "strategy": "greedy", "repair": False},
     "window": {"strategy": "window", "repair": False},
-    "window-repaired": {"strategy": "window"},
+    "texts alone": {"prompts": ("none",)},
     "default": {},
+    "answers": {"metric": "answers", "strategy": "greedy-or-window"},
 }
-SECONDS = 10  # for one task's tests
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+"""Options of `sleb prune`. "texts alone" is as it was before there were prompts."""
+PROMPT = (16, 512)
+"""Windows and tokens of the pass that is timed."""
 
 
-def answers(model: Any, prompts: Sequence[str], new: int, batch: int) -> list[str]:
-    """What the model answers greedily; batches are of prompts of about one length."""
-    tokenizer, network = model.tokenizer, model.model
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chats = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+class Measure:
+    """Right answers, loss on texts and speed of one model after the other; the first is dense."""
+
+    def __init__(self, options: argparse.Namespace, texts: Texts) -> None:
+        self.options, self.texts = options, texts
+        self.prompts = {
+            kind: read_prompts(options.data / f"answers/{kind}_dev.jsonl")[: options.limit]
+            for kind in ("code", "math")
+        }
+        self.dense: dict[str, Any] = {}
+
+    def of(self, model: LoadedModel) -> dict[str, Any]:
+        """What is measured of a model: by kind of prompt, by text, and of a pass."""
+        found: dict[str, Any] = {"ms": round(1000 * self._seconds(model), 2)}
+        for kind, prompts in self.prompts.items():
+            ids = prompt_ids(model, prompts, self.options.new)
+            said = model.tokenizer.batch_decode(
+                answered(model, ids, self.options.new, silent),
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            good = are_right([p.expected for p in prompts], said, gradable(run_code=True))
+            row: dict[str, Any] = {"right": asdict(proportion(sum(good), len(good)))}
+            row["items"] = "".join(str(int(g)) for g in good)
+            if self.dense:
+                before = [item == "1" for item in self.dense[kind]["items"]]
+                change = flips(before, good)
+                row |= {"lost": change.lost, "won": change.won}
+                row["kept"] = round(sum(good) / max(1, sum(before)), 4)
+            found[kind] = row
+        found["loss"] = self._losses(model)
+        if self.dense:
+            above = {name: found["loss"][name] - self.dense["loss"][name] for name in found["loss"]}
+            found["perplexity_ratio"] = round(exp(mean(above.values())), 4)
+            found["speedup"] = round(self.dense["ms"] / found["ms"], 3)
+        self.dense = self.dense or found
+        return found
+
+    def _losses(self, model: LoadedModel) -> dict[str, float]:
+        """Nats/token on every test text."""
+        specs = [*self.texts.test.values()]
+        n, length = self.options.test_windows, self.options.length
+        windows, _ = sleb.load_windows(
+            model.tokenizer, specs, windows=n * len(specs), length=length, seed=0
         )
-        if tokenizer.chat_template
-        else prompt
-        for prompt in prompts
-    ]
-    order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
-    found: dict[int, str] = {}
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        ids = tokenizer(
-            [chats[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(network.device)
-        with torch.inference_mode():
-            out = network.generate(
-                **ids, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-        new_ids = out[:, ids["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        found |= dict(zip(rows, texts, strict=True))
-    return [found[i] for i in range(len(prompts))]
+        domains = sleb.evaluate(model, windows).domains
+        return {name: quality.loss.value for name, quality in domains.items()}
+
+    @torch.inference_mode()
+    def _seconds(self, model: LoadedModel) -> float:
+        """Of reading a batch of prompts."""
+        device = model.stack.input_device
+        ids = torch.zeros(PROMPT, dtype=torch.long, device=device)
+        network: Any = model.model
+
+        def read() -> None:
+            network(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+        return min(measure(device, read)[1] for _ in range(8))
 
 
-def right(item: dict[str, Any], text: str) -> bool:
-    """Whether an answer passes its tests, or ends in its number."""
-    if "tests" in item:
-        block = re.search(r"```(?:python)?\s*\n(.*?)(?:```|$)", text, re.DOTALL)
-        return passes(f"{block[1] if block else text}\n{item['tests']}\n")
-    _, marked, tail = text.rpartition("Answer:")
-    numbers = NUMBER.findall(tail)
-    if not numbers:
-        return False
-    number = numbers[0 if marked else -1].replace(",", "")
-    return abs(float(number) - float(item["answer"])) < 1e-6
+def written_once() -> None:
+    """Have the text that the dense model writes to fit on made once, for all cuts of a run."""
+    real, kept = self_generated.write, dict[Any, Any]()
 
+    def write(model: LoadedModel, n: int, length: int, seed: int, progress: Any) -> torch.Tensor:
+        key = (n, length, seed)
+        if key not in kept:
+            kept[key] = real(model, n, length, seed, progress)
+        found: torch.Tensor = kept[key]
+        return found
 
-def passes(source: str) -> bool:
-    """Whether a program ends well, in a folder of its own."""
-    run, given = [sys.executable, "-I", "-"], source.encode(errors="replace")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                run, input=given, capture_output=True, timeout=SECONDS, cwd=folder
-            )
-        except subprocess.TimeoutExpired:
-            return False
-    return done.returncode == 0
-
-
-def measured(
-    model: Any, sets: dict[str, list[dict[str, Any]]], dense: dict[str, Any] | None, options: Any
-) -> dict[str, Any]:
-    """Right answers of each set, with what flipped against the dense model."""
-    found: dict[str, Any] = {}
-    for name, items in sets.items():
-        start = time.perf_counter()
-        texts = answers(model, [item["prompt"] for item in items], options.new, options.batch)
-        seconds = time.perf_counter() - start
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            good = [*pool.map(right, items, texts)]
-        row = {"right": asdict(proportion(sum(good), len(good))), "of": len(good)}
-        row |= {"seconds": round(seconds, 1), "items": "".join(str(int(g)) for g in good)}
-        if dense is not None:
-            before = [item == "1" for item in dense[name]["items"]]
-            change = flips(before, good)
-            row |= {"lost": change.lost, "won": change.won}
-            row |= {"kept": round(sum(good) / sum(before), 4) if any(before) else None}
-        found[name] = row
-    return found
+    self_generated.write = write
 
 
 def parse() -> argparse.Namespace:
@@ -127,11 +131,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuts", nargs="*", default=[], help="NAME=FOLDER of cuts that are there")
     parser.add_argument("--removed", default="", help="cut so many blocks, in every system")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--heal", type=float, help="heal all but plain cuts, for so many minutes")
     parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--test-windows", type=int, default=12, help="of each text")
     parser.add_argument("--limit", type=int, help="items of each set")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
-    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--out", type=Path, required=True)
     return parser.parse_args()
@@ -139,49 +144,50 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    sets = {
-        kind: [
-            json.loads(row)
-            for row in (options.data / f"answers/{kind}_dev.jsonl").read_text().splitlines()
-        ][: options.limit]
-        for kind in ("code", "math")
-    }
-    model = sleb.load(options.model, device=options.device)
-    report: dict[str, Any] = {
-        "model": Path(options.model).name,
-        "blocks": len(model.stack),
-        **setting(model.stack.input_device, model.stack.dtype),
-        "what": {
-            key: getattr(options, key) for key in ("windows", "length", "limit", "new", "batch")
-        },
-        "dense": measured(model, sets, None, options),
-        "cuts": [],
-    }
-    del model
-
-    def add(name: str, folder: str | Path, **more: Any) -> None:
-        cut = sleb.load(folder, device=options.device)
-        row = {"system": name, "blocks": len(cut.stack), **more}
-        report["cuts"].append(row | measured(cut, sets, report["dense"], options))
-        save(options.out, report)
-        print(json.dumps({k: v for k, v in report["cuts"][-1].items() if k != "plan"}), flush=True)
-
-    save(options.out, report)
-    for given in options.cuts:
-        name, _, folder = given.partition("=")
-        add(name, folder)
-    depths = [int(n) for n in options.removed.split(",") if n]
+    given = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
+    written_once()
     with tempfile.TemporaryDirectory() as place:
-        text = tuple(prepare(options.data, Path(place), 0).calibration.values()) if depths else ()
-        for depth in depths:
+        texts = prepare(options.data, Path(place), 0)
+        measured = Measure(options, texts)
+        model = sleb.load(options.model, device=options.device)
+        report: dict[str, Any] = {
+            "model": Path(options.model).name,
+            "blocks": len(model.stack),
+            **setting(model.stack.input_device, model.stack.dtype),
+            "what": asked(options, "model", "data", "cuts", "out"),
+            "dense": measured.of(model),
+            "cuts": [],
+        }
+        source = model.source.path
+        del model
+
+        def add(system: str, folder: str | Path, **more: Any) -> None:
+            cut = sleb.load(folder, device=options.device)
+            row = {"system": system, "blocks": len(cut.stack), **more, **measured.of(cut)}
+            report["cuts"].append(row)
+            save(options.out, report)
+            kept = {kind: row[kind]["kept"] for kind in measured.prompts}
+            said = {key: row[key] for key in ("system", "perplexity_ratio", "speedup")}
+            print(json.dumps({**said, **kept, **more}), flush=True)
+
+        save(options.out, report)
+        for cut in options.cuts:
+            add(*cut.split("=", 1))
+        common = {"device": options.device, "text": tuple(texts.calibration.values())}
+        for depth in (int(n) for n in options.removed.split(",") if n):
             for name in options.systems.split(","):
-                out = Path(place) / f"{name}-{depth}"
-                start = time.perf_counter()
-                asked = {"text": text, "windows": options.windows, "length": options.length}
-                asked |= {"remove": depth, "device": options.device, "keep": False}
-                done = sleb.prune(options.model, out, **asked, **SYSTEMS[name])
+                out, start = Path(place) / f"{name}-{depth}", time.perf_counter()
+                asked_for = {"windows": options.windows, "length": options.length, "remove": depth}
+                asked_for |= {"keep": False, "prompts": given, "run_code": True, **common}
+                done = sleb.prune(source, out, **{**asked_for, **SYSTEMS[name]})
                 seconds = round(time.perf_counter() - start, 1)
-                add(name, out, removed=done.plan.removed, prune_seconds=seconds)
+                add(name, out, removed=done.plan.removed, seconds=seconds)
+                if options.heal and SYSTEMS[name].get("repair", True):
+                    healed = Path(place) / f"healed {name}-{depth}"
+                    asked_for = {"prompts": given, "minutes": options.heal, **common}
+                    ran = sleb.heal(out, source, healed, **asked_for)
+                    at = {"tokens": ran.tokens, "seconds": ran.seconds}
+                    add(f"{name}, healed", healed, removed=done.plan.removed, **at)
 
 
 if __name__ == "__main__":

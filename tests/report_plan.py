@@ -56,12 +56,11 @@ def bare_plan() -> Plan:
     return plan(**nothing, rounds=(), versions={}, protected=())
 
 
-def run_plan(rounds: tuple[Round, ...], excess: float = 0.2) -> Plan:
+def run_plan(rounds: tuple[Round, ...], excess: float = 0.2, **by_kind: float) -> Plan:
     """A plan for blocks 7 to 9, which won against the greedy ones by ``excess`` nats/token."""
-    best = Finalist(strategy="window", order=(7, 8, 9), increase=0.3, excess=0, excess_se=0)
-    other = Finalist(
-        strategy="greedy", order=(8, 7, 4), increase=0.3 + excess, excess=excess, excess_se=0.01
-    )
+    same = {"excess": excess, "excess_se": 0.01, "by_kind": by_kind}
+    best = Finalist(**{**same, "excess": 0}, strategy="window", order=(7, 8, 9), increase=0.3)
+    other = Finalist(**same, strategy="greedy", order=(8, 7, 4), increase=0.3 + excess)
     compared = {"fitted": 8192, "windows": 36, "self_generated": 12}
     return plan(
         order=(7, 8, 9),

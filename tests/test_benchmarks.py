@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot  # noqa: E402
 import quality  # noqa: E402
 import scale  # noqa: E402
-from answers import right  # noqa: E402
 from latency import against_line, generated  # noqa: E402
 from pages import render  # noqa: E402
 from race_model import Losses, Spread, fit  # noqa: E402
@@ -47,10 +46,11 @@ def data(tmp_path_factory) -> Path:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "answers").mkdir()
-    row = {"prompt": "for ever", "answer": "4", "tests": "assert True"}
-    for kind, without in (("code", "answer"), ("math", "tests")):
-        item = {key: value for key, value in row.items() if key != without}
+    for kind, judged in (("code", {"tests": "assert True"}), ("math", {"regex": "."})):
+        item = {"prompt": "for ever", **judged}
         (folder / f"answers/{kind}_dev.jsonl").write_text(json.dumps(item) + "\n")
+    asked = [json.dumps({"prompt": f"the block of a model {n}"}) for n in range(12)]
+    (folder / "answers/code_fit.jsonl").write_text("\n".join(asked) + "\n")
     return folder
 
 
@@ -133,24 +133,17 @@ def test_what_calibrates_does_not_test(data, tmp_path):
     path.write_text(kept)
 
 
-def test_answers_are_right_by_their_tests_or_their_number():
-    code = {"tests": "assert add(1, 2) == 3"}
-    good = "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
-    assert right(code, good)
-    assert not right(code, good.replace("+", "-"))
-    assert not right(code, "def add(a, b)")
-    for text in ("so 3 + 1,001 is\nAnswer: $1,004.", "it is 1004", "2\nAnswer: 1004.0 of 7"):
-        assert right({"answer": "1004"}, text)
-    assert not right({"answer": "1004"}, "Answer: none")
-    assert not right({"answer": "1004"}, "1004\nAnswer: 4")
-
-
-def test_answers_of_a_cut_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
-    asked = ["--new", 4, "--removed", 1, "--systems", "default", *SIZES[:4], "--device", "cpu"]
+def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
+    asked = ["--new", 4, "--removed", 1, "--systems", "default,sleb", "--heal", 0.1, *SIZES[:4]]
+    asked += ["--test-windows", 2, "--device", "cpu"]
     report = run("answers", learned / "model", "--data", data, *asked, "-o", tmp_path / "o.json")
-    (cut,) = report["cuts"]
-    assert cut["blocks"] == report["blocks"] - 1
-    assert cut["code"]["right"]["value"] == report["dense"]["code"]["right"]["value"]
+    assert [cut["system"] for cut in report["cuts"]] == ["default", "default, healed", "sleb"]
+    for cut in report["cuts"]:
+        assert cut["blocks"] == report["blocks"] - 1
+        assert (cut["code"]["items"], cut["math"]["items"], cut["math"]["kept"]) == ("0", "1", 1)
+        assert set(cut["loss"]) == {*DOMAINS, *UNSEEN}
+    default, healed, _ = (cut["perplexity_ratio"] for cut in report["cuts"])
+    assert healed < default * 1.01
 
 
 def test_searches_are_timed_against_the_published_one(run, tiny_dir, tmp_path):

@@ -283,6 +283,7 @@ def variety():
     for rounds in (chosen, worse, early, put(chosen, "rounds.0.scores.1.excess_se", 1.0)):
         yield whole, run_plan(rounds.rounds[:1])
     yield whole, run_plan((first,), excess=0.001)
+    yield whole, run_plan((first,), answers=0.125, texts=0.25)
     ordered = put(first, "scores", tuple(s for s in first.scores if s.block == 7))
     yield (
         complete(removed=(7,)),

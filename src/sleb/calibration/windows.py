@@ -55,6 +55,10 @@ class Windows:
         wanted = self.names.index(name) if name in self.names else -1
         return [i for i, k in enumerate(self.source) if k == wanted]
 
+    def but(self, name: str) -> list[int]:
+        """The windows of all other sources."""
+        return sorted({*range(len(self.ids))} - {*self.of(name)})
+
     def __add__(self, other: Windows) -> Windows:
         """These and then the windows of ``other``, which are from the same sources."""
         (ids, scored), (more, too) = _as_wide(self, other)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,13 +150,15 @@ class Baseline(_Record):
 class Finalist(_Record):
     """A set of blocks that a strategy ended with, and what it costs after a quick repair.
 
-    ``increase``: of the mean loss over the dense model's, nats/token; ``excess``: over the best
-    finalist's, with the standard error of that paired difference.
+    ``increase``: of the mean loss over the dense model's, nats/token, and ``by_kind`` the same on
+    texts and on answers, where both decided; ``excess``: over the best finalist's, with the
+    standard error of that paired difference.
     """
 
     strategy: Text
     order: tuple[BlockId, ...]
     increase: float
+    by_kind: Mapping[Text, float] = {}
     excess: float
     excess_se: float | None = None
 

@@ -70,8 +70,8 @@ class Objective:
     with this ``title``. ``enough(order)`` tells a strategy that a target is reached by removing
     ``order``. ``final`` scores sets by what is wanted in the end, where that is too dear for every
     candidate; by default it is the objective itself. ``leaders`` puts sets in order by their scores
-    [sets, windows], by default by the mean. ``others`` score by something else, by its name, and
-    may suggest other sets for the final comparison.
+    [sets, windows], by default by the mean; ``kinds`` names windows of one kind. ``others`` score
+    by something else, by its name, and may suggest other sets for the final comparison.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Objective:
         self.final: Objective = self
         self.others: dict[str, Objective] = {}
         self.leaders: Callable[[Values], list[int]] = leaders
+        self.kinds: dict[str, list[int]] = {}
         self.exact, self.enough = exact, enough
         self._cache, self._kind, self._progress, self._title = cache, kind, progress, title
         self._known: dict[BlockSet, Values] = {}

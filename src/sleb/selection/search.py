@@ -281,6 +281,7 @@ class _Search:
             if split.answers:
                 most = math.inf if self.metric.answers else TEXT_TOLERANCE
                 objective.final.leaders = partial(answers_first, last, most=most)
+                objective.final.kinds = {ANSWERS: last.of(ANSWERS), "texts": last.but(ANSWERS)}
             # on a CPU a second search takes minutes, and the final comparison sees answers anyway
             fast = self.stack.input_device.type == "cuda"
             if split.answers and fast and not self.metric.answers:
@@ -323,9 +324,7 @@ def answers_first(windows: Windows, values: Values, *, most: float = TEXT_TOLERA
     """Sets, best first, by their losses [sets, windows] on texts and answers: the least loss on
     answers, of those that lose at most ``most`` nats/token more on texts than the best; then the
     others, by their loss on texts."""
-    answers = windows.of(ANSWERS)
-    others = [i for i in range(len(windows.ids)) if i not in set(answers)]
-    texts, said = values[:, others].mean(1), values[:, answers].mean(1)
+    texts, said = (values[:, rows].mean(1) for rows in (windows.but(ANSWERS), windows.of(ANSWERS)))
     near = texts <= texts.min() + most
     keys = [(0, said[i]) if near[i] else (1, texts[i]) for i in range(len(values))]
     return sorted(range(len(values)), key=lambda i: keys[i])

@@ -18,6 +18,10 @@ from sleb.selection.racing import leaders, rank, rounded
 BEAM = 4
 GREEDY_OR_WINDOW = "greedy-or-window"
 """The strategy that compares by the objective's ``final`` scores."""
+RELINKED = "between both"
+"""What a finalist is called that lies between what was found by different measures."""
+EXCHANGES = 16
+"""Of sets that take more to lead from one to the next, none are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,8 @@ def refine(objective: Objective, candidates: Sequence[int], n: int) -> SearchRes
 @STRATEGIES.register(GREEDY_OR_WINDOW)
 def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) -> SearchResult:
     """What greedy finds, or the best run of as many neighbours, by the objective and by its
-    ``others``: the one that is best by its ``final`` scores, which with this strategy are losses
-    after a repair."""
+    ``others``, or a set between these: the one that is best by its ``final`` scores, which with
+    this strategy are losses after a repair."""
     found: dict[str, SearchResult] = {}
     for name, each in {"": objective, **objective.others}.items():
         suffix = f" on {name}" if name else ""
@@ -157,21 +161,48 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
     sets = [BlockSet(f.order) for f in found.values()]
     if len(sets) == 1:
         return found["greedy"]
-    dense, *values = objective.final.scores([DENSE, *sets], "greedy or window, each repaired")
+    final, note = objective.final, "greedy or window, each repaired"
+    dense, *values = final.scores([DENSE, *sets], note)
     losses = dict(zip(found, values, strict=True))
-    names = [[*found][i] for i in objective.final.leaders(np.array(values))]
+    if objective.others and (relinked := _relinked(objective, sets)) not in sets:
+        found[RELINKED] = greedy(objective, sorted(relinked), len(relinked))
+        losses[RELINKED] = final.scores([relinked], note)[0]
+    names = [[*found][i] for i in final.leaders(np.array([losses[name] for name in found]))]
 
     def finalist(name: str) -> Finalist:
-        above = losses[name] - losses[names[0]]
+        above, increase = losses[name] - losses[names[0]], losses[name] - dense
         return Finalist(
             strategy=name,
             order=found[name].order,
-            increase=round(float((losses[name] - dense).mean()), 6),
+            increase=round(float(increase.mean()), 6),
+            by_kind={k: round(float(increase[rows].mean()), 6) for k, rows in final.kinds.items()},
             excess=round(float(above.mean()), 6),
             excess_se=rounded(standard_error(above)),
         )
 
     return replace(found[names[0]], finalists=tuple(map(finalist, names)))
+
+
+def _relinked(objective: Objective, sets: Sequence[BlockSet]) -> BlockSet:
+    """The best set on the ways from the best of ``sets`` to each of the others, by final scores: a
+    block is exchanged at a time, the best exchange first, while that helps (path relinking, Glover
+    1996). What greedy finds by one measure costs much by another, and sets between them little by
+    both."""
+    final, seen = objective.final, [*sets]
+    wanted = objective.enough(sorted(sets[0]))
+
+    def best() -> BlockSet:
+        return seen[final.leaders(final.scores(seen, "sets between these, each repaired"))[0]]
+
+    for goal in sets:
+        here = best()
+        while 0 < len(here - goal) * len(goal - here) <= EXCHANGES:
+            near = [here - {out} | {b} for out in sorted(here - goal) for b in sorted(goal - here)]
+            seen += [s for s in near if s not in seen and objective.enough(sorted(s)) >= wanted]
+            if (found := best()) == here:
+                break
+            here = found
+    return best()
 
 
 def _settled(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import exp, isfinite, nan
 from typing import Any
 
-from sleb.core.plan import Curve, FinalComparison, Plan, Point, Round, Score
+from sleb.core.plan import Curve, FinalComparison, Finalist, Plan, Point, Round, Score
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import (
     Block,
@@ -59,6 +59,13 @@ def plan_table(t: Locale, p: Plan) -> list[Item]:
 
 def _compared(t: Locale, f: FinalComparison) -> str:
     best, other = f.sets[:2]
+    if best.by_kind:
+
+        def costs(one: Finalist) -> str:
+            on = " and ".join(f"{t.nats(loss)} on {kind}" for kind, loss in one.by_kind.items())
+            return f"{one.strategy} {t.join(one.order)} costs {on}"
+
+        return f"after a quick repair {costs(best)}, {costs(other)} (nats/token)"
     doubt = "" if other.excess_se is None else f" ± {t.nats(other.excess_se)}"
     own = f", {f.self_generated} of them the model's own text" if f.self_generated else ""
     return (
@@ -111,6 +118,18 @@ def reasons(t: Locale, plan: Plan, alike: Similarity | None) -> list[Item]:
 def _finals(t: Locale, finals: FinalComparison) -> str:
     """What other set was there in the end, and why it was not taken."""
     best, other = finals.sets[:2]
+    if best.by_kind:
+        return t(
+            "why.finals_answers",
+            sets=len(finals.sets),
+            best=t.named("strategies", best.strategy),
+            other=t.named("strategies", other.strategy),
+            blocks=t.join(other.order),
+            answers=t.nats(best.by_kind["answers"]),
+            texts=t.nats(best.by_kind["texts"]),
+            answers_instead=t.nats(other.by_kind["answers"]),
+            texts_instead=t.nats(other.by_kind["texts"]),
+        )
     noise = other.excess_se is None or other.excess < 2 * other.excess_se
     return t(
         "why.finals",
