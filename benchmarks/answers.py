@@ -29,6 +29,7 @@ from texts import Texts, prepare
 
 import sleb
 from sleb.calibration.prompts import read_prompts
+from sleb.core.errors import SlebError
 from sleb.core.progress import silent
 from sleb.core.statistics import flips, proportion
 from sleb.evaluation.grading import are_right, gradable
@@ -180,12 +181,19 @@ def main() -> None:
                 asked_for = {"windows": options.windows, "length": options.length, "remove": depth}
                 asked_for |= {"keep": False, "prompts": given, "run_code": True, **common}
                 done = sleb.prune(source, out, **{**asked_for, **SYSTEMS[name]})
-                seconds = round(time.perf_counter() - start, 1)
-                add(name, out, removed=done.plan.removed, seconds=seconds)
+                more = {"removed": done.plan.removed}
+                more["seconds"] = round(time.perf_counter() - start, 1)
+                if finals := done.plan.final_comparison:
+                    more["compared"] = [f.model_dump(mode="json") for f in finals.sets]
+                add(name, out, **more)
                 if options.heal and SYSTEMS[name].get("repair", True):
                     healed = Path(place) / f"healed {name}-{depth}"
                     asked_for = {"prompts": given, "minutes": options.heal, **common}
-                    ran = sleb.heal(out, source, healed, **asked_for)
+                    try:
+                        ran = sleb.heal(out, source, healed, **asked_for)
+                    except SlebError as error:  # the other rows are worth having
+                        report["cuts"].append({"system": f"{name}, healed", "error": str(error)})
+                        continue
                     at = {"tokens": ran.tokens, "seconds": ran.seconds}
                     add(f"{name}, healed", healed, removed=done.plan.removed, **at)
 
