@@ -16,7 +16,9 @@ import pytest
 import sleb
 from hub_configs import HUB, MODELS, hub_folder
 from plan_tools import plan_of
+from sleb.runtimes import compatibility
 from sleb.runtimes.compatibility import Verdict, check_runtimes
+from sleb.runtimes.worker import Worker
 from wrappers import PUBLISHED, wrapper_folder
 
 pytestmark = pytest.mark.runtimes
@@ -63,6 +65,30 @@ def table() -> Iterator[Table]:
     if file := os.environ.get("SLEB_COMPATIBILITY"):
         head = HEAD.format(transformers=version("transformers"), **made.versions)
         Path(file).write_text(head + "\n".join(made.rows) + "\n", encoding="utf-8")
+
+
+class Resident(Worker):
+    """A child that stays: to import a runtime takes longer than all that these models do there."""
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def residents() -> Iterator[None]:
+    """One child for each interpreter, and another when that ends."""
+    kept: dict[str | None, Resident] = {}
+
+    def resident(name: str, python: str | None = None) -> Resident:
+        if python not in kept or kept[python]._child._process.poll() is not None:
+            kept[python] = Resident(name, python)
+        return kept[python]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compatibility, "Worker", resident)
+        yield
+    for child in kept.values():
+        child._child.close()
 
 
 def cells(found: Verdict) -> str:
