@@ -134,3 +134,23 @@ def add_field(writer: gguf.GGUFWriter, key: str, value) -> None:
         writer.add_float32(key, value)
     else:
         writer.add_uint32(key, value)
+
+
+def write_imatrix(path: Path, model: Path) -> Path:
+    """Importance of every matrix in the blocks of ``model``, as llama-imatrix writes it."""
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["text.txt"])
+    writer.add_uint32("imatrix.chunk_count", 4)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for tensor in gguf.GGUFReader(model).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            sums = rng.random((1, int(tensor.shape[0])), dtype=np.float32)
+            writer.add_tensor(f"{tensor.name}.in_sum2", sums)
+            writer.add_tensor(f"{tensor.name}.counts", np.full((1, 1), 4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

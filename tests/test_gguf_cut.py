@@ -13,7 +13,7 @@ import torch
 
 import sleb
 from cli_tools import tree
-from gguf_tools import GEMMA3, plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
+from gguf_tools import GEMMA3, plan_for, plan_of, readable, write_imatrix, write_tiny  # noqa: F401
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, ResourceError
 from sleb.core.plan import Plan
@@ -66,6 +66,31 @@ def test_what_stays_is_the_same_bytes_in_the_same_order(tmp_path, kind, alignmen
             parts[1] = str(new[int(parts[1])])
         expected.append((".".join(parts), tensor))
     assert list(raw(cut.out).items()) == expected
+
+
+def test_an_importance_matrix_beside_the_model_goes_along(tmp_path):
+    model = write_tiny(tmp_path / "m.gguf")
+    own = write_imatrix(tmp_path / "m-imatrix.gguf", model)
+    (tmp_path / "other").mkdir()
+    other = write_tiny(tmp_path / "other/m.gguf", blocks=9)
+    write_imatrix(tmp_path / "imatrix-of-another.gguf", other)
+    cut = cut_gguf(plan_of("llama", 8, 3, 6), model, tmp_path / "cut.gguf", other_weights=True)
+    assert cut.imatrices == (tmp_path / "cut.m-imatrix.gguf",)
+    before, after = raw(own), raw(cut.imatrices[0])
+    new = {0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 7: 5}
+    for name in raw(cut.out):
+        if name.startswith("blk.") and "norm" not in name:
+            _, block, part = name.split(".", 2)
+            (old,) = [old for old, now in new.items() if now == int(block)]
+            for kind in ("in_sum2", "counts"):
+                assert after.pop(f"{name}.{kind}") == before[f"blk.{old}.{part}.{kind}"]
+    assert after == {}
+    kept = entries(own)
+    assert {k: v for k, v in entries(cut.imatrices[0]).items() if k in kept} == kept
+    cut.out.unlink()
+    cut.plan.unlink()
+    with pytest.raises(InputError, match="imatrix"):  # what is there is not overwritten
+        cut_gguf(plan_of("llama", 8, 3), model, cut.out, other_weights=True)
 
 
 def test_every_depth_is_the_first_removals_of_the_order(tmp_path):

@@ -200,6 +200,7 @@ def _applied_facts(a: Any) -> dict[str, Any]:
     if a.gguf:
         facts |= {"plan": str(a.gguf.plan), "nbytes": a.gguf.nbytes}
         facts |= {"other_weights": a.gguf.other_weights}
+        facts |= {"imatrices": [str(path) for path in a.gguf.imatrices]}
         names = ("name", "was", "type", "error")
         facts["requantized"] = [{n: getattr(t, n) for n in names} for t in a.gguf.requantized]
     if a.repair:
@@ -223,6 +224,8 @@ def _applied_notes(a: Any, given: Given) -> Iterator[str]:
             "the plan's blocks were chosen, and their cost measured, on other weights of this "
             "model: measure this file before you ship it"
         )
+    if a.gguf.imatrices:
+        yield f"importance matrices cut along: {', '.join(map(str, a.gguf.imatrices))}"
     yield f"plan as used: {a.gguf.plan}; next: llama-cli -m {given['out']}"
 
 

@@ -6,6 +6,7 @@ fields change. Only a repair's tensors are quantized again.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.cut import Cut
-from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, recut
+from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, block_of, recut
 from sleb.checkpoints.gguf_file import (
     ARRAY,
     INT32,
@@ -30,11 +31,14 @@ from sleb.core.progress import Progress, silent
 from sleb.models.source import resolve
 from sleb.surgery.gguf_repair import Requantized, quantize_again
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CutGGUF:
     """What was written. ``nbytes``: size of the file. ``other_weights``: the plan's quality was
-    measured on other weights. ``requantized``: the repaired tensors, and what that cost."""
+    measured on other weights. ``requantized``: the repaired tensors, and what that cost.
+    ``imatrices``: the importance matrices that were cut along."""
 
     out: Path
     plan: Path
@@ -43,6 +47,7 @@ class CutGGUF:
     nbytes: int
     other_weights: bool
     requantized: tuple[Requantized, ...] = ()
+    imatrices: tuple[Path, ...] = ()
 
 
 def plan_beside(out: Path) -> Path:
@@ -67,7 +72,9 @@ def cut_gguf(
     another form of the model, such as the Hugging Face checkpoint that the file was made from: then
     type and number of blocks are compared, and that is all that a plan knows besides hashes.
     Tensors of a repair are quantized again, to the type that the tensor had if the gguf package can
-    write it, else to Q8_0. The source is only read; no tensor but the repaired is held in memory.
+    write it, else to Q8_0. Importance matrices beside ``source`` (:func:`imatrices`) are cut along:
+    from ``imatrix.gguf`` comes ``pruned.imatrix.gguf`` for ``pruned.gguf``. The source is only
+    read; no tensor but the repaired is held in memory.
 
     Raises:
         InputError: the plan is of another model, tensors of its repair lack, or ``out`` exists.
@@ -91,10 +98,15 @@ def cut_gguf(
     tensors = _renumbered(file, cut, requantized)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     enough_space(out.parent, nbytes)
-    with staged_files(beside, out, force=force) as (staged_plan, staged):
+    importance = imatrices(file)
+    along = tuple(out.with_name(f"{out.stem}.{one.path.name}") for one in importance)
+    with staged_files(beside, *along, out, force=force) as (staged_plan, *others, staged):
         with progress.stage(f"writing {out.name}", nbytes) as tick:
             values |= _provenance(file, cut.removed)
             write_gguf(file, staged, values=values, tensors=tensors, tick=tick)
+        for one, place in zip(importance, others, strict=True):
+            own, kept = _provenance(one, cut.removed), _renumbered(one, cut, ())
+            write_gguf(one, place, values=own, tensors=kept, tick=lambda _: None)
         written = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
         staged_plan.write_text(cut.used(plan).to_json(), encoding="utf-8")
         size = staged.stat().st_size
@@ -106,7 +118,37 @@ def cut_gguf(
         nbytes=size,
         other_weights=other_weights,
         requantized=requantized,
+        imatrices=along,
     )
+
+
+def imatrices(source: GGUFFile) -> list[GGUFFile]:
+    """The importance matrices (llama-imatrix, as GGUF) that lie beside a model with ``imatrix`` in
+    their names and are of it: each entry is of a matrix of the model, and has its columns.
+
+    Raises:
+        DataError: one is corrupt.
+    """
+    found = []
+    for path in sorted(source.path.parent.glob("*imatrix*.gguf")):
+        file = GGUFFile.open(path)
+        if file.value("general.type") != "imatrix":
+            continue
+        if _fits(file, source):
+            found.append(file)
+        else:
+            logger.info("not cut along: %s is of another model", path)
+    return found
+
+
+def _fits(imatrix: GGUFFile, source: GGUFFile) -> bool:
+    """Whether the entries, sums of squared inputs, are of matrices of the model's blocks."""
+    for name, info in imatrix.tensors.items():
+        matrix = source.tensors.get(name.removesuffix(".in_sum2"))
+        summed = name.endswith(".in_sum2") and block_of(name) is not None
+        if summed and (matrix is None or matrix.shape[0] != info.shape[0]):
+            return False
+    return True
 
 
 def check_gguf(
