@@ -454,6 +454,11 @@ class ApplyConfig(RepairConfig, KeepOptions):
         "Checkpoint that has the tensors of the plan's repair. Default: the plan's folder.",
         metavar="FOLDER",
     )
+    adapter: str | None = option(
+        None,
+        "LoRA adapter of MODEL, as PEFT saves it: written for the cut too, as OUT-adapter.",
+        metavar="FOLDER",
+    )
     other_weights: bool = option(
         False,
         "From GGUF to GGUF: the plan is of the same model in another form, such as the "

@@ -54,6 +54,7 @@ from sleb.evaluation.transfer import Transfer
 from sleb.formats.exports import Export, export_plan
 from sleb.formats.quantize import SCHEMES, Quantized, check_scheme, quantize
 from sleb.models.load import LoadedModel, load
+from sleb.models.source import resolve
 from sleb.pipeline import Pruned
 from sleb.project import write_project
 from sleb.record import GateResult, RunRecord
@@ -72,6 +73,7 @@ from sleb.runtimes.speculative import Drafting, draft
 from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
 from sleb.surgery import apply as cutting
 from sleb.surgery import verification
+from sleb.surgery.adapter import CutAdapter, cut_adapter
 from sleb.surgery.gates import Check
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.verification import Verification
@@ -224,7 +226,8 @@ def repair(
 @dataclass(frozen=True, kw_only=True)
 class Applied:
     """A cut that was written: a checkpoint folder, or a GGUF file and what is known of it.
-    ``fitted``: its repair was made for it, and is not the plan's."""
+    ``fitted``: its repair was made for it, and is not the plan's. ``adapter``: what was cut along,
+    into the folder that :func:`adapter_beside` names."""
 
     out: Path
     removed: tuple[int, ...]
@@ -232,6 +235,7 @@ class Applied:
     repair: RepairRecord | None = None
     fitted: bool = False
     gguf: CutGGUF | None = None
+    adapter: CutAdapter | None = None
 
     @property
     def self_generated(self) -> bool:
@@ -239,6 +243,11 @@ class Applied:
         return self.repair is not None and SELF_GENERATED in [
             source.spec for source in self.repair.calibration.sources
         ]
+
+
+def adapter_beside(out: Path) -> Path:
+    """Where the adapter of the cut ``out`` goes."""
+    return out.with_name(f"{out.name}-adapter")
 
 
 def apply(plan: Plan | str | Path, model: str | Path, out: str | Path, **options: Any) -> Path:
@@ -276,6 +285,7 @@ def applied(
     given, target = _plan(plan), Path(out)
     cut = Cut.of(given, config.depth)
     to_gguf = target.suffix == ".gguf"
+    _check_adapter(target, config)
     if to_gguf:
         _check_gguf(plan, given, model, target, config)
     elif config.other_weights:
@@ -290,7 +300,7 @@ def applied(
         cut = cut.without_repair()
     else:
         cut = _with_stored(cut, given, plan, config.repaired)
-    done = None
+    done, adapter = None, _adapter(model, cut, config, progress)
     if to_gguf:
         done = cut_gguf(
             given,
@@ -303,6 +313,8 @@ def applied(
         )
     else:
         cutting.apply(given, model, out, config.part(WriteConfig), cut=cut, progress=progress)
+    if adapter:
+        adapter.write(adapter_beside(target), target, force=config.force)
     return Applied(
         out=target,
         removed=cut.removed,
@@ -310,6 +322,7 @@ def applied(
         repair=cut.used(given).repair,
         fitted=fixed is not None,
         gguf=done,
+        adapter=adapter,
     )
 
 
@@ -344,6 +357,24 @@ def _with_stored(cut: Cut, plan: Plan, given: Plan | str | Path, repaired: str |
         return Cut.of(plan, folder=repaired or Path(str(given)).parent)
     except InputError as error:
         raise InputError(f"{error} {how}") from None
+
+
+def _check_adapter(out: Path, config: ApplyConfig) -> None:
+    """Refuse early what could not be written at the end."""
+    if config.adapter and out.suffix == ".gguf":
+        raise InputError("--adapter is for checkpoints: give -o a folder, or leave it out")
+    if config.adapter:
+        writable_target(adapter_beside(out), force=config.force)
+
+
+def _adapter(
+    model: str | Path, cut: Cut, config: ApplyConfig, progress: Progress
+) -> CutAdapter | None:
+    """The adapter that is asked for, cut along."""
+    if not config.adapter:
+        return None
+    folder, trust = resolve(model, progress).path, config.trust_remote_code
+    return cut_adapter(config.adapter, folder, cut, trust_remote_code=trust)
 
 
 def _check_gguf(

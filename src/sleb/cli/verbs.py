@@ -205,6 +205,8 @@ def _applied_facts(a: Any) -> dict[str, Any]:
         facts["requantized"] = [{n: getattr(t, n) for n in names} for t in a.gguf.requantized]
     if a.repair:
         facts["repair"] = a.repair.model_dump(mode="json")
+    if a.adapter:
+        facts["adapter"] = {"lost": a.adapter.lost, "repaired": a.adapter.repaired}
     return facts
 
 
@@ -216,6 +218,11 @@ def _applied_notes(a: Any, given: Given) -> Iterator[str]:
             "the repair was fitted on all of the given texts (blocks that are fetched when they "
             "run write none)"
         )
+    if a.adapter:
+        lost, repaired = len(a.adapter.lost), ", ".join(a.adapter.repaired)
+        yield f"{given['out']}-adapter: the adapter without {lost} modules of removed blocks"
+        if repaired:
+            yield f"it was trained beside other matrices than the repaired {repaired}: measure it"
     if not a.gguf:
         yield f"next: sleb verify {given['out']} --model {given['model']}"
         return

@@ -89,7 +89,8 @@ def _irreplaceable(out: Path, folder: bool) -> str | None:
     if not out.is_dir():
         return "is a file, not a folder"
     names = os.listdir(out)
-    if not names or ("config.json" in names and any(".safetensors" in name for name in names)):
+    configs = {"config.json", "adapter_config.json"}.intersection(names)
+    if not names or (configs and any(".safetensors" in name for name in names)):
         return None
     return "holds no checkpoint, so --force does not replace it"
 
