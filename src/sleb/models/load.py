@@ -40,6 +40,7 @@ from sleb.core.printable import printable
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.models.auto_classes import auto_class
+from sleb.models.offload import misshapen
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
 from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
@@ -261,6 +262,8 @@ def strict_model(
             weakref.finalize(model, spill.cleanup)
         if given:
             model.name_or_path = model.config.name_or_path = str(path)
+    if placed:
+        info["mismatched_keys"] = [*info.get("mismatched_keys", ()), *misshapen(model)]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         keys = (key for key in info.get(kind, ()) if not _predicts_further(key, model.config))
         if found := sorted(_key(key) for key in keys):

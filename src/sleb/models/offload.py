@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,6 +51,32 @@ def fetch(module: nn.Module, hook: Any, weights: dict[str, Tensor]) -> None:
     finally:
         hook.weights_map = own
     hook.offload = False
+
+
+def misshapen(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Of the tensors that stay in files: name, shape there and shape in ``model``, where these
+    differ. transformers compares those alone that it loads."""
+    files = Files()
+    for path, module in model.named_modules():
+        for hook in _hooks(module):
+            if getattr(hook, "offload", False):
+                for name, tensor in _fetched(module, hook):
+                    place = files.stored(hook.weights_map, name)
+                    if place is not None and place.info.shape != tensor.shape:
+                        yield f"{path}.{name}", place.info.shape, tuple(tensor.shape)
+
+
+def _fetched(module: nn.Module, hook: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a hook fetches for its module, by name."""
+    from accelerate.utils import named_module_tensors  # type: ignore[import-untyped]
+
+    found: Iterator[tuple[str, Tensor]] = named_module_tensors(
+        module,
+        include_buffers=hook.offload_buffers,
+        recurse=hook.place_submodules,
+        remove_non_persistent=True,
+    )
+    return found
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
@@ -109,16 +135,9 @@ class Reader:
             self._ahead = None
 
     def _read(self, hooks: Sequence[tuple[nn.Module, Any]]) -> tuple[Weights, list[Any]]:
-        from accelerate.utils import named_module_tensors  # type: ignore[import-untyped]
-
         began, weights, devices = time.perf_counter(), [], []
         for module, hook in hooks:
-            names = named_module_tensors(
-                module,
-                include_buffers=hook.offload_buffers,
-                recurse=hook.place_submodules,
-                remove_non_persistent=True,
-            )
+            names = [name for name, _ in _fetched(module, hook)]
             where = torch.device(hook.execution_device)
             if where.type == "cuda":
                 where = torch.device("cuda", where.index or 0)
@@ -126,9 +145,9 @@ class Reader:
                 if where not in self._streams:
                     self._streams[where] = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
                 with torch.cuda.stream(self._streams[where]):
-                    part = self._moved(hook.weights_map, [name for name, _ in names], where)
+                    part = self._moved(hook.weights_map, names, where)
             else:
-                part = {name: hook.weights_map[name] for name, _ in names}
+                part = {name: hook.weights_map[name] for name in names}
             self.nbytes += sum(tensor.nbytes for tensor in part.values())
             weights.append(part)
         copied = []
