@@ -45,6 +45,8 @@ REPAIRED = (
 COUNTS = {"tensors": 5, "gaps": 1, "gaps_total": 2, "tokens": 31_872, "validation_windows": 32}
 COUNTS |= {"status": "repaired"}
 OWN = {"self_generated": True}
+WHY = {"key": "error", "values": {"error": "too short: x"}}
+IMPOSSIBLE = {"status": "not-possible", "why": WHY}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ OWN = {"self_generated": True}
         ("", None),
         ("not asked for", {"status": "not-asked"}),
         ("no fit was better on every text", {"status": "no-gain"}),
-        ("not possible: too short: x", {"status": "not-possible", "reason": "too short: x"}),
+        ("not possible: too short: x", IMPOSSIBLE),
         (REPAIRED.format(""), COUNTS),
         (REPAIRED.format("a third of them the model's own text, "), COUNTS | OWN),
         ("something else", {"status": "repaired", "note": "something else"}),
@@ -62,6 +64,13 @@ OWN = {"self_generated": True}
 def test_the_sentence_on_the_repair_becomes_facts(note, facts):
     found = upgrade({"repair_note": note})["repair"]
     assert (found and RepairStatus(**found)) == (facts and RepairStatus(**facts))
+
+
+def test_a_repairs_message_becomes_a_finding():
+    before = {"status": "not-possible", "reason": "too short: x"}
+    assert upgrade({"schema_version": 2, "repair": before})["repair"] == IMPOSSIBLE
+    done = {"status": "repaired", "reason": ""}
+    assert upgrade({"schema_version": 2, "repair": done})["repair"]["why"] is None
 
 
 @pytest.mark.parametrize(

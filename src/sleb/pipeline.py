@@ -272,7 +272,7 @@ def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, R
     except (InputError, UnsupportedModel) as error:
         if config.repair:
             raise
-        return split, RepairStatus(status="not-possible", reason=str(error))
+        return split, RepairStatus.impossible(error)
     return split, RepairStatus(status="no-gain")
 
 
@@ -352,7 +352,7 @@ def _fitted(
     except (InputError, UnsupportedModel) as error:
         if config.repair:
             raise
-        return None, RepairStatus(status="not-possible", reason=str(error))
+        return None, RepairStatus.impossible(error)
     if not found.tensors:
         return None, RepairStatus(status="no-gain")
     seen = [source.spec for source in found.record.calibration.sources]

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import Self
 
-from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import write_text
+from sleb.core.finding import Finding, finding
 from sleb.core.progress import Progress, Tick
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
@@ -74,10 +75,10 @@ class RepairStatus:
     """What became of the repair: ``tensors`` re-fitted around ``gaps`` of ``gaps_total`` gaps, on
     ``tokens`` tokens, some of them ``self_generated`` text and ``answers`` to so many prompts,
     validated on other windows.
-    ``reason``: the message that says why it was not possible. ``note``: see EvaluationText."""
+    ``why`` it was not possible. ``note``: see EvaluationText."""
 
     status: Literal["repaired", "not-asked", "not-possible", "no-gain"]
-    reason: str = ""
+    why: Finding | None = None
     tensors: int = 0
     gaps: int = 0
     gaps_total: int = 0
@@ -86,6 +87,11 @@ class RepairStatus:
     answers: int = 0
     validation_windows: int = 0
     note: str = ""
+
+    @classmethod
+    def impossible(cls, error: Exception) -> Self:
+        """What became of a repair that ended in ``error``."""
+        return cls(status="not-possible", why=finding("error", error=str(error)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +215,7 @@ class RunRecord:
         try:
             found: Self = TypeAdapter(cls).validate_python(upgrade(given))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise InputError(f"{path} is not a run record: {where}: {first['msg']}") from None
+            raise InputError(f"{path} is not a run record: {first_mistake(error)}") from None
         return found
 
     @classmethod
@@ -305,6 +309,10 @@ def upgrade(record: Any) -> Any:
         new["evaluation_text"] = _evaluation_text(text)
         new["repair"] = _repair_status(repair) if repair else None
         changed = (*_SENTENCES, *_NAMES)
+    status = new.get("repair")
+    if isinstance(status, dict) and "reason" in status:  # a message, until there were findings
+        rest = {name: value for name, value in status.items() if name != "reason"}
+        new["repair"] = {**rest, "why": _error(status["reason"]) if status["reason"] else None}
     for section, rows, kind, change in changed:
         found = new.get(section)
         if isinstance(found, dict) and isinstance(found.get(rows), list):
@@ -324,11 +332,15 @@ def _evaluation_text(note: str) -> dict[str, Any] | None:
     return {"windows": int(found[1]), "length": int(found[3]), "source": source, "texts": texts}
 
 
+def _error(message: str) -> dict[str, Any]:
+    return {"key": "error", "values": {"error": message}}
+
+
 def _repair_status(note: str) -> dict[str, Any]:
     if note == "not asked for":
         return {"status": "not-asked"}
     if note.startswith("not possible: "):
-        return {"status": "not-possible", "reason": note.removeprefix("not possible: ")}
+        return {"status": "not-possible", "why": _error(note.removeprefix("not possible: "))}
     if note.startswith("no fit was better"):
         return {"status": "no-gain"}
     form = (

@@ -216,7 +216,8 @@ def repair_told(r: RepairStatus) -> str:
         return r.note
     if r.status != "repaired":
         words = {"not-asked": "not asked for", "no-gain": "no fit was better on every text"}
-        return words.get(r.status, f"not possible: {r.reason}")
+        why = T.said("found", r.why) if r.why else ""
+        return words.get(r.status, f"not possible: {why}")
     parts = ["given texts", *(["the model's own text"] if r.self_generated else [])]
     parts += [f"its answers to {r.answers} prompts"] if r.answers else []
     return (
