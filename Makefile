@@ -27,7 +27,7 @@ help:
 demo: $(READY) $(MODEL)
 	$(BIN)/sleb demo --model $(MODEL)
 
-PYTEST = OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST = OMP_NUM_THREADS=1 SLEB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: $(READY) $(MODEL)
 	$(PYTEST)

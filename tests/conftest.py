@@ -1,7 +1,8 @@
 """Fixtures: a tiny Llama with a byte tokenizer on disk, and the real model where make put it."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 BLOCKS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What the libraries hold by now stays: collecting garbage, as is done between two models, need
+    not walk through half a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def byte_tokenizer():
@@ -69,6 +78,28 @@ def save_tiny(path: Path, **options) -> Path:
     model.save_pretrained(path, max_shard_size=shard)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenized_once() -> Iterator[None]:
+    """A long text, such as the one that comes with sleb, is tokenized once for each tokenizer, not
+    for each command."""
+    from sleb.calibration import tokens
+
+    known: dict[tuple[str, str], list[int]] = {}
+    encode = tokens._encode
+
+    def remembered(tokenizer, text: str, **options) -> list[int]:
+        if len(text) < 2**16 or not hasattr(tokenizer, "backend_tokenizer"):
+            return encode(tokenizer, text, **options)
+        key = (tokenizer.backend_tokenizer.to_str(), text)
+        if key not in known:
+            known[key] = encode(tokenizer, text, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_encode", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

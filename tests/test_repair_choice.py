@@ -26,18 +26,13 @@ loaded = conftest.loaded_learned
 def find(loaded, learned, **options):
     return sleb.search(
         loaded,
-        remove=2,
         metric="repaired-loss",
-        **{**SMALL, "text": [str(learned / "text.txt")], **options},
+        **{**SMALL, "remove": 2, "text": [str(learned / "text.txt")], **options},
     )
 
 
-@pytest.fixture(scope="module")
-def plan(loaded, learned):
-    return find(loaded, learned)
-
-
-def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
+def test_it_is_the_loss_after_a_repair(loaded, learned):
+    plan = find(loaded, learned, remove=1)
     text = [str(learned / "text.txt")]
     split = split_of(loaded.tokenizer, text, windows=6)
     scored, fitted = split.search, split.candidate_fit(SEARCH_TOKENS)
@@ -52,7 +47,7 @@ def test_it_is_the_loss_after_a_repair(loaded, learned, plan):
     first = plan.rounds[0]
     assert {s.block: s.mean for s in first.scores} == pytest.approx(by_hand, abs=1e-4)
     assert first.removed == (min(by_hand, key=by_hand.get),)
-    plain = sleb.search(loaded, remove=2, text=text, windows=6, length=32, exact=True)
+    plain = sleb.search(loaded, remove=1, text=text, windows=6, length=32, exact=True)
     assert all(
         repaired.mean < alone.mean
         for repaired in first.scores
@@ -98,7 +93,8 @@ def test_only_the_best_by_plain_loss_are_fitted(loaded, learned, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_search_that_was_stopped_goes_on(loaded, learned, plan, monkeypatch, tmp_path):
+def test_a_search_that_was_stopped_goes_on(loaded, learned, monkeypatch, tmp_path):
+    plan = find(loaded, learned)
     calls = stopped_at(monkeypatch, 6)
     journal = tmp_path / "plan.json.journal"
     with pytest.raises(KeyboardInterrupt):

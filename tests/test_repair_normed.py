@@ -96,7 +96,7 @@ def taught(tmp_path_factory):
     model, _ = zoo.tiny("gemma3_text", vocab_size=len(tokenizer), **options)
     model.init_weights()
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    teach(model, ids, steps=200, generator=torch.Generator().manual_seed(0))
+    teach(model, ids, steps=90, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder

@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import pytest
 from rich.console import Console
-from typer.main import get_command
 
 from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_tools import (
@@ -26,7 +25,7 @@ from report_tools import (
 )
 from sleb import views
 from sleb.acceptance import LIMITS
-from sleb.cli.main import app
+from sleb.cli.main import COMMAND
 from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
@@ -204,7 +203,7 @@ def test_what_is_true_of_a_plain_cut_alone_is_not_said_of_a_repaired_one():
     ("repair", "told"),
     [
         (RepairStatus(status="not-asked"), "not asked for"),
-        (RepairStatus(status="not-possible", reason="it is packed"), "not possible: it is packed"),
+        (RepairStatus.impossible(InputError("it is packed")), "not possible: it is packed"),
         (RepairStatus(status="no-gain"), "no fit"),
         (RepairStatus(status="repaired", tensors=4, self_generated=True), "model's own text"),
         (RepairStatus(status="repaired", tensors=4), "given texts"),
@@ -350,7 +349,7 @@ def test_keys_of_the_record_have_words(words):
 @pytest.mark.parametrize("key", [*EN.tables["commands"]])
 def test_commands_on_the_page_exist(key):
     verb, *arguments = EN.raw(f"commands.{key}").removeprefix("sleb ").split()
-    command = get_command(app).commands[verb]
+    command = COMMAND.commands[verb]
     options = {o for p in command.params for o in p.opts}
     assert {a for a in arguments if a.startswith("-")} <= options
     assert EN.raw(f"commands.{key}") == JA.raw(f"commands.{key}")

@@ -36,7 +36,7 @@ def logits(model, given):
     return model(**given, use_cache=False).logits
 
 
-@pytest.mark.parametrize("hub_names", [False, True])
+@pytest.mark.parametrize("hub_names", [pytest.param(False, marks=pytest.mark.slow), True])
 @every_wrapper
 def test_the_cut_is_in_the_decoder(name, hub_names, tmp_path):
     """Two cuts one after the other, so that once the tower has as many blocks as the decoder, and
@@ -98,7 +98,7 @@ def test_with_an_image_too_bypass_is_the_cut_checkpoint(name, tmp_path):
     assert torch.equal(logits(loaded(out), given), bypassed)
 
 
-@every_wrapper
+@pytest.mark.parametrize("name", wrappers({"qwen3_vl", "mllama"}))
 def test_search_keeps_blocks_that_only_images_need(name, tmp_path):
     """The first three of Qwen3-VL get features of images, and text alone does not run through
     Llama 3.2's cross-attention."""
@@ -113,7 +113,7 @@ def test_search_keeps_blocks_that_only_images_need(name, tmp_path):
             sleb.apply(plan_of(source, 1), source, tmp_path / "cut")
 
 
-@every_wrapper
+@pytest.mark.parametrize("name", wrappers({"qwen3_vl"}))
 def test_healing_leaves_other_towers_to_the_byte(name, tmp_path):
     source = wrapper_folder(name, tmp_path / "M")
     cut = sleb.apply(plan_of(source, 3), source, tmp_path / "cut")

@@ -8,6 +8,7 @@ hub where transformers calls its modules otherwise.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +290,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK = {"gemma3", "qwen3_vl", "mllama"}
 
 
-def wrappers() -> list[Any]:
+def wrappers(quick: Collection[str] = QUICK) -> list[Any]:
     """Parameters for pytest: every wrapper, of which those that stand for a kind are quick."""
-    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WRAPPERS]
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in WRAPPERS]
 
 
 def image_inputs(name: str) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import typer
 
 from sleb import __version__
 from sleb.cli.verbs import Interrupted, register
-from sleb.core.errors import SlebError
+from sleb.core.errors import SlebError, out_of_memory
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Group, joined, reports_errors
 
@@ -63,6 +63,9 @@ def _options(
 ) -> None: ...
 
 
+COMMAND = typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code instead of raising."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; the process is ours
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["sleb", *given])
     try:
         with _terminated_as_interrupted(), joined() as here, _quiet_but_for_first(here):
-            result = app(args=given, prog_name="sleb", standalone_mode=False, obj=command)
+            result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=command)
     except SlebError as error:
         return _fail(str(error), error.exit_code)
     except Interrupted as error:
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail("interrupted; nothing was written", 130)
         if hasattr(error, "format_message"):
             return _usage(error)
-        if _is_out_of_memory(error):
+        if out_of_memory(error):
             return _fail("out of memory; try fewer or shorter windows, or --dtype bfloat16", 6)
         if isinstance(error, OSError) and error.errno:
             return _system_error(error)
@@ -101,15 +104,6 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "sleb"
     return _fail(f"{text}{'.' if text[-1].isalnum() else ''} See: {command} --help", 2)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's, an accelerator's or the CPU allocator's; torch is not imported to ask."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in said or "can't allocate memory" in said)
-    )
 
 
 def _system_error(error: OSError) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
+from functools import cache
 from math import isfinite, isnan
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup, escape
 
@@ -55,6 +56,11 @@ def _shown(value: object) -> object:
     return value
 
 
+@cache
+def _sentences(lang: str) -> dict[str, dict[str, Any]]:
+    return read_toml(Path(__file__).with_name("words") / f"{lang}.toml", "install sleb again")
+
+
 class Locale:
     """The sentences of one language, for a page (``markup``) or as plain text. Calling it gives a
     sentence by its key, ``table.name``.
@@ -66,8 +72,7 @@ class Locale:
     def __init__(self, lang: str = "en", *, markup: bool = False) -> None:
         check_language(lang)
         self.lang, self.markup = lang, markup
-        path = Path(__file__).with_name("words") / f"{lang}.toml"
-        self.tables = read_toml(path, "install sleb again")
+        self.tables = _sentences(lang)
 
     def __call__(self, key: str, **values: object) -> str:
         """A sentence; on a page with links to the glossary."""
