@@ -47,7 +47,7 @@ out = conftest.cut
 
 @pytest.fixture(scope="module")
 def compared(tiny_dir, out) -> Comparison:
-    return compare(tiny_dir, out, PROMPTS, max_new_tokens=12, **CPU)
+    return compare(tiny_dir, out, PROMPTS, new_tokens=12, **CPU)
 
 
 @pytest.fixture
@@ -132,12 +132,12 @@ def test_the_sum_is_that_of_the_pairs(compared):
 
 
 def test_a_model_agrees_with_itself_and_again(tiny_dir, out, compared):
-    same = compare(tiny_dir, tiny_dir, PROMPTS[:2], max_new_tokens=5, **CPU)
+    same = compare(tiny_dir, tiny_dir, PROMPTS[:2], new_tokens=5, **CPU)
     assert same.identical == proportion(2, 2)
     assert same.switched == proportion(0, 2)
     assert same.agreed_median == 5
     assert same.worst(3) == ()
-    again = compare(tiny_dir, out, PROMPTS, max_new_tokens=12, **CPU)
+    again = compare(tiny_dir, out, PROMPTS, new_tokens=12, **CPU)
     assert again.sha256 == compared.sha256 != same.sha256
 
     def still(pair):
@@ -159,14 +159,14 @@ def test_the_generation_config_is_kept_but_for_sampling(tiny_dir, copy, capfd, r
         "sampling", **sampling, max_length=40, eos_token_id=[2, stop], suppress_tokens=[first]
     )
     capfd.readouterr()
-    found = compare(model, tiny_dir, [PROMPTS[1]], max_new_tokens=12, **CPU).pairs[0]
+    found = compare(model, tiny_dir, [PROMPTS[1]], new_tokens=12, **CPU).pairs[0]
     assert found.dense.tokens == end
     assert found.dense.ended
     assert found.dense.text == byte_tokenizer().decode(tokens[:end], skip_special_tokens=True)
     assert not found.pruned.ended
     assert capfd.readouterr() == ("", "")
     assert not [w for w in recwarn if "generation" in str(w.message) or "sample" in str(w.message)]
-    at_the_limit = compare(model, model, [PROMPTS[1]], max_new_tokens=end, **CPU).pairs[0]
+    at_the_limit = compare(model, model, [PROMPTS[1]], new_tokens=end, **CPU).pairs[0]
     assert at_the_limit.dense.ended
 
 
@@ -175,7 +175,7 @@ def test_an_answer_of_special_tokens_is_empty_and_has_no_speed(tiny_dir, copy):
     first = greedy(tiny_dir, ids, 1)[0]
     others = [i for i in range(259) if i != 2]
     silent = copy("silent", suppress_tokens=others)
-    found = compare(tiny_dir, silent, [plain("a")], max_new_tokens=3, **CPU)
+    found = compare(tiny_dir, silent, [plain("a")], new_tokens=3, **CPU)
     pair = found.pairs[0]
     assert (pair.pruned.text, pair.pruned.tokens, pair.pruned.ended) == ("", 1, True)
     assert pair.pruned.script == ""
@@ -190,7 +190,7 @@ def test_an_answer_of_special_tokens_is_empty_and_has_no_speed(tiny_dir, copy):
 
 def test_a_chat_goes_through_the_template_with_a_generation_prompt(copy):
     model = copy("chat", TEMPLATE)
-    found = compare(model, model, [chat("hi"), plain("hi")], max_new_tokens=4, **CPU).pairs
+    found = compare(model, model, [chat("hi"), plain("hi")], new_tokens=4, **CPU).pairs
     assert [p.prompt for p in found] == ["<user>hi<assistant>", "hi"]
     ids = byte_tokenizer()("<user>hi<assistant>").input_ids
     assert found[0].dense.text == byte_tokenizer().decode(
@@ -210,7 +210,7 @@ def test_one_model_is_in_memory_at_a_time(tiny_dir, out, monkeypatch):
     gc.disable()  # a cycle that is not collected on purpose would be a chance
     try:
         monkeypatch.setattr(answers, "load", load)
-        compare(tiny_dir, out, PROMPTS[:1], max_new_tokens=2, **CPU)
+        compare(tiny_dir, out, PROMPTS[:1], new_tokens=2, **CPU)
     finally:
         gc.enable()
     assert len(seen) == 2
@@ -226,9 +226,9 @@ def test_mistakes_are_found_before_any_weights_are_loaded(tiny_dir, out, copy, t
     refused("prompt 'c' is a chat, but", tiny_dir, out, [plain("a"), chat("hi")])
     refused(r"'c' does not fit .* \(no robots\)", chats, chats, [chat("hi", role="robot")])
     with pytest.raises(AssertionError, match="weights were loaded"):
-        compare(tiny_dir, out, [plain("a" * 200)], max_new_tokens=56, **CPU)
+        compare(tiny_dir, out, [plain("a" * 200)], new_tokens=56, **CPU)
     long = [plain("a", "q"), plain("a" * 201)]
-    refused("prompt 'p' takes 201 of the 256 tokens", tiny_dir, out, long, max_new_tokens=56)
+    refused("prompt 'p' takes 201 of the 256 tokens", tiny_dir, out, long, new_tokens=56)
     refused(r"no checkpoint folder at .*none", tiny_dir, tmp_path / "none", PROMPTS)
     (tmp_path / "bare").mkdir()
     refused(r"no config\.json", tiny_dir, tmp_path / "bare", PROMPTS)
@@ -241,8 +241,8 @@ def test_mistakes_are_found_before_any_weights_are_loaded(tiny_dir, out, copy, t
     (other / "tokenizer.json").write_text(json.dumps(data))
     refused(r"different tokenizers \(of 259 and 259 tokens\)", tiny_dir, other, PROMPTS)
     bots = copy("bots", TEMPLATE.replace("assistant", "bot"))
-    refused("read prompt 'c' differently", chats, bots, [plain("a"), chat("hi")], max_new_tokens=9)
+    refused("read prompt 'c' differently", chats, bots, [plain("a"), chat("hi")], new_tokens=9)
     refused("no prompts to compare on", tiny_dir, out, ())
-    refused("--new-tokens 0", tiny_dir, out, PROMPTS, max_new_tokens=0)
+    refused("--new-tokens 0", tiny_dir, out, PROMPTS, new_tokens=0)
     refused("--device 'tpu'", tiny_dir, out, PROMPTS, device="tpu")
     refused("prompt 'p' has no tokens", tiny_dir, out, [plain("")])

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 import sleb
 from conftest import save_tiny
@@ -15,10 +14,10 @@ from sleb.acceptance import LIMITS, Gate
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import SOURCES
 from sleb.cli import verbs
-from sleb.cli.main import app, main
+from sleb.cli.main import COMMAND, main
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
-from sleb.project import Project, write_project
+from sleb.project import Project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS
 from sleb.selection.strategies import STRATEGIES
@@ -31,7 +30,7 @@ else:
 ROOT = Path(__file__).parents[1]
 GUIDE = "docs/guide.md"
 GUIDES = {"en": "docs/proof-of-concept.md", "ja": "docs/proof-of-concept.ja.md"}
-VERBS = typer.main.get_command(app).commands
+VERBS = COMMAND.commands
 guides = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 
@@ -221,7 +220,7 @@ def test_the_guides_limits_are_those_of_the_gate(guide, tmp_path):
     assert len(limits) == 11
     for table, key in limits:
         assert f"{table}.{key}" in {limit.key for limit in LIMITS}
-    write_project(tmp_path / "sleb.toml", "MODEL")
+    sleb.init(tmp_path / "sleb.toml", model="MODEL")
     written = tomllib.loads((tmp_path / "sleb.toml").read_text(encoding="utf-8"))
     row = next(line for line in prose(guide).splitlines() if "`perplexity.max_ratio`" in line)
     assert str(written["gate"]["perplexity"]["max_ratio"]) in row

@@ -17,7 +17,7 @@ from plan_tools import plan_of
 from rollback_tools import any_repair
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.formats.exports import FORMATS, export_plan
+from sleb.formats.exports import FORMATS, export
 from sleb.models.source import resolve
 from zoo import tiny
 
@@ -40,7 +40,7 @@ def gemma(tmp_path_factory) -> Path:
 
 
 def test_mergekit_takes_the_runs_of_kept_blocks(six, tiny_dir):
-    found = export_plan(six, "mergekit", model=str(tiny_dir))
+    found = export(six, "mergekit", model=str(tiny_dir))
     assert yaml.safe_load(found.text) == {
         "merge_method": "passthrough",
         "dtype": "float32",
@@ -50,7 +50,7 @@ def test_mergekit_takes_the_runs_of_kept_blocks(six, tiny_dir):
         ],
     }
     assert found.notes == ()
-    shallow = yaml.safe_load(export_plan(six, "mergekit", model=str(tiny_dir), depth=1).text)
+    shallow = yaml.safe_load(export(six, "mergekit", model=str(tiny_dir), depth=1).text)
     ranges = [s["sources"][0]["layer_range"] for s in shallow["slices"]]
     assert ranges == [[0, 3], [4, 6]]
 
@@ -61,7 +61,7 @@ def test_mergekit_gets_the_name_of_the_model_whatever_is_in_it(
 ):
     monkeypatch.chdir(tmp_path)
     Path(name).symlink_to(tiny_dir)
-    written = yaml.safe_load(export_plan(six, "mergekit", model=name).text)
+    written = yaml.safe_load(export(six, "mergekit", model=name).text)
     for part in written["slices"]:
         model = part["sources"][0]["model"]
         # mergekit splits a plain string at + (adapter) and @ (revision)
@@ -77,12 +77,12 @@ def test_mergekit_keeps_several_dtypes_by_naming_none(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
     save_file(tensors, path, {"format": "pt"})
     plan_of(tmp_path / "model", 2).save(tmp_path / "plan.json")
-    found = export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
+    found = export(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
     assert "dtype" not in yaml.safe_load(found.text)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].char()
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UnsupportedModel, match="tensors of type I8"):
-        export_plan(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
+        export(tmp_path / "plan.json", "mergekit", model=str(tmp_path / "model"))
 
 
 def test_llama_cpp_and_modelopt_get_their_arguments_and_a_warning(six, tiny_dir, gemma, capsys):
@@ -104,7 +104,7 @@ def test_llama_cpp_and_modelopt_get_their_arguments_and_a_warning(six, tiny_dir,
 
 
 def test_a_layer_map_leads_from_student_to_teacher(six):
-    found = json.loads(export_plan(six, "layer-map", model="some/model").text)
+    found = json.loads(export(six, "layer-map", model="some/model").text)
     assert found["student_to_teacher"] == [0, 4, 5]
     assert found["teacher_output"] == [3, 4, 5]  # behind block 0 the student is behind the gap
     assert found["gaps"] == [
@@ -117,7 +117,7 @@ def test_a_layer_map_leads_from_student_to_teacher(six):
 def test_a_layer_map_of_the_ends_and_of_the_tensors(tiny_dir, tmp_path):
     plan = plan_of(tiny_dir, 0, 5, 2)
     plan.save(tmp_path / "plan.json")
-    found = json.loads(export_plan(tmp_path / "plan.json", "layer-map").text)
+    found = json.loads(export(tmp_path / "plan.json", "layer-map").text)
     assert found["gaps"] == [
         {"removed": [0], "student_block_before": None, "student_block_behind": 0},
         {"removed": [2], "student_block_before": 0, "student_block_behind": 1},
@@ -135,7 +135,7 @@ def test_a_layer_map_of_the_ends_and_of_the_tensors(tiny_dir, tmp_path):
 def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, tmp_path, capsys):
     out = sleb.apply(tiny_plan, tiny_dir, tmp_path / "out it's")
     plan = out / "plan.json"
-    lines = export_plan(plan, "vllm-args", model="some/dense").text.splitlines()
+    lines = export(plan, "vllm-args", model="some/dense").text.splitlines()
     pruned, draft = (shlex.split(line) for line in lines if not line.startswith("#"))
     args = ["--dtype", "float32", "--max-model-len", "256"]
     assert pruned == ["vllm", "serve", str(out), *args]
@@ -144,18 +144,18 @@ def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, t
     assert draft[7] == "--speculative-config"
     assert json.loads(draft[8])["model"] == str(out)
     assert json.loads(draft[8])["method"] == "draft_model"
-    alone = export_plan(plan, "vllm-args")
+    alone = export(plan, "vllm-args")
     assert alone.text.count("vllm serve") == 1
     assert "--model" in alone.notes[0]
     with pytest.raises(InputError, match="--depth makes another checkpoint"):
-        export_plan(plan, "vllm-args", depth=1)
+        export(plan, "vllm-args", depth=1)
 
 
 def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):
     repair = any_repair(tiny_dir, (3,), "model.layers.4.mlp.down_proj.weight").record
     plan_of(tiny_dir, 3).model_copy(update={"repair": repair}).save(tmp_path / "plan.json")
     for form in ("mergekit", "llama-cpp", "modelopt-list"):
-        notes = export_plan(tmp_path / "plan.json", form, model=str(tiny_dir)).notes
+        notes = export(tmp_path / "plan.json", form, model=str(tiny_dir)).notes
         assert any("repair (1 matrices) is not part of this" in note for note in notes)
 
 
@@ -163,7 +163,7 @@ def test_a_file_is_written_whole_and_not_over_another(six, tiny_dir, tmp_path, c
     out = tmp_path / "sub" / "merge.yml"
     words = ["export", six, "--as", "mergekit", "--model", tiny_dir, "-o", out]
     assert (run(capsys, *words).code, run(capsys, *words, "--force").code) == (0, 0)
-    assert out.read_text() == export_plan(six, "mergekit", model=str(tiny_dir)).text
+    assert out.read_text() == export(six, "mergekit", model=str(tiny_dir)).text
     assert "exists" in refused(capsys, 2, *words)
 
 
@@ -183,13 +183,13 @@ def test_mistakes(six, capsys, words, said):
 
 def test_plans_that_do_not_fit(gemma, tiny_dir, tmp_path):
     with pytest.raises(UnsupportedModel, match="`layer_types`"):
-        export_plan(gemma / "plan.json", "mergekit", model=str(gemma / "model"))
+        export(gemma / "plan.json", "mergekit", model=str(gemma / "model"))
     with pytest.raises(InputError, match=r"a gemma3_text of 8 blocks, and .* is a llama of 6"):
-        export_plan(gemma / "plan.json", "mergekit", model=str(tiny_dir))
+        export(gemma / "plan.json", "mergekit", model=str(tiny_dir))
     plan_of(tiny_dir).save(tmp_path / "plan.json")
     for form in FORMATS:
         with pytest.raises(InputError, match="removes no block"):
-            export_plan(tmp_path / "plan.json", form, model=str(tiny_dir))
+            export(tmp_path / "plan.json", form, model=str(tiny_dir))
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def equal_to_ours(python, source: Path, order: tuple[int, ...], n: int, folder: 
     """mergekit's result of a plan holds the tensors of `sleb apply`, and its depth; how many."""
     plan = plan_of(source, *order)
     plan.save(folder / "plan.json")
-    written = export_plan(folder / "plan.json", "mergekit", model=str(source))
+    written = export(folder / "plan.json", "mergekit", model=str(source))
     made = sleb.apply(plan, source, folder / "ours"), mergekit(python, written.text, folder)
     ours, theirs = map(Checkpoint.open, made)
     a, b = (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb.calibration.overlap import RUN, repeated, shared_with
+from sleb.calibration.overlap import RUN, shared_with
 
 
 def distinct(rows: int, width: int) -> torch.Tensor:
@@ -26,18 +26,9 @@ def test_a_run_that_both_have_is_found_wherever_it_is(row, start, to, length):
     length = min(length, 64 - start, 64 - to)
     ours[row, to : to + length] = others[2, start : start + length]
     assert shared_with(ours, others) == ([row] if length >= RUN else [])
-    assert repeated(ours) == []
-
-
-def test_text_that_repeats_itself_is_found():
-    ids = distinct(4, 64)
-    assert repeated(ids) == []
-    ids[2, RUN : 2 * RUN] = ids[2, :RUN]
-    ids[3, 5 : 5 + RUN] = ids[0, 10 : 10 + RUN]
-    assert repeated(ids) == [2, 3]
 
 
 @pytest.mark.parametrize("width", [1, RUN - 1])
 def test_windows_shorter_than_a_run_share_none(width):
     ids = torch.zeros((3, width), dtype=torch.int64)
-    assert repeated(ids) == shared_with(ids, ids) == []
+    assert shared_with(ids, ids) == []

@@ -15,7 +15,6 @@ import torch
 import sleb
 from conftest import byte_tokenizer, tiny_llama
 from sleb.core.errors import InputError
-from sleb.evaluation import lm_eval as harness_module
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import run_tasks
 from sleb.surgery.apply import apply
@@ -40,7 +39,7 @@ def taught_dir(tmp_path_factory):
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
-    for _ in range(250):
+    for _ in range(120):
         loss = model(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -84,6 +83,12 @@ def chosen(n=40):
 def written():
     for thing, colour in PAIRS:
         yield {"question": f"{thing}?", "answer": [f" {colour.upper()}. ", "none"]}
+
+
+def harness_of(model):
+    from sleb.evaluation.lm_eval import Harness  # here, since importing it takes seconds
+
+    return Harness(model, batch=2, progress=sleb.core.progress.silent)
 
 
 @torch.inference_mode()
@@ -149,7 +154,7 @@ def test_a_prompt_is_read_word_for_word(taught, tmp_path):
         }
         for i, row in enumerate(asked)
     ]
-    harness = harness_module.Harness(taught, batch=None, progress=sleb.core.progress.silent)
+    harness = harness_of(taught)
 
     def requests(name, rows):
         asked = read_questions(write(tmp_path / f"{name}.jsonl", rows))
@@ -272,8 +277,7 @@ def test_scores_that_are_not_just_right_or_wrong_have_no_flips(taught, folder):
 
 def test_a_limit_draws_the_same_items_for_both_models(taught, folder):
     def items(limit, seed):
-        one = harness_module.Harness(taught, batch=2, progress=sleb.core.progress.silent)
-        (task,) = one.load([], ["colours"], folder, limit=limit, seed=seed)
+        (task,) = harness_of(taught).load([], ["colours"], folder, limit=limit, seed=seed)
         return task.picked
 
     assert items(10, 0) == items(10, 0) != items(10, 1)
@@ -333,7 +337,7 @@ def test_a_group_gives_a_result_for_each_task(taught, folder, monkeypatch):
     text = (folder / "colours.yaml").read_text()
     (folder / "more.yaml").write_text(text.replace("task: colours", "task: more"))
     (folder / "group.yaml").write_text("group: all\ntask: [colours, more]\n")
-    monkeypatch.setattr(harness_module, "TaskManager", _without_the_harness_own)
+    monkeypatch.setattr("sleb.evaluation.lm_eval.TaskManager", _without_the_harness_own)
     found = run_tasks(taught, task=["all"], tasks_folder=str(folder), limit=2)
     assert [r.name for r in found] == ["colours", "more"]
     with pytest.raises(InputError, match="leave one out"):

@@ -8,7 +8,6 @@ import torch
 
 from cli_tools import refused, run
 from sleb.core.errors import DataError, InputError, ResourceError
-from sleb.evaluation import lm_eval as harness_module
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import check_tasks, run_tasks
 
@@ -112,8 +111,7 @@ def folder(tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr(
-        harness_module,
-        "TaskManager",
+        "sleb.evaluation.lm_eval.TaskManager",
         lambda include_path, include_defaults: TaskManager(
             include_path=include_path, include_defaults=False
         ),
@@ -190,7 +188,7 @@ def test_an_item_that_is_too_long_is_refused_before_any_is_scored(loaded, monkey
     assert run_tasks(loaded, task=[write("fits.jsonl", fits)])[0].items == 1
     say = {**SAY, "question": "x" * (256 - frame - 10)}
     assert run_tasks(loaded, task=[write("say.jsonl", say)])[0].items == 1
-    monkeypatch.setattr(harness_module, "evaluate", scored)
+    monkeypatch.setattr("sleb.evaluation.lm_eval.evaluate", scored)
     long = write("long.jsonl", *[GOOD] * 4, {**fits, "question": fits["question"] + "x"})
     with pytest.raises(InputError, match=r"'long', line 5 takes 257 tokens .* reads 256; shorten"):
         run_tasks(loaded, task=["fits.jsonl", long])

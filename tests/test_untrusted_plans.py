@@ -11,7 +11,7 @@ from fuzz_tools import changed
 from plan_tools import minimal
 from sleb.core.errors import InputError, SlebError
 from sleb.core.plan import MAX_BYTES, Plan
-from sleb.formats.exports import FORMATS, export_plan
+from sleb.formats.exports import FORMATS, export
 
 
 def attempt(path) -> None:
@@ -20,7 +20,7 @@ def attempt(path) -> None:
     try:
         plan = Plan.load(path)
         for form in sorted({*FORMATS} - {"mergekit"}):
-            export_plan(path, form)
+            export(path, form)
     except SlebError as error:
         said = str(error)
     else:
@@ -83,5 +83,5 @@ def test_the_largest_plan_is_exported_quickly(tmp_path):
     path.write_text(json.dumps(minimal(model=model, order=order, removed=order)))
     before = time.process_time()
     for form in ("llama-cpp", "modelopt-list", "layer-map"):
-        export_plan(path, form)
+        export(path, form)
     assert time.process_time() - before < 1

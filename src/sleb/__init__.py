@@ -9,187 +9,104 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sleb.calibration.windows import Windows, load_windows
+if TYPE_CHECKING:  # "as": type checkers know what is public by it
+    # isort: off
+    from sleb.calibration.windows import Windows as Windows, load_windows as load_windows
     from sleb.config import (
-        ApplyConfig,
-        BenchConfig,
-        CompareConfig,
-        EvalConfig,
-        ExportConfig,
-        HealConfig,
-        PruneConfig,
-        PushConfig,
-        QuantizeConfig,
-        RepairConfig,
-        RestoreConfig,
-        SearchConfig,
-        SimilarityConfig,
-        TransferConfig,
-        VerifyConfig,
+        ApplyConfig as ApplyConfig,
+        BenchConfig as BenchConfig,
+        CompareConfig as CompareConfig,
+        EvalConfig as EvalConfig,
+        ExportConfig as ExportConfig,
+        HealConfig as HealConfig,
+        PruneConfig as PruneConfig,
+        PushConfig as PushConfig,
+        QuantizeConfig as QuantizeConfig,
+        RepairConfig as RepairConfig,
+        RestoreConfig as RestoreConfig,
+        SearchConfig as SearchConfig,
+        SimilarityConfig as SimilarityConfig,
+        TransferConfig as TransferConfig,
+        VerifyConfig as VerifyConfig,
     )
     from sleb.core.errors import (
-        DataError,
-        InputError,
-        ResourceError,
-        SlebError,
-        UnsupportedModel,
-        VerificationFailed,
+        DataError as DataError,
+        InputError as InputError,
+        ResourceError as ResourceError,
+        SlebError as SlebError,
+        UnsupportedModel as UnsupportedModel,
+        VerificationFailed as VerificationFailed,
     )
-    from sleb.core.plan import Plan
-    from sleb.distillation import heal
-    from sleb.evaluation.perplexity import Evaluation
-    from sleb.formats.hub import push
-    from sleb.formats.quantize import quantize
-    from sleb.models.describe import Description, describe
-    from sleb.models.load import LoadedModel, load
-    from sleb.models.stack import bypassed
-    from sleb.pipeline import Pruned
-    from sleb.project import Project, run
-    from sleb.record import RunRecord
-    from sleb.repairs import Repair
-    from sleb.selection.similarity import Similarity, measure_similarity
-    from sleb.surgery.restore import Restored, restore
-    from sleb.surgery.verification import Verification
+    from sleb.core.plan import Plan as Plan
+    from sleb.distillation import heal as heal
+    from sleb.evaluation.answers import compare as compare
+    from sleb.evaluation.perplexity import Evaluation as Evaluation
+    from sleb.formats.exports import export as export
+    from sleb.formats.hub import push as push
+    from sleb.formats.quantize import quantize as quantize
+    from sleb.models.describe import Description as Description, describe as describe
+    from sleb.models.load import LoadedModel as LoadedModel, load as load
+    from sleb.models.stack import bypassed as bypassed
+    from sleb.pipeline import Pruned as Pruned
+    from sleb.project import Project as Project, init as init, run as run
+    from sleb.record import RunRecord as RunRecord
+    from sleb.repairs import Repair as Repair
+    from sleb.selection.similarity import (
+        Similarity as Similarity,
+        measure_similarity as measure_similarity,
+    )
+    from sleb.surgery.restore import Restored as Restored, restore as restore
+    from sleb.surgery.verification import Verification as Verification
     from sleb.verbs import (
-        Verified,
-        apply,
-        bench,
-        compare,
-        evaluate,
-        export,
-        init,
-        prune,
-        repair,
-        report,
-        search,
-        similarity,
-        transfer,
-        verify,
+        Verified as Verified,
+        apply as apply,
+        bench as bench,
+        evaluate as evaluate,
+        prune as prune,
+        repair as repair,
+        report as report,
+        search as search,
+        similarity as similarity,
+        transfer as transfer,
+        verify as verify,
     )
+    # isort: on
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "ApplyConfig": "config",
-    "BenchConfig": "config",
-    "CompareConfig": "config",
-    "DataError": "core.errors",
-    "Description": "models.describe",
-    "EvalConfig": "config",
-    "Evaluation": "evaluation.perplexity",
-    "ExportConfig": "config",
-    "HealConfig": "config",
-    "InputError": "core.errors",
-    "LoadedModel": "models.load",
-    "Plan": "core.plan",
-    "Project": "project",
-    "PruneConfig": "config",
-    "Pruned": "pipeline",
-    "PushConfig": "config",
-    "QuantizeConfig": "config",
-    "Repair": "repairs",
-    "RepairConfig": "config",
-    "ResourceError": "core.errors",
-    "RestoreConfig": "config",
-    "Restored": "surgery.restore",
-    "RunRecord": "record",
-    "SearchConfig": "config",
-    "Similarity": "selection.similarity",
-    "SimilarityConfig": "config",
-    "SlebError": "core.errors",
-    "TransferConfig": "config",
-    "UnsupportedModel": "core.errors",
-    "Verification": "surgery.verification",
-    "VerificationFailed": "core.errors",
-    "Verified": "verbs",
-    "VerifyConfig": "config",
-    "Windows": "calibration.windows",
-    "apply": "verbs",
-    "bench": "verbs",
-    "bypassed": "models.stack",
-    "compare": "verbs",
-    "describe": "models.describe",
-    "evaluate": "verbs",
-    "export": "verbs",
-    "heal": "distillation",
-    "init": "verbs",
-    "load": "models.load",
-    "load_windows": "calibration.windows",
-    "measure_similarity": "selection.similarity",
-    "prune": "verbs",
-    "push": "formats.hub",
-    "quantize": "formats.quantize",
-    "repair": "verbs",
-    "report": "verbs",
-    "restore": "surgery.restore",
-    "run": "project",
-    "search": "verbs",
-    "similarity": "verbs",
-    "transfer": "verbs",
-    "verify": "verbs",
+_NAMES = {
+    "calibration.windows": "Windows load_windows",
+    "config": (
+        "ApplyConfig BenchConfig CompareConfig EvalConfig ExportConfig HealConfig "
+        "PruneConfig PushConfig QuantizeConfig RepairConfig RestoreConfig SearchConfig "
+        "SimilarityConfig TransferConfig VerifyConfig"
+    ),
+    "core.errors": (
+        "DataError InputError ResourceError SlebError UnsupportedModel VerificationFailed"
+    ),
+    "core.plan": "Plan",
+    "distillation": "heal",
+    "evaluation.answers": "compare",
+    "evaluation.perplexity": "Evaluation",
+    "formats.exports": "export",
+    "formats.hub": "push",
+    "formats.quantize": "quantize",
+    "models.describe": "Description describe",
+    "models.load": "LoadedModel load",
+    "models.stack": "bypassed",
+    "pipeline": "Pruned",
+    "project": "Project init run",
+    "record": "RunRecord",
+    "repairs": "Repair",
+    "selection.similarity": "Similarity measure_similarity",
+    "surgery.restore": "Restored restore",
+    "surgery.verification": "Verification",
+    "verbs": "Verified apply bench evaluate prune repair report search similarity transfer verify",
 }
+"""Public names, by the module that has them."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-# spelled out, since type checkers do not compute it
-__all__ = [
-    "ApplyConfig",
-    "BenchConfig",
-    "CompareConfig",
-    "DataError",
-    "Description",
-    "EvalConfig",
-    "Evaluation",
-    "ExportConfig",
-    "HealConfig",
-    "InputError",
-    "LoadedModel",
-    "Plan",
-    "Project",
-    "PruneConfig",
-    "Pruned",
-    "PushConfig",
-    "QuantizeConfig",
-    "Repair",
-    "RepairConfig",
-    "ResourceError",
-    "RestoreConfig",
-    "Restored",
-    "RunRecord",
-    "SearchConfig",
-    "Similarity",
-    "SimilarityConfig",
-    "SlebError",
-    "TransferConfig",
-    "UnsupportedModel",
-    "Verification",
-    "VerificationFailed",
-    "Verified",
-    "VerifyConfig",
-    "Windows",
-    "apply",
-    "bench",
-    "bypassed",
-    "compare",
-    "describe",
-    "evaluate",
-    "export",
-    "heal",
-    "init",
-    "load",
-    "load_windows",
-    "measure_similarity",
-    "prune",
-    "push",
-    "quantize",
-    "repair",
-    "report",
-    "restore",
-    "run",
-    "search",
-    "similarity",
-    "transfer",
-    "verify",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

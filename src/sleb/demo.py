@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -50,21 +51,22 @@ def demo(
         raise InputError(f"no model at {model}: run `make demo`, or give one with --model")
     if out.exists() and not (out / "run.json").is_file():
         raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
-    options = ["--remove", "20%", "--windows", str(WINDOWS), "--length", str(LENGTH)]
-    options += ["--repair-tokens", str(REPAIR)]
-    options += ["--max-prompts", str(PROMPTS), "--new-tokens", str(ANSWER)]
+    options: dict[str, Any] = {
+        "remove": "20%",
+        "windows": WINDOWS,
+        "length": LENGTH,
+        "repair_tokens": REPAIR,
+        "max_prompts": PROMPTS,
+        "new_tokens": ANSWER,
+    }
+    flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     done = prune(
         model,
         out,
-        remove="20%",
-        windows=WINDOWS,
-        length=LENGTH,
+        **options,
         heldout=HELDOUT,
-        repair_tokens=REPAIR,
-        max_prompts=PROMPTS,
-        new_tokens=ANSWER,
         force=True,
-        command=shlex.join(["sleb", "prune", model, *options, "-o", str(out)]),
+        command=shlex.join(["sleb", "prune", model, *flags, "-o", str(out)]),
         progress=progress,
     )
     original, pruned = load(model, progress=progress), load(out, progress=progress)

@@ -30,12 +30,14 @@ from sleb.config import (
     EvalConfig,
     LoadOptions,
     Options,
+    OutputOptions,
     PruneConfig,
     TransferConfig,
     like,
+    takes,
 )
 from sleb.core.errors import InputError
-from sleb.core.files import file_sha256, write_text
+from sleb.core.files import file_sha256, writable_target, write_text
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.toml import read_toml
@@ -58,6 +60,7 @@ _ELSEWHERE = {
     "force": "give it to sleb run",
 }
 """Options of `sleb prune` that do not stand in [search], and why."""
+_OUTPUT = OutputOptions()
 
 
 class Measure(Options):
@@ -189,10 +192,23 @@ def _options(loading: dict[str, Any], search: dict[str, Any], where: str) -> Pru
     return above.replaced(search, f"{where}[search] ")
 
 
-def write_project(out: Path, model: str) -> None:
-    """Write a commented sleb.toml for ``model``."""
+@takes(OutputOptions)
+def init(
+    out: str | Path = "sleb.toml",
+    config: OutputOptions = _OUTPUT,
+    *,
+    model: str = "./model",
+) -> Path:
+    """Write a commented project file for :func:`run`, and give ``out`` back.
+
+    Raises:
+        InputError: it exists, or cannot be written.
+    """
+    out = Path(out)
+    writable_target(out, force=config.force, folder=False)
     text = files("sleb.data").joinpath("sleb.toml").read_text(encoding="utf-8")
     write_text(out, text.replace("MODEL", json.dumps(model, ensure_ascii=False)))
+    return out
 
 
 def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -> RunRecord:
@@ -337,8 +353,8 @@ class _Session:
         return compare(
             project.source,
             project.target,
-            read_prompts(project.beside(measure.prompts)),
-            max_new_tokens=measure.new_tokens,
+            project.beside(measure.prompts),
+            new_tokens=measure.new_tokens,
             **dict(project.search.part(DeviceOptions)),
             progress=self.progress,
         )

@@ -6,7 +6,7 @@ The options of a verb are keywords, by the names in :mod:`sleb.config`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
 from sleb.calibration.answers import prompts_of
-from sleb.calibration.prompts import Prompt, read_prompts
+from sleb.calibration.prompts import read_prompts
 from sleb.calibration.split import SELF_GENERATED
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
@@ -24,9 +24,8 @@ from sleb.checkpoints.cut import Cut
 from sleb.config import (
     ApplyConfig,
     BenchConfig,
-    CompareConfig,
+    CheckOptions,
     EvalConfig,
-    ExportConfig,
     LoadOptions,
     Options,
     OutputOptions,
@@ -40,23 +39,20 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError, SlebError
-from sleb.core.files import writable_target, write_text
+from sleb.core.files import writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
-from sleb.evaluation import answers, perplexity
+from sleb.evaluation import perplexity
 from sleb.evaluation import transfer as transfers
 from sleb.evaluation.agreement import AnswersKept, measure_answers
-from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer
-from sleb.formats.exports import Export, export_plan
-from sleb.formats.quantize import SCHEMES, Quantized, check_scheme, quantize
+from sleb.formats import quantize as rounding
 from sleb.models.load import LoadedModel, load
 from sleb.models.source import resolve
 from sleb.pipeline import Pruned
-from sleb.project import write_project
 from sleb.record import GateResult, RunRecord
 from sleb.repairs import Repair, fit_repair, stored_repair
 from sleb.repairs import search as searching
@@ -160,13 +156,15 @@ def transfer(
 # --- cutting -----------------------------------------------------------------------------------
 
 
+@takes(PruneConfig)
 def prune(
     model: str | Path,
     out: str | Path,
-    *config: PruneConfig,
+    config: PruneConfig,
+    *,
     quantize: str | None = None,
+    command: str = "sleb.prune",
     progress: Progress = silent,
-    **options: Any,
 ) -> Pruned:
     """As :func:`sleb.pipeline.prune`; with ``quantize`` also write OUT-SCHEME, calibrated on the
     windows that the search saw.
@@ -175,31 +173,19 @@ def prune(
         VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
             :func:`sleb.quantize`; OUT is written by then, and the message says so.
     """
-    if quantize is None:
-        return pipeline.prune(model, out, *config, progress=progress, **options)
     beside = Path(out).with_name(f"{Path(out).name}-{quantize}")
-    asked = PruneConfig.of({**(dict(config[0]) if config else {}), **_only(PruneConfig, options)})
-    check_scheme(quantize)
-    writable_target(beside, force=asked.force)
-    done = pipeline.prune(model, out, *config, progress=progress, **options)
-    if not leave_group():
+    if quantize is not None:
+        rounding.check_scheme(quantize)
+        writable_target(beside, force=config.force)
+    done = pipeline.prune(model, out, config, command=command, progress=progress)
+    if quantize is None or not leave_group():
         return done
+    text = config.text if rounding.SCHEMES[quantize].calibrated else ()
+    given = config.part(QuantizeConfig).replaced({"scheme": quantize, "text": text})
     try:
-        return replace(done, quantized=_quantized(out, beside, quantize, asked, progress))
+        return replace(done, quantized=rounding.quantize(out, beside, given, progress=progress))
     except SlebError as error:
         raise type(error)(f"{out} is written, but not quantized: {error}") from error
-
-
-def _quantized(
-    out: str | Path, beside: Path, scheme: str, asked: PruneConfig, progress: Progress
-) -> Quantized:
-    text = asked.text if SCHEMES[scheme].calibrated else ()
-    config = asked.part(QuantizeConfig).replaced({"scheme": scheme, "text": text})
-    return quantize(out, beside, config, progress=progress)
-
-
-def _only(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in kind.model_fields}
 
 
 @takes(RepairConfig)
@@ -396,36 +382,6 @@ def _check_gguf(
     check_gguf(plan, model, out, removed=removed, force=config.force)
 
 
-@takes(ExportConfig)
-def export(
-    plan: str | Path,
-    form: str,
-    config: ExportConfig,
-    *,
-    model: str | None = None,
-    out: str | Path | None = None,
-    progress: Progress = silent,
-) -> Export:
-    """A plan in the words of another tool, also written to ``out`` if that is given.
-
-    Raises:
-        InputError, UnsupportedModel: see :func:`sleb.formats.exports.export_plan`.
-    """
-    if out:
-        writable_target(Path(out), force=config.force, folder=False)
-    done = export_plan(
-        plan,
-        form,
-        model=model,
-        depth=config.depth,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-    )
-    if out:
-        write_text(Path(out), done.text)
-    return done
-
-
 # --- measuring ---------------------------------------------------------------------------------
 
 
@@ -509,25 +465,19 @@ def verify(
     beside = plan_of(out, running=bool(tried))  # refuses what there is nothing to check of
     used = _plan(beside if plan is None else plan)
     judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
-    shared: dict[str, Any] = {
-        "model": model,
-        "plan": used,
-        "depth": config.depth,
-        "device": config.device,
-        "trust_remote_code": config.trust_remote_code,
-        "progress": progress,
-    }
+    checked, shared = config.part(CheckOptions), {"model": model, "plan": used}
     found = None
     if Path(out).is_dir():
-        found = verification.verify(out, dtype=config.dtype, stream=config.stream, **shared)
+        found = verification.verify(out, checked, **shared, progress=progress)
     ran = None
     if tried and (found is None or found.passed):
         ran = check_runtimes(
             out,
+            checked.replaced({"dtype": config.runtime_dtype or config.dtype}),
+            **shared,
             runtimes=tried,
             pythons=interpreters,
-            dtype=config.runtime_dtype or config.dtype,
-            **shared,
+            progress=progress,
         )
     record = Path(out) if (Path(out) / "run.json").is_file() else None
     return Verified(verification=found, runtimes=ran, gate=judged, record=record)
@@ -596,33 +546,6 @@ def evaluate(
     )
 
 
-@takes(CompareConfig)
-def compare(
-    model: str | Path,
-    out: str | Path,
-    prompts: str | Path | Sequence[Prompt],
-    config: CompareConfig,
-    *,
-    progress: Progress = silent,
-) -> Comparison:
-    """The answers of ``model`` and of ``out`` to ``prompts``, a file of them or read before.
-
-    Raises:
-        InputError, UnsupportedModel, DataError, ResourceError: see
-            :func:`sleb.evaluation.answers.compare`.
-    """
-    return answers.compare(
-        model,
-        out,
-        read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts,
-        max_new_tokens=config.new_tokens,
-        device=config.device,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-    )
-
-
 @takes(BenchConfig)
 def bench(
     model: str | Path,
@@ -638,46 +561,15 @@ def bench(
         InputError, UnsupportedModel, DataError, ResourceError: see
             :func:`sleb.runtimes.bench.bench` and :func:`sleb.runtimes.speculative.draft`.
     """
-    shared: dict[str, Any] = {
-        "runs": config.runs,
-        "device": config.device,
-        "dtype": config.dtype,
-        "threads": config.threads,
-        "trust_remote_code": config.trust_remote_code,
-        "progress": progress,
-    }
-    if not config.draft:
-        if prompts:
-            raise InputError("--prompts is for --draft; give that too, or leave it out")
-        return time_models(model, outs or (), quick=config.quick, **shared)
-    return draft(
-        model,
-        outs or (),
-        read_prompts(prompts) if prompts else (),
-        draft_tokens=config.draft_tokens,
-        new_tokens=16 if config.quick else 64,
-        **shared,
-    )
+    if config.draft:
+        asked = read_prompts(prompts) if prompts else ()
+        return draft(model, outs or (), asked, config, progress=progress)
+    if prompts:
+        raise InputError("--prompts is for --draft; give that too, or leave it out")
+    return time_models(model, outs or (), config, progress=progress)
 
 
 # --- a project ---------------------------------------------------------------------------------
-
-
-@takes(OutputOptions)
-def init(
-    out: str | Path = "sleb.toml",
-    config: OutputOptions = _OUTPUT,
-    *,
-    model: str = "./model",
-) -> Path:
-    """Write a commented project file for :func:`sleb.run`.
-
-    Raises:
-        InputError: it exists, or cannot be written.
-    """
-    writable_target(Path(out), force=config.force, folder=False)
-    write_project(Path(out), model)
-    return Path(out)
 
 
 @takes(OutputOptions)

@@ -17,21 +17,6 @@ def shared_with(windows: Tensor, others: Tensor, run: int = RUN) -> list[int]:
     return [row for row, runs in enumerate(_runs(windows, run)) if np.isin(runs, known).any()]
 
 
-def repeated(windows: Tensor, run: int = RUN) -> list[int]:
-    """The rows of ``windows`` [N, T] with a run of tokens that comes twice: in the same row without
-    overlap, or in an earlier one."""
-    found = _runs(windows, run)
-    first: dict[int, tuple[int, int]] = {}
-    rows = []
-    for row, values in enumerate(found.tolist()):
-        for at, value in enumerate(values):
-            before = first.setdefault(value, (row, at))
-            if before[0] < row or at - before[1] >= run:
-                rows.append(row)
-                break
-    return rows
-
-
 def _runs(windows: Tensor, run: int) -> NDArray[np.uint64]:
     """A hash of every ``run`` tokens in a row, [N, T - run + 1]; empty if rows are shorter."""
     ids = windows.numpy().astype(np.uint64)

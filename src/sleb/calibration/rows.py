@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from sleb.core.errors import DataError, InputError, did_you_mean
+from sleb.core.errors import DataError, InputError, did_you_mean, said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -264,7 +264,7 @@ def render(
             f"{where} is a chat, but the model's tokenizer has no chat template; "
             "give rows of plain text"
         )
-    said = [turn["content"].strip() for turn in row.messages if turn["content"].strip()]
+    spoken = [turn["content"].strip() for turn in row.messages if turn["content"].strip()]
     silent, wrong = None, None
     for parts, encoded in itertools.product((False, True), repeat=2):
         turns = [_formed(turn, parts, encoded) for turn in row.messages]
@@ -280,14 +280,14 @@ def render(
         except Exception as error:  # a template is the checkpoint's own code
             wrong = wrong or error
             continue
-        if not said or any(words in text for words in said):
+        if not spoken or any(words in text for words in spoken):
             return text
         silent = text if silent is None else silent
     if silent is not None:
         return silent
     assert wrong is not None
     raise InputError(
-        f"{where} does not fit the tokenizer's chat template ({first_line(wrong)[:200]}); "
+        f"{where} does not fit the tokenizer's chat template ({said(wrong)[:200]}); "
         "change its messages or remove it"
     ) from wrong
 
@@ -331,7 +331,7 @@ def file_rows(location: str) -> Iterator[tuple[Any, str]]:
             yield from (_line_rows if lines else _json_rows)(cast(BinaryIO, stream), location)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} is not a readable gzip file ({first_line(error)}); fetch it again"
+            f"{path} is not a readable gzip file ({said(error)}); fetch it again"
         ) from None
 
 
@@ -411,7 +411,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
         if getattr(error, "errno", None):  # the disk's error, not the file's
             raise
         raise DataError(
-            f"{path} is not a readable parquet file: {first_line(error)}; fetch it again"
+            f"{path} is not a readable parquet file: {said(error)}; fetch it again"
         ) from error
 
 
@@ -447,8 +447,3 @@ def decode(raw: bytes, location: str, *, start: int = 0, final: bool = True) -> 
             f"{location} is not UTF-8: invalid byte at offset {start + error.start}; "
             "convert it to UTF-8"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

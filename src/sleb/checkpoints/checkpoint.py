@@ -129,10 +129,6 @@ class Checkpoint:
             found: Tensor = shard.get_tensor(self.tensors[name].key or name)
         return found
 
-    def holds(self, name: str, sha256: str) -> bool:
-        """Whether there is a tensor of that name, and its bytes have that SHA-256."""
-        return name in self.tensors and self.digest(name) == sha256
-
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, hexadecimal."""
         sha = hashlib.sha256()

@@ -13,7 +13,6 @@ from typing import Any
 import typer
 
 import sleb
-from sleb.cli import show
 from sleb.cli.build import Argument, add_command, as_config
 from sleb.cli.progress import terminal_progress
 from sleb.config import (
@@ -38,6 +37,7 @@ from sleb.config import (
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target
 from sleb.core.plan import Plan
+from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Lost, group, leave_group
 
 Given = Mapping[str, Any]
@@ -586,22 +586,34 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
         values["progress"] = terminal_progress()
     result = function(**values)
     as_json = given.get("json", False)
-    if as_json:
-        show.as_json(verb.facts(result))
-    elif verb.filter:
+    if verb.filter:
         sys.stdout.write("" if given["out"] else result.text)
+    elif as_json:
+        _show(verb.facts(result), json=True)
     elif not isinstance(result, Path):
-        show.show((verb.drawn or verb.facts)(result))
+        _show((verb.drawn or verb.facts)(result))
     sections = verb.sections(result, given) if verb.sections else {}
     folder = given["record"] if "record" in given else given["out"] if sections else None
     if folder is not None and sections and group().is_main:
         from sleb.record import RunRecord
 
         RunRecord.update(folder, **sections)
-        show.note(f"recorded in {Path(folder) / 'run.json'}", as_json)
+        _note(f"recorded in {Path(folder) / 'run.json'}", as_json)
     for line in verb.notes(result, given):
-        show.note(line, as_json or verb.filter)
+        _note(line, as_json or verb.filter)
     return verb.code(result)
+
+
+def _show(facts: Any, json: bool = False) -> None:
+    """On stdout; the views know all types of results, and so import torch."""
+    from sleb import views
+
+    views.show(facts, json=json)
+
+
+def _note(text: str, aside: bool) -> None:
+    """A last line; on stderr if stdout is for a program."""
+    print(printable(text, LONGEST_MESSAGE), file=sys.stderr if aside else sys.stdout)
 
 
 def _check_record(given: Given) -> None:

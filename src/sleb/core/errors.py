@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 from sleb.core.printable import LONGEST_MESSAGE, printable
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
@@ -101,6 +103,12 @@ def said(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:400]
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Where pydantic found the first thing wrong in a file, and what."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, first_mistake
 from sleb.core.files import write_text
 
 MAX_BYTES = 32 * 2**20
@@ -382,9 +382,7 @@ class Plan(_Record):
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise InputError(f"{path} is not a valid plan: {where}: {first['msg']}") from None
+            raise InputError(f"{path} is not a valid plan: {first_mistake(error)}") from None
 
 
 def upgrade(data: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleb.calibration.prompts import Prompt, Read
+from sleb.calibration.prompts import Prompt, Read, read_prompts
+from sleb.config import CompareConfig, DeviceOptions, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
@@ -132,18 +133,17 @@ class Comparison:
         return tuple(sorted(differing, key=lambda p: (-len(p.faults), p.agreed))[:n])
 
 
+@takes(CompareConfig)
 def compare(
     model: str | Path,
     out: str | Path,
-    prompts: Sequence[Prompt],
+    prompts: str | Path | Sequence[Prompt],
+    config: CompareConfig,
     *,
-    max_new_tokens: int = 256,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
-    """Answer each prompt with ``model`` and with the folder ``out``, and compare.
+    """Answer each of ``prompts``, a file of them or read before, with ``model`` and with the folder
+    ``out``, and compare.
 
     Each model generates as its own generation config says, one prompt at a time, but greedily: the
     same inputs give the same texts. One model is in memory at a time.
@@ -153,35 +153,29 @@ def compare(
             a chat without a chat template; a prompt that leaves no room for its answer.
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
     """
-    if not prompts:
+    asked = read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts
+    if not asked:
         raise InputError("no prompts to compare on; give at least one")
-    if max_new_tokens < 1:
-        raise InputError(f"--new-tokens {max_new_tokens} is not possible; use at least 1")
     if not Path(out).is_dir():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
-    pick_device(device)
+    pick_device(config.device)
+    most, places = config.new_tokens, dict(config.part(DeviceOptions))
     read = read_alike(
         (model, out),
-        prompts,
-        max_new_tokens=max_new_tokens,
-        trust_remote_code=trust_remote_code,
+        asked,
+        max_new_tokens=most,
+        trust_remote_code=config.trust_remote_code,
         progress=progress,
     )
     given = [one.ids for one in read]
     answered = []
     for ref in (model, out):
-        loaded = load(
-            ref,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        with progress.stage(f"answering with {ref}", len(prompts)) as tick:
-            answered.append(list(_answers(loaded, prompts, given, max_new_tokens, tick)))
+        loaded = load(ref, **places, progress=progress)
+        with progress.stage(f"answering with {ref}", len(asked)) as tick:
+            answered.append(list(_answers(loaded, asked, given, most, tick)))
         del loaded  # its memory is needed for the next one
         gc.collect()
-    return _compared(prompts, read, answered, max_new_tokens)
+    return _compared(asked, read, answered, most)
 
 
 def _compared(

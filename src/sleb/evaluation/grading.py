@@ -13,8 +13,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from sleb.calibration.rows import first_line
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, said
 from sleb.evaluation.answer_checks import json_of
 from sleb.evaluation.run_code import pass_all
 
@@ -79,7 +78,7 @@ def _schema(schema: Mapping[str, Any], text: str) -> bool:
         kind.check_schema(schema)
         return bool(kind(schema, registry=Registry()).is_valid(value))  # which fetches nothing
     except (SchemaError, Unresolvable) as error:
-        raise InputError(f"a json_schema is not possible: {first_line(error)[:200]}") from None
+        raise InputError(f"a json_schema is not possible: {said(error)[:200]}") from None
 
 
 _GRADERS = {

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, read_json
 from sleb.checkpoints.cut import Cut, consecutive_runs
 from sleb.checkpoints.depth_fields import depth_fields
+from sleb.config import ExportConfig, takes
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.core.registry import Registry
@@ -59,16 +61,18 @@ FORMATS: Registry[_Format] = Registry("format")
 """The tools that a plan can be put in the words of."""
 
 
-def export_plan(
+@takes(ExportConfig)
+def export(
     plan: str | Path,
     form: str,
+    config: ExportConfig,
     *,
     model: str | None = None,
-    depth: int | None = None,
-    trust_remote_code: bool = False,
+    out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Export:
-    """The cut of the plan file ``plan`` (its first ``depth`` removals) for the tool ``form``.
+    """The cut of the plan file ``plan`` (its first ``depth`` removals) in the words of the tool
+    ``form``, also written to ``out`` if that is given.
 
     ``mergekit``: a passthrough merge as YAML. ``llama-cpp``: the argument of `llama-quantize`.
     ``modelopt-list``: that of NVIDIA's pruning script. ``vllm-args``: commands that serve the
@@ -76,22 +80,27 @@ def export_plan(
     ``model``, the original, is needed for mergekit and makes checks possible for llama-cpp.
 
     Raises:
-        InputError: unknown ``form``, ``model`` missing or of another plan, ``depth`` outside it.
+        InputError: unknown ``form``, ``model`` missing or of another plan, ``depth`` outside it, or
+            ``out`` cannot be written.
         UnsupportedModel: the tool would write another model than `sleb apply` does.
     """
-    writer = FORMATS[form]
-    loaded = Plan.load(plan)
+    if out:
+        writable_target(Path(out), force=config.force, folder=False)
+    writer, loaded = FORMATS[form], Plan.load(plan)
     asked = _Asked(
         plan=loaded,
         place=Path(plan).absolute().parent,
-        cut=Cut.of(loaded, depth),
+        cut=Cut.of(loaded, config.depth),
         model=model,
-        trust=trust_remote_code,
+        trust=config.trust_remote_code,
         progress=progress,
     )
     if not asked.cut.removed:
         raise InputError(f"{plan} removes no block, so there is nothing to export")
-    return writer(asked)
+    done = writer(asked)
+    if out:
+        write_text(Path(out), done.text)
+    return done
 
 
 @FORMATS.register("mergekit")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import ROLLBACK, SUMS, check_sums
+from sleb.config import PushConfig, takes
 from sleb.core.errors import DataError, InputError, ResourceError, SlebError
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -37,16 +38,8 @@ class Pushed:
     nbytes: int
 
 
-def push(
-    out: str | Path,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    with_rollback: bool = False,
-    dry_run: bool = False,
-    progress: Progress = silent,
-) -> Pushed:
+@takes(PushConfig)
+def push(out: str | Path, repo: str, config: PushConfig, *, progress: Progress = silent) -> Pushed:
     """Upload the checkpoint folder ``out`` to ``repo`` (``owner/name``, or ``name`` under the
     token's account), which is made if there is none; ``revision`` is a branch, made likewise.
 
@@ -63,13 +56,14 @@ def push(
     out = Path(out)
     if not _REPO.fullmatch(repo):
         raise InputError(f"'{repo}' is not a repository; write OWNER/NAME")
+    revision, with_rollback = config.revision, config.with_rollback
     branch = revision or "main"
     if not _REVISION.fullmatch(branch) or ".." in branch:
         raise InputError(f"--revision '{revision}' is not the name of a branch")
     names = files_to_push(out, with_rollback=with_rollback)
     nbytes = sum((out / name).stat().st_size for name in names)
     _check_contents(out, with_rollback, progress)
-    if dry_run:
+    if config.dry_run:
         return Pushed(
             repo=repo, revision=branch, url="", commit=None, files=tuple(names), nbytes=nbytes
         )
@@ -80,8 +74,8 @@ def push(
         raise InputError("not logged in to the hub: run hf auth login, or set HF_TOKEN")
     api = HfApi(token=token)
     with _hub_errors(repo, token):
-        repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
+        repo_id = api.create_repo(repo, private=config.private or None, exist_ok=True).repo_id
+        if config.private and not api.repo_info(repo_id).private:
             raise InputError(
                 f"{repo_id} is there already and public; make it private on the hub, or choose "
                 "another name"

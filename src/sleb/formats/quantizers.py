@@ -22,7 +22,7 @@ from sleb.models.load import DTYPES, load_config, strict_model
 from sleb.models.source import quiet_tqdm, quiet_transformers
 from sleb.models.stack import BlockStack
 from sleb.surgery.gates import logit_tolerance
-from sleb.surgery.verification import probe_ids
+from sleb.surgery.verification import probe_logits
 
 if TYPE_CHECKING:
     from sleb.calibration.windows import Windows
@@ -35,7 +35,7 @@ MOST = 0.8
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rounding:
     """A quantized model in memory: which matrices, in groups of how many columns (None: rows), by
-    which versions of the libraries, and its logits [1, T, V] on :func:`probe_ids`."""
+    which versions of the libraries, and its :func:`probe_logits`."""
 
     model: Any = field(repr=False)
     names: tuple[str, ...]
@@ -111,7 +111,8 @@ def rounded(
             _by_compressor(model, bits, scaled, group, outside, calibration)
         used = ("llmcompressor", "compressed-tensors")
     versions = {name: version(name) for name in (*used, "transformers", "torch")}
-    logits = _logits(model, probe_ids(config))
+    with quiet_transformers():
+        logits = probe_logits(model, config)
     return Rounding(model=model, names=names, group=group, versions=versions, logits=logits)
 
 
@@ -207,7 +208,8 @@ def read_back(
             again = strict_model(stage, rounding.model.dtype, trust_remote_code)
         except (DataError, UnsupportedModel) as error:
             raise VerificationFailed(f"the quantized checkpoint does not load: {error}") from None
-        found = _logits(again, probe_ids(again.config))
+        with quiet_transformers():
+            found = probe_logits(again, again.config)
     gap = ((found - rounding.logits).abs().max() / rounding.logits.abs().max()).item()
     if not gap <= limit:
         raise VerificationFailed(
@@ -215,14 +217,6 @@ def read_back(
             f"the model in memory (must be at most {limit:.3g}); nothing was written"
         )
     return gap, limit
-
-
-@torch.inference_mode()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    with quiet_transformers():
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.float().cpu()
 
 
 def _failing(library: str) -> contextlib.AbstractContextManager[None]:

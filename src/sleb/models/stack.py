@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.offload import Reader, fetch, offloading
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index")
-
 
 class _Entered(Exception):
     """Ends a forward pass once every block's call is recorded; never leaves this module."""
@@ -236,31 +234,6 @@ class BlockStack:
             if parameter.is_floating_point():
                 return parameter.dtype
         return torch.get_default_dtype()
-
-    def remove_(self, removed: Collection[int], config: Any) -> None:
-        """Delete blocks from the live model, renumber those that stay, and install ``config``
-        (already re-indexed for the shorter stack)."""
-        kept = [block for i, block in enumerate(self.blocks) if i not in set(removed)]
-        parent_path, _, last = self.path.rpartition(".")
-        parent = self.model.get_submodule(parent_path)
-        setattr(parent, last, nn.ModuleList(kept))
-        for i, block in enumerate(kept):
-            for module in block.modules():
-                for field in _INDEX_NAMES:
-                    if isinstance(getattr(module, field, None), int):
-                        setattr(module, field, i)
-        old: Any = self.model.config
-        for before, after in ((old, config), (decoder_config(old), decoder_config(config))):
-            # the attention and expert kernels in use are no part of a saved config; without them
-            # transformers would leave out the causal mask
-            vars(after).update(
-                {k: v for k, v in vars(before).items() if k.endswith("_implementation_internal")}
-            )
-            for module in self.model.modules():
-                if getattr(module, "config", None) is before:
-                    module.config = after
-        _, self.blocks = find_blocks(self.model)
-        self._width, self.checked = None, False
 
     # -- shadowing ---------------------------------------------------------------------------
 

@@ -100,11 +100,11 @@ def apply(
         with progress.stage("checking the model against the plan", checkpoint.nbytes) as tick:
             lines = tensor_lines(checkpoint, tick)
         check_fingerprint(plan.model, identity(checkpoint, blocks, lines), source.ref)
-        write_cut(
+        cut_checkpoint(
             checkpoint,
             cut,
-            used,
             stage,
+            used=used,
             lines=lines if config.keep else None,
             spell_both=source.is_gguf,
             trust_remote_code=config.trust_remote_code,
@@ -120,34 +120,6 @@ def apply(
     return out
 
 
-def write_cut(
-    checkpoint: Checkpoint,
-    cut: Cut,
-    used: Plan,
-    stage: Path,
-    *,
-    lines: Mapping[str, str] | None,
-    spell_both: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> None:
-    """Write the ``cut`` of ``checkpoint`` and the plan as far as it was ``used`` into the folder
-    ``stage``; and, given the checkpoint's :func:`tensor_lines`, what is needed to restore it.
-    ``spell_both``: see :func:`sleb.models.pruned_config.both_spellings`."""
-    written = cut_checkpoint(
-        checkpoint,
-        cut,
-        stage,
-        keep=lines is not None,
-        spell_both=spell_both,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
-    if lines is not None:
-        keep_original(checkpoint, written, used, lines, stage, progress)
-
-
 def refuse_source(out: Path, source: Path) -> None:
     """Raise InputError if replacing ``out`` would replace the model in ``source``."""
     if source.resolve().is_relative_to(out.resolve()):
@@ -159,14 +131,16 @@ def cut_checkpoint(
     cut: Cut,
     stage: Path,
     *,
-    keep: bool = False,
+    used: Plan | None = None,
+    lines: Mapping[str, str] | None = None,
     spell_both: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> Written:
+) -> None:
     """Write the ``cut`` of ``checkpoint``, whose repaired tensors have the dtypes and shapes of the
-    original's, into the folder ``stage``. ``keep`` asks for the disk space that what was removed
-    and replaced will need too."""
+    original's, into the folder ``stage``; with the plan as far as it was ``used``, and with the
+    checkpoint's :func:`tensor_lines` also what is needed to restore it. ``spell_both``: see
+    :func:`sleb.models.pruned_config.both_spellings`."""
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
     after = pruned_config(config, cut.removed)
@@ -184,14 +158,19 @@ def cut_checkpoint(
     names = {name: new for name in checkpoint.tensors if (new := rename(name)) is not None}
     kept_bytes = sum(checkpoint.tensors[name].nbytes for name in names)
     replaced = cut.repair or {}
-    gone = set(checkpoint.tensors).difference(names).union(replaced) if keep else ()
+    gone = set(checkpoint.tensors).difference(names).union(replaced) if lines else ()
     spared = sum(checkpoint.tensors[name].nbytes for name in gone)
     enough_space(stage.parent, kept_bytes + spared)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
         _write_shards(renumbered, names, replaced, stage, tick)
     write_json(fields, checkpoint.path / "config.json", stage / "config.json")
     carried = [name for path in sorted(checkpoint.path.iterdir()) for name in carry(path, stage)]
-    return Written(prefix=prefix, names=names, replaced=frozenset(replaced), carried=tuple(carried))
+    if used is None:
+        return
+    (stage / "plan.json").write_text(used.to_json(), encoding="utf-8")
+    if lines is not None:
+        done = Written(prefix=prefix, names=names, replaced=frozenset(replaced), carried=carried)
+        keep_original(checkpoint, done, used, lines, stage, progress)
 
 
 def _write_shards(

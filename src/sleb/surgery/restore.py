@@ -11,11 +11,12 @@ from pathlib import Path
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
+from sleb.config import RestoreConfig, takes
 from sleb.core.card import cut_card
 from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
-from sleb.surgery.apply import refuse_source, write_cut
+from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_original import Original, open_original
 
 
@@ -31,14 +32,9 @@ class Restored:
     repair_undone: bool
 
 
+@takes(RestoreConfig)
 def restore(
-    cut: str | Path,
-    out: str | Path,
-    *,
-    depth: int | None = None,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    cut: str | Path, out: str | Path, config: RestoreConfig, *, progress: Progress = silent
 ) -> Restored:
     """Rebuild the original of the checkpoint ``cut`` from it and its side-car, byte for byte; or,
     with ``depth``, the cut by the first ``depth`` removals of its plan, as `apply` would write it.
@@ -55,8 +51,8 @@ def restore(
         UnsupportedModel: the model cannot be cut exactly at this depth.
         ResourceError: the disk is full.
     """
-    cut, out = Path(cut), Path(out)
-    writable_target(out, force=force)
+    cut, out, depth = Path(cut), Path(out), config.depth
+    writable_target(out, force=config.force)
     with disk_errors(out):
         refuse_source(out, cut)
         original = open_original(cut, progress)
@@ -64,11 +60,11 @@ def restore(
         removed = plan.at_depth(depth) if depth is not None else ()
         if depth is None:
             enough_space(out.absolute().parent, original.nbytes)
-        with staged_dir(out, force=force) as stage:
+        with staged_dir(out, force=config.force) as stage:
             if depth is None:
                 _write_whole(original, stage, progress)
             else:
-                _write_cut(original, depth, stage, trust_remote_code, progress)
+                _write_cut(original, depth, stage, config.trust_remote_code, progress)
             nbytes = Checkpoint.open(stage).nbytes
     return Restored(
         path=str(out),
@@ -119,11 +115,11 @@ def _write_cut(
     used = cut.used(original.plan)
     with tempfile.TemporaryDirectory(prefix="sleb-") as folder:
         _write_files(original, Path(folder))  # all of the original but its weights
-        write_cut(
+        cut_checkpoint(
             replace(original.checkpoint, path=Path(folder)),
             cut,
-            used,
             stage,
+            used=used,
             lines=original.lines,
             spell_both=original.spelled_twice,
             trust_remote_code=trust_remote_code,

@@ -14,7 +14,7 @@ an untrusted place, so it is size-checked, schema-checked, and names in it canno
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from sleb.checkpoints.checkpoint import INDEX
 from sleb.checkpoints.checksums import ROLLBACK
-from sleb.core.errors import DataError, InputError
+from sleb.core.errors import DataError, InputError, first_mistake
 from sleb.core.plan import BlockId, Digest, Fingerprint, Plan, Text
 
 FOLDER = ROLLBACK
@@ -103,7 +103,7 @@ class Written:
     prefix: str
     names: Mapping[str, str]
     replaced: Collection[str]
-    carried: tuple[str, ...]
+    carried: Sequence[str]
 
 
 class Manifest(BaseModel):
@@ -171,14 +171,7 @@ class Manifest(BaseModel):
         try:
             found = cls.model_validate_json(raw, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(shown(str(part)) for part in first["loc"]) or "file"
-            raise DataError(f"{path} is damaged: {where}: {first['msg']}") from None
+            raise DataError(f"{path} is damaged: {first_mistake(error)}") from None
         if raw != found.to_json().encode():
             raise DataError(f"{path} is damaged: it is not as sleb wrote it")
         return found
-
-
-def shown(name: str) -> str:
-    """A name from an untrusted file, for a message: short, and in one line."""
-    return name[:200] if name.isprintable() else ascii(name[:200])

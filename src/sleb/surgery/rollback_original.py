@@ -25,6 +25,7 @@ from sleb.checkpoints.cut import Cut
 from sleb.core.errors import DataError, InputError
 from sleb.core.files import file_sha256
 from sleb.core.plan import Plan
+from sleb.core.printable import printable
 from sleb.core.progress import Progress, silent
 from sleb.surgery.rollback_manifest import (
     FILES,
@@ -35,7 +36,6 @@ from sleb.surgery.rollback_manifest import (
     REMOVED,
     TENSORS,
     Manifest,
-    shown,
 )
 
 MAX_HEADER = 100_000_000
@@ -103,7 +103,9 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
     if "".join(lines.values()).encode() != kept:
         wanted = set(kept.decode(errors="replace").splitlines(keepends=True))
         wrong = next((name for name, line in lines.items() if line not in wanted), None)
-        what = f"{shown(wrong)} in {checkpoint.file(wrong)}" if wrong else f"the tensors of {out}"
+        what = (
+            f"{printable(wrong)} in {checkpoint.file(wrong)}" if wrong else f"the tensors of {out}"
+        )
         raise DataError(f"tensor {what} is damaged: its SHA-256 is not that of the original's")
     if identity(checkpoint, plan.model.blocks, lines) != plan.model:
         raise DataError(f"{side} does not make the model that {out / 'plan.json'} was made for")
@@ -214,12 +216,12 @@ def _tensors(
             if info is None or name in tensors:
                 problem = "a second time" if info else "which neither the cut nor the side-car has"
                 raise DataError(
-                    f"{side / file} lists tensor {shown(name)}, {problem}: it is damaged"
+                    f"{side / file} lists tensor {printable(name)}, {problem}: it is damaged"
                 )
             form = (info.dtype, info.shape, info.nbytes)
             if form != wanted:
                 raise DataError(
-                    f"{side / file}: tensor {shown(name)} is {form} in {path}, not {wanted}"
+                    f"{side / file}: tensor {printable(name)} is {form} in {path}, not {wanted}"
                 )
             tensors[name] = replace(info, shard=shard, file=path, key=stored)
             order.append(name)
@@ -254,13 +256,13 @@ def _in_order(
             rows.append((start, stop, name, str(entry["dtype"]), shape))
         except (TypeError, KeyError, ValueError):
             raise DataError(
-                f"{path}: tensor {shown(name)} is not described as in a header"
+                f"{path}: tensor {printable(name)} is not described as in a header"
             ) from None
     end = 0
     for start, stop, name, dtype, shape in sorted(rows):
         if start != end or stop < start:
             raise DataError(
-                f"{path}: tensor {shown(name)} does not begin where the one before it ends"
+                f"{path}: tensor {printable(name)} does not begin where the one before it ends"
             )
         end = stop
         yield name, (dtype, shape, stop - start)

@@ -143,12 +143,11 @@ def verify(
     stays = _stored_digests(tensor_lines(checkpoint)) if both.streams else _digests(pruned)
     changed = len(cut.record.tensors) if cut.record else 0
     checks.append(gates.check_weights(stays, wanted.weights, changed))
-    probe = probe_ids(both.fields)
     if len(BlockStack(pruned)) == len(cut.kept):
-        logits = _logits(pruned, probe)
+        logits = probe_logits(pruned, both.fields)
         checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
     with progress.stage("generating", None):
-        tokens = 2 if both.streams else NEW_TOKENS
+        tokens, probe = 2 if both.streams else NEW_TOKENS, probe_ids(both.fields)
         checks.append(gates.check_generation(pruned, probe, both.original, tokens))
     return found()
 
@@ -248,11 +247,13 @@ def _bypassed(both: _Loading, cut: Cut, lines: Mapping[str, str]) -> _Wanted:
             weights = _stored_digests(lines, cut, prefix)
         else:
             weights = _digests(original.model, cut, f"{stack.path}.")
+        with stack.bypassed(cut.removed):
+            logits = probe_logits(original.model, both.fields)
         return _Wanted(
             config=cut_config(both.given, stack, cut, both.fields, expected),
             expected=expected,
             weights=weights,
-            logits=_logits(original.model, probe_ids(both.fields), stack.bypassed(cut.removed)),
+            logits=logits,
         )
 
 
@@ -268,13 +269,11 @@ def probe_ids(config: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, ids: Tensor, context: Any = None) -> Tensor:
-    """Logits [1, T, V] on the CPU, float32."""
-    ids = ids.to(entry(model))
-    if context is None:
-        return model(input_ids=ids, use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
-    with context:
-        return _logits(model, ids)
+def probe_logits(model: nn.Module, config: Any) -> Tensor:
+    """Logits [1, T, V] on the :func:`probe_ids` of ``config``, on the CPU in float32."""
+    ids = probe_ids(config).to(entry(model))
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
 
 
 def _align(model: nn.Module) -> None:
