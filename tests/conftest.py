@@ -81,10 +81,11 @@ def save_tiny(path: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tokenized_once() -> Iterator[None]:
+def unhurried() -> Iterator[None]:
     """A long text, such as the one that comes with sleb, is tokenized once for each tokenizer, not
-    for each command."""
+    for each command; and a slow machine has no more to say than a fast one."""
     from sleb.calibration import tokens
+    from sleb.cli import progress
 
     known: dict[tuple[str, str], list[int]] = {}
     encode = tokens._encode
@@ -99,6 +100,7 @@ def tokenized_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_encode", remembered)
+        patch.setattr(progress, "QUIET_S", 600.0)
         yield
 
 

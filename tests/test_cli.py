@@ -38,7 +38,6 @@ tags: [theirs]
 def place(tiny_dir, tmp_path, monkeypatch) -> Path:
     """An empty working folder with the tiny model's path in ``MODEL``, a link."""
     (tmp_path / "MODEL").symlink_to(tiny_dir)
-    monkeypatch.setattr(progress, "QUIET_S", 600.0)  # a slow machine has nothing to say either
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

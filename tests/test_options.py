@@ -4,27 +4,19 @@ import json
 from dataclasses import asdict
 
 import pytest
-import typer
 
 import sleb
 import sleb.config as config_module
 import sleb.project as project_module
 from cli_tools import run
 from sleb.cli import verbs
-from sleb.cli.main import app, main
+from sleb.cli.main import COMMAND, main
 from sleb.config import InputError, LoadOptions, Options, PruneConfig, SearchConfig, takes
 from sleb.project import Project
 from sleb.selection.request import Goal
 
-COMMANDS = typer.main.get_command(app).commands
 BY_NAME = {verb.name: verb for verb in verbs.VERBS}
-OPTIONS = [(verb.name, name) for verb in verbs.VERBS for name in verb.config.model_fields]
-OWN = [
-    (verb.name, argument.name)
-    for verb in verbs.VERBS
-    for argument in verb.arguments
-    if argument.flag and argument.name != "record"
-]
+every_verb = pytest.mark.parametrize("verb", BY_NAME)
 GIVEN = {  # what a verb needs to be called, beside the option that is tried
     "apply": "plan.json MODEL -o new",
     "bench": "MODEL OUT",
@@ -74,7 +66,7 @@ def called(monkeypatch):
 
 
 def parameter(verb: str, name: str):
-    (found,) = (p for p in COMMANDS[verb].params if p.name == name)
+    (found,) = (p for p in COMMAND.commands[verb].params if p.name == name)
     return found
 
 
@@ -86,26 +78,28 @@ def words(verb: str, name: str) -> list[str]:
     return [found.opts[0], "3"]
 
 
-@pytest.mark.parametrize(("verb", "name"), OPTIONS)
-def test_the_command_line_has_the_defaults_of_the_declaration(verb, name):
-    field, shown = BY_NAME[verb].config.model_fields[name], parameter(verb, name)
-    assert shown.help == field.description
-    assert shown.default == (None if field.default == () else field.default)
+@every_verb
+def test_the_command_line_has_the_defaults_of_the_declaration(verb):
+    for name, field in BY_NAME[verb].config.model_fields.items():
+        shown = parameter(verb, name)
+        assert shown.help == field.description
+        assert shown.default == (None if field.default == () else field.default)
 
 
-@pytest.mark.parametrize(("verb", "name"), [*OPTIONS, *OWN])
-def test_every_option_changes_the_call_or_is_refused(place, called, verb, name):
-    line = [verb, *GIVEN.get(verb, "MODEL").split()]
-    before = called(*line)
+@every_verb
+def test_every_option_changes_the_call_or_is_refused(place, called, verb):
+    given = [verb, *GIVEN.get(verb, "MODEL").split()]
+    before = called(*given)
     assert before is not None
-    option = words(verb, name)
-    if option[0] in line:  # it must be given
-        del line[line.index(option[0]) : line.index(option[0]) + 2]
-    elif "-o" in line and option[0] in ("-o", "--out"):
-        del line[line.index("-o") : line.index("-o") + 2]
-    after = called(*line, *option)
-    assert after is None or after[name] != before[name]
-    assert after is None or {**after, name: 0} == {**before, name: 0}
+    own = [a.name for a in BY_NAME[verb].arguments if a.flag and a.name != "record"]
+    for name in [*BY_NAME[verb].config.model_fields, *own]:
+        option, line = words(verb, name), list(given)
+        for same in (option[0], "-o" if option[0] == "--out" else ""):  # it must be given
+            if same in line:
+                del line[line.index(same) : line.index(same) + 2]
+        after = called(*line, *option)
+        assert after is None or after[name] != before[name], name
+        assert after is None or {**after, name: 0} == {**before, name: 0}, name
 
 
 def test_a_field_is_declared_in_one_class():
