@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from report_plan import plan, repaired_plan
 from sleb.core.finding import finding
 from sleb.core.statistics import Interval
+from sleb.distillation.record import Healed, HealedText
 from sleb.record import EvaluationText, GateResult, RunRecord
 from sleb.runtimes.bench import Skipped
 from sleb.surgery.gates import Check
@@ -95,6 +96,47 @@ def repaired(**changes):
     record = put(record, "verification.checks", checks)
     record = replace(record, evaluation=replace(record.evaluation, unrepaired=plain))
     return replace(record, **changes)
+
+
+def healed():
+    """A complete record of a cut that was trained after it was made."""
+    record = complete()
+    q = record.evaluation
+    text = HealedText(
+        windows=q.windows,
+        perplexity=q.perplexity,
+        cut_ratio=q.perplexity_ratio,
+        healed_ratio=q.perplexity_ratio,
+        cut_divergence=q.divergence,
+        healed_divergence=q.divergence,
+    )
+    calibration = plan().calibration
+    done = Healed(
+        path="H",
+        model=record.model,
+        cut="OUT",
+        removed=record.removed,
+        repaired=True,
+        texts={"mail": text},
+        overall=text,
+        steps=9,
+        best_step=8,
+        tokens=72000,
+        passes={"texts": 1.5},
+        lr=1e-5,
+        rates=((0.0, 0.2), (1e-5, 0.1)),
+        stopped="steps",
+        seconds=12.0,
+        trained_parameters=123456,
+        checks=((0, (0.2,)), (8, (0.1,))),
+        settings={"lora": None},
+        calibration={"texts": calibration},
+        heldout={"texts": calibration},
+        cut_sha256="0" * 64,
+        healed_sha256="1" * 64,
+    )
+    prompts = replace(record.prompts, unhealed=record.prompts.agreement)
+    return replace(record, healed=done, prompts=prompts)
 
 
 def passed_gate():

@@ -15,6 +15,7 @@ import sleb
 from cli_tools import refused, run, tree
 from conftest import save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
+from sleb.acceptance import Gate
 from sleb.calibration.answers import ANSWERS
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import HealConfig
@@ -50,7 +51,10 @@ def test_a_healed_checkpoint_is_nearer_and_of_the_same_form(tmp_path, tied, dtyp
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "H")
     assert stock.dtype == dtype
     assert stock.config.num_hidden_layers == 4
-    assert (tmp_path / "H/plan.json").read_bytes() == (home / "OUT/plan.json").read_bytes()
+    plans = [sleb.Plan.load(folder / "plan.json") for folder in (home / "OUT", tmp_path / "H")]
+    assert plans[1].model_copy(update={"repair": None}) == plans[0]
+    assert plans[1].repair.removed == done.removed
+    assert len(plans[1].repair.tensors) == len(after.tensors) - len(ends)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "H" / name).read_bytes() == (home / "OUT" / name).read_bytes()
     config = [json.loads((p / "config.json").read_text()) for p in (home / "OUT", tmp_path / "H")]
@@ -70,9 +74,6 @@ def test_what_was_done_is_recorded(home, tmp_path):
     for name, folder in (("cut", home / "OUT"), ("healed", tmp_path / "H")):
         digest = sleb.checkpoints.checkpoint.fingerprint(Checkpoint.open(folder), 4).weights_sha256
         assert found[f"{name}_sha256"] == digest
-    card = (tmp_path / "H/README.md").read_text()
-    assert "## Healed" in card
-    assert f"| mail | {done.texts['mail'].windows} | " in card
     assert not (tmp_path / "H.heal").exists()
 
 
@@ -202,6 +203,106 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
     assert max(len(rows) * max(lengths(w)[i] for i in rows) for w, rows, _ in passes) <= 4 * 32
 
 
+@pytest.mark.parametrize("repaired", [True, False])
+def test_a_healed_folder_is_measured_verified_and_read_as_any_other(
+    learned, tmp_path, monkeypatch, repaired
+):
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    starts = ["the block", "and nothing", "of a model", "its input", "for ever", "lost", "a"]
+    rows = [
+        {"prompt": f"{start} {i}", "regex": "block|nothing"} for i in range(5) for start in starts
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = {"prompts": [str(tmp_path / "prompts.jsonl")], "new_tokens": 9}
+    text = [str(learned / "text.txt")]
+    model, cut, out = learned / "model", tmp_path / "CUT", tmp_path / "H"
+    shared = {**CPU, **asked, "text": text}
+    before = sleb.prune(
+        model, cut, remove=2, windows=4, length=16, repair=repaired, **shared
+    ).record
+    done = sleb.heal(cut, model, out, **shared, tokens=4000, length=32)
+
+    record = sleb.RunRecord.load(out)
+    assert record == done.record
+    assert record.healed.checks[0][1] > record.healed.checks[-1][1]
+    kept = record.prompts
+    assert kept.prompts == 35 // 3 == before.prompts.prompts, "the prompts that prune measured on"
+    assert kept.unhealed == before.prompts.agreement
+    assert kept.divergence.value < before.prompts.divergence.value
+    assert kept.right.judged == 35 // 3
+    assert record.evaluation.loss_increase.value < record.evaluation.unrepaired.loss_increase.value
+    assert all(check.passed for check in record.verification.checks)
+    assert {"CUT", str(out)} & {record.verification.checkpoint}
+    assert sleb.verify(out, model=model).passed
+
+    # what eval finds with the plan is what the checkpoint does
+    windows, _ = sleb.load_windows(
+        sleb.load(model, **CPU).tokenizer, text, windows=4, length=24, seed=3
+    )
+    bypassed = sleb.evaluate(
+        model, plan=out / "plan.json", text=text, windows=4, length=24, seed=3, **CPU
+    )
+    alone = evaluate(sleb.load(out, **CPU), windows)
+    assert bypassed.pruned_loss.value == pytest.approx(alone.loss.value, rel=1e-5)
+    assert "heal.json" in (out / "README.md").read_text()
+    page = sleb.report(out, tmp_path / "page.html").read_text()
+    assert "parameters trained" in page
+    gate = Gate.parse({"answers": {"min_agreement": 0.0}}, "gate")
+    assert gate.check(record).passed
+
+    # cutting again by its plan gives it again
+    again = sleb.apply(out / "plan.json", model, tmp_path / "again")
+    digests = [{n: c.digest(n) for n in c.tensors} for c in map(Checkpoint.open, (out, again))]
+    assert digests[0] == digests[1]
+
+
+def test_one_command_cuts_and_heals_and_goes_on_where_it_was_stopped(
+    learned, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text((learned / "text.txt").read_text())
+    (tmp_path / "sleb.toml").write_text(
+        f"""model = "{learned / "model"}"
+out = "OUT"
+device = "cpu"
+[text]
+own = "text.txt"
+[search]
+remove = 1
+windows = 4
+length = 16
+heldout = 4
+[heal]
+tokens = 4000
+length = 32
+[measure]
+bench = false
+[gate.perplexity]
+max_ratio = 2.0
+"""
+    )
+    toml = tmp_path / "sleb.toml"
+    with pytest.raises(KeyboardInterrupt):
+        sleb.run(toml, progress=Stopping(3))
+    there = {"OUT-cut", "OUT.heal"}
+    assert there <= {path.name for path in tmp_path.iterdir()}
+    cut = (tmp_path / "OUT-cut/run.json").read_bytes()
+    record = sleb.run(toml)
+    assert (tmp_path / "OUT-cut/run.json").read_bytes() == cut, "it is not made again"
+    assert record == sleb.RunRecord.load(tmp_path / "OUT")
+    assert record.healed.cut == str(tmp_path / "OUT-cut")
+    assert record.gate.passed
+    assert (tmp_path / "OUT/report.en.html").is_file()
+    assert not (tmp_path / "OUT.heal").exists()
+    assert sleb.run(toml) == record, "all is done"
+
+    with pytest.raises(InputError, match="one device"):
+        sleb.prune(learned / "model", tmp_path / "N", heal=True, remove=1, stream=True)
+    toml.write_text(toml.read_text().replace("tokens = 4000", 'text = "x"'))
+    with pytest.raises(InputError, match=r"\[heal\] text"):
+        sleb.run(toml)
+
+
 def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     done = healed(home, tmp_path / "H", tokens=10**9, minutes=0.03)
     assert done.stopped == "time"
@@ -315,14 +416,14 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     ran = run(capsys, *command)
     assert ran.code == 0, ran.err
     rows = {line.split()[0]: line for line in ran.out.splitlines() if line.count(" to ") == 3}
-    assert [*rows] == ["mail", "code"], "two ratios with intervals, and the divergence"
+    assert rows.keys() >= {"mail", "code"}, "two ratios with intervals, and the divergence"
     assert f"checkpoint written to {tmp_path / 'H'}" in ran.out
 
     assert "exists" in refused(capsys, 2, *command)
     found = run(capsys, *command, "--force", "--json").json
-    assert found["overall"]["healed_divergence"]["value"] < 1
-    assert found["heldout"]["texts"]["windows"] == 8
-    assert "healed" in refused(capsys, 2, "verify", tmp_path / "H", "--model", "MODEL")
+    assert found["healed"]["overall"]["healed_divergence"]["value"] < 1
+    assert found["healed"]["heldout"]["texts"]["windows"] == 8
+    assert run(capsys, "verify", tmp_path / "H", "--model", "MODEL").code == 0
 
     monkeypatch.setattr("sleb.cli.verbs.terminal_progress", lambda: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")

@@ -8,7 +8,7 @@ import pytest
 import sleb.project as project_module
 from conftest import save_tiny
 from sleb.cli.main import main
-from sleb.config import PruneConfig
+from sleb.config import HealConfig, PruneConfig
 from sleb.core.errors import InputError
 from sleb.project import Project, run
 from sleb.record import RunRecord
@@ -178,7 +178,7 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     # what is commented out is right as well
     text = (tmp_path / "sleb.toml").read_text()
     keys = re.findall(r"^#? ?(\w+) = ", text, re.MULTILINE)
-    tables = (PruneConfig, project_module.Measure, Project)
+    tables = (PruneConfig, HealConfig, project_module.Measure, Project)
     known = {name for table in tables for name in table.model_fields}
     assert set(keys) - known == {
         "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",

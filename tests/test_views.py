@@ -13,6 +13,7 @@ from report_tools import (
     INVISIBLE,
     SECTIONS,
     complete,
+    healed,
     hostile,
     html,
     page,
@@ -273,6 +274,7 @@ def variety():
     yield from [(full, chosen), (sparse(), bare_plan()), (full, worse), (full, early)]
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
+    yield healed(), chosen
     about = {"runtime": "vllm", "models": ("a",), "others": ("b",)}
     by = SimilarityGate(measure="cosine", threshold=0.9, candidates=(4, 7, 8))
     yield full, plan(similarity=by)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # "as": type checkers know what is public by it
         VerificationFailed as VerificationFailed,
     )
     from sleb.core.plan import Plan as Plan
-    from sleb.distillation import heal as heal
     from sleb.evaluation.answers import compare as compare
     from sleb.evaluation.perplexity import Evaluation as Evaluation
     from sleb.formats.exports import export as export
@@ -47,7 +46,7 @@ if TYPE_CHECKING:  # "as": type checkers know what is public by it
     from sleb.models.describe import Description as Description, describe as describe
     from sleb.models.load import LoadedModel as LoadedModel, load as load
     from sleb.models.stack import bypassed as bypassed
-    from sleb.pipeline import Pruned as Pruned
+    from sleb.pipeline import Pruned as Pruned, heal as heal
     from sleb.project import Project as Project, init as init, run as run
     from sleb.record import RunRecord as RunRecord
     from sleb.repairs import Repair as Repair
@@ -85,7 +84,6 @@ _NAMES = {
         "DataError InputError ResourceError SlebError UnsupportedModel VerificationFailed"
     ),
     "core.plan": "Plan",
-    "distillation": "heal",
     "evaluation.answers": "compare",
     "evaluation.perplexity": "Evaluation",
     "formats.exports": "export",
@@ -94,7 +92,7 @@ _NAMES = {
     "models.describe": "Description describe",
     "models.load": "LoadedModel load",
     "models.stack": "bypassed",
-    "pipeline": "Pruned",
+    "pipeline": "Pruned heal",
     "project": "Project init run",
     "record": "RunRecord",
     "repairs": "Repair",

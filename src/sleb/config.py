@@ -578,6 +578,12 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
+AS_CUT = {"text", "seed"}.union(
+    *(group.model_fields for group in (PromptOptions, OutputOptions, DeviceOptions))
+)
+"""Options of a healing that are those of the cut, where both are made in one command."""
+
+
 class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     """`sleb heal`."""
 
@@ -609,6 +615,22 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
+
+    @classmethod
+    def after(cls, cut: PruneConfig, own: Mapping[str, Any], where: str = "") -> HealConfig:
+        """Options ``own`` of a healing that follows ``cut`` in one command, on the same texts and
+        prompts.
+
+        Raises:
+            InputError: the cut is made of a model that is not on one device; or as :meth:`of`.
+        """
+        if cut.stream or cut.device_map or cut.tp > 1:
+            raise InputError(
+                "healing trains a model on one device: leave out --heal, or --stream, --device-map "
+                "and --tp"
+            )
+        given = {name: value for name, value in cut if name in AS_CUT}
+        return cls.of(given).replaced(own, where)
 
 
 class CompareConfig(DeviceOptions):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +20,7 @@ from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import (
+    HealConfig,
     LoadOptions,
     PruneConfig,
     SearchConfig,
@@ -27,15 +30,20 @@ from sleb.config import (
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
-from sleb.core.process_group import group
+from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
-from sleb.evaluation.agreement import measure_answers
+from sleb.core.statistics import interval
+from sleb.distillation import distill
+from sleb.distillation.distill import Healing
+from sleb.distillation.mix import TEXTS
+from sleb.distillation.record import Healed
+from sleb.evaluation.agreement import agreement_of, measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
-from sleb.repairs import Repair, check_repair, given_tokens, repair
+from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
 from sleb.repairs.answering import with_answers
 from sleb.repairs.search import search
 from sleb.repairs.self_generated import can_generate, writer
@@ -46,7 +54,7 @@ from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import nothing_within_limit, upper_bound
 from sleb.surgery.apply import apply, refuse_source
-from sleb.surgery.verification import verify
+from sleb.surgery.verification import Verification, verify
 from sleb.views.card import model_card
 
 
@@ -106,6 +114,138 @@ def prune(
     written = group().broadcast_from_main(write)
     record = records[0] if records else TypeAdapter(RunRecord).validate_json(written)
     return Pruned(path=out, plan=found.plan, record=record)
+
+
+@takes(HealConfig)
+def heal(
+    cut: str | Path,
+    model: str | Path,
+    out: str | Path,
+    config: HealConfig,
+    *,
+    command: str = "sleb.heal",
+    stages: dict[str, str] | None = None,
+    save_every: float = 60.0,
+    progress: Progress = silent,
+) -> Pruned:
+    """Train the checkpoint ``cut``, see :func:`sleb.distillation.distill.heal`, measure the result
+    on windows and answers that were not trained on, and verify it. ``out`` holds what that of
+    :func:`prune` does, and heal.json.
+
+    Raises:
+        VerificationFailed: healing made nothing better, or a gate did not pass.
+        InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
+    """
+    out, watch = Path(out), Stopwatch(progress)
+    found: list[RunRecord] = []
+
+    def finish(stage: Path, healing: Healing, done: Healed) -> None:
+        facts = _healed_facts(healing, stage, config, watch)
+        source, trust = healing.dense.source.path, {"trust_remote_code": config.trust_remote_code}
+        checkpoint = Checkpoint.open(source)
+        healing.release()  # the model's memory is needed for the verification
+        record = RunRecord(
+            command=command,
+            started=watch.started,
+            stages=stages or {},
+            verification=_verified(stage, out, model, healing.healed, watch, **trust),
+            parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
+            nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
+            seconds=dict(watch.seconds),
+            healed=done,
+            **facts,
+        )
+        record.save(stage / "run.json")
+        card = model_card(healing.healed, record, source)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+        found.append(record)
+
+    distill.heal(cut, model, out, config, save_every=save_every, finish=finish, progress=watch)
+    return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=found[0])
+
+
+def prune_and_heal(
+    model: str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    healing: HealConfig,
+    *,
+    command: str = "sleb.prune",
+    stages: dict[str, str] | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """:func:`prune` into OUT-cut, and :func:`heal` that into ``out``. The same call goes on where
+    it was stopped: a cut that is there is not made again.
+
+    Raises:
+        VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as these.
+    """
+    out = Path(out)
+    cut = out.with_name(f"{out.name}-cut")
+    writable_target(out, force=config.force)
+    asked = config.model_dump(mode="json", exclude={"force"})
+    key = hashlib.sha256(json.dumps([str(model), asked]).encode()).hexdigest()
+    known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
+    if known and known.stages.get("cut") == key:
+        done = Pruned(path=cut, plan=Plan.load(cut / "plan.json"), record=known)
+    else:
+        done = prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
+    if not leave_group():
+        return done
+    return heal(cut, model, out, healing, command=command, stages=stages, progress=progress)
+
+
+def _healed_facts(
+    healing: Healing, stage: Path, config: HealConfig, progress: Progress
+) -> dict[str, Any]:
+    """What a healed checkpoint is, and keeps, before and after: the dense model with its tensors in
+    place and blocks bypassed, as a repaired cut is measured."""
+    dense, plan = healing.dense, healing.healed
+    after, before = (
+        stored_repair(plan, stage, dense),
+        stored_repair(healing.plan, healing.cut, dense),
+    )
+    assert after is not None
+    patch = partial(after.patch, dense.stack)
+    heldout = healing.material.validation[TEXTS]
+    quality = evaluate(dense, heldout, removed=plan.removed, patch=patch, progress=progress)
+    old = RunRecord.load(healing.cut) if (healing.cut / "run.json").is_file() else None
+    facts = {
+        "model": dense.source.ref,
+        "removed": plan.removed,
+        "blocks": plan.model.blocks,
+        "environment": environment(str(dense.stack.input_device), dense.dtype),
+        "evaluation": quality,
+        "evaluation_text": EvaluationText(
+            windows=quality.windows, length=quality.length, source="held-out"
+        ),
+        "repair": old and old.repair,
+        "similarity": old and old.similarity,
+    }
+    measured = healing.material.measured
+    if measured is None:
+        return facts
+    kept = measure_answers(dense, measured, plan.removed, patch, progress)
+    unhealed = kept.unrepaired
+    if before is not None:
+        repaired = partial(before.patch, dense.stack)
+        found = agreement_of(dense, measured, plan.removed, repaired, progress=progress)
+        unhealed = interval(found[:, 1])
+    return facts | {"prompts": replace(kept, unhealed=unhealed)}
+
+
+def _verified(
+    stage: Path, out: Path, model: str | Path, plan: Plan, watch: Stopwatch, **how: Any
+) -> Verification:
+    """What the gates found on the folder that is to be ``out``.
+
+    Raises:
+        VerificationFailed: one did not pass.
+    """
+    checked = verify(stage, model=model, plan=plan, progress=watch, **how)
+    checked = replace(checked, checkpoint=str(out))  # the folder's name once it passed
+    checked.require()
+    return checked
 
 
 @dataclass(frozen=True)
@@ -200,19 +340,10 @@ def _write(
         VerificationFailed: a gate did not pass.
     """
     record: list[RunRecord] = []
-    trust = config.trust_remote_code
 
     def finish(stage: Path) -> None:
-        checked = verify(
-            stage,
-            model=model,
-            plan=found.plan,
-            stream=found.streamed,
-            trust_remote_code=trust,
-            progress=watch,
-        )
-        checked = replace(checked, checkpoint=str(out))  # the folder's name once it passed
-        checked.require()
+        how = {"stream": found.streamed, "trust_remote_code": config.trust_remote_code}
+        checked = _verified(stage, out, model, found.plan, watch, **how)
         before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
         record.append(
             RunRecord(

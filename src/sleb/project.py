@@ -24,10 +24,12 @@ from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import parse_source
 from sleb.calibration.windows import load_windows
 from sleb.config import (
+    AS_CUT,
     NO_PROMPTS,
     CompareConfig,
     DeviceOptions,
     EvalConfig,
+    HealConfig,
     LoadOptions,
     Options,
     OutputOptions,
@@ -46,7 +48,7 @@ from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
-from sleb.pipeline import prune
+from sleb.pipeline import prune, prune_and_heal
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
 from sleb.runtimes.bench import Speed, bench
@@ -80,6 +82,7 @@ class Measure(Options):
 class Project(Options):
     """sleb.toml. Paths in it are relative to its own folder.
 
+    ``heal``: the cut is OUT-cut, and ``out`` that healed, on the texts and prompts of the search.
     ``search`` holds all options of `sleb prune`: [search], the texts of [text], and those of
     loading, which may stand above the tables, as they hold for what is measured too.
     """
@@ -88,6 +91,7 @@ class Project(Options):
     out: str
     text: dict[str, str] = Field(min_length=1)
     search: PruneConfig
+    heal: HealConfig | None = None
     measure: Measure = Measure()
     gate: dict[str, Any] | None = None
     folder: Path = Path()
@@ -105,12 +109,19 @@ class Project(Options):
         asked = values.get("search", {})
         if isinstance(asked, dict):
             values["search"] = _options(loading, asked, f"{path}: ")
+        own = values.pop("heal", None)
+        if own is not None and not isinstance(own, dict):
+            raise InputError(f"{path}: heal is a table: [heal]")
+        for name in AS_CUT & {*(own or {})}:
+            raise InputError(f"{path}: [heal] {name}: it is that of [search]; leave it out")
         project = cls.of(values, f"{path}: ")
         texts = {
             "text": [f"{name}={project._text(spec)}" for name, spec in project.text.items()],
             "prompts": [project._prompts(spec) for spec in project.search.prompts],
         }
-        project = project.model_copy(update={"search": project.search.replaced(texts)})
+        search = project.search.replaced(texts)
+        healing = None if own is None else HealConfig.after(search, own, f"{path}: [heal] ")
+        project = project.model_copy(update={"search": search, "heal": healing})
         if project.gate is not None:
             Gate.parse(project.gate, f"{path}: gate")
         project._check(path)
@@ -166,7 +177,8 @@ class Project(Options):
         measure, search = self.measure, self.search
         texts = [_digest(parse_source(spec).location) for spec in search.text]
         asked = [_digest(spec) for spec in search.prompts]
-        prune = [self.source, search.model_dump(), *texts, *asked]
+        healed = [self.heal.model_dump()] if self.heal else []
+        prune = [self.source, search.model_dump(), *texts, *asked, *healed]
         own = {
             "prune": [],
             "similarity": [],
@@ -268,15 +280,12 @@ def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunR
             f"{out} is from other settings or texts than now; give another out, or --force to "
             "search again and replace it"
         )
-    options = {**dict(project.search), "force": force}
-    return prune(
-        project.source,
-        out,
-        command="sleb run",
-        stages={"prune": key},
-        progress=progress,
-        **options,
-    ).record
+    how: dict[str, Any] = {"command": "sleb run", "stages": {"prune": key}, "progress": progress}
+    search = project.search.replaced({"force": force})
+    if project.heal is None:
+        return prune(project.source, out, **dict(search), **how).record
+    healing = project.heal.replaced({"force": force})
+    return prune_and_heal(project.source, out, search, healing, **how).record
 
 
 class _Session:

@@ -25,6 +25,7 @@ from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Progress, Tick
+from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Evaluation
@@ -159,6 +160,7 @@ class RunRecord:
     from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
     ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
     dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    ``healed``: what a training after the cut did, of which all else here is the result.
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
 
@@ -184,12 +186,16 @@ class RunRecord:
     gate: GateResult | None = None
     runtimes: RuntimeReport | None = None
     draft: Drafting | None = None
+    healed: Healed | None = None
     stages: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        found = json.dumps(
+            asdict(self), indent=1, ensure_ascii=False, default=lambda m: m.model_dump(mode="json")
+        )
+        write_text(path, found + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

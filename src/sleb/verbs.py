@@ -26,6 +26,7 @@ from sleb.config import (
     BenchConfig,
     CheckOptions,
     EvalConfig,
+    HealConfig,
     LoadOptions,
     Options,
     OutputOptions,
@@ -162,22 +163,29 @@ def prune(
     out: str | Path,
     config: PruneConfig,
     *,
+    heal: bool = False,
     quantize: str | None = None,
     command: str = "sleb.prune",
     progress: Progress = silent,
 ) -> Pruned:
-    """As :func:`sleb.pipeline.prune`; with ``quantize`` also write OUT-SCHEME, calibrated on the
+    """As :func:`sleb.pipeline.prune`; with ``heal`` that is OUT-cut, and OUT is what
+    :func:`sleb.heal` makes of it; with ``quantize`` also write OUT-SCHEME, calibrated on the
     windows that the search saw.
 
     Raises:
         VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
-            :func:`sleb.quantize`; OUT is written by then, and the message says so.
+            :func:`sleb.heal` or :func:`sleb.quantize`; what is written by then stays.
     """
     beside = Path(out).with_name(f"{Path(out).name}-{quantize}")
     if quantize is not None:
         rounding.check_scheme(quantize)
         writable_target(beside, force=config.force)
-    done = pipeline.prune(model, out, config, command=command, progress=progress)
+    how: dict[str, Any] = {"command": command, "progress": progress}
+    if heal:
+        training = HealConfig.after(config, {})
+        done = pipeline.prune_and_heal(model, out, config, training, **how)
+    else:
+        done = pipeline.prune(model, out, config, **how)
     if quantize is None or not leave_group():
         return done
     text = config.text if rounding.SCHEMES[quantize].calibrated else ()

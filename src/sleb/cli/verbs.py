@@ -398,6 +398,9 @@ VERBS = (
         arguments=(
             MODEL,
             OUT,
+            _switch(
+                "heal", "Train the cut for a while: see sleb heal. OUT-cut is as it was before."
+            ),
             _text(
                 "quantize",
                 "Also write OUT-SCHEME, quantized: w4a16, w8a16, awq or int8. See sleb quantize.",
@@ -431,6 +434,7 @@ VERBS = (
             replace(OUT, help="Folder for the healed checkpoint."),
         ),
         config=HealConfig,
+        facts=_pruned_facts,
         notes=_written,
     ),
     Verb(
@@ -580,7 +584,7 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
     _check_record(given)
     own = {argument.name for argument in verb.own}
     values = {name: value for name, value in given.items() if name not in own}
-    if verb.name == "prune":
+    if verb.name in ("prune", "heal"):
         values["command"] = command
     if verb.name not in ("init", "report"):
         values["progress"] = terminal_progress()

@@ -198,6 +198,11 @@ def _changed(plan: Plan) -> str:
     """Which weights are not the original's, in a sentence."""
     if plan.repair is None or not plan.repair.tensors:
         return "No weight was changed and nothing was trained."
+    if healed := plan.repair.healed:
+        return (
+            f"After the cut, {len(healed)} tensors of its blocks were trained to predict what the "
+            "original predicts; `heal.json` says how."
+        )
     names = plan.repair.tensors
     return (
         f"{len(names)} matrices around the gaps were re-fitted in closed form, to make up for the "

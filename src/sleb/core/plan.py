@@ -248,12 +248,14 @@ class RepairedGap(_Record):
 
 class RepairRecord(_Record):
     """The closed-form repair of a cut: gap by gap, in order. ``reach``: blocks behind a gap that
-    were re-fitted too. ``calibration`` is what was fitted on, ``heldout`` what judged it."""
+    were re-fitted too. ``calibration`` is what was fitted on, ``heldout`` what judged it.
+    ``healed``: tensors that were trained after that."""
 
     gaps: tuple[RepairedGap, ...]
     reach: Count
     calibration: Calibration
     heldout: Calibration
+    healed: tuple[RepairedTensor, ...] = ()
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -263,7 +265,8 @@ class RepairRecord(_Record):
     @property
     def tensors(self) -> dict[str, str]:
         """SHA-256 of every changed tensor, by its name in the original checkpoint."""
-        return {tensor.name: tensor.sha256 for gap in self.gaps for tensor in gap.tensors}
+        fitted = {tensor.name: tensor.sha256 for gap in self.gaps for tensor in gap.tensors}
+        return fitted | {tensor.name: tensor.sha256 for tensor in self.healed}
 
 
 class Plan(_Record):

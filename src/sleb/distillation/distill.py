@@ -1,34 +1,41 @@
 """Healing: the cut model learns from the dense one what it lost (recovery distillation).
 
-    done = sleb.heal("smaller", "MODEL", "healed", text=["mail.jsonl"])
+    done = heal("smaller", "MODEL", "healed", HealConfig(text=["mail.jsonl"]))
     done.texts["mail"].healed_ratio      # perplexity on held-out windows, as a ratio to the dense
 
-The cut itself needs no training; this does, and its result is a checkpoint of the same shape.
+The cut itself needs no training; this does, and its result is a checkpoint of the same shape. What
+was trained stands in its plan as a repair does, so that all that reads a repaired cut reads it.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sleb.calibration import check_sources
-from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.checkpoint import (
+    Checkpoint,
+    check_fingerprint,
+    fingerprint,
+    tensor_bytes,
+)
 from sleb.checkpoints.checksums import write_sums
-from sleb.checkpoints.cut import Cut
+from sleb.checkpoints.cut import Cut, block_prefix_of, consecutive_runs
 from sleb.config import HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
-from sleb.core.plan import Plan
+from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
 from sleb.distillation.loss import SplitModel, Validation, agree
 from sleb.distillation.mix import TEXTS, Material, window_length
-from sleb.distillation.record import Healed, HealedText, Reason, by_text, card
+from sleb.distillation.record import Healed, HealedText, Reason, by_text
 from sleb.distillation.training import (
     LOWER,
     Schedule,
@@ -54,16 +61,19 @@ def heal(
     config: HealConfig,
     *,
     save_every: float = 60.0,
+    finish: Callable[[Path, Healing, Healed], None] | None = None,
     progress: Progress = silent,
 ) -> Healed:
     """Train the checkpoint ``cut``, which a plan of ``model`` made, to predict what ``model``
     predicts, and write the result as the checkpoint ``out``: same names, shapes and dtypes.
 
-    The loss is KL(dense || cut) over all positions (distillation, 1503.02531), in nats/token;
-    AdamW on float32 weights, gradients clipped to norm 1. All weights of the blocks and the norms
-    are trained, or with ``lora`` only adapters of that rank. The divergence of ``heldout`` windows
-    that are not trained on is measured ten times in a run; a run stops when it was no better three
-    times on end, and the weights of the best time are taken. Options: see :class:`HealConfig`.
+    The loss is KL(dense || cut) (distillation, 1503.02531), in nats/token, over texts, the dense
+    model's own text and its answers to prompts, see :mod:`sleb.distillation.mix`; AdamW on float32
+    weights, gradients clipped to norm 1. All weights of the blocks are trained, or with ``lora``
+    only adapters of that rank. The learning rate is found by a range test. The divergence of
+    windows that are not trained on is measured ten times in a run; one that is worse goes on from
+    its best weights with a lower rate, and these are taken in the end. Options: see
+    :class:`HealConfig`. ``finish`` gets the folder before it is named ``out``.
 
     What a stopped run needs to go on is in the file ``out``.heal, written every ``save_every``
     seconds and at Ctrl-C; the same call again goes on, on a CPU to the same bits.
@@ -79,22 +89,14 @@ def heal(
     writable_target(out, force=config.force)
     plan = _plan(cut, config)
     refuse_source(out, cut)
-    dense = load(
-        model,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-    )
-    refuse_source(out, dense.source.path)
-    job = _Healing(cut, out, plan, dense, config, progress)
+    job = Healing(cut, out, plan, _dense(model, out, config, progress), config, progress)
     try:
         training, stopped = job.train(save_every)
-        done = job.write(training, stopped)
+        done = job.write(training, stopped, finish)
     except torch.OutOfMemoryError:
         raise ResourceError(
-            f"out of memory on {dense.stack.input_device} with --at-once {job.at_once}; give a "
-            "lower --at-once, --recompute, or --lora 16"
+            f"out of memory on {job.device} with --at-once {job.at_once}; give a lower --at-once, "
+            "--recompute, or --lora 16"
         ) from None
     job.state.unlink(missing_ok=True)
     return done
@@ -116,8 +118,21 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
     return Plan.load(cut / "plan.json")
 
 
-class _Healing:
-    """A healing with all that it starts from, checked: windows, schedule, teacher, settings."""
+def _dense(model: str | Path, out: Path, config: HealConfig, progress: Progress) -> LoadedModel:
+    dense = load(
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
+    refuse_source(out, dense.source.path)
+    return dense
+
+
+class Healing:
+    """A healing with all that it starts from, checked: windows, schedule, teacher, settings.
+    ``healed``: the plan of the result."""
 
     def __init__(
         self,
@@ -142,8 +157,9 @@ class _Healing:
                 f"{len(plan.removed)}: it is not of this plan"
             )
         length = window_length(dense, config)
-        device = dense.stack.input_device.type
-        self.at_once = config.at_once or max(1, TOKENS_AT_ONCE.get(device, 1024) // length)
+        self.device = dense.stack.input_device
+        fitting = TOKENS_AT_ONCE.get(self.device.type, 1024)
+        self.at_once = config.at_once or max(1, fitting // length)
         self.material = Material.of(dense, config, progress)
         self.mix = self.material.mix(config, length, self.at_once)
         self.schedule = Schedule(
@@ -160,15 +176,20 @@ class _Healing:
             "length": length,
             "step_tokens": self.mix.step_tokens,
             "at_once": self.at_once,
-            "device": device,
+            "device": self.device.type,
             "dtype": dense.dtype,
         }
         self.state = out.with_name(out.name + ".heal")
         self.teacher = SplitModel(dense.model.requires_grad_(False))
 
+    def release(self) -> None:
+        """Let go of the dense model."""
+        del self.dense, self.teacher
+        gc.collect()
+
     def _load(self, path: Path, dtype: torch.dtype) -> nn.Module:
         model: nn.Module = strict_model(path, dtype, self.config.trust_remote_code)
-        return model.to(self.dense.stack.input_device)
+        return model.to(self.device)
 
     def _validated(self, path: Path) -> dict[str, Values]:
         """A checkpoint on the validation windows, in the dtype of the dense model."""
@@ -215,7 +236,12 @@ class _Healing:
             )
         return training, stopped
 
-    def write(self, training: Training, stopped: Reason) -> Healed:
+    def write(
+        self,
+        training: Training,
+        stopped: Reason,
+        finish: Callable[[Path, Healing, Healed], None] | None,
+    ) -> Healed:
         """Write the trained weights as a checkpoint, and load and validate it."""
         where, count = training.where, training.student.count
         tensors, model = training.student.finish(), training.student.model
@@ -230,7 +256,8 @@ class _Healing:
                 trust_remote_code=self.config.trust_remote_code,
                 progress=self.progress,
             )
-            shutil.copyfile(self.cut / "plan.json", stage / "plan.json")
+            self.healed = self._healed(tensors)
+            self.healed.save(stage / "plan.json")
             with self.progress.stage("reloading the checkpoint", None):
                 self._check_reload(stage, tensors, logits, dtype)
                 after = self._validated(stage)
@@ -260,9 +287,30 @@ class _Healing:
                 healed_sha256=fingerprint(Checkpoint.open(stage), self.blocks).weights_sha256,
             )
             done.save(stage / HEALED)
-            (stage / "README.md").write_text(card(self.cut, done), encoding="utf-8")
+            if finish:
+                finish(stage, self, done)
             write_sums(stage, self.progress)
         return done
+
+    def _healed(self, tensors: Mapping[str, Tensor]) -> Plan:
+        """The plan with the digests of what was trained, by the names in the original."""
+        cut, prefix = Cut.of(self.plan), block_prefix_of(next(iter(tensors)))
+        healed = []
+        for name, tensor in tensors.items():
+            block, _, rest = name.removeprefix(prefix).partition(".")
+            digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+            known = f"{prefix}{cut.kept[int(block)]}.{rest}"
+            healed.append(RepairedTensor(name=known, sha256=digest))
+        gaps = tuple(
+            RepairedGap(removed=tuple(range(*run)), ridge=None, tensors=(), before={}, after={})
+            for run in consecutive_runs(self.plan.removed)
+        )
+        texts, heldout = (
+            part[TEXTS].record for part in (self.material.train, self.material.validation)
+        )
+        plain = RepairRecord(gaps=gaps, reach=0, calibration=texts, heldout=heldout)
+        repair = (self.plan.repair or plain).model_copy(update={"healed": tuple(healed)})
+        return self.plan.model_copy(update={"repair": repair})
 
     def _check_reload(
         self, stage: Path, tensors: Mapping[str, Tensor], logits: Tensor, dtype: torch.dtype

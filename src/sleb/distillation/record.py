@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from sleb.calibration.windows import Windows
-from sleb.core.card import with_section
 from sleb.core.plan import Calibration
 from sleb.core.statistics import Interval, Values, exponential, interval
 
@@ -99,26 +98,3 @@ class Healed:
     def save(self, path: Path) -> None:
         """Write as JSON."""
         path.write_bytes(TypeAdapter(Healed).dump_json(self, indent=1) + b"\n")
-
-
-def card(cut: Path, done: Healed) -> str:
-    """The card of ``cut``, if it has one, with a section on what was done to it since."""
-    how = f"LoRA of rank {done.settings['lora']}" if done.settings["lora"] else "AdamW"
-    lines = [
-        f"After the cut, {done.trained_parameters:,} parameters were trained to predict what the "
-        f"original predicts ({how}, {done.steps} steps, {done.tokens:,} tokens). Perplexity on "
-        "held-out windows, as a ratio to the original's, and divergence from its predictions (KL, "
-        "nats/token):",
-        "",
-        f"| text | windows | {'repaired' if done.repaired else 'cut'} | healed | divergence |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, text in done.texts.items():
-        old, new = text.cut_divergence.value, text.healed_divergence.value
-        lines.append(
-            f"| {name} | {text.windows} | {text.cut_ratio.value:.2f} | "
-            f"{text.healed_ratio.value:.2f} | {old:.3f} to {new:.3f} |"
-        )
-    return with_section(
-        cut, "Healed", [*lines, "", "Settings, texts and hashes are in `heal.json`."]
-    )

@@ -52,7 +52,8 @@ class AnswersKept:
     ``agreement``: share of an answer's tokens that are the likeliest of the cut too, teacher-forced
     on the dense model's; ``divergence``: KL from the dense model there, nats/token;
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
-    any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut.
+    any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
+    ``unhealed``: of the cut as it was before its healing.
     """
 
     source: str
@@ -64,6 +65,7 @@ class AnswersKept:
     until_first: Interval
     reproduced: Interval
     unrepaired: Interval | None = None
+    unhealed: Interval | None = None
     right: RightAnswers | None = None
 
 

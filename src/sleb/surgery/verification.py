@@ -53,7 +53,6 @@ from sleb.repairs import repaired
 from sleb.surgery import gates
 from sleb.surgery.apply import cut_config
 from sleb.surgery.gates import Check, entry
-from sleb.surgery.rollback_manifest import HEALED
 
 NEW_TOKENS = 16
 MAX_PROBE = 1040
@@ -102,7 +101,7 @@ def verify(
     tokens are generated, since each reads the model.
 
     Raises:
-        InputError: a path is wrong, ``out`` is no checkpoint or a healed one, or the plan is for
+        InputError: a path is wrong, ``out`` is no checkpoint, or the plan is for
             another model.
         UnsupportedModel: the original cannot be cut exactly.
     """
@@ -112,7 +111,6 @@ def verify(
     def found() -> Verification:
         return Verification(checkpoint=str(out), removed=cut.removed, checks=tuple(checks))
 
-    _refuse_healed(out)
     source = resolve(model, progress)
     resolve(out)
     if (out / SUMS).is_file():
@@ -150,14 +148,6 @@ def verify(
         tokens, probe = 2 if both.streams else NEW_TOKENS, probe_ids(both.fields)
         checks.append(gates.check_generation(pruned, probe, both.original, tokens))
     return found()
-
-
-def _refuse_healed(out: Path) -> None:
-    if (out / HEALED).is_file():
-        raise InputError(
-            f"{out} is healed: its weights were trained after the cut, so they are not the "
-            f"original's, as {HEALED} records; verify the cut that it was made from"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

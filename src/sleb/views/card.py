@@ -43,7 +43,7 @@ def _measured(t: Locale, r: RunRecord) -> Iterator[Item]:
         )
     else:
         yield Text(f"Quality was not measured: {evaluated_on(r)}.")
-    for found in (r.tasks, r.speed, r.draft, r.runtimes):
+    for found in (r.healed, r.tasks, r.speed, r.draft, r.runtimes):
         if found:
             yield from items(found)
     yield Text("Checks passed when it was written:")

@@ -218,8 +218,9 @@ def kept(t: Locale, k: AnswersKept) -> list[Item]:
         if right.kept:
             rows.append((t("kept.right_kept"), t.interval(right.kept, t.percent)))
     rows.append((t("kept.agreement"), t.interval(k.agreement, t.percent)))
-    if k.unrepaired:
-        rows.append((t("kept.unrepaired"), t.interval(k.unrepaired, t.percent)))
+    for name in ("unhealed", "unrepaired"):
+        if found := getattr(k, name):
+            rows.append((t(f"kept.{name}"), t.interval(found, t.percent)))
     rows += [
         (t("kept.until_first"), t.interval(k.until_first, t.level)),
         (t("kept.reproduced"), t.interval(k.reproduced, t.percent)),

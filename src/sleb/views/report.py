@@ -156,10 +156,15 @@ class Report:
         if repair and self._repaired:
             done = sum(gap.ridge is not None for gap in repair.gaps)
             repaired = t("repair.done", count=self._repaired, done=done, gaps=len(repair.gaps))
+        trained = {}
+        if h := r.healed:
+            told = t("healed.done", count=t.large(h.trained_parameters), tokens=t.large(h.tokens))
+            trained["healed.name"] = told
         rows = {
             "removed.blocks": t("removed.of", k=gone, n=r.blocks, share=t.percent(gone / r.blocks)),
             "removed.which": t.join(r.removed),
             "repair.name": repaired,
+            **trained,
             "removed.parameters": change(r.parameters, t.large),
             "removed.size": change(r.nbytes, t.size),
             "removed.exact": t("removed.checks", passed=passed, total=len(r.verification.checks)),

@@ -161,7 +161,9 @@ def _(s: Similarity) -> list[Item]:
 def _(r: RunRecord) -> list[Item]:
     """The summary of a run."""
     found: list[Item] = [sizes(T, r), *quality.warning(T, r.prompts)]
-    if r.evaluation and len(r.evaluation.domains) > 1:
+    if r.healed:
+        found += items(r.healed)
+    elif r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
     lines = [f"removed blocks {T.join(r.removed)}"]
     lines += [T("kept.text", **quality.asked(T, r.prompts))] if r.prompts else []
@@ -193,7 +195,8 @@ def sizes(t: Locale, r: RunRecord) -> Table:
         rows.append(("perplexity, 95 % interval", t.interval(e.perplexity, t.level), *levels))
         rows.append(("perplexity ratio", "1", *ratios))
     rows.append(("ideal speed-up", "1", *[t.times(r.blocks / left)] * n))
-    heads = ("", "original", *(["cut", "repaired"] if n > 1 else ["pruned"]))
+    last = "healed" if r.healed else "repaired" if n > 1 else "pruned"
+    heads = ("", "original", *["cut"][: n - 1], last)
     return Table(columns=heads, rows=tuple(rows))
 
 
