@@ -83,7 +83,10 @@ def save_tiny(path: Path, **options) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def unhurried() -> Iterator[None]:
     """A long text, such as the one that comes with sleb, is tokenized once for each tokenizer, not
-    for each command; and a slow machine has no more to say than a fast one."""
+    for each command; transformers writes no config into its log; and a slow machine has no more to
+    say than a fast one."""
+    from transformers import PreTrainedConfig
+
     from sleb.calibration import tokens
     from sleb.cli import progress
 
@@ -100,6 +103,7 @@ def unhurried() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_encode", remembered)
+        patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         patch.setattr(progress, "QUIET_S", 600.0)
         yield
 

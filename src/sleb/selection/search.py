@@ -9,7 +9,7 @@ import math
 import platform
 import random
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,7 @@ def _identity(checkpoint: Checkpoint, n_blocks: int, tick: Tick) -> Fingerprint:
     return Fingerprint.model_validate_json(found.pop())
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what the scores depend on."""
     packages = {name: version(name) for name in ("sleb", "torch", "transformers")}
