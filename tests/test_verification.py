@@ -3,6 +3,7 @@ fit in memory and blocks are read as they run."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,16 @@ def plan(tiny_dir):
     return plan_of(tiny_dir, 3, 1)
 
 
+@pytest.fixture(scope="module")
+def right(tiny_dir, plan, tmp_path_factory) -> Path:
+    """The right checkpoint without checksums, which would tell of any change at once."""
+    return without_sums(sleb.apply(plan, tiny_dir, tmp_path_factory.mktemp("right") / "out"))
+
+
 @pytest.fixture
-def out(tiny_dir, plan, tmp_path) -> Path:
-    """The right checkpoint, which a test may spoil; without checksums, which would tell at once."""
-    return without_sums(sleb.apply(plan, tiny_dir, tmp_path / "out"))
+def out(right, tmp_path) -> Path:
+    """A copy of it, which a test may spoil."""
+    return shutil.copytree(right, tmp_path / "out")
 
 
 @pytest.fixture
@@ -308,7 +315,7 @@ def test_in_float32_on_the_cpu_nothing_but_zero_will_do():
         assert not passes(logits * float("nan"), dtype, False)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_right_checkpoint_passes_in_every_dtype(tiny_dir, plan, out, dtype):
     assert failed(sleb.verify(out, model=tiny_dir, plan=plan, dtype=dtype)) == []
     with pytest.raises(InputError, match="unknown dtype 'int3'"):
