@@ -121,7 +121,7 @@ bench-quality: $(READY) $(MODEL)
 
 # Runs the code that the model writes. A GPU, and a model that can code: MODEL=... BENCH="--limit 100".
 bench-answers: $(READY) $(MODEL)
-	$(BIN)/python benchmarks/answers.py $(MODEL) --data $(DATA) --removed 1,2,3,4,6 $(BENCH) \
+	$(BIN)/python benchmarks/answers.py $(MODEL) --data $(DATA) --removed 1,2,3,4,6,8 $(BENCH) \
 		-o benchmarks/results/answers.json
 
 # Texts are yours to give, in DATA; see docs/quantization.md. Takes an hour or more on 2 cores.

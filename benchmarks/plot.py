@@ -1,4 +1,4 @@
-"""Draw what quality.py or search.py --growth has measured, or print it as Markdown tables.
+"""Draw what quality.py, answers.py or search.py --growth has measured, or print Markdown tables.
 
     python benchmarks/plot.py RESULT.json [RESULT.json ...] -o docs/quality.svg
     python benchmarks/plot.py RESULT.json --markdown
@@ -21,7 +21,7 @@ from typing import Any
 from common import table
 from pages import page
 
-__all__ = ["changes", "draw", "finals", "markdown", "published_forwards"]
+__all__ = ["changes", "draw", "draw_answers", "finals", "markdown", "published_forwards"]
 
 COLOURS = ("#888888", "#c44e52", "#3b75af", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
 FORMS = {"plain": "--", "repaired": "-"}
@@ -178,6 +178,30 @@ def draw_growth(report: dict[str, Any], out: Path) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
+def draw_answers(report: dict[str, Any], out: Path) -> None:
+    """Right answers, with their 95 % intervals, over the measured speed-up."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained", sharex=True)
+    systems = list(dict.fromkeys(cut["system"] for cut in report["cuts"]))
+    for panel, kind in zip(panels, ("code", "math"), strict=True):
+        dense = report["dense"][kind]["right"]
+        panel.axhspan(100 * dense["low"], 100 * dense["high"], color="black", alpha=0.08, lw=0)
+        panel.axhline(100 * dense["value"], color="black", lw=0.8)
+        for system, colour in zip(systems, COLOURS, strict=False):
+            rows = [cut for cut in report["cuts"] if cut["system"] == system and "error" not in cut]
+            right = [cut[kind]["right"] for cut in rows]
+            spread = [[100 * abs(r["value"] - r[end]) for r in right] for end in ("low", "high")]
+            x, y = [cut["speedup"] for cut in rows], [100 * r["value"] for r in right]
+            panel.errorbar(x, y, spread, marker="o", ms=3, capsize=2, color=colour, label=system)
+        panel.set_title(f"{kind}: right answers, % (black: dense)", fontsize=8)
+        panel.set(xlabel="times as fast on prompts", ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{report['model']}, {report['machine']}")
+    figure.savefig(out, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
@@ -194,6 +218,8 @@ def main() -> None:
         print(changes(reports[0], json.loads(options.against.read_text())))
     if options.out and "systems" in reports[0]:
         draw(reports, options.out)
+    elif options.out and "cuts" in reports[0]:
+        draw_answers(reports[0], options.out)
     elif options.out:
         draw_growth(reports[0], options.out)
 

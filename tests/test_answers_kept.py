@@ -251,8 +251,8 @@ def test_the_choice_goes_by_answers_within_a_limit_on_texts(split):
     def order(*sets):
         return answers_first(windows, np.array([[a] * n + [b] * last for a, b in sets]))
 
-    assert order((1.0, 0.5), (1.02, 0.1)) == [1, 0]
-    assert order((1.0, 0.5), (1.04, 0.1)) == [0, 1]
+    assert order((1.0, 0.5), (1.04, 0.1)) == [1, 0]
+    assert order((1.0, 0.5), (1.06, 0.1)) == [0, 1]
     assert order((1.5, 0.1), (1.4, 0.1), (1.0, 0.9)) == [2, 1, 0]
 
 

@@ -142,6 +142,8 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
         assert cut["blocks"] == report["blocks"] - 1
         assert (cut["code"]["items"], cut["math"]["items"], cut["math"]["kept"]) == ("0", "1", 1)
         assert set(cut["loss"]) == {*DOMAINS, *UNSEEN}
+    plot.draw_answers(report, tmp_path / "plot.svg")
+    assert "default, healed" in (tmp_path / "plot.svg").read_text()
     default, healed, _ = (cut["perplexity_ratio"] for cut in report["cuts"])
     assert healed < default * 1.01
 

@@ -60,8 +60,8 @@ def test_without_a_judge_it_is_the_objective():
 
 
 def test_a_set_between_what_two_measures_find_may_win():
-    """By texts 1 and 2 go, by answers 3 and 4; 2 and 3 cost little by either."""
-    texts, answers = [9, 1, 1, 1.1, 5, 9], [9, 5, 1.1, 1, 1, 9]
+    """By texts 1, 2 and 3 go, by answers 1, 4 and 5; 1, 3 and 4 cost little by either."""
+    texts, answers = [9, 0.5, 1, 1, 1.1, 5, 9], [9, 0.5, 5, 1.1, 1, 1, 9]
 
     def both(sets, start, stop):
         columns = [toy(texts)(sets, 0, 1), toy(answers)(sets, 0, 1)]
@@ -72,13 +72,13 @@ def test_a_set_between_what_two_measures_find_may_win():
     objective.final = Objective(both, 2)
     objective.final.kinds = {"texts": [0], "answers": [1]}
     objective.final.leaders = lambda v: sorted(range(len(v)), key=lambda i: (v[i, 0] > 3, v[i, 1]))
-    found = STRATEGIES[GREEDY_OR_WINDOW](objective, range(6), 2)
-    assert set(found.order) == {2, 3}
+    found = STRATEGIES[GREEDY_OR_WINDOW](objective, range(7), 3)
+    assert found.order == (1, 3, 4)
     assert found.finalists[0].strategy == "between both"
-    assert found.finalists[0].by_kind == pytest.approx({"texts": 2.1, "answers": 2.1})
-    assert [r.removed for r in found.rounds] == [(2,), (3,)]
-    objective.enough = lambda order: len(order) == 2 and {*order} != {2, 3}  # misses the target
-    assert set(STRATEGIES[GREEDY_OR_WINDOW](objective, range(6), 2).order) == {1, 3}
+    assert found.finalists[0].by_kind == pytest.approx({"texts": 2.6, "answers": 2.6})
+    assert [r.removed for r in found.rounds] == [(1,), (3,), (4,)]
+    objective.enough = lambda order: len(order) == 3 and {*order} != {1, 3, 4}  # misses the target
+    assert set(STRATEGIES[GREEDY_OR_WINDOW](objective, range(7), 3).order) == {1, 2, 4}
 
 
 def test_nothing_is_compared_where_there_is_one_set():

@@ -57,9 +57,9 @@ SEARCH_TOKENS = 16_384
 FINAL_TOKENS = 8192
 """Likewise of a set that is one of a few: they differ by more than text does."""
 
-TEXT_TOLERANCE = 0.03
+TEXT_TOLERANCE = 0.05
 """Nats/token that a set chosen for its answers may lose on texts, after a repair, above what the
-best set does: 3 % of perplexity."""
+best set does: 5 % of perplexity."""
 
 RepairedScorer = Callable[[Sweep, Windows], Scorer]
 """Scores sets as a sweep does, each after a repair that is fitted on windows."""

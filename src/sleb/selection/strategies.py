@@ -20,8 +20,8 @@ GREEDY_OR_WINDOW = "greedy-or-window"
 """The strategy that compares by the objective's ``final`` scores."""
 RELINKED = "between both"
 """What a finalist is called that lies between what was found by different measures."""
-EXCHANGES = 16
-"""Of sets that take more to lead from one to the next, none are tried."""
+EXCHANGES = 4
+"""Of what can be exchanged on the way from one set to another, so many are repaired and scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,24 +184,29 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
 
 
 def _relinked(objective: Objective, sets: Sequence[BlockSet]) -> BlockSet:
-    """The best set on the ways from the best of ``sets`` to each of the others, by final scores: a
-    block is exchanged at a time, the best exchange first, while that helps (path relinking, Glover
-    1996). What greedy finds by one measure costs much by another, and sets between them little by
-    both."""
+    """The best set on the ways from the best of ``sets`` to the others that share blocks with it,
+    by final scores: a block is exchanged at a time, the best exchange first, while that helps (path
+    relinking, Glover 1996). What greedy finds by one measure costs much by another, and sets
+    between them little by both."""
     final, seen = objective.final, [*sets]
     wanted = objective.enough(sorted(sets[0]))
 
     def best() -> BlockSet:
         return seen[final.leaders(final.scores(seen, "sets between these, each repaired"))[0]]
 
+    def exchanges(here: BlockSet, goal: BlockSet) -> list[BlockSet]:
+        near = [here - {out} | {b} for out in sorted(here - goal) for b in sorted(goal - here)]
+        near = [s for s in near if s not in seen and objective.enough(sorted(s)) >= wanted]
+        plain = [other.scores(near).mean(1) for other in objective.others.values() if near]
+        return [near[i] for i in np.argsort(sum(plain), kind="stable")[:EXCHANGES]] if near else []
+
     for goal in sets:
         here = best()
-        while 0 < len(here - goal) * len(goal - here) <= EXCHANGES:
-            near = [here - {out} | {b} for out in sorted(here - goal) for b in sorted(goal - here)]
-            seen += [s for s in near if s not in seen and objective.enough(sorted(s)) >= wanted]
-            if (found := best()) == here:
+        while here & goal and (found := exchanges(here, goal)):
+            seen += found
+            if best() == here:
                 break
-            here = found
+            here = best()
     return best()
 
 
