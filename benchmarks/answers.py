@@ -190,11 +190,12 @@ def main() -> None:
                     healed = Path(place) / f"healed {name}-{depth}"
                     asked_for = {"prompts": given, "minutes": options.heal, **common}
                     try:
-                        ran = sleb.heal(out, source, healed, **asked_for)
+                        sleb.heal(out, source, healed, **asked_for)
                     except SlebError as error:  # the other rows are worth having
                         report["cuts"].append({"system": f"{name}, healed", "error": str(error)})
                         continue
-                    at = {"tokens": ran.tokens, "seconds": ran.seconds}
+                    ran = json.loads((healed / "heal.json").read_text())
+                    at = {key: ran[key] for key in ("tokens", "seconds")}
                     add(f"{name}, healed", healed, removed=done.plan.removed, **at)
 
 

@@ -21,11 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from answers import measured
+from answers import Measure
 from common import asked, main_of, save, setting
-from texts import DOMAINS, UNSEEN, prepare
+from texts import prepare
 
 import sleb
 from sleb.calibration.answers import ANSWERS
@@ -44,11 +43,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mixes", default="both,texts,answers")
     parser.add_argument("--tokens", default="2000000", help="several with commas")
     parser.add_argument("--lr", type=float, help="in place of the one that is found")
-    parser.add_argument("--limit", type=int, help="items of each set of answers; 0 for none")
+    parser.add_argument("--limit", type=int, help="items of each set of answers")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
-    parser.add_argument("--batch", type=int, default=128, help="answers at a time")
     parser.add_argument("--test-windows", type=int, default=16, help="of each text")
-    parser.add_argument("--test-length", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -69,39 +67,6 @@ def learning_from(mix: str) -> Iterator[None]:
         yield
     finally:
         Material.of = whole  # type: ignore[method-assign]
-
-
-class Measuring:
-    """Perplexity and right answers of models, each beside the dense one's."""
-
-    def __init__(self, options: argparse.Namespace, texts: Any) -> None:
-        self.options, self.dense = options, {}
-        files = {kind: options.data / f"answers/{kind}_dev.jsonl" for kind in ("code", "math")}
-        self.sets = {
-            kind: [json.loads(row) for row in file.read_text().splitlines()][: options.limit]
-            for kind, file in files.items()
-            if options.limit != 0
-        }
-        model = sleb.load(options.model, device=options.device)
-        self.test, _ = sleb.load_windows(
-            model.tokenizer,
-            [*texts.test.values()],
-            windows=options.test_windows * len(texts.test),
-            length=options.test_length,
-            seed=options.seed,
-        )
-        self.setting = setting(model.stack.input_device, model.stack.dtype)
-        self.base = self.losses(model)
-        self.dense = measured(model, self.sets, None, options)
-
-    def losses(self, model: Any) -> dict[str, float]:
-        found = sleb.evaluate(model, self.test)
-        return {name: quality.loss.value for name, quality in found.domains.items()}
-
-    def of(self, folder: str | Path) -> dict[str, Any]:
-        model = sleb.load(folder, device=self.options.device)
-        found = {"perplexity": ratios(self.losses(model), self.base)}
-        return found | measured(model, self.sets, self.dense, self.options)
 
 
 def healed(options: argparse.Namespace, texts: Any, mix: str, tokens: int, out: Path) -> Any:
@@ -136,13 +101,21 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as place:
         texts = prepare(options.data, Path(place), options.seed)
-        measuring = Measuring(options, texts)
+        measure = Measure(options, texts)
+
+        def measured(folder: str | Path) -> dict[str, Any]:
+            return measure.of(sleb.load(folder, device=options.device))
+
+        dense = sleb.load(options.model, device=options.device)
+        where = setting(dense.stack.input_device, dense.stack.dtype)
+        measure.of(dense)
+        del dense
         report: dict[str, Any] = {
             "what": asked(options, "out", "model", "cut", "data", "mixes", "tokens", "prompts"),
             "model": Path(options.model).name,
-            **measuring.setting,
-            "dense": measuring.dense,
-            "cut": measuring.of(options.cut),
+            **where,
+            "dense": measure.dense,
+            "cut": measured(options.cut),
             "healed": [],
         }
         if options.out.is_file():
@@ -153,21 +126,11 @@ def main() -> None:
                 if any((row["mix"], row["asked"]) == (mix, tokens) for row in report["healed"]):
                     continue
                 out = Path(place) / f"{mix}-{tokens}"
-                row = healed(options, texts, mix, tokens, out) | measuring.of(out)
+                row = healed(options, texts, mix, tokens, out) | measured(out)
                 report["healed"].append(row)
                 save(options.out, report)
-                right = {kind: row[kind]["kept"] for kind in measuring.sets}
-                print(mix, f"{row['tokens']:,} tokens", row["seconds"], right, row["perplexity"])
-
-
-def ratios(losses: dict[str, float], base: dict[str, float]) -> dict[str, float]:
-    """Perplexity over the dense model's by text, and geometric means over domains and the rest."""
-
-    def mean(names: tuple[str, ...]) -> float:
-        return round(float(np.exp(np.mean([losses[n] - base[n] for n in names]))), 4)
-
-    own = {name: round(float(np.exp(losses[name] - base[name])), 4) for name in losses}
-    return {**own, "geo": mean(tuple(DOMAINS)), "unseen_geo": mean(tuple(UNSEEN))}
+                right = {kind: row[kind]["kept"] for kind in measure.prompts}
+                print(mix, f"{row['tokens']:,} tokens", right, row["perplexity_ratio"], flush=True)
 
 
 if __name__ == "__main__":
