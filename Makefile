@@ -74,7 +74,7 @@ $(MERGEKIT):
 		torch==2.13.0 mergekit==0.1.5
 	mv .venv-mergekit.part .venv-mergekit
 
-# What reads a cut besides transformers 5, each in an environment of its own. Takes half an hour.
+# What reads a cut besides transformers 5, in environments of their own. Takes half an hour.
 TRANSFORMERS_4 := .venv-transformers-4/bin/python
 MLX := .venv-mlx/bin/python
 test-runtimes: $(READY) $(TRANSFORMERS_4) $(MLX)

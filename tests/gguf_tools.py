@@ -24,6 +24,13 @@ GEMMA3 = {
     },
     "norms": ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
 }
+RUNNABLE = {
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.merges": ["< 1"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+"""What llama.cpp needs of a tokenizer."""
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
 
 
@@ -95,6 +102,8 @@ def write_tiny(
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def norm(name, length=WIDTH):
+        if name in (extra or {}):
+            return
         writer.add_tensor(name, 1 + rng.normal(0, 0.1, length).astype(np.float32))
 
     matrix("token_embd.weight", VOCABULARY, WIDTH)
@@ -134,6 +143,47 @@ def add_field(writer: gguf.GGUFWriter, key: str, value) -> None:
         writer.add_float32(key, value)
     else:
         writer.add_uint32(key, value)
+
+
+def write_qwen35(path: Path, blocks: int = 8, fields: dict | None = None, **options) -> Path:
+    """A file of Qwen3.5: full attention in every fourth block, linear attention in the others."""
+    rng = np.random.default_rng(2)
+
+    def matrix(*shape):
+        return rng.normal(0, 0.15, shape).astype(np.float32)
+
+    extra: dict[str, np.ndarray | None] = {}
+    for i in range(blocks):
+        own: dict[str, np.ndarray | None] = {"ffn_norm.weight": None}
+        if (i + 1) % 4 == 0:
+            own |= {"attn_q.weight": matrix(2 * WIDTH, WIDTH)}  # queries and their gates
+            own |= {f"attn_{one}_norm.weight": 1 + matrix(16) for one in "qk"}
+        else:
+            gone = ("attn_q", "attn_k", "attn_v", "attn_output")
+            own |= dict.fromkeys(f"{name}.weight" for name in gone)
+            own |= {"attn_qkv.weight": matrix(128, WIDTH), "attn_gate.weight": matrix(64, WIDTH)}
+            own |= {"ssm_beta.weight": matrix(4, WIDTH), "ssm_alpha.weight": matrix(4, WIDTH)}
+            own |= {"ssm_conv1d.weight": matrix(128, 4), "ssm_dt.bias": matrix(4)}
+            own |= {"ssm_a": -np.abs(matrix(4)) - 0.5, "ssm_norm.weight": 1 + matrix(16)}
+            own |= {"ssm_out.weight": matrix(WIDTH, 64)}
+        extra |= {f"blk.{i}.{name}": value for name, value in own.items()}
+    own_fields = {
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "rope.dimension_count": 16,
+        "rope.dimension_sections": [4, 2, 2, 0],
+        "rope.freq_base": 10000000.0,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 64,
+        "ssm.state_size": 16,
+        "ssm.time_step_rank": 4,
+        "ssm.group_count": 2,
+        **(fields or {}),
+    }
+    norms = ("post_attention_norm",)
+    return write_tiny(
+        path, "qwen35", blocks, fields=own_fields, norms=norms, extra=extra, **options
+    )
 
 
 def write_imatrix(path: Path, model: Path) -> Path:

@@ -16,12 +16,14 @@ def next_logprobs(file: str, prompts: list[list[int]]) -> list[dict[int, float]]
     params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
     params.verbosity, params.fit_params = -1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     found = []
     for ids in prompts:
         asked = {"prompt": ids, "n_predict": 1, "n_probs": 100_000, "cache_prompt": False}
-        answer = server.handle_completions({**asked, "temperature": 0.0})
-        tokens = answer["completion_probabilities"][0]["top_logprobs"]
+        answer = server.handle_completions({**asked, "temperature": 0.0, "ignore_eos": True})
+        tokens = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found.append({token["id"]: token["logprob"] for token in tokens})
     return found
 

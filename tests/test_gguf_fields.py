@@ -44,6 +44,23 @@ def test_the_windows_of_the_uncut_model_are_written_block_by_block(
         assert found == ([ARRAY, BOOL], expected)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3next", "qwen35", "qwen35moe"])
+def test_which_blocks_have_linear_attention_is_written_block_by_block(tmp_path, architecture):
+    key = "attention.recurrent_layers"
+    stated = [True, False, False, True] * 3
+    for fields, whole in (
+        ({}, [i % 4 < 3 for i in range(12)]),  # as llama.cpp derives them
+        ({"full_attention_interval": 3}, [i % 3 < 2 for i in range(12)]),
+        ({key: stated}, stated),
+    ):
+        for removed in ([1], [3], [3, 4], [0, 11]):
+            found = cut(tmp_path, architecture, removed, 12, fields)[f"{architecture}.{key}"]
+            expected = [linear for i, linear in enumerate(whole) if i not in removed]
+            assert found == ([ARRAY, BOOL], expected)
+    with pytest.raises(UnsupportedModel, match="two kinds"):
+        cut(tmp_path, architecture, [3, 7], 8)
+
+
 @pytest.mark.parametrize(("architecture", "fields"), [("gemma3", {}), ("olmo2", {}), ("llama", {})])
 def test_a_model_without_sliding_windows_gets_no_pattern(tmp_path, architecture, fields):
     assert f"{architecture}.{PATTERN}" not in cut(tmp_path, architecture, [3], fields=fields)

@@ -19,6 +19,7 @@ from sleb.core.errors import DataError, UnsupportedModel, did_you_mean
 from sleb.core.plan import MAX_BLOCKS
 
 PATTERN = "attention.sliding_window_pattern"
+_RECURRENT = "attention.recurrent_layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,15 @@ class Architecture:
 
     ``types``: model types of transformers whose GGUF files have it. ``window(model)``: period of
     full attention among sliding windows where the file does not say; 0 for no sliding windows.
-    ``steps``: rules on a block's index. ``depth(model, n)``: what follows from the number of blocks
-    ``n`` alone, and must be the same for the cut model, with its name in ``depth_of``.
+    ``linear``: whether some blocks have linear attention, which a list says or else a period of
+    full attention. ``steps``: rules on a block's index. ``depth(model, n)``: what follows from the
+    number of blocks ``n`` alone, and must be the same for the cut model, with its name in
+    ``depth_of``.
     """
 
     types: tuple[str, ...]
     window: Callable[[GGUFModel], int] = lambda model: 0
+    linear: bool = False
     steps: tuple[Step, ...] = ()
     depth: Callable[[GGUFModel, int], Any] = lambda model, n: None
     depth_of: str = ""
@@ -189,6 +193,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": Architecture(types=("cohere2",), window=lambda model: 4),
     "gpt-oss": Architecture(types=("gpt_oss",), window=lambda model: 2),
     "olmo2": Architecture(types=("olmo2", "olmo3"), window=_window_if_set(4)),
+    # linear attention by the block's index, unless the file has it block by block
+    "qwen3next": Architecture(types=("qwen3_next",), linear=True),
+    "qwen35": Architecture(types=("qwen3_5_text", "qwen3_5"), linear=True),
+    "qwen35moe": Architecture(types=("qwen3_5_moe_text", "qwen3_5_moe"), linear=True),
     # rules on the index that no field can express
     "smollm3": Architecture(types=("smollm3",), steps=(_NO_ROPE,)),
     "llama4": Architecture(
@@ -233,9 +241,9 @@ REFUSED = {
 }
 
 _SLICED = frozenset(
-    "attention.head_count attention.head_count_kv attention.recurrent_layers "
-    f"attention.rope_pattern {PATTERN} expert_feed_forward_length expert_used_count "
-    "feed_forward_length swiglu_clamp_exp swiglu_clamp_shexp".split()
+    f"attention.head_count attention.head_count_kv {_RECURRENT} attention.rope_pattern {PATTERN} "
+    "expert_feed_forward_length expert_used_count feed_forward_length swiglu_clamp_exp "
+    "swiglu_clamp_shexp".split()
 )
 """Fields of an architecture that may have one entry per block."""
 
@@ -285,6 +293,11 @@ def recut(model: GGUFModel, removed: Collection[int]) -> dict[str, Value]:
         _keep_both(windows, kept, "attention", model)
         own = [windows[block] for block in kept]
         values.setdefault(pattern, Value(kind=ARRAY, item=BOOL, data=own))
+    if architecture.linear:
+        linear = linear_of(model)
+        _keep_both(linear, kept, "blocks", model)
+        own = [linear[block] for block in kept]
+        values.setdefault(f"{model.name}.{_RECURRENT}", Value(kind=ARRAY, item=BOOL, data=own))
     heads = model.counts("attention.head_count_kv")
     if heads and 0 in heads:
         _keep_both([count == 0 for count in heads], kept, "blocks", model)
@@ -368,6 +381,14 @@ def windows_of(model: GGUFModel) -> list[bool] | None:
         return [bool(window) for window in stated]
     period = period if stated is None else model.integer(PATTERN) or 0
     return [period == 0 or block % period < period - 1 for block in range(model.blocks)]
+
+
+def linear_of(model: GGUFModel) -> list[bool]:
+    """Which blocks llama.cpp runs with linear attention, where an architecture has some."""
+    if isinstance(stated := model.get(_RECURRENT), list):
+        return [bool(linear) for linear in stated]
+    period = model.integer("full_attention_interval") or 4
+    return [(block + 1) % period != 0 for block in range(model.blocks)]
 
 
 def _keep_both(kinds: Sequence[bool], kept: Sequence[int], what: str, model: GGUFModel) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sleb.checkpoints.gguf_fields import ARCHITECTURES, PATTERN, GGUFModel, block_of, windows_of
+from sleb.checkpoints.gguf_fields import (
+    ARCHITECTURES,
+    PATTERN,
+    GGUFModel,
+    block_of,
+    linear_of,
+    windows_of,
+)
 from sleb.checkpoints.gguf_file import ARRAY, STRING, GGUFFile
 from sleb.core.errors import DataError, UnsupportedModel
 
@@ -194,7 +201,12 @@ class _Carrier:
             self.agree("query_pre_attn_scalar", scale)
 
     def windows(self) -> None:
-        """Which blocks slide, as the file says or llama.cpp supposes, and how far."""
+        """Which blocks slide, as the file says or llama.cpp supposes, and how far; or which have
+        linear attention."""
+        if self.name in ARCHITECTURES and ARCHITECTURES[self.name].linear:
+            linear = linear_of(GGUFModel.of(self.file))
+            kinds = ["linear_attention" if one else "full_attention" for one in linear]
+            self.agree("layer_types", kinds)
         if self.name in _SLIDES and (window := self.get("attention.sliding_window")):
             self.agree("sliding_window", window)
         stated = self.get(PATTERN)

@@ -181,7 +181,8 @@ def check_runtimes(
     known, cut = pythons or {}, Cut.of(plan, config.depth)
     device, trust = pick_device(config.device), config.trust_remote_code
     dense, pruned = resolve(model, progress).path, resolve(out, progress).path
-    text = decoder_config(load_config(pruned, trust_remote_code=trust)).to_dict()
+    decoder = decoder_config(load_config(pruned, trust_remote_code=trust))
+    text = {**decoder.to_dict(), "num_hidden_layers": decoder.num_hidden_layers}
     dtype = pick_dtype(config.dtype, load_config(dense, trust_remote_code=trust), device)
     files: dict[str, list[Path | None]] = {name: [dense, pruned] for name in names}
     files["llama.cpp"] = [gguf_file(model, dense), gguf_file(out, pruned)]

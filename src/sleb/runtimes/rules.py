@@ -279,8 +279,8 @@ def _without_file(kind: str) -> Ruling:
     name = next((name for name, a in ARCHITECTURES.items() if kind in a.types), None)
     if name is None:
         return Ruling(verdict="undecided", why=finding("unknown", architecture=kind))
-    architecture = ARCHITECTURES[name]
-    if architecture.steps or architecture.depth_of or architecture.window is not _NO_WINDOW:
+    one = ARCHITECTURES[name]
+    if one.steps or one.depth_of or one.linear or one.window is not _NO_WINDOW:
         return Ruling(verdict="undecided", why=finding("place", architecture=name))
     return Ruling(verdict="accepted", why=finding("alike"))
 
