@@ -1,5 +1,6 @@
 """Tiny GGUF files, written by the gguf package; and plans for them."""
 
+import math
 from pathlib import Path
 
 import gguf
@@ -184,6 +185,21 @@ def write_qwen35(path: Path, blocks: int = 8, fields: dict | None = None, **opti
     return write_tiny(
         path, "qwen35", blocks, fields=own_fields, norms=norms, extra=extra, **options
     )
+
+
+def llama3_divisors(base=10000.0, factor=8.0, old=8192, half=8):
+    """Worked out wave by wave, as Llama 3.1's release says it."""
+    divisors = []
+    for i in range(half):
+        wave = 2 * math.pi * base ** (i / half)
+        if wave < old / 4:
+            divisors.append(1.0)
+        elif wave > old:
+            divisors.append(factor)
+        else:
+            smooth = (old / wave - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
 
 
 def write_imatrix(path: Path, model: Path) -> Path:

@@ -19,6 +19,7 @@ import sleb
 from gguf_tools import (
     GEMMA3,
     RUNNABLE,
+    llama3_divisors,
     plan_of,
     readable,  # noqa: F401 (a fixture)
     write_qwen35,
@@ -27,7 +28,6 @@ from gguf_tools import (
 from sleb.checkpoints.gguf_fields import ARCHITECTURES
 from sleb.checkpoints.gguf_file import GGUFFile, NewTensor, write_gguf
 from sleb.surgery.gguf_cut import cut_gguf
-from test_gguf_source import llama3_divisors
 
 pytestmark = pytest.mark.runtimes
 

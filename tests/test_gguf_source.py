@@ -1,14 +1,12 @@
 """A GGUF file is converted as llama.cpp runs it, or refused by the field that would be lost."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import sleb
-from gguf_tools import readable, write_tiny  # noqa: F401
+from gguf_tools import llama3_divisors, readable, write_tiny  # noqa: F401
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import DataError, InputError, UnsupportedModel
 from sleb.models.gguf_source import corrections
@@ -16,21 +14,6 @@ from sleb.models.source import resolve
 
 CPU = {"dtype": "float32", "device": "cpu"}
 LLAMA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
-
-def llama3_divisors(base=10000.0, factor=8.0, old=8192, half=8):
-    """Worked out wave by wave, as Llama 3.1's release says it."""
-    divisors = []
-    for i in range(half):
-        wave = 2 * math.pi * base ** (i / half)
-        if wave < old / 4:
-            divisors.append(1.0)
-        elif wave > old:
-            divisors.append(factor)
-        else:
-            smooth = (old / wave - 1) / (4 - 1)
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(divisors, dtype=np.float32)
 
 
 def found(path, config=None):
