@@ -116,6 +116,7 @@ def test_a_field_is_declared_in_one_class():
 
 VALUES = {
     "device": "cpu", "device_map": "auto", "dtype": "float32", "keep_answers": 0.9,
+    "loss_on": "all",
     "max_loss_increase": 0.1,
     "max_memory": "1GB", "max_prompts": 19, "metric": "kl", "min_similarity": 0.5,
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,

@@ -1,6 +1,7 @@
 """Perplexity equals transformers' own loss; intervals and pairing are right."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,19 @@ def test_perplexity_is_the_exponential_of_transformers_own_loss(loaded, windows)
     assert found.perplexity.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
     assert (found.windows, found.length, found.tokens) == (7, 20, 7 * 19)
     assert found.pruned_loss is None
+
+
+def test_only_tokens_that_are_scored_count(loaded, windows):
+    scored = torch.zeros_like(windows.ids, dtype=torch.bool)
+    scored[:, 5:9] = True
+    scored[1:, 12] = True
+    found = sleb.evaluate(loaded, replace(windows, scored=scored), removed=(2,))
+    labels = windows.ids.masked_fill(~scored, -100)
+    with torch.no_grad():
+        rows = [*zip(windows.ids, labels, strict=True)]
+        losses = [loaded.model(i[None], labels=k[None]).loss.item() for i, k in rows]
+    assert found.loss.value == pytest.approx(np.mean(losses), abs=1e-6)
+    assert found.tokens == 7 * 5 - 1
 
 
 def test_dense_and_pruned_are_paired(loaded, windows):

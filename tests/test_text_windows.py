@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sleb.calibration import sources, tokens
 from sleb.calibration.windows import DEFAULT_WINDOWS, load_windows
 from sleb.core.errors import InputError
-from text_tools import BOS, Write, documents, letters, load, texts, tokenizer
+from text_tools import BOS, CHAT, Write, documents, letters, load, texts, tokenizer
 
 # Windows
 
@@ -218,6 +218,59 @@ def test_what_cannot_be_cut_says_why(write, specs, options, said):
     write("dir/a.txt", letters(91, 3000))
     with pytest.raises(InputError, match=said):
         load(*specs.split(), **options)
+
+
+# Chats, of which what the assistant says is scored
+
+THINKS = "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}hm. {% endif %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip  # noqa: E501
+CHATS = [
+    [("user", f"ask {n}"), ("assistant", f"say {n}"), ("user", "so"), ("assistant", f"yes {n}")]
+    for n in range(30)
+]
+
+
+@pytest.fixture
+def chats(write) -> list[str]:
+    rows = [[{"role": role, "content": said} for role, said in chat] for chat in CHATS]
+    lines = "\n".join(json.dumps({"messages": row}) for row in rows)
+    write("chats.jsonl", lines)
+    write("plain.txt", letters(900))
+    return ["chats.jsonl", "plain.txt"]
+
+
+@pytest.mark.parametrize("template", [CHAT, THINKS])
+@pytest.mark.parametrize("ends", ["none", "bos"])
+def test_of_chats_what_the_assistant_says_is_scored(chats, template, ends):
+    """Also where the last turn is written in another way once more has been said."""
+    reader = tokenizer(ends, chat_template=template)
+    found, _ = load_windows(reader, chats[:1], windows="all", length=24, seed=0, loss_on="answers")
+    words = "".join(reader.decode(i[s]) for i, s in zip(found.ids, found.scored, strict=True))
+    said = "".join(turn for chat in CHATS for role, turn in chat if role == "assistant")
+    kept = [c for c in words if not c.isspace()]
+    assert len(kept) > 0.9 * len(said.replace(" ", ""))  # but for ends, and firsts of windows
+    assert set(words) <= set(said + "hm.")
+    assert not found.scored[:, 0].any()
+    assert found.scored.any(1).all()
+    every, _ = load_windows(reader, chats[:1], windows="all", length=24, seed=0)
+    assert every.scored is None
+    assert len(every.ids) >= len(found.ids)
+
+
+def test_texts_that_are_no_chats_count_in_full_beside_them(chats):
+    reader = tokenizer(chat_template=THINKS)
+    plain = load_windows(reader, chats[1:], windows=8, length=24, seed=0, loss_on="answers")[0]
+    assert plain.scored is None
+    both = load_windows(reader, chats, windows=16, length=24, seed=0, loss_on="answers")[0]
+    rows = both.of("plain")
+    assert both.scored[rows, 1:].all()
+    assert not both.scored[both.of("chats"), 1:].all()
+
+
+def test_a_chat_in_which_no_assistant_speaks_says_what_to_do(write):
+    write("a.jsonl", json.dumps({"messages": [{"role": "user", "content": letters(99)}]}))
+    reader = tokenizer(chat_template=THINKS)
+    with pytest.raises(InputError, match="--loss-on all"):
+        load_windows(reader, ["a.jsonl"], windows=2, length=24, seed=0, loss_on="answers")
 
 
 # The embedded text

@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -227,6 +227,17 @@ class TextOptions(Options):
     seed: int = option(0, "Choice of windows.")
 
 
+LossOn = Literal["answers", "all"]
+
+
+class LossOptions(Options):
+    """Text to measure on."""
+
+    loss_on: LossOn = option(
+        "answers", "Of chats in --text: count only what the assistant says, or all."
+    )
+
+
 class LengthOptions(Options):
     """Text to measure on."""
 
@@ -379,6 +390,7 @@ GROUPS: tuple[type[Options], ...] = (
     TargetOptions,
     SelectionOptions,
     TextOptions,
+    LossOptions,
     LengthOptions,
     HeldoutOptions,
     PromptOptions,
@@ -409,6 +421,7 @@ class SearchConfig(
     TargetOptions,
     SelectionOptions,
     TextOptions,
+    LossOptions,
     LengthOptions,
     HeldoutOptions,
     PromptOptions,
@@ -432,6 +445,7 @@ class RepairConfig(DepthOptions, PromptOptions, DeviceOptions):
     stream: bool = like(LoadOptions, "stream")
     device_map: str | None = like(LoadOptions, "device_map")
     text: tuple[str, ...] = like(TextOptions, "text")
+    loss_on: LossOn = like(LossOptions, "loss_on")
     length: int = like(LengthOptions, "length")
     repair_tokens: int | None = like(RepairOptions, "repair_tokens")
 
@@ -531,7 +545,7 @@ class VerifyConfig(CheckOptions):
         return self
 
 
-class EvalConfig(DepthOptions, TextOptions, PromptOptions, LoadOptions, BatchOptions):
+class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOptions, BatchOptions):
     """`sleb eval`."""
 
     length: int | None = like(
@@ -588,6 +602,7 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     """`sleb heal`."""
 
     text: tuple[str, ...] = like(TextOptions, "text")
+    loss_on: LossOn = like(LossOptions, "loss_on")
     seed: int = like(TextOptions, "seed")
     tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
     length: int | None = like(

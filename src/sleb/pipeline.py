@@ -394,6 +394,7 @@ def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, R
         length=config.length,
         seed=config.seed,
         heldout=config.heldout,
+        loss_on=config.loss_on,
     )
     if config.repair is False:
         return split, RepairStatus(status="not-asked")

@@ -548,6 +548,7 @@ def evaluate(
         windows=config.windows or "all",
         length=config.length or min(2048, loaded.stack.max_length or 2048),
         seed=config.seed,
+        loss_on=config.loss_on,
     )
     return perplexity.evaluate(
         loaded, scored, removed=removed, patch=patch, batch=config.batch, progress=progress

@@ -77,6 +77,14 @@ class Row:
         return replace(self, completion="", messages=tuple(turns))
 
 
+class Chat(str):
+    """The text of a chat. ``answers``: where in it the assistant speaks, [start, stop) in
+    characters; with what ends its turn, where the chat template opens and closes one alike."""
+
+    __slots__ = ("answers",)
+    answers: tuple[tuple[int, int], ...]
+
+
 # -- what a row means ------------------------------------------------------------------------------
 
 
@@ -241,7 +249,43 @@ def read_document(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> s
     """
     parsed = parse_row(row, where)
     text = render(parsed, tokenizer, where)
-    return text if parsed.text is not None else text.removeprefix(str(tokenizer.bos_token or ""))
+    if parsed.text is not None:
+        return text
+    chat = Chat(text.removeprefix(str(tokenizer.bos_token or "")))
+    opening = len(text) - len(chat)
+    chat.answers = tuple((a - opening, b - opening) for a, b in _spoken(parsed, text, tokenizer))
+    return chat
+
+
+def _spoken(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """Where in the ``text`` of a chat the assistant speaks. Of turns that the template writes in
+    another way once more has been said, what they say is looked for."""
+    at = 0
+    for n, turn in enumerate(row.messages):
+        if turn["role"] != "assistant":
+            continue
+        asked, said = replace(row, messages=row.messages[:n]), turn["content"].strip()
+        before = _rendered(asked, tokenizer, generate=True)
+        through = _rendered(replace(row, messages=row.messages[: n + 1]), tokenizer)
+        if before and through and text.startswith(before) and text.startswith(through):
+            at, end = len(before), len(through.rstrip())
+            if before == _rendered(asked, tokenizer):  # the template opens no turn by itself
+                at = max(at, text.find(said, at, end))
+        else:
+            at = text.find(said, at)
+            end = at + len(said)
+        if at < 0:
+            return
+        yield at, end
+        at = end
+
+
+def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> str:
+    """A part of a chat; nothing where the template does not take it alone."""
+    try:
+        return render(row, tokenizer, "", generate=generate)
+    except InputError:
+        return ""
 
 
 def render(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sleb.calibration.answers import AnswerSplit
 from sleb.calibration.windows import Texts, Windows, written_source
+from sleb.config import LossOn
 from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class CalibrationSplit:
         length: int,
         seed: int,
         heldout: int = 0,
+        loss_on: LossOn = "all",
     ) -> CalibrationSplit:
         """Read the texts, and set aside windows to search on and up to ``heldout`` others; see
         :func:`sleb.calibration.load_windows`, which raises the same errors."""
-        texts = Texts.read(tokenizer, text, length=length, seed=seed)
+        texts = Texts.read(tokenizer, text, length=length, seed=seed, loss_on=loss_on)
         search, others = texts.windows(windows, heldout)
         return cls(search=search, heldout=others, texts=texts)
 

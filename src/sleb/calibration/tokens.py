@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from sleb.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,16 +34,40 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     same; a stretch without such a place is encoded in one. Tokenizers that split text into words
     first, which nearly all do, thus give the tokens of the whole.
     """
-    pieces: list[Tensor] = []
+    pieces = (_encode(tokenizer, text[a:b]) for a, b in _pieces(tokenizer, text))
+    return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in pieces])
+
+
+def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Where each token of :func:`encode_text` begins, in characters. [L] int64.
+
+    Raises:
+        InputError: the tokenizer does not tell.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not tell which tokens an assistant says: give "
+            "--loss-on all"
+        )
+    starts = []
+    for a, b in _pieces(tokenizer, text):
+        encoded = tokenizer(
+            text[a:b], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        starts.append(torch.tensor([a + start for start, _ in encoded["offset_mapping"]]))
+    return torch.cat(starts)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[int, int]]:
+    """Parts of a text that can be encoded by themselves: [start, stop) in characters."""
     start, near = 0, PIECE
     while len(text) - near > PIECE:
         if seam := _seam(tokenizer, text, near):
             end, resume = seam
-            pieces.append(torch.tensor(_encode(tokenizer, text[start:end]), dtype=torch.int64))
+            yield start, end
             start = near = resume
         near += PIECE
-    pieces.append(torch.tensor(_encode(tokenizer, text[start:]), dtype=torch.int64))
-    return torch.cat(pieces)
+    yield start, len(text)
 
 
 def _seam(tokenizer: PreTrainedTokenizerBase, text: str, near: int) -> tuple[int, int] | None:

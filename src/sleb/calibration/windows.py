@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sleb.calibration.rows import Chat
 from sleb.calibration.sources import Source, parse_source, read_documents
-from sleb.calibration.tokens import encode_text, opening_tokens
+from sleb.calibration.tokens import encode_text, opening_tokens, token_starts
+from sleb.config import LossOn
 from sleb.core.errors import InputError
 from sleb.core.plan import Calibration, SourceRecord
 
@@ -101,13 +103,20 @@ def used_length(scored: Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Text:
-    """A source as one run of tokens, and how many windows fit into it."""
+    """A source as one run of tokens, which of them count (None for all), and which of the windows
+    that fit into it have any that does."""
 
     source: Source
     sha256: str
     documents: int
     tokens: Tensor  # [L] int64
-    windows: int
+    scored: Tensor | None  # [L]
+    rows: Tensor  # [windows] int64
+
+    @property
+    def windows(self) -> int:
+        """How many windows it has."""
+        return len(self.rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,14 +130,20 @@ class Texts:
 
     @classmethod
     def read(
-        cls, tokenizer: PreTrainedTokenizerBase, specs: Sequence[str], *, length: int, seed: int
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        specs: Sequence[str],
+        *,
+        length: int,
+        seed: int,
+        loss_on: LossOn = "all",
     ) -> Texts:
         """Read and tokenize; see :func:`load_windows`."""
         opening = opening_tokens(tokenizer)
         if length < (shortest := max(2, len(opening) + 1)):
             raise InputError(f"--length {length} is too short; give at least {shortest}")
         sources = [parse_source(spec) for spec in specs or ("default",)]
-        texts = tuple(_text(tokenizer, source, opening, length) for source in sources)
+        texts = tuple(_text(tokenizer, source, opening, length, loss_on) for source in sources)
         _check_distinct(texts)
         return cls(texts=texts, opening=tuple(opening), length=length, seed=seed)
 
@@ -150,15 +165,16 @@ class Texts:
         return self._cut(scored), self._cut(others) if any(others) else None
 
     def _cut(self, picks: list[list[int]]) -> Windows:
-        body = self.length - len(self.opening)
-        rows = torch.cat(
-            [
-                text.tokens.unfold(0, body, body)[torch.tensor(pick, dtype=torch.int64)]
-                for text, pick in zip(self.texts, picks, strict=True)
+        ids = self._rows([text.tokens for text in self.texts], picks, torch.tensor(self.opening))
+        scored = None
+        if any(text.scored is not None for text in self.texts):
+            every = [torch.ones_like(text.tokens, dtype=torch.bool) for text in self.texts]
+            marks = [
+                all_of if text.scored is None else text.scored
+                for text, all_of in zip(self.texts, every, strict=True)
             ]
-        )
-        start = torch.tensor(self.opening, dtype=torch.int64).expand(len(rows), -1)
-        ids = torch.cat((start, rows), dim=1)
+            scored = self._rows(marks, picks, torch.zeros(len(self.opening)))
+            scored[:, 0] = False  # nothing predicts it
         records = tuple(
             SourceRecord(
                 spec=text.source.spec,
@@ -178,9 +194,21 @@ class Texts:
                 windows=len(ids),
                 length=self.length,
                 seed=self.seed,
-                sha256=digest(ids),
+                sha256=digest(ids, scored),
             ),
+            scored=scored,
         )
+
+    def _rows(self, of: list[Tensor], picks: list[list[int]], opening: Tensor) -> Tensor:
+        """Windows [N, T] of what each text has per token, each begun with ``opening``."""
+        body = self.length - len(opening)
+        rows = torch.cat(
+            [
+                row.unfold(0, body, body)[text.rows[torch.tensor(pick, dtype=torch.int64)]]
+                for row, text, pick in zip(of, self.texts, picks, strict=True)
+            ]
+        )
+        return torch.cat((opening.to(rows.dtype).expand(len(rows), -1), rows), dim=1)
 
 
 def load_windows(
@@ -191,6 +219,7 @@ def load_windows(
     length: int,
     seed: int,
     heldout: int = 0,
+    loss_on: LossOn = "all",
 ) -> tuple[Windows, Windows | None]:
     """Windows to score, and up to ``heldout`` others that share no token of the text with them.
 
@@ -208,6 +237,8 @@ def load_windows(
         length: tokens a window, T.
         seed: of the choice.
         heldout: how many others are wanted. There may be fewer, and None if there are none.
+        loss_on: with ``"answers"`` only what assistants say in chats is scored of them, and windows
+            without such a token are none.
 
     Raises:
         InputError: bad numbers, text that is unusable, too short or given twice, or two sources of
@@ -216,7 +247,8 @@ def load_windows(
         ResourceError: the hub cannot be reached.
     """
     _check_numbers(windows, heldout)
-    return Texts.read(tokenizer, specs, length=length, seed=seed).windows(windows, heldout)
+    texts = Texts.read(tokenizer, specs, length=length, seed=seed, loss_on=loss_on)
+    return texts.windows(windows, heldout)
 
 
 def _check_numbers(windows: int | str | None, heldout: int) -> None:
@@ -227,13 +259,27 @@ def _check_numbers(windows: int | str | None, heldout: int) -> None:
 
 
 def _text(
-    tokenizer: PreTrainedTokenizerBase, source: Source, opening: list[int], length: int
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    opening: list[int],
+    length: int,
+    loss_on: LossOn,
 ) -> _Text:
     documents = read_documents(source, tokenizer)
     text = "\n\n".join(documents)
     tokens = encode_text(tokenizer, text)
-    windows = len(tokens) // (length - len(opening))
-    if not windows:
+    body = length - len(opening)
+    scored, rows = None, torch.arange(len(tokens) // body)
+    if loss_on == "answers" and any(isinstance(document, Chat) for document in documents):
+        scored = _answered(documents, token_starts(tokenizer, text))
+        if len(rows):
+            predicted = scored.unfold(0, body, body)[:, 0 if opening else 1 :]
+            rows = predicted.any(1).nonzero().flatten()
+            if not len(rows):
+                raise InputError(
+                    f"{source.spec} has no window in which an assistant speaks: give --loss-on all"
+                )
+    if not len(rows):
         raise InputError(
             f"{source.spec} has {len(tokens)} tokens, too short for one window of {length}; "
             f"give more text or a shorter --length (at most {len(tokens) + len(opening)})"
@@ -243,8 +289,22 @@ def _text(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         documents=len(documents),
         tokens=tokens,
-        windows=windows,
+        scored=scored,
+        rows=rows,
     )
+
+
+def _answered(documents: Sequence[str], starts: Tensor) -> Tensor:
+    """Which tokens, that begin at ``starts`` [L] in the joined documents, an assistant says, or are
+    of a document that is no chat. [L]"""
+    scored, at = torch.zeros(len(starts), dtype=torch.bool), 0
+    for document in documents:
+        spans = document.answers if isinstance(document, Chat) else [(0, len(document) + 2)]
+        for a, b in spans:
+            first, last = torch.searchsorted(starts, torch.tensor([at + a, at + b])).tolist()
+            scored[first:last] = True
+        at += len(document) + 2  # the blank line
+    return scored
 
 
 def _check_distinct(texts: Sequence[_Text]) -> None:

@@ -169,6 +169,7 @@ def heal_windows(
         length=length,
         seed=config.seed,
         heldout=wanted + heldout,
+        loss_on=config.loss_on,
     )
     windows, validation = split.healing(wanted, heldout)
     if not len(windows.ids):

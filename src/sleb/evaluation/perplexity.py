@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,14 +63,17 @@ def evaluate(
     """Score ``model`` on ``windows``, and side by side with ``removed`` blocks bypassed; with
     ``patch``, as of a repair, the latter both under it and without.
 
-    Every window scores its length - 1 predicted tokens, as the published protocol does.
+    Every window scores its length - 1 predicted tokens, as the published protocol does, or those
+    that are ``scored``.
 
     Raises:
         DataError: a loss is NaN or infinite.
     """
     sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
-    sweep = Sweep(model.stack, windows.ids, QUALITY if removed else NLL, batch=batch, patch=patch)
+    metric, scored = QUALITY if removed else NLL, windows.scored
+    sweep = Sweep(model.stack, windows.ids, metric, batch=batch, patch=patch, scored=scored)
     n, length = windows.ids.shape
+    counts = np.full(n, length - 1) if scored is None else scored[:, 1:].sum(1).numpy()
     work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)
@@ -80,22 +84,23 @@ def evaluate(
         plain = evaluate(model, windows, removed=removed, batch=batch, progress=progress)
     return Evaluation(
         unrepaired=plain,
-        **vars(_quality(values, length)),
+        **vars(_quality(values, counts)),
         length=length,
         removed=tuple(sorted(removed)),
         domains={
-            name: _quality(values[:, source == i], length)
+            name: _quality(values[:, source == i], counts[source == i])
             for i, name in enumerate(windows.names)
             if (source == i).any()
         },
     )
 
 
-def _quality(values: Values, length: int) -> Quality:
-    n = values.shape[1]
+def _quality(values: Values, counts: Any) -> Quality:
+    """Of the values [sets, windows] or [sets, windows, 3], each the mean of so many tokens."""
+    n, tokens = len(counts), int(counts.sum())
     losses = values[..., 0] if values.ndim == 3 else values
     dense = interval(losses[0])
-    plain = Quality(windows=n, tokens=n * (length - 1), loss=dense, perplexity=exponential(dense))
+    plain = Quality(windows=n, tokens=tokens, loss=dense, perplexity=exponential(dense))
     if values.ndim == 2:
         return plain
     pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])

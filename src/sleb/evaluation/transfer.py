@@ -215,6 +215,7 @@ def _split(
         length=config.length,
         seed=config.seed,
         heldout=config.heldout,
+        loss_on=config.loss_on,
     )
 
 

@@ -139,7 +139,12 @@ def fit_repair(
         UnsupportedModel: as :func:`repair`.
     """
     split = CalibrationSplit.of(
-        model.tokenizer, config.text, windows=None, length=config.length, seed=0
+        model.tokenizer,
+        config.text,
+        windows=None,
+        length=config.length,
+        seed=0,
+        loss_on=config.loss_on,
     )
     given = given_tokens(model.stack, config.repair_tokens)
     split = split.with_repair(given, beside_search=True)
