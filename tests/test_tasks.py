@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -192,6 +193,48 @@ def folder(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "colours.yaml").write_text(YAML.format(name="colours", data=data))
     return tmp_path / "tasks"
+
+
+WRITES = """task: writes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+unsafe_code: true
+output_type: generate_until
+doc_to_text: "Question: {{{{thing}}}}?\\nAnswer:"
+doc_to_target: colour
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: !function own.passes, aggregation: mean, higher_is_better: true}}]
+filter_list: [{{name: programs, filter: [{{function: custom, filter_fn: !function own.programs}}]}}]
+"""
+OWN = """
+import os
+
+def programs(answers, docs):
+    return [[f"said = {answer.strip()!r}" for answer in row] for row in answers]
+
+def passes(references, predictions):
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    found = {}
+    exec(predictions[0][0], found)
+    return {"pass@1": float(found["said"] == references[0])}
+"""
+
+
+def test_a_task_that_runs_what_the_model_writes_needs_a_word(taught, tmp_path):
+    """Written as humaneval is: a filter of its own, and a metric under another name than its
+    function's."""
+    rows = [{"thing": thing, "colour": colour} for thing, colour in PAIRS]
+    data = write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "writes.yaml").write_text(WRITES.format(data=data))
+    (tmp_path / "own.py").write_text(OWN)
+    asked = {"task": ["writes"], "tasks_folder": str(tmp_path), "removed": REMOVED}
+    with pytest.raises(InputError, match="--run-code"):
+        run_tasks(taught, **asked)
+    (result,) = run_tasks(taught, **asked, run_code=True)
+    assert (result.dense.value, result.items) == (1, len(PAIRS))
+    assert 0 <= result.pruned.value < 1
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
 def test_a_local_task_scores_as_the_harness_itself_does(taught, folder):

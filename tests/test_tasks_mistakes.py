@@ -149,7 +149,7 @@ TARGET = "doc_to_target: answer"
         (TARGET, "doc_to_target: '{{gone}}'", "loaded: 'gone'"),
         ("doc_to_choice: choices", "doc_to_choice: '{{gone.far}}'", "loaded: 'gone'"),
         ("output_type: multiple_choice", "output_type: nonsense", "cannot be loaded"),
-        ("task: mine", "task: mine\nunsafe_code: true", "runs code"),
+        ("task: mine", "task: mine\nunsafe_code: true", "runs code.*--run-code"),
         ("task: mine", "task: mine\ndoc_to_image: question", "images or sound"),
         (TARGET, f"{TARGET}\nmetric_list: [{{metric: brier_score}}]", "no metric .*brier_score"),
         (TARGET, f"{TARGET}\nprocess_results: !function own.far\n{FAR}", "far gives an item 7"),

@@ -551,6 +551,14 @@ class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOpti
     length: int | None = like(
         LengthOptions, "length", None, "Tokens per window. Default: 2048, or what the model reads."
     )
+    run_code: bool = like(
+        PromptOptions,
+        "run_code",
+        help="Judge answers to rows with tests by running their code, in a child with limits of "
+        "time and memory, a scratch folder and no network; and allow tasks that run code in the "
+        "harness's own way, which has a limit of time alone. It can read what you can, and write "
+        "where you may: use a machine or container that may be lost.",
+    )
     plan: str | None = option(None, "Also score the model cut by this plan.")
     task: tuple[str, ...] = option(
         (),

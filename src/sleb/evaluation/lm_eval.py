@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ MOST = {"cpu": 16}  # requests per forward pass
 MOST_ELSEWHERE = 64
 LOGITS = 2**30  # bytes that the logits of a batch may take
 TRIAL = 4  # tokens
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
 _TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
 _LOCAL = ("json", "csv", "parquet", "text", "arrow", "pandas")
 
@@ -78,10 +80,14 @@ class Scores:
 
 
 class Harness:
-    """Tasks and a model to score on them."""
+    """Tasks and a model to score on them. ``run_code``: also tasks that run what it writes, in the
+    way that the harness has for that, see docs/tasks.md."""
 
-    def __init__(self, model: LoadedModel, *, batch: int | None, progress: Progress) -> None:
+    def __init__(
+        self, model: LoadedModel, *, batch: int | None, run_code: bool = False, progress: Progress
+    ) -> None:
         self.model, self.batch, self.progress = model, batch, progress
+        self.run_code = run_code
         with _quiet():
             self.scorer = Scorer(model, progress)
 
@@ -96,7 +102,8 @@ class Harness:
     ) -> list[Task]:
         """All tasks with their data, in the order given, once every item of each was checked."""
         loaded: dict[str, Any] = {}
-        with _quiet(), _seeded(), self.progress.stage("reading tasks", None):
+        reading = self.progress.stage("reading tasks", None)
+        with _quiet(), _seeded(), _running_code(self.run_code), reading:
             for asked in questions:
                 loaded[asked.name] = harness_task.ConfigurableTask(
                     config=asked.task(self.scorer.tokenizer)
@@ -113,9 +120,10 @@ class Harness:
             return [self._checked(name, task, limit, seed) for name, task in loaded.items()]
 
     def _checked(self, name: str, task: Any, limit: int | None, seed: int) -> Task:
-        if getattr(task, "UNSAFE_CODE", False):
+        if getattr(task, "UNSAFE_CODE", False) and not self.run_code:
             raise InputError(
-                f"task '{name}' runs code that the model writes; sleb does not do that"
+                f"task '{name}' runs code that the model writes; allow that with --run-code, on a "
+                "machine or in a container that may be lost"
             )
         if getattr(task, "MULTIMODAL", False):
             raise InputError(f"task '{name}' needs images or sound; sleb scores text alone")
@@ -142,7 +150,8 @@ class Harness:
         title = f"{task.name}, {'pruned' if removed else 'dense'}"
         self.scorer.prepare(title, self.batch, task.longest, bypassing=bool(removed))
         with contextlib.ExitStack() as stack:
-            for context in (_quiet(), _seeded(), *([patch()] if patch else [])):
+            ways = (_quiet(), _seeded(), _running_code(self.run_code))
+            for context in (*ways, *([patch()] if patch else [])):
                 stack.enter_context(context)
             stack.enter_context(self.model.stack.bypassed(removed))
             task.task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -153,6 +162,7 @@ class Harness:
                     samples=task.picked and {task.name: list(task.picked)},
                     bootstrap_iters=0,
                     log_samples=True,
+                    confirm_run_unsafe_code=self.run_code,
                 )
             except torch.OutOfMemoryError:
                 raise ResourceError(
@@ -160,10 +170,12 @@ class Harness:
                 ) from None
         rows = found["samples"][task.name]
         first = [row for row in rows if row["filter"] == rows[0]["filter"]]
-        values = tuple(_value(task, row) for row in first)
-        aggregate = found["results"][task.name][f"{task.metric},{rows[0]['filter']}"]
+        # a function may give its score another name than its own, as humaneval's gives pass@1
+        metric = task.metric if task.metric in rows[0] else rows[0]["metrics"][0]
+        values = tuple(_value(task.name, metric, row) for row in first)
+        aggregate = found["results"][task.name][f"{metric},{rows[0]['filter']}"]
         if not np.isclose(float(np.mean(values)), aggregate):  # then it is no mean of items
-            raise InputError(f"task '{task.name}': its {task.metric} is no mean over items")
+            raise InputError(f"task '{task.name}': its {metric} is no mean over items")
         return Scores(values=values, chance=_chance(task.task, [row["doc"] for row in first]))
 
 
@@ -428,12 +440,12 @@ def _check_answers(name: str, task: Any, picked: Sequence[int] | None) -> None:
                 )
 
 
-def _value(task: Task, row: dict[str, Any]) -> float:
-    value = row.get(task.metric)
+def _value(task: str, metric: str, row: dict[str, Any]) -> float:
+    value = row.get(metric)
     if isinstance(value, (bool, int, float, np.number)) and 0 <= float(value) <= 1:
         return float(value)
     raise InputError(
-        f"task '{task.name}': its {task.metric} gives an item {value!r}, which is no score in 0..1"
+        f"task '{task}': its {metric} gives an item {value!r}, which is no score in 0..1"
     )
 
 
@@ -470,6 +482,19 @@ def _quiet() -> Iterator[None]:
             lib.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _running_code(allowed: bool) -> Iterator[None]:
+    """Tell Hugging Face's code_eval, which tasks run code by, that this is wanted."""
+    if not allowed or CODE_EVAL in os.environ:
+        yield
+        return
+    os.environ[CODE_EVAL] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[CODE_EVAL]
 
 
 @contextlib.contextmanager

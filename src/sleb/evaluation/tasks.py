@@ -105,15 +105,17 @@ def run_tasks(
 
     Raises:
         InputError: no task, an unknown one, or two of one name; lm-evaluation-harness is missing; a
-            file or definition that cannot be used; a task that runs generated code, needs images,
-            or has no score per item in 0..1; an item that is longer than the model reads.
+            file or definition that cannot be used; a task that runs generated code without
+            ``run_code``, needs images, or has no score per item in 0..1; an item that is longer
+            than the model reads.
         ResourceError: data of a task cannot be fetched; out of memory.
         DataError: a log-probability is NaN.
     """
     questions, names = check_tasks(config.task, folder=config.tasks_folder)
     from sleb.evaluation.lm_eval import Harness
 
-    harness = Harness(model, batch=config.batch, progress=progress)
+    code = config.run_code
+    harness = Harness(model, batch=config.batch, run_code=code, progress=progress)
     folder, limit, seed = config.tasks_folder, config.limit, config.seed
     scored = []
     for task in harness.load(questions, names, folder, limit=limit, seed=seed):
