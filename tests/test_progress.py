@@ -2,9 +2,16 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from sleb.cli import progress
+
+
+@pytest.fixture(autouse=True)
+def as_shipped(monkeypatch):
+    """Elsewhere in the tests nothing counts as slow."""
+    monkeypatch.setattr(progress, "QUIET_S", 2.0)
 
 
 def test_a_narrow_terminal_keeps_the_time_left_and_shortens_the_note():
