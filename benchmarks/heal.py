@@ -91,6 +91,8 @@ def healed(options: argparse.Namespace, texts: Any, mix: str, tokens: int, out: 
         )
     row = {"mix": mix, "asked": tokens, "tokens": done.tokens, "steps": done.steps}
     row |= {"training_seconds": done.seconds, "seconds": round(time.monotonic() - start, 1)}
+    speeds = ("tokens_per_second", "teraflops", "product_teraflops")
+    row |= {name: getattr(done, name) for name in speeds}
     row |= {"lr": done.lr, "rates": done.rates, "checks": done.checks, "passes": done.passes}
     if torch.cuda.is_available():
         row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)

@@ -246,3 +246,24 @@ def test_examples_for_clusters_start_the_search_with_torchrun():
     for text in (" ".join(container["command"]), batch.replace(" \\\n", " ")):
         assert "-m sleb search" in text
         assert "--remove 10% --windows 128 --length 2048 --dtype bfloat16" in text
+
+
+def test_healing_is_measured_by_mix_and_what_is_done_is_kept(
+    run, learned, data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"{start} {i}"} for i in range(6) for start in ("for ever", "lost", "the")]
+    (data / "answers/some_fit.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, cut, out = learned / "model", tmp_path / "cut", tmp_path / "o.json"
+    monkeypatch.setattr("sleb.config.NEW_TOKENS", {"cpu": 8})
+    sleb.prune(model, cut, remove=1, windows=4, length=16, prompts=["none"], device="cpu")
+    asked = ["--data", data, "--device", "cpu", "--tokens", "4000", "--limit", 1, "--new", 4]
+    asked += ["--test-windows", 2, "--length", 48]
+    report = run("heal", model, cut, *asked, "--mixes", "both,texts", "-o", out)
+    assert [row["mix"] for row in report["healed"]] == ["both", "texts"]
+    assert [[*row["passes"]] for row in report["healed"]] == [["texts", "answers"], ["texts"]]
+    for row in report["healed"]:
+        assert row["perplexity_ratio"] < report["cut"]["perplexity_ratio"]
+        assert row["tokens_per_second"] > 0
+    again = run("heal", model, cut, *asked, "--mixes", "both,texts", "-o", out)
+    assert again["healed"] == report["healed"], "no run is done twice"

@@ -62,14 +62,14 @@ def test_a_healed_checkpoint_is_nearer_and_of_the_same_form(tmp_path, tied, dtyp
 
 
 def test_what_was_done_is_recorded(home, tmp_path):
-    done = healed(home, tmp_path / "H", tokens=8 * 32 * 100)
+    done = healed(home, tmp_path / "H", tokens=8 * 32 * 150)
     found = json.loads((tmp_path / "H/heal.json").read_text())
-    assert found["steps"] == done.steps == 100
-    assert found["tokens"] == 8 * 32 * 100
+    assert found["steps"] == done.steps == 150
+    assert found["tokens"] == 8 * 32 * 150
     assert done.passes["texts"] > 1, "more tokens than text: it is gone through again"
     windows = found["calibration"]["texts"]["windows"]
-    assert done.passes["texts"] == pytest.approx(800 / windows, abs=1e-3)
-    assert [step for step, _ in done.checks] == list(range(0, 101, 10))
+    assert done.passes["texts"] == pytest.approx(1200 / windows, abs=1e-3)
+    assert [step for step, _ in done.checks] == list(range(0, 151, 15))
     assert found["settings"]["lr"] == 3e-3
     for name, folder in (("cut", home / "OUT"), ("healed", tmp_path / "H")):
         digest = sleb.checkpoints.checkpoint.fingerprint(Checkpoint.open(folder), 4).weights_sha256
@@ -175,7 +175,7 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
 
     config = HealConfig(**SMALL, **asked, text=[str(home / "mail.txt")])
     dense = sleb.load(home / "MODEL", **CPU)
-    found = Material.of(dense, config, silent)
+    found = Material.of(dense, config, 3072, 32, silent)
     measured = set(map(tuple, found.measured.windows.ids.tolist()))
     assert len(measured) == 35 // 3
     parts = [found.train[ANSWERS], found.validation[ANSWERS]]
@@ -186,7 +186,7 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
     assert len(measured | others[0] | others[1]) == 35
 
     # a step is half texts and half answers, and only what is answered counts
-    mix = found.mix(config, 32, 4)
+    mix = found.mix(config, 3072, 32, 4)
     passes = [*mix.step(3)]
     share = {
         id(w): sum(lengths(w)[i] for v, rows, _ in passes for i in rows if v is w) for w in parts

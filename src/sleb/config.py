@@ -263,8 +263,8 @@ class PromptOptions(Options):
         (),
         "Prompts like those of the real job, which the dense model answers: blocks are chosen, "
         "repaired and measured by these answers too. A .jsonl, .json, .parquet or .txt file; "
-        "repeat for several; none for none. Default: of prune and run 300 embedded ones, where the "
-        "model answers chats.",
+        "repeat for several; none for none. Default: of prune, run and heal 300 embedded ones, "
+        "where the model answers chats.",
         metavar="FILE",
     )
     max_prompts: int | None = option(
@@ -600,6 +600,9 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
+HEAL_TOKENS = {"cpu": 100_000, "cuda": 4_000_000}
+"""Tokens that a healing trains on by default: a few minutes of a small model on a CPU, or of one
+with two billion parameters on a large GPU."""
 AS_CUT = {"text", "seed"}.union(
     *(group.model_fields for group in (PromptOptions, OutputOptions, DeviceOptions))
 )
@@ -612,7 +615,11 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     text: tuple[str, ...] = like(TextOptions, "text")
     loss_on: LossOn = like(LossOptions, "loss_on")
     seed: int = like(TextOptions, "seed")
-    tokens: int = option(1_000_000, "Tokens to train on in all.", ge=1)
+    tokens: int | None = option(
+        None,
+        "Tokens to train on in all. Default: {cpu:,}, on a GPU {cuda:,}.".format(**HEAL_TOKENS),
+        ge=1,
+    )
     length: int | None = like(
         LengthOptions,
         "length",

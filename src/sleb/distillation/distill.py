@@ -27,7 +27,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut, block_prefix_of, consecutive_runs
-from sleb.config import HealConfig, takes
+from sleb.config import HEAL_TOKENS, HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
@@ -42,6 +42,7 @@ from sleb.distillation.training import (
     Student,
     Training,
     check_adapters,
+    product_teraflops,
     recomputed,
 )
 from sleb.models.load import LoadedModel, load, load_config, strict_model
@@ -156,14 +157,17 @@ class Healing:
                 f"{cut} has {self.blocks} blocks, and its plan leaves {plan.model.blocks} - "
                 f"{len(plan.removed)}: it is not of this plan"
             )
-        length = window_length(dense, config)
         self.device = dense.stack.input_device
+        on = "cuda" if self.device.type == "cuda" else "cpu"
+        tokens = config.tokens or HEAL_TOKENS[on]
+        self.config = config = config.replaced({"tokens": tokens})
+        length = window_length(dense, tokens, config.length)
         fitting = TOKENS_AT_ONCE.get(self.device.type, 1024)
         self.at_once = config.at_once or max(1, fitting // length)
-        self.material = Material.of(dense, config, progress)
-        self.mix = self.material.mix(config, length, self.at_once)
+        self.material = Material.of(dense, config, tokens, length, progress)
+        self.mix = self.material.mix(config, tokens, length, self.at_once)
         self.schedule = Schedule(
-            steps=math.ceil(config.tokens / self.mix.step_tokens),
+            steps=math.ceil(tokens / self.mix.step_tokens),
             seconds=None if config.minutes is None else 60 * config.minutes,
         )
         chosen = {"tokens", "lr", "minutes", "lora", "recompute", "seed"}
@@ -246,6 +250,7 @@ class Healing:
         where, count = training.where, training.student.count
         tensors, model = training.student.finish(), training.student.model
         logits, dtype = _probed(model), BlockStack(model).dtype
+        reached = training.teraflops
         del model
         training.release()
         with staged_dir(self.out, force=self.config.force) as stage:
@@ -278,6 +283,9 @@ class Healing:
                 rates=where.rates,
                 stopped=stopped,
                 seconds=round(where.seconds, 1),
+                tokens_per_second=round(where.step * self.mix.step_tokens / where.stepping),
+                teraflops=round(reached, 4),
+                product_teraflops=round(product_teraflops(self.device, dtype), 4),
                 trained_parameters=count,
                 checks=where.checks,
                 settings=self.settings,

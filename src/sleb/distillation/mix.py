@@ -32,7 +32,7 @@ STEPS = 32
 """Steps that a run has at least, by which those of a short run are smaller."""
 BATCH = 8
 HELDOUT = 32
-OWN = 128
+OWN = 256
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
 
@@ -70,6 +70,12 @@ class Mix:
         means = {name: sum(used) / len(used) for name, used in self._lengths.items()}
         return round(sum(n * means[name] for name, n in self.rows.items()))
 
+    @property
+    def step_scored(self) -> int:
+        """Tokens of a step that are learned, on average."""
+        means = {name: sum(found) / len(found) for name, found in self._scored.items()}
+        return round(sum(n * means[name] for name, n in self.rows.items()))
+
     def turns(self, steps: int) -> dict[str, float]:
         """How often the windows of each kind are gone through in so many steps."""
         return {
@@ -104,19 +110,29 @@ class Material:
     measured: Answers | None
 
     @classmethod
-    def of(cls, dense: LoadedModel, config: HealConfig, progress: Progress) -> Material:
-        """Read the texts, and let the dense model answer the prompts and write.
+    def of(
+        cls,
+        dense: LoadedModel,
+        config: HealConfig,
+        tokens: int,
+        length: int,
+        progress: Progress,
+    ) -> Material:
+        """Read the texts, and let the dense model answer the prompts and write, for ``tokens``
+        tokens to train on, of texts in windows of ``length``. It writes half as much as is given,
+        or what that lacks.
 
         Raises:
             InputError, DataError: see :func:`heal_windows` and
                 :func:`sleb.repairs.answering.with_answers`.
         """
-        length = window_length(dense, config)
         specs = asked_of(dense, config, embedded=True)
         share = 2 if specs else 1
-        wanted = -(-config.tokens // (share * length))
+        wanted = -(-tokens // (share * length))
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
-        if can_generate(dense.stack) and (own := min(OWN, len(texts.ids) // (SHARE - 1))):
+        given = len(texts.ids)
+        own = min(OWN, max(given // (SHARE - 1), wanted - given))
+        if own and can_generate(dense.stack):
             texts = joined(texts, own_text(dense, own, length, config.seed, progress))
         train, held = {TEXTS: texts}, {TEXTS: validation}
         if not specs:
@@ -126,23 +142,23 @@ class Material:
         train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
         return cls(train=train, validation=held, measured=split.measured)
 
-    def mix(self, config: HealConfig, length: int, at_once: int) -> Mix:
+    def mix(self, config: HealConfig, tokens: int, length: int, at_once: int) -> Mix:
         """The training windows in steps."""
-        batch = config.batch or max(1, min(BATCH, config.tokens // (length * STEPS)))
+        batch = config.batch or max(1, min(BATCH, tokens // (length * STEPS)))
         return Mix(
             kinds=self.train, tokens=batch * length, at_once=at_once * length, seed=config.seed
         )
 
 
-def window_length(dense: LoadedModel, config: HealConfig) -> int:
-    """Tokens per window: as wanted, or as the model and the run allow.
+def window_length(dense: LoadedModel, tokens: int, length: int | None) -> int:
+    """Tokens per window: ``length``, or as the model and a run of ``tokens`` allow.
 
     Raises:
         InputError: the model does not read so many.
     """
-    longest, length = dense.stack.max_length, config.length
+    longest = dense.stack.max_length
     if length is None:
-        few = 1 << max(1, config.tokens // WINDOWS).bit_length() - 1
+        few = 1 << max(1, tokens // WINDOWS).bit_length() - 1
         length = min(LENGTH, max(SHORTEST, few), longest or LENGTH)
     if longest and length > longest:
         raise InputError(

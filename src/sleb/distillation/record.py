@@ -69,6 +69,8 @@ class Healed:
     nats/token), the start first. ``cut_sha256``, ``healed_sha256``: over all tensors of
     the checkpoint that was healed, and of the result. ``repaired``: whether the cut was.
     ``seconds``: of training, over all calls where it was stopped in between.
+    ``tokens_per_second``, ``teraflops``: of steps alone, ``product_teraflops``: of a product of two
+    large matrices in the same dtype, measured beside it.
     """
 
     path: str
@@ -86,6 +88,9 @@ class Healed:
     rates: tuple[tuple[float, float], ...]
     stopped: Reason
     seconds: float
+    tokens_per_second: float
+    teraflops: float
+    product_teraflops: float
     trained_parameters: int
     checks: tuple[tuple[int, tuple[float, ...]], ...]
     settings: dict[str, Any]

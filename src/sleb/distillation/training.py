@@ -75,7 +75,7 @@ class Student:
     def __init__(
         self, model: nn.Module, checkpoint: Checkpoint, *, rank: int | None, seed: int
     ) -> None:
-        self.model, self.checkpoint = model, checkpoint
+        self.model, self.checkpoint, self.rank = model, checkpoint, rank
         stack = BlockStack(model)
         prefix = block_prefix(checkpoint, stack)
         parts = {name: p for name, p in model.named_parameters() if _trained(name, p, stack)}
@@ -214,13 +214,15 @@ def recomputed(stack: BlockStack, wanted: bool) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Where a run is. ``seconds``: spent in training so far. ``lr``: the highest learning rate, 0
-    until it is known; ``rates``: what the range test found, (rate, validation divergence after a
-    step with it). ``checks``: (step, validation divergence of each kind of window, nats/token).
+    """Where a run is. ``seconds``: spent in training so far, ``stepping``: in steps alone. ``lr``:
+    the highest learning rate, 0 until it is known; ``rates``: what the range test found, (rate,
+    validation divergence after a step with it). ``checks``: (step, validation divergence of each
+    kind of window, nats/token).
     ``worse``: checks since the best one, ``lowered``: how often the rate was lowered."""
 
     step: int = 0
     seconds: float = 0.0
+    stepping: float = 0.0
     lr: float = 0.0
     rates: tuple[tuple[float, float], ...] = ()
     best_step: int = 0
@@ -405,22 +407,29 @@ class Training:
     ) -> Reason | None:
         """All steps up to the end of the run, for the reason given; None if it was stopped."""
         where, schedule = self.where, self.schedule
-        start = saved = time.monotonic()
+        start = saved = begun = time.monotonic()
         spent = where.seconds
         every = max(save_every, SAVING * 16 * self.student.count / BYTES_PER_SECOND)
         while (reason := schedule.over(where)) is None:
             done = schedule.done(where.step, where.seconds)
             rate = where.lr / LOWER**where.lowered * schedule.share(where.step, where.seconds)
             if not self._step(self.mix, where.step, rate, stopped, tick):
+                where.stepping += time.monotonic() - begun
                 return None
             where.step += 1
             where.seconds = spent + time.monotonic() - start
             due = int(CHECKS * schedule.done(where.step, where.seconds)) > int(CHECKS * done)
-            if due or where.step == schedule.steps:
-                self._check()
-            if time.monotonic() - saved >= every:
-                self.save()
-                saved = time.monotonic()
+            save = time.monotonic() - saved >= every
+            if due or save or where.step == schedule.steps:
+                if self.fused:
+                    torch.cuda.synchronize()
+                where.stepping += time.monotonic() - begun
+                if due or where.step == schedule.steps:
+                    self._check()
+                if save:
+                    self.save()
+                    saved = time.monotonic()
+                begun = time.monotonic()
         if where.checks[-1][0] != where.step:
             self._check()
         return reason
@@ -480,6 +489,21 @@ class Training:
         self.student.rounded()
         return True
 
+    @property
+    def teraflops(self) -> float:
+        """Achieved in steps: products of weights alone, 2 operations an element and token forward,
+        twice that backward. The dense model and the head have no gradient of their weights, nor
+        have blocks beside adapters."""
+        blocks, dense = (
+            sum(p.numel() for p in model.stack.blocks.parameters() if p.dim() > 1)
+            for model in (self.split, self.teacher)
+        )
+        head = sum(p.numel() for p in self.split.head.parameters() if p.dim() > 1)
+        trained = 6 if self.student.rank is None else 4
+        step = self.mix.step_tokens * (trained * blocks + 2 * dense)
+        step += self.mix.step_scored * (4 + 2) * head
+        return float(self.where.step * step / max(self.where.stepping, 1e-9) / 1e12)
+
     def _note(self) -> str:
         where = self.where
         first, last = mean(where.checks[0][1]), mean(where.checks[-1][1])
@@ -527,6 +551,20 @@ class Training:
                 self.optimizer.state[parameter][kind] = (
                     value if here else value.to(parameter.device)
                 )
+
+
+def product_teraflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of the product of two large matrices: what there is to be reached."""
+    size, times = (8192, 20) if device.type == "cuda" else (1024, 4)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for turn in range(times + 1):
+        if turn <= 1:  # the first is to warm up
+            float((a @ a)[0, 0])
+            begun = time.monotonic()
+            continue
+        out = a @ a
+    float(out[0, 0])
+    return (times - 1) * 2 * size**3 / (time.monotonic() - begun) / 1e12
 
 
 @contextlib.contextmanager

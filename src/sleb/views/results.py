@@ -263,8 +263,12 @@ def _(h: Healed) -> list[Item]:
         f"trained {h.trained_parameters:,} parameters for {h.steps} steps in {h.seconds:,.0f} s on "
         f"{h.tokens:,} tokens{more}, at a learning rate of {h.lr:.0e}; {ENDS[h.stopped]}{best}"
     )
+    fast = (
+        f"{h.tokens_per_second:,.0f} tokens/s; {h.teraflops:.3g} TFLOP/s, "
+        f"{h.teraflops / h.product_teraflops:.0%} of a large matrix product's"
+    )
     table = Table(caption="perplexity on held-out text", columns=heads, rows=rows)
-    return [table, Text(about), Text(trained)]
+    return [table, Text(about), Text(trained), Text(fast)]
 
 
 @items.register
