@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 import sleb
 from plan_tools import plan_of
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import UnsupportedModel
 from sleb.models.load import strict_model
+from sleb.selection.targets import Costs
 from wrappers import BLOCKS, image_inputs, wrapper_folder, wrappers
 
 every_wrapper = pytest.mark.parametrize("name", wrappers())
@@ -62,6 +64,23 @@ def test_the_cut_is_in_the_decoder(name, hub_names, tmp_path):
         assert all(torch.equal(after[key], value) for key, value in expected.items())
         assert sleb.verify(out, model=source).passed
         source = out
+
+
+@every_wrapper
+def test_the_tower_is_not_read_for_each_token(name, tmp_path):
+    source = wrapper_folder(name, tmp_path / "M")
+    loaded = sleb.load(source, device="cpu")
+    costs = Costs.of(Checkpoint.open(source), loaded.stack)
+    tensors = load_file(source / "model.safetensors")
+    tower = sum(
+        value.nbytes
+        for key, value in tensors.items()
+        if any(part in key for part in ("vision", "visual", "multi_modal"))
+    )
+    embedding = next(v.nbytes for k, v in tensors.items() if k.endswith("embed_tokens.weight"))
+    tied = not any(key.endswith("lm_head.weight") for key in tensors)
+    assert costs.total - costs.read == tower + (0 if tied else embedding)
+    assert tower > 0
 
 
 @every_wrapper

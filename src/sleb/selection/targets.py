@@ -35,8 +35,9 @@ class Costs:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, stack: BlockStack) -> Costs:
-        """Every weight is read for each token, except an input embedding that is not also the
-        output head: of that only one row."""
+        """Every weight is read for each token, except what is beside the decoder (towers for images
+        and sound), and an input embedding that is not also the output head: of that only one row.
+        """
         sizes = checkpoint.block_sizes(len(stack), block_prefix(checkpoint, stack))
         model = stack.model
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -55,7 +56,7 @@ class Costs:
             )
         return cls(
             total=checkpoint.nbytes,
-            read=checkpoint.nbytes - looked_up,
+            read=checkpoint.nbytes - looked_up - _beside(checkpoint, stack),
             blocks=tuple(nbytes for _, nbytes in sizes),
         )
 
@@ -66,6 +67,20 @@ class Costs:
     def speedup(self, removed: Sequence[int]) -> float:
         """Bytes read per generated token, dense over pruned."""
         return self.read / (self.read - sum(self.blocks[b] for b in removed))
+
+
+def _beside(checkpoint: Checkpoint, stack: BlockStack) -> int:
+    """Bytes of a wrapper's other parts than the decoder. On disk these keep the last of their
+    modules' names, whatever stands before it."""
+    decoder = stack.path.split(".")[:-1]
+    head, others = stack.model.get_output_embeddings(), set()  # type: ignore[operator]
+    for depth, within in enumerate(decoder):
+        parent = stack.model.get_submodule(".".join(decoder[:depth]))
+        children = [(name, m) for name, m in parent.named_children() if name != within]
+        others |= {name for name, m in children if head not in {*m.modules()}}
+    return sum(
+        info.nbytes for name, info in checkpoint.tensors.items() if others & {*name.split(".")}
+    )
 
 
 class HeldoutEvaluation:
