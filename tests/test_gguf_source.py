@@ -1,5 +1,6 @@
 """A GGUF file is converted as llama.cpp runs it, or refused by the field that would be lost."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ import sleb
 from gguf_tools import llama3_divisors, readable, write_tiny  # noqa: F401
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import DataError, InputError, UnsupportedModel
-from sleb.models.gguf_source import corrections
+from sleb.models.gguf_source import corrections, parsed_once
 from sleb.models.source import resolve
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -22,6 +23,24 @@ def found(path, config=None):
 
 def test_a_plain_file_needs_no_correction(tmp_path):
     assert found(write_tiny(tmp_path / "m.gguf")) == {"rms_norm_eps": pytest.approx(1e-5)}
+
+
+@pytest.mark.usefixtures("readable")
+def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was(tmp_path, monkeypatch):
+    """Quantized rows are dequantized apart; a vector is one piece."""
+    path, parsed, before = write_tiny(tmp_path / "m.gguf"), [], dict(vars(gguf))
+    init = gguf.GGUFReader.__init__
+    counted = lambda self, *given: parsed.append(given) or init(self, *given)  # noqa: E731
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    resolve(path)
+    assert len(parsed) == 1
+    assert dict(vars(gguf)) == before
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    for shape in ((5, 64), (3, 2, 32), (64,)):
+        rows = gguf.quantize(rng.standard_normal(shape, np.float32), kind)
+        with parsed_once():
+            found = gguf.dequantize(rows, kind)
+        np.testing.assert_array_equal(found, gguf.dequantize(rows, kind))
 
 
 @pytest.mark.usefixtures("readable")

@@ -10,8 +10,14 @@ nothing, or the file is refused with its name.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -129,6 +135,37 @@ def check_tensors(file: GGUFFile, model: nn.Module) -> None:
         f"{file.path} has more weights than transformers {version('transformers')} reads "
         f"({found - wanted:,} elements): give the model as a Hugging Face checkpoint"
     )
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """While this is open a GGUF file is parsed once, whoever asks, and its tensors are dequantized
+    by all cores. gguf's reader takes seconds for the texts of a large tokenizer, and transformers
+    has the file parsed anew for the config, for the weights and for the tokenizer; and all names of
+    an architecture's tensors made anew for each module."""
+    import gguf
+
+    parsed, dequantize = lru_cache(maxsize=1)(gguf.GGUFReader), gguf.dequantize
+
+    def by_rows(data: Any, kind: Any) -> Any:
+        if data.ndim < 2:
+            return dequantize(data, kind)
+        parts = np.array_split(data, min(len(data), workers))
+        return np.concatenate([*pool.map(dequantize, parts, repeat(kind))])
+
+    workers = os.cpu_count() or 1
+    ours = {
+        "GGUFReader": lambda path: parsed(str(path)),
+        "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map),
+        "dequantize": by_rows,
+    }
+    before = {name: getattr(gguf, name) for name in ours}
+    with ThreadPoolExecutor(workers) as pool:
+        vars(gguf).update(ours)
+        try:
+            yield
+        finally:
+            vars(gguf).update(before)
 
 
 class _Carrier:

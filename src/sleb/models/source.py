@@ -32,7 +32,7 @@ from sleb.core.errors import (
 )
 from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
-from sleb.models.gguf_source import check_tensors, corrections
+from sleb.models.gguf_source import check_tensors, corrections, parsed_once
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _convert(path: Path, out: Path) -> None:
         f"{path}: transformers {version('transformers')} does not convert this file ({SAID}); give "
         "the model as a Hugging Face checkpoint"
     )
-    with quiet_transformers(), quiet_tqdm():  # 5.17 draws a bar of its own
+    with quiet_transformers(), quiet_tqdm(), parsed_once():  # 5.17 draws a bar of its own
         with map_exceptions(
             (ImportError, InputError, needs), (Exception, UnsupportedModel, unread)
         ):
