@@ -1,4 +1,4 @@
-"""Models of 2025 and 2026 by their makers' configs, with sizes shrunk and random weights: each is
+"""Configs in the form of models of 2025 and 2026, with sizes shrunk and random weights: each is
 inspected, searched, cut, verified and restored, and the cut read by other runtimes.
 
 `make test-runtimes` runs it and writes docs/compatibility.md. SLEB_TEST_TRANSFORMERS_4 and
@@ -29,11 +29,12 @@ PERIODS = {"jamba"}
 HEAD = """\
 # Compatibility
 
-Written by `make test-runtimes` (tests/test_compatibility.py), not by hand. Each row is the
-config.json of a published model in its maker's words, with its structure block by block, but eight
-blocks (six in the decoders of vision-language models), small widths and random weights. Each was
-inspected, searched (jamba: cut by hand, since only whole periods of its pattern can go), cut,
-verified in transformers {transformers}, and restored to the byte.
+Written by `make test-runtimes` (tests/test_compatibility.py), not by hand. Each row is a
+config.json in the form of the named model's: its type, the words of its fields, and how its blocks
+alternate. It was written down by hand for this table, not copied, with eight blocks (six in the
+decoders of vision-language models), small widths and random weights. Each was inspected, searched
+(jamba: cut by hand, since only whole periods of its pattern can go), cut, verified in transformers
+{transformers}, and restored to the byte.
 
 The cut was then read by the other runtimes. Figures are the mean absolute deviation of
 log-probabilities from transformers {transformers}'s, in nats per token: of the original, and of the
