@@ -139,7 +139,7 @@ def _answered(share: Callable[[Comparison], float | None]) -> Getter:
     return figures
 
 
-def _kept(figure: Callable[[AnswersKept], Interval | None]) -> Getter:
+def _of_answers(figure: Callable[[AnswersKept], Interval | None]) -> Getter:
     """What the pruned model keeps of the dense one's answers to prompts."""
 
     def figures(record: RunRecord) -> list[_Figure]:
@@ -195,9 +195,12 @@ LIMITS = (
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
     Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("tasks.min_retention", _retentions, "%", by_name="each"),
-    Limit("answers.min_agreement", _kept(lambda kept: kept.agreement), "%", Share),
+    Limit("answers.min_agreement", _of_answers(lambda kept: kept.agreement), "%", Share),
     Limit(
-        "answers.min_right", _kept(lambda kept: kept.right.kept if kept.right else None), "%", Share
+        "answers.min_right",
+        _of_answers(lambda kept: kept.right.kept if kept.right else None),
+        "%",
+        Share,
     ),
     Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive.value), "%", Share),
     Limit("answers.max_empty", _answered(lambda a: a.pruned.empty.value), "%", Share),

@@ -57,7 +57,7 @@ from sleb.pipeline import Pruned
 from sleb.record import GateResult, RunRecord
 from sleb.repairs import Repair, fit_repair, stored_repair
 from sleb.repairs import search as searching
-from sleb.repairs.answering import answers_to, asked_of
+from sleb.repairs.answering import answers_to, prompt_files
 from sleb.runtimes.bench import Speed
 from sleb.runtimes.bench import bench as time_models
 from sleb.runtimes.compatibility import (
@@ -537,7 +537,7 @@ def evaluate(
         if removed == plan.removed:
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
-    if specs := asked_of(loaded, config):
+    if specs := prompt_files(loaded, config):
         found = answers_to(loaded, specs, config, every=True, progress=progress)
         return measure_answers(loaded, found, removed, patch, progress)
     if config.task:

@@ -20,7 +20,7 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.distillation.loss import lengths, passes
 from sleb.models.load import LoadedModel
-from sleb.repairs.answering import answers_to, asked_of, own_text
+from sleb.repairs.answering import answers_to, own_text, prompt_files
 from sleb.repairs.self_generated import can_generate
 
 TEXTS = "texts"
@@ -126,7 +126,7 @@ class Material:
             InputError, DataError: see :func:`heal_windows` and
                 :func:`sleb.repairs.answering.with_answers`.
         """
-        specs = asked_of(dense, config, embedded=True)
+        specs = prompt_files(dense, config, embedded=True)
         share = 2 if specs else 1
         wanted = -(-tokens // (share * length))
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)

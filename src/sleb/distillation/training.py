@@ -360,7 +360,7 @@ class Training:
         ]
         self.where = TrainingState()
         self._anew()
-        self.best = self._kept()
+        self.best = self._snapshot()
         if found := TrainingState.load(self.path, self.settings):
             self._restore(*found)
         else:
@@ -395,7 +395,7 @@ class Training:
             weights, betas=(0.9, 0.95), weight_decay=0.0, fused=self.fused or None
         )
 
-    def _kept(self) -> dict[str, Tensor]:
+    def _snapshot(self) -> dict[str, Tensor]:
         """A copy of all that is trained, where it was if there is plenty of memory."""
         device, nbytes = next(iter(self.trained.values())).device, 4 * self.student.count
         roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * nbytes

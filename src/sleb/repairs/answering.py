@@ -33,7 +33,7 @@ TOGETHER = 512
 """Answers that are written together, at most."""
 
 
-def asked_of(model: LoadedModel, config: PromptOptions, *, embedded: bool = False) -> list[str]:
+def prompt_files(model: LoadedModel, config: PromptOptions, *, embedded: bool = False) -> list[str]:
     """Files of prompts that a model is to answer: those given, or with ``embedded`` and none given
     the embedded ones, if it answers chats.
 
@@ -61,15 +61,15 @@ def with_answers(
     *,
     embedded: bool = False,
 ) -> CalibrationSplit:
-    """``split`` with the model's answers to the prompts that it is asked, see :func:`asked_of`; as
-    it is without any.
+    """``split`` with the model's answers to prompts, see :func:`prompt_files`; as it is without
+    any.
 
     Raises:
-        InputError, DataError: see :func:`asked_of` and
+        InputError, DataError: see :func:`prompt_files` and
             :func:`sleb.calibration.answers.prompts_of`; there are too few, a prompt is too long, or
             needs a chat template that is not there.
     """
-    specs = asked_of(model, config, embedded=embedded)
+    specs = prompt_files(model, config, embedded=embedded)
     if not specs:
         return split
     seed = split.search.record.seed
@@ -133,7 +133,7 @@ def written(
         ResourceError: the disk is full.
     """
     key = _key(model, new_tokens, [*map(list, prompts)])
-    return _kept(key, lambda: answered(model, prompts, new_tokens, progress))
+    return _cached(key, lambda: answered(model, prompts, new_tokens, progress))
 
 
 def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
@@ -144,10 +144,10 @@ def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progr
         ResourceError: the disk is full.
     """
     key = _key(model, "own text", n, length, seed)
-    return torch.tensor(_kept(key, lambda: write(model, n, length, seed, progress).tolist()))
+    return torch.tensor(_cached(key, lambda: write(model, n, length, seed, progress).tolist()))
 
 
-def _kept(key: str, made: Callable[[], list[list[int]]]) -> list[list[int]]:
+def _cached(key: str, made: Callable[[], list[list[int]]]) -> list[list[int]]:
     path = cache_dir() / "answers" / f"{key}.json"
     here = group()
     kept = here.broadcast_from_main(lambda: path.read_text("utf-8") if path.is_file() else "")

@@ -81,7 +81,7 @@ def find_blocks(
     cache = ScoreCache(journal, search.key, keep=keep_journal)
     with on_threads(config.threads), cache:
         evidence = search.heldout(cache, after_repair)
-        decides = search.kept(cache, after_repair) or evidence
+        decides = search.answer_evidence(cache, after_repair) or evidence
         rule = StoppingRule(search.goal, search.costs, search.candidates, decides)
         found = search.choose(cache, rule)
         order, target = rule.settle(found.order)
@@ -225,7 +225,7 @@ class _Search:
         repaired = after_repair and self.goal.max_loss_increase is not None
         return self._evidence(windows, NLL, cache, repaired, "measuring held-out loss")
 
-    def kept(self, cache: ScoreCache, after_repair: bool) -> HeldoutEvaluation | None:
+    def answer_evidence(self, cache: ScoreCache, after_repair: bool) -> HeldoutEvaluation | None:
         """The evidence for a depth by answers, if that is the target.
 
         Raises:

@@ -209,7 +209,7 @@ def worst_tasks(t: Locale, results: Sequence[TaskResult]) -> Table:
 # -- answers kept --------------------------------------------------------------------------------
 
 
-def kept(t: Locale, k: AnswersKept) -> list[Item]:
+def answers_kept(t: Locale, k: AnswersKept) -> list[Item]:
     """What is kept of the original's answers to prompts."""
     right = k.right
     rows: list[tuple[str, str]] = []
@@ -227,10 +227,10 @@ def kept(t: Locale, k: AnswersKept) -> list[Item]:
         (t("kept.divergence"), t.interval(k.divergence, t.nats)),
     ]
     facts = Facts(tuple(rows))
-    return [facts, *warning(t, k), Text(t("kept.text", **asked(t, k)))]
+    return [facts, *warning(t, k), Text(t("kept.text", **prompt_words(t, k)))]
 
 
-def kept_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
+def answer_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
     """Rows of a table with a column for the original and one for each of ``cuts``."""
     plain = [t.interval(k.unrepaired, t.percent) if k.unrepaired else DASH] * (cuts - 1)
     rows: list[tuple[str, ...]] = []
@@ -248,7 +248,7 @@ def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
     return [Text(t("kept.below", share=t.percent(k.agreement.value), floor=t.percent(FLOOR)))]
 
 
-def asked(t: Locale, k: AnswersKept) -> dict[str, str]:
+def prompt_words(t: Locale, k: AnswersKept) -> dict[str, str]:
     """What is filled into the sentence on what was asked."""
     counts = {"prompts": k.prompts, "answered": k.tokens, "tokens": k.new_tokens}
     return {"source": k.source, **{name: t.count(n) for name, n in counts.items()}}

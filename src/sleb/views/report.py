@@ -174,7 +174,7 @@ class Report:
     def _quality(self) -> list[Item]:
         t, e = self.t, self.record.evaluation
         kept = self.record.prompts
-        first = quality.kept(t, kept) if kept else self._missing("kept")
+        first = quality.answers_kept(t, kept) if kept else self._missing("kept")
         items = self._missing("evaluation")
         if e and e.perplexity_ratio:
             caption = t("quality.caption" if self._heldout else "quality.caption_other")

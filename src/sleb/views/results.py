@@ -72,7 +72,7 @@ def _register(kind: type, view: Callable[[Locale, Any], list[Item]]) -> None:
 
 _register(Evaluation, quality.evaluation)
 _register(Comparison, quality.answers)
-_register(AnswersKept, quality.kept)
+_register(AnswersKept, quality.answers_kept)
 _register(Transfer, quality.transfer)
 _register(Speed, speed.speed)
 _register(Drafting, speed.drafting)
@@ -166,7 +166,7 @@ def _(r: RunRecord) -> list[Item]:
     elif r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
     lines = [f"removed blocks {T.join(r.removed)}"]
-    lines += [T("kept.text", **quality.asked(T, r.prompts))] if r.prompts else []
+    lines += [T("kept.text", **quality.prompt_words(T, r.prompts))] if r.prompts else []
     lines.append(f"perplexity: {evaluated_on(r)}")
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
@@ -183,7 +183,7 @@ def sizes(t: Locale, r: RunRecord) -> Table:
     left, e = r.blocks - len(r.removed), r.evaluation
     cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
     n = len(cuts)
-    rows = quality.kept_rows(t, r.prompts, n) if r.prompts else []
+    rows = quality.answer_rows(t, r.prompts, n) if r.prompts else []
     rows += [
         ("blocks", str(r.blocks), *[str(left)] * n),
         ("parameters", t.large(r.parameters[0]), *[t.large(r.parameters[1])] * n),
