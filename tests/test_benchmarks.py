@@ -133,6 +133,7 @@ def test_what_calibrates_does_not_test(data, tmp_path):
     path.write_text(kept)
 
 
+@pytest.mark.slow
 def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
     asked = ["--new", 4, "--removed", 1, "--systems", "default", "--heal", 0.05, *SIZES[:4]]
     asked += ["--test-windows", 2, "--device", "cpu"]
@@ -248,6 +249,7 @@ def test_examples_for_clusters_start_the_search_with_torchrun():
         assert "--remove 10% --windows 128 --length 2048 --dtype bfloat16" in text
 
 
+@pytest.mark.slow
 def test_healing_is_measured_by_mix_and_what_is_done_is_kept(
     run, learned, data, tmp_path, monkeypatch
 ):
