@@ -448,7 +448,7 @@ def allowed(name: str, key: str) -> bool:
 
 
 def shown(facts: dict[str, Any], key: str) -> str:
-    text = json.dumps(facts[key]) if key in facts else "nothing"
+    text = json.dumps(facts[key], default=str) if key in facts else "nothing"
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
