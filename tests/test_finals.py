@@ -77,6 +77,11 @@ def test_a_set_between_what_two_measures_find_may_win():
     assert found.finalists[0].strategy == "between both"
     assert found.finalists[0].by_kind == pytest.approx({"texts": 2.6, "answers": 2.6})
     assert [r.removed for r in found.rounds] == [(1,), (3,), (4,)]
+    sizes = [9, 1, 1, 2, 1, 1, 9]  # 1 and 3 are enough: what stands there is of these
+    objective.enough = lambda order: sum(sizes[b] for b in order) >= 3
+    part = STRATEGIES[GREEDY_OR_WINDOW](objective, range(7), 3).finalists[0]
+    assert part.order == (1, 3)
+    assert part.by_kind == pytest.approx({"texts": 1.5, "answers": 1.6})
     objective.enough = lambda order: len(order) == 3 and {*order} != {1, 3, 4}  # misses the target
     assert set(STRATEGIES[GREEDY_OR_WINDOW](objective, range(7), 3).order) == {1, 2, 4}
 

@@ -201,10 +201,7 @@ def _healed_facts(
     """What a healed checkpoint is, and keeps, before and after: the dense model with its tensors in
     place and blocks bypassed, as a repaired cut is measured."""
     dense, plan = healing.dense, healing.healed
-    after, before = (
-        stored_repair(plan, stage, dense),
-        stored_repair(healing.plan, healing.cut, dense),
-    )
+    after = stored_repair(plan, stage, dense)
     assert after is not None
     patch = partial(after.patch, dense.stack)
     heldout = healing.material.validation[TEXTS]
@@ -227,7 +224,7 @@ def _healed_facts(
         return facts
     kept = measure_answers(dense, measured, plan.removed, patch, progress)
     unhealed = kept.unrepaired
-    if before is not None:
+    if before := stored_repair(healing.plan, healing.cut, dense):
         repaired = partial(before.patch, dense.stack)
         found = agreement_of(dense, measured, plan.removed, repaired, progress=progress)
         unhealed = interval(found[:, 1])

@@ -52,6 +52,13 @@ class Windows:
         """Tokens of all windows, without padding."""
         return self.ids.numel() if self.scored is None else int(unpadded(self.scored).sum())
 
+    @property
+    def counts(self) -> Tensor:
+        """How many predicted tokens of each window are scored [N]."""
+        if self.scored is None:
+            return torch.full((len(self.ids),), self.ids.shape[1] - 1)
+        return self.scored[:, 1:].sum(1)
+
     def of(self, name: str) -> list[int]:
         """The windows of one source, by its name."""
         wanted = self.names.index(name) if name in self.names else -1
@@ -168,10 +175,11 @@ class Texts:
         ids = self._rows([text.tokens for text in self.texts], picks, torch.tensor(self.opening))
         scored = None
         if any(text.scored is not None for text in self.texts):
-            every = [torch.ones_like(text.tokens, dtype=torch.bool) for text in self.texts]
             marks = [
-                all_of if text.scored is None else text.scored
-                for text, all_of in zip(self.texts, every, strict=True)
+                torch.ones_like(text.tokens, dtype=torch.bool)
+                if text.scored is None
+                else text.scored
+                for text in self.texts
             ]
             scored = self._rows(marks, picks, torch.zeros(len(self.opening)))
             scored[:, 0] = False  # nothing predicts it

@@ -92,12 +92,7 @@ class Mix:
 
     @functools.cached_property
     def _scored(self) -> dict[str, list[int]]:
-        return {
-            name: [windows.ids.shape[1] - 1] * len(windows.ids)
-            if windows.scored is None
-            else [int(n) for n in windows.scored[:, 1:].sum(1)]
-            for name, windows in self.kinds.items()
-        }
+        return {name: windows.counts.tolist() for name, windows in self.kinds.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

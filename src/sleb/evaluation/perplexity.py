@@ -70,10 +70,10 @@ def evaluate(
         DataError: a loss is NaN or infinite.
     """
     sets = [DENSE, BlockSet(removed)] if removed else [DENSE]
-    metric, scored = QUALITY if removed else NLL, windows.scored
-    sweep = Sweep(model.stack, windows.ids, metric, batch=batch, patch=patch, scored=scored)
+    metric = QUALITY if removed else NLL
+    sweep = Sweep(model.stack, windows.ids, metric, batch=batch, patch=patch, scored=windows.scored)
     n, length = windows.ids.shape
-    counts = np.full(n, length - 1) if scored is None else scored[:, 1:].sum(1).numpy()
+    counts = windows.counts.numpy()
     work = n * (block_forwards(sets, len(model.stack)) + len(sets))
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)

@@ -166,7 +166,8 @@ def greedy_or_window(objective: Objective, candidates: Sequence[int], n: int) ->
     losses = dict(zip(found, values, strict=True))
     if objective.others and (relinked := _relinked(objective, sets)) not in sets:
         found[RELINKED] = greedy(objective, sorted(relinked), len(relinked))
-        losses[RELINKED] = final.scores([relinked], note)[0]
+        # a part of it may reach the target
+        losses[RELINKED] = final.scores([BlockSet(found[RELINKED].order)], note)[0]
     names = [[*found][i] for i in final.leaders(np.array([losses[name] for name in found]))]
 
     def finalist(name: str) -> Finalist:
@@ -197,17 +198,19 @@ def _relinked(objective: Objective, sets: Sequence[BlockSet]) -> BlockSet:
     def exchanges(here: BlockSet, goal: BlockSet) -> list[BlockSet]:
         near = [here - {out} | {b} for out in sorted(here - goal) for b in sorted(goal - here)]
         near = [s for s in near if s not in seen and objective.enough(sorted(s)) >= wanted]
-        plain = [other.scores(near).mean(1) for other in objective.others.values() if near]
-        return [near[i] for i in np.argsort(sum(plain), kind="stable")[:EXCHANGES]] if near else []
+        if not near:
+            return []
+        plain = sum(other.scores(near).mean(1) for other in objective.others.values())
+        return [near[i] for i in np.argsort(plain, kind="stable")[:EXCHANGES]]
 
+    here = best()
     for goal in sets:
-        here = best()
         while here & goal and (found := exchanges(here, goal)):
             seen += found
-            if best() == here:
+            before, here = here, best()
+            if here == before:
                 break
-            here = best()
-    return best()
+    return here
 
 
 def _settled(
