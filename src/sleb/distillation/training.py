@@ -354,7 +354,7 @@ class Training:
             ResourceError: the disk is full.
         """
         self.trained = self.student.trained
-        self.judges = [
+        self.validations = [
             Validation(self.teacher, windows, self.mix.at_once)
             for windows in self.validation.values()
         ]
@@ -364,7 +364,7 @@ class Training:
         if found := TrainingState.load(self.path, self.settings):
             self._restore(*found)
         else:
-            self.where.checks = ((0, self._divergences(self.judges)),)
+            self.where.checks = ((0, self._divergences(self.validations)),)
             if not all(map(math.isfinite, self.where.checks[0][1])):
                 raise DataError("a loss is NaN or infinite on held-out text; try --dtype float32")
         left = (self.schedule.steps - self.where.step) * self.mix.step_tokens
@@ -384,7 +384,7 @@ class Training:
 
     def release(self) -> None:
         """Let go of the model, whose memory is needed for the one that is written."""
-        del self.student, self.split, self.trained, self.best, self.judges
+        del self.student, self.split, self.trained, self.best, self.validations
         gc.collect()
 
     def _anew(self) -> None:
@@ -512,13 +512,13 @@ class Training:
             f"held-out divergence {last:.3f}, at first {first:.3f}"
         )
 
-    def _divergences(self, judges: Sequence[Validation]) -> tuple[float, ...]:
+    def _divergences(self, validations: Sequence[Validation]) -> tuple[float, ...]:
         """Of each kind, nats/token."""
-        return tuple(float(judge(self.split)[:, 2].mean()) for judge in judges)
+        return tuple(float(validation(self.split)[:, 2].mean()) for validation in validations)
 
     def _check(self) -> None:
         """Validate; keep what is better, and where the run is lost go back to that."""
-        if self.where.checked(self._divergences(self.judges)):
+        if self.where.checked(self._divergences(self.validations)):
             for name, parameter in self.trained.items():
                 self.best[name].copy_(parameter.detach())
         elif self.where.lost:
