@@ -155,9 +155,9 @@ def test_as_many_are_written_at_once_as_their_cache_has_room(loaded, monkeypatch
     sizes = []
     real = own._continued
 
-    def continued(model, prompts, heat, piece):
+    def continued(model, prompts, heat, piece, tick):
         sizes.append((len(prompts), len(heat), piece))
-        return real(model, prompts, heat, piece)
+        return real(model, prompts, heat, piece, tick)
 
     monkeypatch.setattr(own, "_continued", continued)
     first = len(opening_tokens(loaded.tokenizer))

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts at once on a GPU, by a captured CUDA graph.
+"""Writing many texts at once from a static cache, on a GPU by a captured CUDA graph.
 
 A decoding step of a small model is a few hundred kernels of microseconds each, and Python takes
 longer to launch them than the GPU to run them. A static cache has fixed addresses, so a step can be
@@ -8,7 +8,9 @@ alone, which takes longer to compile than all answers to be written.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ WARM_UP = 3
 """Steps before the capture, so that kernels have been chosen and memory is there."""
 CHECK = 16
 """Steps between looks at whether all have ended, each of which waits for the GPU."""
+GROUPED = "sleb-grouped"
+
+Choose = Callable[[Tensor], Tensor]
+"""From logits [B, V] the next tokens [B]."""
 
 
 def capturable(network: Any, device: torch.device) -> bool:
@@ -37,14 +43,25 @@ def capturable(network: Any, device: torch.device) -> bool:
     )
 
 
-@torch.inference_mode()
-def greedy(
-    network: Any, ids: Tensor, mask: Tensor, new_tokens: int, ends: list[int], tick: Tick
-) -> Tensor:
-    """Greedy tokens [B, new_tokens] behind prompts [B, S], padded in front where ``mask`` [B, S] is
-    0. What is behind the first of ``ends`` in a row means nothing. ``tick`` hears of every token.
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token of each row."""
+    return logits.argmax(-1)
 
-    The model must be :func:`capturable`.
+
+@torch.inference_mode()
+def decode(
+    network: Any,
+    ids: Tensor,
+    mask: Tensor,
+    new_tokens: int,
+    tick: Tick,
+    choose: Choose = greedy,
+    ends: tuple[int, ...] = (),
+) -> Tensor:
+    """Tokens [B, new_tokens] behind prompts [B, S], padded in front where ``mask`` [B, S] is 0.
+    What is behind the first of ``ends`` in a row means nothing. ``tick`` hears of every token.
+
+    On a GPU the model must be :func:`capturable`, and ``choose`` too.
     """
     from transformers import StaticCache
 
@@ -60,7 +77,7 @@ def greedy(
         use_cache=True,
         logits_to_keep=1,
     )
-    token: Tensor = first.logits[:, -1:].argmax(-1)
+    token = choose(first.logits[:, -1])[:, None].clone()
     written: Tensor = token.repeat(1, new_tokens)
     seen = torch.zeros((batch, 1, 1, total), dtype=torch.bool, device=device)
     seen[:, 0, 0, :start] = mask.bool()
@@ -78,30 +95,80 @@ def greedy(
             past_key_values=cache,
             use_cache=True,
         )
-        token.copy_(out.logits[:, -1:].argmax(-1))
+        token.copy_(choose(out.logits[:, -1])[:, None])
         written.index_copy_(1, turn, token)
         ended.logical_or_((token == stops).any(1))
         for counter in (at, turn, place):
             counter.add_(1)
 
-    steps = new_tokens - 1
-    warm = min(WARM_UP, steps)
+    steps, done, run = new_tokens - 1, 0, step
+    with _grouped_attention(network):
+        if device.type == "cuda":
+            done = min(WARM_UP, steps)
+            run = _captured(step, done, device)
+        tick(batch * (1 + done))
+        for i in range(done, steps):
+            run()
+            tick(batch)
+            if ends and i % CHECK == 0 and bool(ended.all()):
+                tick(batch * (steps - i - 1))
+                break
+    return written
+
+
+def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Callable[[], None]:
+    """A graph of ``step``, which has run ``warm`` times before."""
     aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         for _ in range(warm):
             step()
     torch.cuda.current_stream(device).wait_stream(aside)
-    tick(batch * (1 + warm))
-    if steps == warm:
-        return written
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for done in range(warm, steps):
-        graph.replay()
-        tick(batch)
-        if done % CHECK == 0 and bool(ended.all()):
-            tick(batch * (steps - done - 1))
-            break
-    return written
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+@contextlib.contextmanager
+def _grouped_attention(network: Any) -> Iterator[None]:
+    """Attention of one token a row reads a head's keys and values once for all query heads that
+    share them. (With a mask, transformers repeats them in memory, several gigabytes a step.)"""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    if network.config._attn_implementation != "sdpa":
+        yield
+        return
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        others = (more.get(name) for name in ("softcap", "s_aux", "position_bias"))
+        mask = attention_mask
+        if mask is None or mask.dtype != torch.bool or query.shape[2] > 1 or any(others):
+            return sdpa_attention_forward(  # type: ignore[no-any-return]
+                module, query, key, value, mask, scaling=scaling, **more
+            )
+        batch, heads, _, width = query.shape
+        shared = query.view(batch, key.shape[1], heads // key.shape[1], width)
+        scores = shared @ key.transpose(2, 3) * (scaling or width**-0.5)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        share = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        return (share @ value).view(batch, 1, heads, -1), None
+
+    AttentionInterface.register(GROUPED, attend)
+    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    network.set_attn_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation("sdpa")

@@ -24,7 +24,7 @@ from sleb.core.errors import InputError
 from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
-from sleb.models.decoding import capturable, greedy
+from sleb.models.decoding import capturable, decode
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import at_once, can_generate, write
@@ -219,7 +219,7 @@ def _continued(
         here[longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     if capturable(model.model, device) and not model.stack.streamed:
-        new = greedy(model.model, ids, mask, new_tokens, ends, tick).cpu()
+        new = decode(model.model, ids, mask, new_tokens, tick, ends=tuple(ends)).cpu()
     else:
         new = _generated(model.model, ids, mask, new_tokens, ends, tick).cpu()
     group().from_first_(new)
@@ -229,7 +229,7 @@ def _continued(
 def _generated(
     network: Any, ids: Tensor, mask: Tensor, new_tokens: int, ends: list[int], tick: Tick
 ) -> Tensor:
-    """As :func:`sleb.models.decoding.greedy`, by transformers' own loop."""
+    """As :func:`sleb.models.decoding.decode`, by transformers' own loop."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     told = 0

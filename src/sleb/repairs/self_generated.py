@@ -20,7 +20,8 @@ from sleb.calibration.tokens import opening_tokens
 from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
-from sleb.core.progress import Progress
+from sleb.core.progress import Progress, Tick
+from sleb.models.decoding import capturable, decode
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.resources import room_bytes
@@ -76,15 +77,15 @@ def write(model: LoadedModel, n: int, length: int, seed: int, progress: Progress
     heat = torch.ones(pieces, 1, device=device)
     heat[2::3] = HOT
     devices = [device] if device.type == "cuda" else []
-    with progress.stage("writing text", pieces) as tick, torch.random.fork_rng(devices):
+    stage = progress.stage("writing text", pieces * (piece - 1))
+    with stage as tick, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts, starts = [], _starts(model, opening, pieces, seed).to(device)
         together = at_once(model.stack, piece)
         for prompts, heats in zip(
             torch.split(starts, together), torch.split(heat, together), strict=True
         ):
-            parts.append(_continued(model, prompts, heats, piece)[:, -piece:].cpu())
-            tick(len(prompts))
+            parts.append(_continued(model, prompts, heats, piece, tick)[:, -piece:].cpu())
     text = torch.cat(parts).flatten()[: n * room].view(n, room)
     ids = torch.cat((torch.tensor(opening, dtype=text.dtype).expand(n, -1), text), 1)
     group().from_first_(ids)
@@ -118,15 +119,28 @@ def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor
     return torch.cat((torch.tensor(begin, dtype=firsts.dtype).expand(n, -1), firsts[:, None]), 1)
 
 
-def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) -> Tensor:
+def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, tick: Tick) -> Tensor:
     """Prompts [B, S] and behind them ``piece`` - 1 tokens, sampled at temperatures ``heat``
-    [B, 1]."""
+    [B, 1]; none ends its text."""
     from transformers import GenerationConfig, LogitsProcessorList
 
+    network: Any = model.model
+    device, ends = prompts.device, network.generation_config.eos_token_id
+    if capturable(network, device):
+        never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=device)
+
+        def sampled(logits: Tensor) -> Tensor:
+            # the largest of p / Exp(1) is a sample of p, without a look at the values
+            share = (logits.float() / heat).index_fill(1, never.long(), float("-inf")).softmax(-1)
+            return (share / torch.empty_like(share).exponential_()).argmax(-1)
+
+        new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, sampled)
+        return torch.cat((prompts, new), 1)
+
     def heated(_: Tensor, scores: Tensor) -> Tensor:
+        tick(len(scores))
         return scores / heat
 
-    network: Any = model.model
     written: Tensor = network.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -138,7 +152,7 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int) ->
             top_p=1.0,
             max_new_tokens=piece - 1,
             min_new_tokens=piece - 1,
-            eos_token_id=network.generation_config.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=0,
         ),
     )
