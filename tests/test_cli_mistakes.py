@@ -189,7 +189,7 @@ def test_plans_that_cannot_be_used(place, capsys, verb, tiny_plan):
         (tiny_plan.to_json()[:300], "not a valid plan.*JSON"),
         (json.dumps({**good, "order": "x"}), "not a valid plan: order"),
         (json.dumps({**good, "odd": 1}), "not a valid plan: odd"),
-        (json.dumps({**good, "schema_version": 3}), "schema 3.*upgrade"),
+        (json.dumps({**good, "schema_version": 4}), "schema 4.*upgrade"),
         (" " * (MAX_BYTES + 1), "larger than 32 MiB"),
     ]:
         if text is not None:

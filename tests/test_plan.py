@@ -40,7 +40,7 @@ def test_a_plan_of_schema_1_is_upgraded(tmp_path):
         {k: v for k, v in p.items() if k not in (*changed, "split", "origin")} for p in (old, new)
     ]
     assert rest[0] == rest[1]
-    assert (new["schema_version"], Plan.load(write(tmp_path, new))) == (2, plan)
+    assert (new["schema_version"], Plan.load(write(tmp_path, new))) == (3, plan)
     pair = [{"strategy": "greedy", "order": [b], "increase": 0.1, "excess": 0.0} for b in (1, 2)]
     finals = {"sets": pair, "fitted": 8192, "windows": 20, "own": 8}
     old |= {"strategy": "greedy, compiled", "finals": finals}
@@ -84,7 +84,7 @@ def test_depth_is_the_first_removals():
         ({"protected": [2]}, r"removes protected blocks \[2\]"),
         ({"removed": [-1], "order": [-1]}, "removed.0: Input should be greater"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"schema_version": 3}, "has plan schema 3, this sleb reads 1 to 2: upgrade sleb"),
+        ({"schema_version": 4}, "has plan schema 4, this sleb reads 1 to 3: upgrade sleb"),
         ({"baseline": {"mean": float("nan")}}, "baseline.mean: Input should be a finite number"),
         ({"metric": "x" * 5000}, "metric: String should have at most 4096"),
         ({"model": None}, "model: Input should be"),

@@ -190,9 +190,17 @@ class TargetOptions(Options):
     )
 
 
+UnitKind = Literal["block", "attention", "mlp", "any"]
+
+
 class SelectionOptions(Options):
     """Choice of blocks."""
 
+    unit: UnitKind = option(
+        "block",
+        "What is removed: whole blocks, the attention or the MLP of blocks alone, or any of these. "
+        "See docs/method.md.",
+    )
     metric: str = option(
         "loss",
         "loss (SLEB), one-shot-loss, cosine, kl, repaired-loss, or answers: divergence on answers "

@@ -97,6 +97,11 @@ def prune(
     writable_target(out, force=config.force)
     watch = Stopwatch(progress)
     goal = check_options(config)
+    if config.unit != "block":
+        raise UnsupportedModel(
+            f"a checkpoint without the {config.unit} of some blocks loads nowhere: use sleb search "
+            "and sleb.load(MODEL, plan=PLAN)"
+        )
     placing = config.part(LoadOptions).model_dump(include={"device", "stream", "device_map", "tp"})
     check_placing(**placing)
     check_request(model, config, watch)

@@ -25,6 +25,7 @@ from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Progress, Tick
+from sleb.core.units import UnitId
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
@@ -167,7 +168,7 @@ class RunRecord:
     command: str
     started: str
     model: str
-    removed: tuple[int, ...]
+    removed: tuple[UnitId, ...]
     blocks: int
     seconds: dict[str, float]
     parameters: tuple[int, int]

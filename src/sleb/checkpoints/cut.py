@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from typing_extensions import Self
 
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan, RepairRecord
+from sleb.core.units import canonical, parts_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A model of ``blocks`` blocks without the blocks ``removed`` (sorted, original numbering).
+    """A model of ``blocks`` blocks without the units ``removed`` (sorted, original numbering).
 
     ``record`` is the plan's repair, if it is of this very cut. ``repair`` are its tensors on the
     CPU, by their names in the original checkpoint: their SHA-256 are those of the record, which is
@@ -46,16 +47,31 @@ class Cut:
                 )
 
     @classmethod
-    def of(cls, plan: Plan, depth: int | None = None, folder: str | Path | None = None) -> Self:
+    def of(
+        cls,
+        plan: Plan,
+        depth: int | None = None,
+        folder: str | Path | None = None,
+        *,
+        parts: bool = False,
+    ) -> Self:
         """The cut by the first ``depth`` removals of ``plan``, or by all of them; with its repair's
-        tensors, if it has one, from the repaired checkpoint in ``folder``.
+        tensors, if it has one, from the repaired checkpoint in ``folder``. ``parts``: whether the
+        caller can do without the attention or the MLP of a block.
 
         Raises:
+            UnsupportedModel: parts of blocks are removed, and the caller cuts whole blocks.
             InputError: ``depth`` is outside the plan; or ``folder`` holds no checkpoint, or not the
                 tensors that the plan records.
             DataError: the checkpoint is damaged.
         """
         removed = plan.at_depth(depth)
+        if not parts and (refused := parts_in(removed)):
+            raise UnsupportedModel(
+                f"the plan removes parts of blocks ({refused[0]}), and this cuts whole blocks "
+                "alone: use sleb.load(MODEL, plan=PLAN), sleb eval --plan, or cut a GGUF file with "
+                "sleb apply (docs/units.md)"
+            )
         record = plan.repair if removed == plan.removed else None
         cut = cls(blocks=plan.model.blocks, removed=removed, record=record)
         if record is not None and not record.tensors:  # a fit that changed nothing
@@ -128,7 +144,9 @@ class Cut:
 
     def used(self, plan: Plan) -> Plan:
         """``plan`` as far as this cut uses it: its first removals, and the repair if it is made."""
-        order = plan.order[: len(self.removed)]
+        depths = range(len(plan.order) + 1)
+        depth = next(d for d in depths if canonical(plan.order[:d]) == self.removed)
+        order = plan.order[:depth]
         record = None if self.repair is None else self.record
         return plan.model_copy(update={"removed": self.removed, "order": order, "repair": record})
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sleb.checkpoints.gguf_file import ARRAY, BOOL, STRING, GGUFFile, Value
 from sleb.core.errors import DataError, UnsupportedModel, did_you_mean
-from sleb.core.plan import MAX_BLOCKS
+from sleb.core.units import MAX_BLOCKS
 
 PATTERN = "attention.sliding_window_pattern"
 _RECURRENT = "attention.recurrent_layers"

@@ -1,7 +1,8 @@
 """The plan: which blocks to remove, in which order, and the evidence for it. Needs no torch.
 
 A plan is small, diffable JSON that may come from an untrusted place: it is size-checked before it
-is parsed and schema-checked before it is used. Block ids are always the original numbering.
+is parsed and schema-checked before it is used. Block ids are always the original numbering, and
+attention or MLP alone are named by block, ``"12.attention"``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing_extensions import Self
 
 from sleb.core.errors import InputError, first_mistake
 from sleb.core.files import write_text
+from sleb.core.units import MAX_BLOCKS, UnitId, block_of, canonical, parts_in
 
 MAX_BYTES = 32 * 2**20
-MAX_BLOCKS = 10_000
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
 
 BlockId = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -96,7 +97,7 @@ class Score(_Record):
     is how many were scored before the candidate was out of the race.
     """
 
-    block: BlockId
+    block: UnitId
     mean: float
     se: float | None = None
     excess_se: float | None = None
@@ -110,7 +111,7 @@ class Round(_Record):
     far as these windows can tell; null without a rival.
     """
 
-    removed: tuple[BlockId, ...]
+    removed: tuple[UnitId, ...]
     scores: tuple[Score, ...]
     within_noise: bool | None = None
 
@@ -156,7 +157,7 @@ class Finalist(_Record):
     """
 
     strategy: Text
-    order: tuple[BlockId, ...]
+    order: tuple[UnitId, ...]
     increase: float
     by_kind: Mapping[Text, float] = {}
     excess: float
@@ -205,7 +206,7 @@ class Point(_Record):
     """
 
     depth: Annotated[int, Field(ge=1)]
-    block: BlockId
+    block: UnitId
     increase: float
     low: float | None
     high: float | None
@@ -239,7 +240,7 @@ class RepairedGap(_Record):
     cut model on held-out windows, by text, with the gaps in front of this one as they are.
     """
 
-    removed: tuple[BlockId, ...]
+    removed: tuple[UnitId, ...]
     ridge: float | None
     tensors: tuple[RepairedTensor, ...]
     before: dict[Text, float]
@@ -260,7 +261,7 @@ class RepairRecord(_Record):
     @property
     def removed(self) -> tuple[int, ...]:
         """The blocks of the cut, sorted."""
-        return tuple(sorted(block for gap in self.gaps for block in gap.removed))
+        return canonical(unit for gap in self.gaps for unit in gap.removed)
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -277,11 +278,11 @@ class Plan(_Record):
     ``repair_validation``) the SHA-256 of the token ids of the windows that had it.
     """
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     model: Fingerprint
     origin: Origin | None = None
-    removed: tuple[BlockId, ...]
-    order: tuple[BlockId, ...]
+    removed: tuple[UnitId, ...]
+    order: tuple[UnitId, ...]
     protected: tuple[BlockId, ...] = ()
     metric: Text
     unit: Text
@@ -307,21 +308,23 @@ class Plan(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.removed != tuple(sorted(set(self.order))) or len(set(self.order)) != len(
-            self.order
-        ):
+        if self.removed != canonical(self.order) or len(set(self.order)) != len(self.order):
             raise ValueError("`removed` must be `order`, sorted, without repeats")
-        if self.removed and self.removed[-1] >= self.model.blocks:
-            raise ValueError(
-                f"removes block {self.removed[-1]}, but the model has 0..{self.model.blocks - 1}"
-            )
-        if len(self.removed) >= self.model.blocks:
+        last = max(map(block_of, self.removed), default=0)
+        if last >= self.model.blocks:
+            raise ValueError(f"removes block {last}, but the model has 0..{self.model.blocks - 1}")
+        if len(self.removed) - len(self.parts) >= self.model.blocks:
             raise ValueError("removes every block of the model")
         if self.repair and self.repair.removed != self.removed:
             raise ValueError("`repair` is of another cut")
         if clash := sorted(set(self.removed) & set(self.protected)):
             raise ValueError(f"removes protected blocks {clash}")
         return self
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Of what is removed, the attention or MLP of blocks that stay."""
+        return parts_in(self.removed)
 
     @property
     def of_runs(self) -> bool:
@@ -347,12 +350,12 @@ class Plan(_Record):
                 f"--depth {depth} is outside this plan's 1..{len(self.order)}; "
                 "search again with a larger --remove to go deeper"
             )
-        return tuple(sorted(self.order[:depth]))
+        return canonical(self.order[:depth])
 
     def without_last(self) -> Plan:
         """The plan with its last removal taken back, and no repair, which would be of another."""
         order = self.order[:-1]
-        cut = {"order": order, "removed": tuple(sorted(order)), "repair": None}
+        cut = {"order": order, "removed": canonical(order), "repair": None}
         return self.model_copy(update={**cut, "rounds": rounds_behind(self.rounds, order)})
 
     def to_json(self) -> str:
@@ -391,12 +394,14 @@ class Plan(_Record):
 def upgrade(data: dict[str, Any]) -> dict[str, Any]:
     """A plan's JSON of any schema version, as one of this version; what is no plan stays as it is.
 
-    Schema 1 had ``"greedy, racing, compiled"`` as one string, and called the final comparison
-    ``finals``.
+    Schema 2 knew blocks alone. Schema 1 had ``"greedy, racing, compiled"`` as one string, and
+    called the final comparison ``finals``.
     """
-    if data.get("schema_version", SCHEMA) != 1:
+    if data.get("schema_version", SCHEMA) not in (1, 2):
         return data
     new = {**data, "schema_version": SCHEMA}
+    if data["schema_version"] == 2:
+        return new
     if isinstance(new.get("strategy"), str):
         name, *manner = new["strategy"].split(", ")
         new |= {"strategy": name, "racing": "racing" in manner, "compiled": "compiled" in manner}

@@ -11,6 +11,7 @@ import numpy as np
 from sleb.calibration.windows import Windows
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, exponential, interval
+from sleb.core.units import UnitId
 from sleb.models.load import LoadedModel
 from sleb.selection.metrics import NLL, QUALITY
 from sleb.selection.objective import DENSE, BlockSet
@@ -46,7 +47,7 @@ class Evaluation(Quality):
     Where the pruned model is a repaired one, ``unrepaired`` is the plain cut's."""
 
     length: int
-    removed: tuple[int, ...] = ()
+    removed: tuple[UnitId, ...] = ()
     domains: dict[str, Quality] = field(default_factory=dict)
     unrepaired: Evaluation | None = None
 

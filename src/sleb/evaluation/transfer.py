@@ -22,6 +22,7 @@ from sleb.config import TransferConfig, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, Values, interval
+from sleb.core.units import UnitId
 from sleb.models.load import LoadedModel
 from sleb.repairs.search import search
 from sleb.selection.metrics import NLL
@@ -43,7 +44,7 @@ class Chosen:
     :func:`clearly_worse`."""
 
     source: str
-    removed: tuple[int, ...]
+    removed: tuple[UnitId, ...]
     increase: tuple[Interval, ...]
     away: tuple[str, ...]
 

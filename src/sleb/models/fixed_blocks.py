@@ -43,6 +43,18 @@ def refuse_fixed(config: Any, removed: Collection[int]) -> None:
         )
 
 
+def refuse_parts(config: Any) -> None:
+    """
+    Raises:
+        UnsupportedModel: not all blocks are attention and MLP.
+    """
+    if _attention(decoder_config(config)):
+        raise UnsupportedModel(
+            "some blocks of this model have no attention with keys and values, so parts of blocks "
+            "are no candidates: use --unit block"
+        )
+
+
 def _visual(config: Any) -> int:
     """How many of the first blocks images enter between: their features are added after each of
     the first few (Qwen3-VL's deep stack), or before some that are named (Granite Vision)."""

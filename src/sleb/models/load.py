@@ -35,10 +35,11 @@ from sleb.core.errors import (
     did_you_mean,
     map_exceptions,
 )
-from sleb.core.plan import MAX_BLOCKS, Plan
+from sleb.core.plan import Plan
 from sleb.core.printable import printable
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
+from sleb.core.units import MAX_BLOCKS
 from sleb.models.auto_classes import auto_class
 from sleb.models.offload import misshapen
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options

@@ -16,14 +16,18 @@ model is measured: masks are chosen by position in it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
 from sleb.models.offload import Reader, fetch, offloading
+from sleb.models.parts import Part, find_parts
+
+PROBE_TOKENS = 8
 
 
 class _Entered(Exception):
@@ -94,6 +98,7 @@ class BlockStack:
         self.model = model
         self.path, self.blocks = find_blocks(model)
         self._width: dict[int, int | None] | None = None
+        self._parts: dict[int, dict[str, Part]] = {}
         self.reader = Reader()
         self.checked = False  # that blocks run one by one are the model's own forward pass
 
@@ -131,7 +136,7 @@ class BlockStack:
 
             return forward
 
-        with self._shadowed({i: recorder(i) for i in self.used}):
+        with self._shadowed({self.blocks[i]: recorder(i) for i in self.used}):
             with contextlib.suppress(_Entered):
                 self.model(input_ids=ids.to(self.input_device), use_cache=False)
         return entry[0], calls
@@ -154,8 +159,8 @@ class BlockStack:
         given; the token ids that go in at the front are placeholders.
         """
         first, *others = self.used
-        shadows = {i: self._passing(i) for i in others}
-        shadows[first] = lambda *args, **kwargs: self._wrap(first, hidden)
+        shadows = {self.blocks[i]: self._passing(i) for i in others}
+        shadows[self.blocks[first]] = lambda *args, **kwargs: self._wrap(first, hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.input_device)
         with self._shadowed(shadows):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -183,12 +188,45 @@ class BlockStack:
                 hook.post_forward(module, None)
 
     @contextlib.contextmanager
-    def bypassed(self, blocks: Collection[int]) -> Iterator[None]:
-        """Blocks pass their input through; afterwards the model is as it was, bit for bit."""
-        if bad := sorted(b for b in blocks if not 0 <= b < len(self)):
+    def bypassed(self, units: Collection[int]) -> Iterator[None]:
+        """Blocks pass their input through, and parts of blocks add nothing to it; afterwards the
+        model is as it was, bit for bit.
+
+        Raises:
+            InputError: a block does not exist.
+            UnsupportedModel: see :meth:`parts`.
+        """
+        if bad := sorted(u for u in units if not 0 <= block_of(u) < len(self)):
             raise InputError(f"blocks {bad} do not exist: {self.name} has 0..{len(self) - 1}")
-        with self._shadowed({i: self._passing(i) for i in blocks}):
+        gone = canonical(units)
+        shadows = {self.blocks[u]: self._passing(u) for u in gone if not part_of(u)}
+        for unit in gone:
+            if kind := part_of(unit):
+                block, part = block_of(unit), self.parts(block_of(unit))[kind]
+                module = self.blocks[block].get_submodule(part.name)
+                shadows[module] = self._adding_nothing(block, kind)
+        with self._shadowed(shadows):
             yield
+
+    @torch.inference_mode()
+    def parts(self, i: int) -> dict[str, Part]:
+        """The attention and the MLP of block ``i``, by these names.
+
+        Raises:
+            UnsupportedModel: it is not made of these two, or not so that one can be left out.
+        """
+        if i not in self._parts:
+            length = min(PROBE_TOKENS, self.max_length or PROBE_TOKENS)
+            rows = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+            hidden, calls = self.enter(torch.arange(1, length + 1)[None] % rows)
+            with self.holding(i):
+                hidden = hidden.to(self.device(i))
+                self._parts[i] = find_parts(
+                    f"{self.name}: block {i}",
+                    self.blocks[i],
+                    lambda: self.run(i, hidden, calls[i]),
+                )
+        return self._parts[i]
 
     # -- facts -------------------------------------------------------------------------------
 
@@ -238,21 +276,40 @@ class BlockStack:
     # -- shadowing ---------------------------------------------------------------------------
 
     def _passing(self, i: int) -> Callable[..., Any]:
-        # transformers takes positions and masks of a cached step from the cache's first layer,
-        # and from the first of each attention type: empty ones would be silently wrong
-        kinds = getattr(decoder_config(self.model.config), "layer_types", None) or ["all"]
-        sets_positions = i in {0, *map(kinds.index, kinds)}
+        sets_positions = i in self.giving_positions
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, _, rest = _split(args, kwargs)
-            if sets_positions and _longest(rest.get("past_key_values")) > hidden.shape[1]:
-                raise InputError(
-                    f"block {i} is bypassed, and generating with a cache needs it: pass "
-                    "use_cache=False, or write the checkpoint with sleb apply"
-                )
+            if sets_positions:
+                self._refuse_cached(i, hidden, rest)
             return self._wrap(i, hidden)
 
         return forward
+
+    def _adding_nothing(self, i: int, kind: str) -> Callable[..., Any]:
+        part = self.parts(i)[kind]
+        sets_positions = kind == ATTENTION and i in self.giving_positions
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if sets_positions:
+                self._refuse_cached(i, *_split(args, kwargs)[::2])
+            return part.nothing(*args, **kwargs)
+
+        return forward
+
+    @property
+    def giving_positions(self) -> set[int]:
+        """The blocks from whose keys and values transformers takes positions and masks of a cached
+        step: the first, and the first of each attention type. Empty ones would be silently wrong.
+        """
+        return giving_positions(self.model.config)
+
+    def _refuse_cached(self, i: int, hidden: Tensor, rest: dict[str, Any]) -> None:
+        if _longest(rest.get("past_key_values")) > hidden.shape[1]:
+            raise InputError(
+                f"block {i} is bypassed, and generating with a cache needs it: pass "
+                "use_cache=False, or write the checkpoint with sleb apply"
+            )
 
     def _wrap(self, i: int, hidden: Tensor) -> Any:
         """``hidden`` in the shape that block ``i`` returns: a tensor, or a tuple led by one."""
@@ -338,22 +395,28 @@ class BlockStack:
             )
 
     @contextlib.contextmanager
-    def _shadowed(self, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
-        """Put functions in the blocks' instance slot ``forward``, and put back what was there
+    def _shadowed(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+        """Put functions in the modules' instance slot ``forward``, and put back what was there
         (accelerate keeps its device hooks in that very slot)."""
         if forwards:
             self._widths()
-        before = {i: vars(self.blocks[i]).get("forward") for i in forwards}
+        before = {module: vars(module).get("forward") for module in forwards}
         try:
-            for i, forward in forwards.items():
-                self.blocks[i].forward = forward
+            for module, forward in forwards.items():
+                module.forward = forward
             yield
         finally:
-            for i, old in before.items():
+            for module, old in before.items():
                 if old is None:
-                    vars(self.blocks[i]).pop("forward", None)
+                    vars(module).pop("forward", None)
                 else:
-                    self.blocks[i].forward = old
+                    module.forward = old
+
+
+def giving_positions(config: Any) -> set[int]:
+    """See :attr:`BlockStack.giving_positions`."""
+    kinds = getattr(decoder_config(config), "layer_types", None) or ["all"]
+    return {0, *map(kinds.index, kinds)}
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any]:
@@ -372,15 +435,16 @@ def _longest(cache: Any) -> int:
 
 
 @contextlib.contextmanager
-def bypassed(model: Any, blocks: Collection[int]) -> Iterator[None]:
+def bypassed(model: Any, blocks: Collection[int | str]) -> Iterator[None]:
     """Make ``blocks`` of a transformers causal LM (or of a :class:`sleb.LoadedModel`) pass their
-    input through. On exit the model is restored bit for bit, also after an exception.
+    input through; of ``"12.attention"`` or ``"12.mlp"`` only that part adds nothing to it. On exit
+    the model is restored bit for bit, also after an exception.
 
     Raises:
         InputError: a block does not exist; or, while generating with a cache, one that transformers
             takes positions from is bypassed (the first, and the first of each attention type).
-        UnsupportedModel: no single block list can be found.
+        UnsupportedModel: no single block list can be found, or no such part.
     """
     stack = BlockStack(getattr(model, "model", model) if not hasattr(model, "config") else model)
-    with stack.bypassed(blocks):
+    with stack.bypassed([*map(parse_unit, blocks)]):
         yield

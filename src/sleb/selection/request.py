@@ -12,15 +12,16 @@ from typing import Any
 from sleb.calibration import check_sources
 from sleb.calibration.answers import prompts_of
 from sleb.checkpoints.depth_fields import reindex
-from sleb.config import SearchConfig, TargetOptions
+from sleb.config import SearchConfig, TargetOptions, UnitKind
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import SimilarityGate, Target, blocks_to_remove, parse_blocks
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
-from sleb.models.fixed_blocks import fixed_blocks
+from sleb.core.units import ATTENTION, MLP, Unit
+from sleb.models.fixed_blocks import fixed_blocks, refuse_parts
 from sleb.models.load import load_config
 from sleb.models.source import resolve
-from sleb.models.stack import decoder_config
+from sleb.models.stack import decoder_config, giving_positions
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
@@ -124,9 +125,26 @@ def check_options(config: SearchConfig) -> Goal:
             f"{asked} tests one removal after the other, and --strategy {strategy} "
             "chooses a set of known size: use greedy, or a plan's --curve"
         )
+    if config.unit != "block":
+        _check_parts(config, strategy)
     if config.compile and config.stream:
         raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
     return goal
+
+
+def _check_parts(config: SearchConfig, strategy: str) -> None:
+    """Raise InputError for what goes with whole blocks alone."""
+    refused = {
+        f"--strategy {strategy}": strategy != "greedy",
+        "--min-similarity": config.min_similarity is not None,
+        "--compile": config.compile,
+    }
+    for asked, given in refused.items():
+        if given:
+            raise InputError(
+                f"{asked} is for whole blocks: leave it out, or --unit {config.unit}, which is "
+                "searched by greedy"
+            )
 
 
 def check_request(model: str | Path, config: SearchConfig, progress: Progress = silent) -> None:
@@ -142,7 +160,7 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
-        candidates_for(goal, config.protect, blocks, loaded)
+        candidates_for(goal, config.protect, blocks, loaded, config.unit)
 
 
 def removals(goal: Goal, n_blocks: int) -> int:
@@ -150,8 +168,10 @@ def removals(goal: Goal, n_blocks: int) -> int:
     return 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
 
 
-def candidates_for(goal: Goal, protect: str, n_blocks: int, config: Any) -> list[int]:
-    """The blocks that may go.
+def candidates_for(
+    goal: Goal, protect: str, n_blocks: int, config: Any, unit: UnitKind = "block"
+) -> list[int]:
+    """The blocks that may go, or the parts of these.
 
     Raises:
         InputError: fewer than are to be removed.
@@ -159,14 +179,23 @@ def candidates_for(goal: Goal, protect: str, n_blocks: int, config: Any) -> list
     """
     protected = parse_blocks(protect, n_blocks)
     protected |= fixed_blocks(config, protected)
-    candidates = [b for b in range(n_blocks) if b not in protected]
+    blocks = [b for b in range(n_blocks) if b not in protected]
+    candidates = blocks if unit in ("block", "any") else []
+    if unit != "block":
+        refuse_parts(config)
+    if unit in (ATTENTION, "any"):
+        keep = giving_positions(config)
+        candidates = candidates + [Unit.of(b, ATTENTION) for b in blocks if b not in keep]
+    if unit in (MLP, "any"):
+        candidates = candidates + [Unit.of(b, MLP) for b in blocks]
     n = removals(goal, n_blocks)
     if n > len(candidates):
         raise InputError(
             f"cannot remove {n} of {len(candidates)} candidates ({n_blocks} less "
             f"{len(protected)} protected); remove fewer, or protect fewer with --protect ''"
         )
-    _some_cut_is_exact(config, candidates)
+    if unit in ("block", "any"):
+        _some_cut_is_exact(config, blocks)
     return candidates
 
 

@@ -33,6 +33,7 @@ from sleb.core.plan import (
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Values
+from sleb.core.units import block_of, canonical, parts_in
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
@@ -91,7 +92,7 @@ def find_blocks(
     return Plan(
         model=search.identity,
         origin=Origin.of(model.source.path),
-        removed=tuple(sorted(order)),
+        removed=canonical(order),
         order=order,
         protected=search.protected,
         metric=config.metric,
@@ -134,8 +135,13 @@ class _Search:
         self.windows = self._scored()
         self.strategy = config.strategy or self.metric.strategy
         stack, n_blocks = model.stack, len(model.stack)
-        self.candidates = candidates_for(self.goal, config.protect, n_blocks, stack.model.config)
-        self.protected = tuple(b for b in range(n_blocks) if b not in self.candidates)
+        self.candidates = candidates_for(
+            self.goal, config.protect, n_blocks, stack.model.config, config.unit
+        )
+        touched = {*map(block_of, self.candidates)}
+        self.protected = tuple(b for b in range(n_blocks) if b not in touched)
+        for block in sorted({*map(block_of, parts_in(self.candidates))}):
+            stack.parts(block)  # refuses models that have none
         if self.measures_heldout and (split.heldout is None or len(split.heldout.ids) < 2):
             raise InputError(
                 "no two windows are left over to hold out, which --max-loss-increase and --curve "
@@ -155,7 +161,7 @@ class _Search:
                 self.candidates, self.gate = above(
                     self.similarity, self.candidates, config.min_similarity, least
                 )
-        self.costs = Costs.of(checkpoint, stack)
+        self.costs = Costs.of(checkpoint, stack, parts_in(self.candidates))
         self.batch = config.batch or default_batch(stack, self.windows.ids.shape[1])
         self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
 

@@ -12,6 +12,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Finalist, Round
 from sleb.core.registry import Registry
 from sleb.core.statistics import Values, standard_error
+from sleb.core.units import overlap
 from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import leaders, rank, rounded
 
@@ -52,7 +53,9 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> SearchRes
     order: list[int] = []
     tried = []
     for turn in range(1, n + 1):
-        live = [b for b in candidates if b not in order]
+        live = [b for b in candidates if not any(overlap(b, gone) for gone in order)]
+        if not live:
+            break
         last = f", last removed {order[-1]}" if order else ""
         values = objective.best(
             [BlockSet([*order, b]) for b in live],

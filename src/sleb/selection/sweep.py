@@ -29,6 +29,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -42,6 +43,7 @@ from sleb.calibration.windows import used_length
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import Group, group
 from sleb.core.statistics import Values
+from sleb.core.units import block_of, whole
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.metrics import TokenMetric
 from sleb.selection.objective import DENSE, BlockSet, Call, Scorer
@@ -77,18 +79,24 @@ class Part:
         skips: Collection[BlockSet],
         most: int,
     ) -> None:
-        """Take the prefixes in each of ``runs`` through block i, at most ``most`` in one call, and
-        those in ``skips`` past it; drop all others."""
-        after = {prefix | {i}: self.hidden[prefix] for prefix in skips}
+        """Take the prefixes through block i that become each of ``runs``, which leave out the same
+        parts of it, at most ``most`` in one call, and those past it that become ``skips``; drop all
+        others."""
+        after = {prefix: self.hidden[below(prefix, i)] for prefix in skips}
+        uses = Counter(below(prefix, i) for together in runs for prefix in together)
         for share in chain.from_iterable(groups(together, most) for together in runs):
             if len(share) not in self._calls:
                 self._calls[len(share)] = self.stack.enter(self.ids.repeat(len(share), 1))[1]
-            # pop() frees an activation as soon as nothing else needs it
-            parts = [self.hidden[p] if p in skips else self.hidden.pop(p) for p in share]
-            merged = self._merged(parts, i)
-            out = self.stack.run(i, merged, self._calls[len(share)][i])
+            merged = self._merged([self._taken(below(prefix, i), uses) for prefix in share], i)
+            with self.stack.bypassed([u for u in share[0] if block_of(u) == i]):
+                out = self.stack.run(i, merged, self._calls[len(share)][i])
             after.update(zip(share, torch.split(out, len(self.ids)), strict=True))
         self.hidden = after
+
+    def _taken(self, prefix: BlockSet, uses: Counter[BlockSet]) -> Tensor:
+        """An activation, which is freed as soon as nothing else needs it."""
+        uses[prefix] -= 1
+        return self.hidden[prefix] if uses[prefix] else self.hidden.pop(prefix)
 
     def _merged(self, parts: Sequence[Tensor], i: int) -> Tensor:
         """One batch of several, where block i is: some may not have run on the device before."""
@@ -278,12 +286,12 @@ class Sweep:
         parts = [Part(self.stack, part) for part in torch.split(ids, self.batch)]
         before = needed(sets, len(self.stack))
         users = [needed(bundle, len(self.stack)) for bundle in bundles or [sets]]
-        busy = [i for i in range(len(self.stack)) if any(i not in p for p in before[i + 1])]
+        busy = [i for i in range(len(self.stack)) if any(not whole(p, i) for p in before[i + 1])]
         following = dict(pairwise(busy))
         for i in range(len(self.stack)):
             wanted = before[i + 1]
-            runs = sharing({p for p in wanted if i not in p}, [user[i + 1] for user in users])
-            skips = {below(p, i) for p in wanted if i in p}
+            runs = sharing({p for p in wanted if not whole(p, i)}, [u[i + 1] for u in users], i)
+            skips = {p for p in wanted if whole(p, i)}
             with self.stack.holding(i, following.get(i)) if runs else contextlib.nullcontext():
                 for part in parts:
                     part.advance(i, runs, skips, most=max(1, self.batch // len(part.ids)))
@@ -477,14 +485,16 @@ def groups(items: Sequence[BlockSet], most: int) -> Iterator[Sequence[BlockSet]]
 
 
 def sharing(
-    runs: Collection[BlockSet], users: Sequence[Collection[BlockSet]]
+    runs: Collection[BlockSet], users: Sequence[Collection[BlockSet]], i: int
 ) -> list[list[BlockSet]]:
-    """``runs`` by the only one of ``users`` that needs them, those that several need alone, in an
-    order of their own."""
-    found: dict[tuple[int, ...], list[BlockSet]] = {}
+    """``runs`` by what they leave out of block i and by the only one of ``users`` that needs them,
+    those that several need alone, in an order of their own."""
+    found: dict[tuple[tuple[int, ...], ...], list[BlockSet]] = {}
     for p in sorted(runs, key=sorted):
         by = [k for k, those in enumerate(users) if p in those]
-        found.setdefault((by[0],) if len(by) == 1 else (-1, *sorted(p)), []).append(p)
+        parts = tuple(sorted(u for u in p if block_of(u) == i))
+        user = (by[0],) if len(by) == 1 else (-1, *sorted(p))
+        found.setdefault((parts, user), []).append(p)
     return [found[key] for key in sorted(found)]
 
 
@@ -498,9 +508,9 @@ def needed(sets: Sequence[BlockSet], n_blocks: int) -> list[set[BlockSet]]:
 
 def below(blocks: BlockSet, i: int) -> BlockSet:
     """Those before block i."""
-    return BlockSet(b for b in blocks if b < i)
+    return BlockSet(b for b in blocks if block_of(b) < i)
 
 
 def block_forwards(sets: Sequence[BlockSet], n_blocks: int) -> int:
     """Block forwards that one sweep over ``sets`` takes for a window, without running it."""
-    return sum(len({below(s, i) for s in sets if i not in s}) for i in range(n_blocks))
+    return sum(len({below(s, i + 1) for s in sets if not whole(s, i)}) for i in range(n_blocks))

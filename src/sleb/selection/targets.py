@@ -6,8 +6,8 @@ need to know nothing of it. What is held out here never takes part in the choice
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from scipy import stats
 
@@ -16,6 +16,7 @@ from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
 from sleb.core.statistics import Values, interval, standard_error
+from sleb.core.units import block_of, canonical, part_of
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
 from sleb.selection.objective import DENSE, BlockSet, Objective
@@ -27,15 +28,19 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Bytes on disk: of all weights, of those read per generated token, and of each block."""
+    """Bytes on disk: of all weights, of those read per generated token, of each block, and shares
+    of these that are the parts of a block, by unit."""
 
     total: int
     read: int
     blocks: tuple[int, ...]
+    shares: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, stack: BlockStack) -> Costs:
-        """Every weight is read for each token, except what is beside the decoder (towers for images
+    def of(cls, checkpoint: Checkpoint, stack: BlockStack, parts: Sequence[int] = ()) -> Costs:
+        """Of blocks, and of those ``parts`` of blocks.
+
+        Every weight is read for each token, except what is beside the decoder (towers for images
         and sound), and an input embedding that is not also the output head: of that only one row.
         """
         sizes = checkpoint.block_sizes(len(stack), block_prefix(checkpoint, stack))
@@ -58,15 +63,34 @@ class Costs:
             total=checkpoint.nbytes,
             read=checkpoint.nbytes - looked_up - _beside(checkpoint, stack),
             blocks=tuple(nbytes for _, nbytes in sizes),
+            shares=_shares(stack, parts),
         )
 
     def size(self, removed: Sequence[int]) -> int:
         """Bytes on disk without ``removed``."""
-        return self.total - sum(self.blocks[b] for b in removed)
+        return self.total - self.of_units(removed)
+
+    def of_units(self, units: Sequence[int]) -> int:
+        """Bytes of blocks and parts."""
+        return sum(
+            int(self.blocks[block_of(u)] * (self.shares[u] if part_of(u) else 1))
+            for u in canonical(units)
+        )
 
     def speedup(self, removed: Sequence[int]) -> float:
         """Bytes read per generated token, dense over pruned."""
-        return self.read / (self.read - sum(self.blocks[b] for b in removed))
+        return self.read / (self.read - self.of_units(removed))
+
+
+def _shares(stack: BlockStack, parts: Sequence[int]) -> dict[int, float]:
+    """Of a block's parameters, those of a part."""
+    found = {}
+    for unit in parts:
+        block = stack.blocks[block_of(unit)]
+        part = block.get_submodule(stack.parts(block_of(unit))[part_of(unit)].name)
+        sizes = [sum(p.numel() for p in module.parameters()) for module in (part, block)]
+        found[unit] = sizes[0] / sizes[1]
+    return found
 
 
 def _beside(checkpoint: Checkpoint, stack: BlockStack) -> int:
@@ -164,7 +188,7 @@ class StoppingRule:
         possible = min(len(candidates), len(costs.blocks) - 1)
         if goal.limit is not None:
             return possible
-        cheapest = sorted(candidates, key=lambda b: costs.blocks[b])
+        cheapest = sorted(candidates, key=lambda u: costs.of_units([u]))
         for n in range(1, possible + 1):
             if self.enough(cheapest[:n]):
                 return n

@@ -35,6 +35,7 @@ from sleb.config import CheckOptions, takes
 from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
+from sleb.core.units import UnitId
 from sleb.models.load import (
     LoadedModel,
     load,
@@ -63,7 +64,7 @@ class Verification:
     """All gates of one checkpoint."""
 
     checkpoint: str
-    removed: tuple[int, ...]
+    removed: tuple[UnitId, ...]
     checks: tuple[Check, ...]
 
     @property

@@ -1,0 +1,220 @@
+"""Attention or MLP of a block alone: what is skipped, scored, searched and written into a plan."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sleb
+import zoo
+from plan_tools import minimal, plan_of
+from reference import blocks_of
+from search_tools import split_of
+from sleb.checkpoints.cut import Cut
+from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Plan
+from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, whole
+from sleb.models.stack import BlockStack
+from sleb.selection.metrics import NLL
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.request import Goal, candidates_for
+from sleb.selection.sweep import Sweep, block_forwards
+
+ATTENTION = {b: Unit.of(b, "attention") for b in range(8)}
+MLP = {b: Unit.of(b, "mlp") for b in range(8)}
+STRUCTURES = ("llama", "qwen2", "gpt2", "gpt_neox", "cohere", "mixtral", "gemma2", "granite")
+"""Pre-norm, biases, fused and learned positions, parallel, one norm for both, experts, norms
+behind, scaled residuals."""
+SETS = [
+    *map(BlockSet, ([ATTENTION[2]], [MLP[2]], [2])),
+    *map(BlockSet, ([ATTENTION[2], MLP[4]], [ATTENTION[2], 4, ATTENTION[6]])),
+]
+
+
+def zeroed(model: nn.Module, units, names: dict[str, str]) -> nn.Module:
+    """The model with hooks that make these parts return zeros: the plain meaning of a removal."""
+    handles = []
+    for unit in units:
+        block = blocks_of(model)[block_of(unit)]
+        kinds = [part_of(unit)] if part_of(unit) else ["attention", "mlp"]
+        for kind in kinds:
+            child = block.get_submodule(names[kind])
+            handles.append(
+                child.register_forward_hook(
+                    lambda _, args, out: (
+                        out * 0 if isinstance(out, torch.Tensor) else (out[0] * 0, *out[1:])
+                    )
+                )
+            )
+    return handles
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_part_that_is_left_out_adds_nothing(family):
+    model, _ = zoo.tiny(family)
+    stack, ids = BlockStack(model), zoo.probe()
+    names = {kind: part.name for kind, part in stack.parts(2).items()}
+    before = model(input_ids=ids, use_cache=False).logits
+    for units in SETS:
+        handles = zeroed(model, units, names)
+        wanted = model(input_ids=ids, use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        with stack.bypassed(units):
+            found = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found, before)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_both_parts_of_a_block_are_the_block(family):
+    model, _ = zoo.tiny(family)
+    stack, ids = BlockStack(model), zoo.probe()
+    with stack.bypassed([3]):
+        wanted = model(input_ids=ids, use_cache=False).logits
+    for part, name in ((ATTENTION[3], "attention"), (MLP[3], "mlp")):
+        other = {"attention": MLP, "mlp": ATTENTION}[name][3]
+        with stack.bypassed([part]), stack.bypassed([other]):  # apart, so that neither knows
+            found = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_sweep_scores_parts_as_separate_passes_do(family):
+    model, _ = zoo.tiny(family)
+    stack = BlockStack(model)
+    ids = torch.cat([zoo.probe(20), zoo.probe(20).flip(1)])
+    sets = [*SETS, DENSE, BlockSet([MLP[2], ATTENTION[2]])]
+    found = Sweep(stack, ids, NLL, batch=2).values(sets, 0, 2)
+    for blocks, row in zip(sets, found, strict=True):
+        with stack.bypassed(blocks), torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        np.testing.assert_allclose(row, loss.mean(1).numpy(), rtol=0, atol=2e-5)
+
+
+def test_a_prefix_is_run_once_for_each_thing_that_is_left_of_a_block():
+    model, _ = zoo.tiny("llama")
+    sets = [BlockSet([unit]) for unit in (3, ATTENTION[3], MLP[3])] + [DENSE]
+    sweep = Sweep(BlockStack(model), zoo.probe(), NLL)
+    sweep.values(sets, 0, 1)
+    # blocks 0 to 2 once; block 3 without either part, and whole; then four streams
+    assert sweep.forwards == block_forwards(sets, 8) == 3 + 3 + 4 * 4
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt", "mamba", "nemotron_h"])
+def test_a_block_of_another_structure_is_refused_by_name(family):
+    model, config = zoo.tiny(family)
+
+    def asked():
+        candidates_for(Goal(remove=1), "", 8, config, "attention")
+        BlockStack(model).parts(2)
+
+    with pytest.raises(UnsupportedModel, match="--unit block"):
+        asked()
+
+
+def test_blocks_that_give_positions_keep_their_attention():
+    config = zoo.tiny_config("gemma2")  # sliding, sliding, full, ...
+    found = candidates_for(Goal(remove=1), "", 8, config, "any")
+    kept = {*ATTENTION.values()} - {*found}
+    assert kept == {ATTENTION[0], ATTENTION[2]}
+    assert {*range(8), *MLP.values()} <= {*found}
+    with pytest.raises(InputError, match="cannot remove 7 of 6"):
+        candidates_for(Goal(remove=7), "", 8, config, "attention")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_generating_with_a_cache_is_as_without(family):
+    model, _ = zoo.tiny(family)
+    ids, how = zoo.probe(), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with sleb.bypassed(model, ["3.attention", "4.attention", "5.mlp"]):
+        cached = model.generate(ids, use_cache=True, return_dict_in_generate=True, **how)
+        assert torch.equal(cached.sequences, model.generate(ids, use_cache=False, **how))
+        lengths = [layer.get_seq_length() for layer in cached.past_key_values.layers]
+        assert [i for i, length in enumerate(lengths) if not length] == [3, 4]
+    with sleb.bypassed(model, ["0.attention"]), pytest.raises(InputError, match="block 0"):
+        model.generate(ids, use_cache=True, **how)
+
+
+def test_names_of_units():
+    assert [str(parse_unit(t)) for t in ("12", "12.attention", "0.mlp")] == [
+        "12",
+        "12.attention",
+        "0.mlp",
+    ]
+    assert canonical([ATTENTION[3], 1, MLP[3], ATTENTION[5], 5]) == (1, 3, 5)
+    assert whole([ATTENTION[3], MLP[3]], 3)
+    assert overlap(ATTENTION[3], 3)
+    assert not overlap(ATTENTION[3], MLP[3])
+    for wrong in ("12.head", "x", "12.", "1_0", "99999"):
+        with pytest.raises(InputError):
+            parse_unit(wrong)
+
+
+@pytest.mark.parametrize("unit", ["attention", "mlp", "any"])
+def test_a_plan_names_units_and_reads_them_again(unit, tiny_dir, tmp_path):
+    model = sleb.load(tiny_dir)
+    (tmp_path / "t.txt").write_text("a block, its attention and its MLP. " * 60)
+    split = split_of(model.tokenizer, [str(tmp_path / "t.txt")], windows=4)
+    options = {"unit": unit, "remove": 3, "split": split, "exact": True}
+    plan = sleb.search(model, **options)
+    assert len(plan.order) == 3
+    assert unit == "any" or {*map(part_of, plan.order)} == {unit}
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    assert raw["order"] == [str(u) if part_of(u) else u for u in plan.order]
+    # greedy: each removal is the best of its round, as separate sweeps score them
+    sweep = Sweep(model.stack, split.search.ids, NLL)
+    for turn, unit in enumerate(plan.order):
+        before = plan.order[:turn]
+        live = [s.block for s in plan.rounds[turn].scores]
+        scores = sweep.values([BlockSet([*before, u]) for u in live], 0, 4).mean(1)
+        assert live[int(scores.argmin())] == unit
+
+
+def test_a_plan_of_the_schema_before_is_read_as_it_was_meant(tmp_path):
+    old = minimal(schema_version=2)
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert Plan.load(tmp_path / "plan.json") == Plan.model_validate(minimal())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": ["1.attention"], "removed": [10001]},
+        {"order": [10001], "removed": [10001]},
+        {"order": ["9.attention"], "removed": ["9.attention"]},
+        {"order": ["1.attention", "1.mlp"], "removed": ["1.attention", "1.mlp"]},
+        {"order": ["1.head"], "removed": ["1.head"]},
+    ],
+)
+def test_an_impossible_unit_is_no_plan(changes, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(minimal(**changes)))
+    with pytest.raises(InputError, match="not a valid plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_what_cuts_whole_blocks_refuses_parts(tiny_dir, tmp_path):
+    plan = plan_of(tiny_dir, ATTENTION[2])
+    plan.save(tmp_path / "plan.json")
+    for attempt in (
+        lambda: Cut.of(plan),
+        lambda: sleb.apply(tmp_path / "plan.json", tiny_dir, tmp_path / "out"),
+        lambda: sleb.export(tmp_path / "plan.json", "mergekit", model=str(tiny_dir)),
+    ):
+        with pytest.raises(UnsupportedModel, match=r"2\.attention"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"strategy": "beam"}, {"min_similarity": 0.5}, {"compile": True}]
+)
+def test_what_goes_with_whole_blocks_alone_is_refused_early(options, tmp_path):
+    with pytest.raises(InputError, match="--unit"):
+        sleb.search(tmp_path / "none", unit="attention", remove=1, **options)
