@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import sleb
 import zoo
@@ -15,8 +18,9 @@ from search_tools import split_of
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
-from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, whole
+from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, parts_in, whole
 from sleb.models.stack import BlockStack
+from sleb.repairs.regression import Regression, gaps
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, candidates_for
@@ -218,3 +222,103 @@ def test_what_cuts_whole_blocks_refuses_parts(tiny_dir, tmp_path):
 def test_what_goes_with_whole_blocks_alone_is_refused_early(options, tmp_path):
     with pytest.raises(InputError, match="--unit"):
         sleb.search(tmp_path / "none", unit="attention", remove=1, **options)
+
+
+def saved(family: str, folder):
+    """A tiny model of the family as a checkpoint."""
+    model, _ = zoo.tiny(family)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    vocabulary = WordLevel({str(i): i for i in range(zoo.VOCAB)}, unk_token="0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_plan_of_parts_is_applied_while_the_model_is_loaded(family, tmp_path):
+    folder = saved(family, tmp_path)
+    units = (ATTENTION[2], 3, MLP[5], ATTENTION[6])
+    plan = plan_of(folder, *units)
+    dense, cut = sleb.load(folder), sleb.load(folder, plan=plan)
+    assert (len(cut.stack), cut.removed) == (7, canonical(units))
+    ids, how = zoo.probe(), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with sleb.bypassed(dense, units):
+        wanted = dense.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(cut.model(input_ids=ids, use_cache=False).logits, wanted)
+    out = cut.model.generate(ids, use_cache=True, return_dict_in_generate=True, **how)
+    assert torch.equal(out.sequences, cut.model.generate(ids, use_cache=False, **how))
+    held = [layer.get_seq_length() > 0 for layer in out.past_key_values.layers]
+    assert held == [True, True, False, True, True, False, True]
+    gone = [dense.stack.blocks[3]]
+    for unit in parts_in(units):
+        block = dense.stack.blocks[block_of(unit)]
+        gone.append(block.get_submodule(dense.stack.parts(block_of(unit))[part_of(unit)].name))
+    less = sum(p.numel() for module in gone for p in module.parameters())
+    assert cut.model.num_parameters() == dense.model.num_parameters() - less
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [
+        ([ATTENTION[3]], [((ATTENTION[3],), (3, 4, 5))]),
+        ([ATTENTION[3], 4], [((ATTENTION[3], 4), (3, 5, 6))]),
+        ([ATTENTION[3], MLP[4]], [((ATTENTION[3],), (3,)), ((MLP[4],), (4, 5, 6))]),
+        ([ATTENTION[3], MLP[3]], [((3,), (2, 4, 5))]),
+        ([2, ATTENTION[5]], [((2,), (1, 3, 4)), ((ATTENTION[5],), (5, 6, 7))]),
+    ],
+)
+def test_a_missing_part_is_a_gap_that_begins_with_its_own_block(removed, expected):
+    assert [(gap.removed, gap.blocks) for gap in gaps(removed, 8)] == expected
+
+
+def distance(stack: BlockStack, units, ids) -> float:
+    """How far the logits are without these units."""
+    dense = stack.model(input_ids=ids, use_cache=False).logits
+    with stack.bypassed(units):
+        cut = stack.model(input_ids=ids, use_cache=False).logits
+    return float((dense - cut).norm() / dense.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "cohere"])
+@pytest.mark.parametrize("units", [(ATTENTION[2], ATTENTION[3], ATTENTION[6]), (MLP[2], 5)])
+def test_a_repair_of_parts_brings_the_model_nearer_on_new_text(family, units):
+    model, _ = zoo.tiny(family)
+    stack = BlockStack(model)
+    ids = torch.randint(3, 90, (96, 24), generator=torch.Generator().manual_seed(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.inference_mode():
+        plain = distance(stack, units, ids[80:])
+        fitter = Regression(stack, units, ids[:80], 8)
+        for gap in gaps(units, len(stack)):
+            fitter.fit(gap, (0.1,))
+        changed = {block for block, _ in fitter.changes.values}
+        assert changed == {b for gap in gaps(units, len(stack)) for b in gap.blocks}
+        assert distance(stack, units, ids[80:]) < 0.98 * plain
+        fitter.restore()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_the_mlp_of_a_block_without_attention_is_fitted_by_weighted_ridge_regression():
+    """Against the normal equations written out by hand."""
+    model, _ = zoo.tiny("llama")
+    stack, ridge = BlockStack(model), 0.05
+    ids = torch.randint(3, 90, (12, 20), generator=torch.Generator().manual_seed(2))
+    down, seen = stack.blocks[2].mlp.down_proj, []
+    old = down.weight.detach().double().clone()
+    with torch.inference_mode():
+        hidden, calls = stack.enter(ids)
+        for i in (0, 1):
+            hidden = stack.run(i, hidden, calls[i])
+        target = stack.run(2, hidden, calls[2]).flatten(0, 1).double()
+        handle = down.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        with stack.bypassed([ATTENTION[2]]):
+            out = stack.run(2, hidden, calls[2]).flatten(0, 1).double()
+        handle.remove()
+    gap = gaps([ATTENTION[2]], len(stack), 0)[0]
+    Regression(stack, [ATTENTION[2]], ids, 5).fit(gap, (ridge,))
+    x = seen[-1].flatten(0, 1).double()
+    x, w = torch.cat((x, torch.ones(len(x), 1)), 1), 1 / target.square().mean(-1)
+    gram = (x * w[:, None]).T @ x
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    change = torch.linalg.solve(gram, (x * w[:, None]).T @ (target - out)).T
+    torch.testing.assert_close(down.weight.double(), old + change[:, :-1], rtol=1e-4, atol=1e-5)

@@ -14,11 +14,16 @@ from typing_extensions import Self
 
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.files import disk_errors
 from sleb.core.plan import Plan, RepairRecord
-from sleb.core.units import canonical, parts_in
+from sleb.core.units import Unit, block_of, canonical, part_of, parts_in
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+REPAIRED = "repaired.safetensors"
+"""Beside a plan that is applied while its model is loaded: the repair's tensors alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,8 @@ class Cut:
             return replace(cut, repair={})
         if record is None or folder is None:
             return cut
+        if (beside := Path(folder) / REPAIRED).is_file():
+            return cut._checked(folder, read_repaired(beside, record))
         if not (Path(folder) / "config.json").is_file():
             raise InputError(
                 f"the plan is of a repaired cut, and {folder} holds no checkpoint with its "
@@ -92,8 +99,12 @@ class Cut:
                     "that was written with this plan"
                 )
             found[name] = checkpoint.tensor(new)
+        return cut._checked(folder, found)
+
+    def _checked(self, folder: str | Path, found: Mapping[str, Tensor]) -> Self:
+        """With the repair's tensors, which are from ``folder``."""
         try:
-            return replace(cut, repair=found)
+            return replace(self, repair=found)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
 
@@ -123,6 +134,19 @@ class Cut:
             )
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """The blocks that go."""
+        return tuple(unit for unit in self.removed if not part_of(unit))
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The parts of blocks that go, by the blocks' numbers in the cut."""
+        return tuple(
+            Unit.of(self.kept.index(block_of(unit)), part_of(unit))
+            for unit in parts_in(self.removed)
+        )
+
+    @property
     def kept(self) -> list[int]:
         """The blocks that stay, in order."""
         gone = frozenset(self.removed)
@@ -149,6 +173,31 @@ class Cut:
         order = plan.order[:depth]
         record = None if self.repair is None else self.record
         return plan.model_copy(update={"removed": self.removed, "order": order, "repair": record})
+
+
+def write_repaired(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a repair's tensors alone, by their names in the original checkpoint."""
+    from safetensors.torch import save_file
+
+    with disk_errors(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_repaired(path: Path, record: RepairRecord) -> dict[str, Tensor]:
+    """The tensors of a repair that :func:`write_repaired` wrote.
+
+    Raises:
+        InputError: they are not all there, or it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if lacking := sorted({*record.tensors} - {*file.keys()}):
+                raise InputError(f"{path} lacks {lacking[0]}, a repaired tensor of the plan")
+            return {name: file.get_tensor(name) for name in record.tensors}
+    except SafetensorError as error:
+        raise InputError(f"{path} is no file of repaired tensors: {error}") from None
 
 
 def block_prefix_of(name: str) -> str:

@@ -23,7 +23,7 @@ from sleb.checkpoints.checkpoint import (
     identity,
     read_json,
 )
-from sleb.checkpoints.cut import Cut
+from sleb.checkpoints.cut import REPAIRED, Cut
 from sleb.checkpoints.depth_fields import refuse_unsupported
 from sleb.config import LoadOptions, takes
 from sleb.core.errors import (
@@ -55,7 +55,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model in evaluation mode with its tokenizer, block stack and origin. ``removed``: blocks of
-    the origin that a plan took out while it was loaded."""
+    the origin, and parts of blocks, that a plan took out while it was loaded."""
 
     model: nn.Module
     tokenizer: Any
@@ -93,10 +93,12 @@ def load(
 
     With ``plan`` (or its file) the model is cut while it is loaded, by the first ``depth`` removals
     or all of them, and computes what the checkpoint that :func:`sleb.apply` writes would: only
-    kept blocks are read, and nothing is written. The plan must be of this model; without ``check``
-    its tensors are not hashed for that, which takes as long as reading the whole file. Where the
-    whole plan is used and has a repair, the changed tensors come from ``repaired``, the folder of a
-    checkpoint that was written with it.
+    kept blocks are read, and nothing is written. Where a block loses its attention or MLP alone,
+    that computes nothing and holds no weights, keys or values; what `save_pretrained` then writes
+    is no checkpoint. The plan must be of this model; without ``check`` its tensors are not hashed
+    for that, which takes as long as reading the whole file. Where the whole plan is used and has a
+    repair, the changed tensors come from ``repaired``, the folder of a checkpoint that was written
+    with it; or from repaired.safetensors beside the file ``plan``.
 
     Raises:
         InputError: no such model, or an unknown dtype or device; the plan is for another model, or
@@ -118,21 +120,25 @@ def load(
             "blocks are not streamed, placed or split and cut at once; leave out plan, or stream, "
             "device_map and tp"
         )
-    plan = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if isinstance(plan, (str, Path)):
+        if repaired is None and (beside := Path(plan).parent / REPAIRED).is_file():
+            repaired = beside.parent
+        plan = Plan.load(plan)
     source = group().sequentially(lambda: resolve(ref, progress))
     checkpoint = Checkpoint.open(source.path)  # its errors say more than those of loading
     own = load_config(source.path, trust_remote_code=trust)
     text = decoder_config(own)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
     refuse_unread(checkpoint, own, trust_remote_code=trust)
-    weights = None
+    weights, cut = None, None
     if plan is not None:
+        cut = Cut.of(plan, depth, repaired, parts=True)
         weights = _cut_weights(
             source,
             checkpoint,
             own,
             plan,
-            Cut.of(plan, depth, repaired),
+            cut,
             check=check,
             trust_remote_code=trust,
             progress=progress,
@@ -147,6 +153,8 @@ def load(
             model = strict_model(source.path, computed, trust, options)
         else:
             model = strict_model(source.path, computed, trust, weights=weights)
+            if cut is not None:
+                BlockStack(model).remove_parts(cut.parts)
             try:
                 model.to(target)
             except torch.OutOfMemoryError:
@@ -160,7 +168,7 @@ def load(
         tokenizer=tokenizer,
         stack=BlockStack(model),
         source=source,
-        removed=plan.at_depth(depth) if plan else (),
+        removed=cut.removed if cut else (),
     )
 
 
@@ -196,7 +204,7 @@ def _cut_weights(
     check_fingerprint(plan.model, found, source.ref)
 
     stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
-    empty = empty_model(pruned_config(config, cut.removed), trust_remote_code=trust_remote_code)
+    empty = empty_model(pruned_config(config, cut.whole), trust_remote_code=trust_remote_code)
     check_structure(stack, cut.kept, empty)
     prefix, others = block_prefix(checkpoint, stack), cut.repair or {}
     names = {old: new for old in checkpoint.tensors if (new := cut.rename(old, prefix)) is not None}

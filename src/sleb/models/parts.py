@@ -32,7 +32,7 @@ class Part:
 
 
 class Nothing(nn.Module):
-    """In place of a part: computes nothing, has no weights, and keeps no keys and values."""
+    """In the place of a part: computes nothing, has no weights, and caches no keys and values."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()

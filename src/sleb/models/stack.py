@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
 from sleb.models.offload import Reader, fetch, offloading
-from sleb.models.parts import Part, find_parts
+from sleb.models.parts import Nothing, Part, find_parts
 
 PROBE_TOKENS = 8
 
@@ -227,6 +227,16 @@ class BlockStack:
                     lambda: self.run(i, hidden, calls[i]),
                 )
         return self._parts[i]
+
+    def remove_parts(self, units: Collection[int]) -> None:
+        """Take parts of blocks out for good, and their weights with them.
+
+        Raises:
+            UnsupportedModel: see :meth:`parts`.
+        """
+        found = [(self.blocks[block_of(u)], self.parts(block_of(u))[part_of(u)]) for u in units]
+        for block, part in found:
+            block.set_submodule(part.name, Nothing(part))
 
     # -- facts -------------------------------------------------------------------------------
 

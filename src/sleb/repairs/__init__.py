@@ -28,6 +28,7 @@ from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
+from sleb.core.units import block_of, parts_in
 from sleb.models.load import LoadedModel
 from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
@@ -92,7 +93,7 @@ def repair(
     stack = model.stack
     cut = gaps(removed, len(stack), reach)
     _refuse_quantized(model)
-    writers: dict[int, ResidualWriters] = {}
+    writers: dict[tuple[int, ...], ResidualWriters] = {}
     _refuse_unless_fitted(stack, [block for gap in cut for block in gap.blocks], writers)
     if self_generated or (self_generated is None and can_generate(stack)):
         windows = with_self_generated(model, windows, progress)
@@ -181,12 +182,12 @@ def _refuse_quantized(model: LoadedModel) -> None:
 
 
 def _refuse_unless_fitted(
-    stack: BlockStack, blocks: Iterable[int], writers: dict[int, ResidualWriters]
+    stack: BlockStack, blocks: Iterable[int], writers: dict[tuple[int, ...], ResidualWriters]
 ) -> None:
     """Look for a block with something to re-fit; ``writers`` gets what is found on the way."""
     for block in blocks:
-        writers[block] = find_residual_writers(stack, block)
-        if writers[block].fitted:
+        writers[block,] = find_residual_writers(stack, block)
+        if writers[block,].fitted:
             return
     raise UnsupportedModel(
         f"{stack.name}: no matrix beside the gaps writes into the stream as it is (a norm "
@@ -263,8 +264,8 @@ def _runs(cut: Collection[Gap], removed: Collection[int]) -> int:
     """Block forwards of a window if every gap's first fit is accepted: each block once in the dense
     model and once in the cut one from where they part, and twice more where something is fitted."""
     fitted = [block for gap in cut for block in gap.blocks]
-    first, end = min(fitted), max(*fitted, *removed) + 1
-    return end + (end - first - len(removed)) + 2 * len(fitted)
+    first, end = min(fitted), max(*fitted, *map(block_of, removed)) + 1
+    return end + (end - first - len(removed) + len(parts_in(removed))) + 2 * len(fitted)
 
 
 class _Validation:

@@ -34,6 +34,7 @@ from sleb.calibration.windows import unpadded, used_length
 from sleb.checkpoints.cut import consecutive_runs
 from sleb.core.process_group import group
 from sleb.core.progress import Tick
+from sleb.core.units import block_of, canonical, part_of, parts_in
 from sleb.models.overrides import WeightOverrides, whole
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.residual_writers import (
@@ -61,24 +62,30 @@ Rounded = Callable[[int, str, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """A run of removed blocks, and the kept blocks that make up for it, in order."""
+    """Neighbouring units that are removed, and the kept blocks that make up for them, in order."""
 
     removed: tuple[int, ...]
     blocks: tuple[int, ...]
 
 
 def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[Gap, ...]:
-    """The gaps of a cut. A kept block belongs to the gap right behind it, else to one before."""
-    gone = sorted(removed)
+    """The gaps of a cut. A run of blocks is made up for from the last block before it on, a part of
+    a block from that block on. A kept block belongs to the gap right behind it, else to one before.
+    """
+    gone = canonical(removed)
+    runs = consecutive_runs(unit for unit in gone if not part_of(unit))
     kept = [b for b in range(n_blocks) if b not in gone]
-    runs = [tuple(range(start, stop)) for start, stop in consecutive_runs(gone)]
-    ends = {run[0] - 1 for run in runs}
+    begun: dict[int, list[int]] = {}  # units by the first block that makes up for them
+    for unit in parts_in(gone):
+        begun.setdefault(block_of(unit), []).append(unit)
+    for start, stop in runs:
+        begun.setdefault(start - 1, []).extend(range(start, stop))
     found = []
-    for run in runs:
-        before = [run[0] - 1] if run[0] else []
-        after = [b for b in kept if b > run[-1]][:reach]
-        nearer = takewhile(lambda b: b not in ends, after)  # the rest is the next gap's
-        found.append(Gap(removed=run, blocks=(*before, *nearer)))
+    for first, units in sorted(begun.items()):
+        before = [first] if first >= 0 else []
+        after = [b for b in kept if b > block_of(units[-1])][:reach]
+        nearer = takewhile(lambda b: b not in begun, after)  # the rest is the next gap's
+        found.append(Gap(removed=tuple(units), blocks=(*before, *nearer)))
     return tuple(found)
 
 
@@ -104,12 +111,12 @@ class Regression:
         removed: Collection[int],
         ids: Tensor,
         batch: int,
-        writers: dict[int, ResidualWriters] | None = None,
+        writers: dict[tuple[int, ...], ResidualWriters] | None = None,
         rounded: Rounded = lambda block, path, new: new,
         *,
         scored: Tensor | None = None,
     ) -> None:
-        self.stack, self.removed, self.rounded = stack, frozenset(removed), rounded
+        self.stack, self.removed, self.rounded = stack, frozenset(canonical(removed)), rounded
         self.tick: Tick = lambda n, note="": None
         here = group()
         mine = slice(len(ids) * here.rank // here.size, len(ids) * (here.rank + 1) // here.size)
@@ -129,6 +136,9 @@ class Regression:
         self.end = 0  # the first block that the pass under way does not need
         self.changes = WeightOverrides(stack)
         self._writers = {} if writers is None else writers
+        self._parts: dict[int, tuple[int, ...]] = {}  # that blocks are without, by block
+        for unit in parts_in(self.removed):
+            self._parts[block_of(unit)] = (unit,)
 
     def restore(self) -> None:
         """Give every changed matrix its original values."""
@@ -140,9 +150,12 @@ class Regression:
 
     def writers(self, block: int) -> ResidualWriters:
         """What of a block can be re-fitted."""
-        if block not in self._writers:
-            self._writers[block] = find_residual_writers(self.stack, block)
-        return self._writers[block]
+        key = (block, *self._parts.get(block, ()))
+        if key not in self._writers:
+            self._writers[key] = find_residual_writers(
+                self.stack, block, self._parts.get(block, ())
+            )
+        return self._writers[key]
 
     def write(self, block: int, path: str, new: Tensor) -> None:
         """Give a parameter new values, with the precision that it is stored and computed with.
@@ -198,21 +211,29 @@ class Regression:
     def _advance_to(self, block: int) -> None:
         """Take both streams to the input of ``block``."""
         for i in range(self.at, block):
-            if i in self.removed:
+            if i in self.removed or i in self._parts:
                 self.same = False
             with self._held(i):
                 self.dense = list(self.run(i, self.dense))
                 if self.same:
                     self.cut = list(self.dense)
                 elif i not in self.removed:
-                    self.cut = list(self.run(i, self.cut))
+                    self.cut = list(self.run_cut(i))
         self.at = max(self.at, block)
 
-    def run(self, i: int, streams: Sequence[Tensor]) -> Iterator[Tensor]:
+    def run(
+        self, i: int, streams: Sequence[Tensor], without: Collection[int] = ()
+    ) -> Iterator[Tensor]:
         """The streams [B, T, D] behind block i."""
         for hidden, calls in zip(streams, self.calls, strict=True):
-            yield self.stack.run(i, hidden, calls[i])
+            with self.stack.bypassed(without):
+                out = self.stack.run(i, hidden, calls[i])
+            yield out
             self.tick(len(hidden) * group().size)  # the others do as much meanwhile
+
+    def run_cut(self, i: int) -> Iterator[Tensor]:
+        """The cut's streams behind block i, without the parts of it that are removed."""
+        return self.run(i, self.cut, self._parts.get(i, ()))
 
     def _fit_block(self, block: int, ridge: float) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
@@ -238,7 +259,7 @@ class Regression:
                 self._solve(block, writers.inner, before_last, ridge)
             if writers.final:
                 self._solve(block, writers.final, self.dense, ridge)
-            self.cut = list(self.run(block, self.cut))
+            self.cut = list(self.run_cut(block))
         self.at, self.same = self._behind(block), False
 
     def _solve(
@@ -268,7 +289,7 @@ class Regression:
         )
         cross = gram.new_zeros((weights[0].shape[0], seen_width))
         with seen.recorded():
-            outs = zip(self.run(block, self.cut), targets, self.real, strict=True)
+            outs = zip(self.run_cut(block), targets, self.real, strict=True)
             for out, target, real in outs:
                 value = stream_before(out, seen, writers.last) if inner else out
                 for x, y in _weighted(seen, names, target, value, real):
@@ -305,7 +326,7 @@ class Regression:
             """Inputs x / rms(y) [R, in], directions y / rms(y) [R, D] and residuals [R, D], in
             float32, all times the root of the token's weight."""
             with seen.recorded():
-                outs = zip(self.run(block, self.cut), targets, self.real, strict=True)
+                outs = zip(self.run_cut(block), targets, self.real, strict=True)
                 for out, target, real in outs:
                     value = stream_before(out, seen, writers.last) if name in writers.inner else out
                     wanted = _rows(target.to(value.device), real).float()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,11 @@ def _computing_in_float32(block: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def find_residual_writers(stack: BlockStack, i: int) -> ResidualWriters:
-    """Probe block ``i`` of ``stack``, in float32. One that looks at images alone has none."""
+def find_residual_writers(
+    stack: BlockStack, i: int, without: Collection[int] = ()
+) -> ResidualWriters:
+    """Probe block ``i`` of ``stack``, in float32, ``without`` parts of it. One that looks at images
+    alone has none."""
     if i not in stack.used:
         return ResidualWriters(final={}, inner={}, last={}, norms={})
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +134,8 @@ def find_residual_writers(stack: BlockStack, i: int) -> ResidualWriters:
     length = min(PROBE_TOKENS, stack.max_length or PROBE_TOKENS)
     ids = torch.randint(0, vocabulary, (1, length), generator=generator)
     hidden, calls = stack.enter(ids)
-    with stack.holding(i), _computing_in_float32(stack.blocks[i]):
+    bypassed = stack.bypassed(without)  # asks for the block's parts in its own dtype
+    with bypassed, stack.holding(i), _computing_in_float32(stack.blocks[i]):
         return _probed(stack.blocks[i], hidden.float(), _in_float32(calls[i]), generator)
 
 

@@ -44,7 +44,7 @@ class RepairedScores:
     def __init__(self, sweep: Sweep, ids: Tensor, scored: Tensor | None = None) -> None:
         self.sweep, self.ids, self.scored = sweep, ids, scored
         self._tick: Callable[[int], None] = lambda n: None
-        self._writers: dict[int, ResidualWriters] = {}
+        self._writers: dict[tuple[int, ...], ResidualWriters] = {}
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """See :meth:`Sweep.values`."""
