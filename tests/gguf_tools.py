@@ -12,6 +12,7 @@ from conftest import byte_tokenizer
 from plan_tools import minimal
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
 from sleb.core.plan import Plan
+from sleb.core.units import canonical
 from sleb.models import source
 from sleb.models.load import LoadedModel
 
@@ -38,7 +39,7 @@ Q4_1 = gguf.GGMLQuantizationType.Q4_1
 def plan_of(model_type: str, blocks: int, *order: int) -> Plan:
     """A plan of another form of the model: its hashes are of nothing."""
     model = {**minimal()["model"], "model_type": model_type, "architecture": "", "blocks": blocks}
-    return Plan.model_validate(minimal(model=model, removed=sorted(order), order=order))
+    return Plan.model_validate(minimal(model=model, removed=canonical(order), order=order))
 
 
 def plan_for(dense: LoadedModel, *order: int) -> Plan:

@@ -277,11 +277,11 @@ def applied(
     if fixed is not None and config.repaired:
         raise InputError("a cut has one repair: give the one that was fitted, or a folder")
     given, target = _plan(plan), Path(out)
-    cut = Cut.of(given, config.depth)
     to_gguf = target.suffix == ".gguf"
+    cut = Cut.of(given, config.depth, parts=to_gguf)
     _check_adapter(target, config)
     if to_gguf:
-        _check_gguf(plan, given, model, target, config)
+        _check_gguf(plan, given, model, target, cut, config)
     elif config.other_weights:
         raise InputError("--other-weights is for GGUF files: give -o a name that ends in .gguf")
     if config.repair:
@@ -348,7 +348,7 @@ def _with_stored(cut: Cut, plan: Plan, given: Plan | str | Path, repaired: str |
         cut.check_whole(f"give the folder that was written with it {how}")
         return cut
     try:
-        return Cut.of(plan, folder=repaired or Path(str(given)).parent)
+        return Cut.of(plan, folder=repaired or Path(str(given)).parent, parts=bool(cut.parts))
     except InputError as error:
         raise InputError(f"{error} {how}") from None
 
@@ -372,7 +372,12 @@ def _adapter(
 
 
 def _check_gguf(
-    written: Plan | str | Path, plan: Plan, model: str | Path, out: Path, config: ApplyConfig
+    written: Plan | str | Path,
+    plan: Plan,
+    model: str | Path,
+    out: Path,
+    cut: Cut,
+    config: ApplyConfig,
 ) -> None:
     """All that can be found wrong with a cut of a GGUF file before a model is loaded."""
     if Path(model).suffix != ".gguf":
@@ -386,8 +391,7 @@ def _check_gguf(
         raise InputError(
             f"the plan that goes beside {out} would replace {written}; choose another -o"
         )
-    removed = plan.at_depth(config.depth)
-    check_gguf(plan, model, out, removed=removed, force=config.force)
+    check_gguf(plan, model, out, cut=cut, force=config.force)
 
 
 # --- measuring ---------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import functools
 import hashlib
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sleb.core.errors import DataError, InputError, UnsupportedModel
@@ -83,17 +84,24 @@ class GGUFTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTensor:
-    """A tensor to write: bytes of ``source``, or ``content`` of ggml's type ``kind`` instead."""
+    """A tensor to write: bytes of ``source``, or ``content`` of ggml's type ``kind`` instead; a
+    function makes as many bytes as those of ``source``."""
 
     name: str
     source: GGUFTensor
     kind: int
-    content: bytes | None = None
+    content: bytes | Callable[[], bytes] | None = None
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.source.nbytes if self.content is None else len(self.content)
+        return len(self.content) if isinstance(self.content, bytes) else self.source.nbytes
+
+    def pieces(self, file: GGUFFile) -> Iterable[bytes]:
+        """What is written, in order."""
+        if self.content is None:
+            return file.chunks(self.source.start, self.source.nbytes)
+        return [self.content if isinstance(self.content, bytes) else self.content()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,12 +321,15 @@ def write_gguf(
     values: dict[str, Value],
     tensors: Iterable[NewTensor],
     tick: Callable[[int], None],
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write ``source`` again with ``values`` in place of its own or, if it has no such field, after
-    them, and with ``tensors``. All other fields are copied byte for byte, in their order.
-    ``tick`` gets bytes of tensors as they are written."""
+    them, and with ``tensors``. All other fields are copied byte for byte, in their order, some
+    under other ``names``, which are those in ``values``. ``tick`` gets bytes of tensors as they are
+    written."""
     tensors = list(tensors)
-    new = [key for key in values if key not in source.fields]
+    kept = {names.get(key, key): field for key, field in source.fields.items()}
+    new = [key for key in values if key not in kept]
     infos, offset = [], 0
     for tensor in tensors:
         shape = tensor.source.shape
@@ -330,18 +341,18 @@ def write_gguf(
     with open(path, "wb") as stream:
         counts = (len(tensors), len(source.fields) + len(new))
         stream.write(MAGIC + struct.pack("<IQQ", source.version, *counts))
-        for key, field in source.fields.items():
+        for key, field in kept.items():
             if key in values:
                 stream.write(values[key].encode(key))
             else:
-                for piece in source.chunks(field.start, field.stop - field.start):
-                    stream.write(piece)
+                stream.write(_string(key))
+                rest = field.start + len(_string(field.key))
+                stream.writelines(source.chunks(rest, field.stop - rest))
         stream.writelines(values[key].encode(key) for key in new)
         stream.writelines(infos)
         stream.write(bytes(-stream.tell() % source.alignment))
         for tensor in tensors:
-            kept = source.chunks(tensor.source.start, tensor.source.nbytes)
-            for piece in kept if tensor.content is None else [tensor.content]:
+            for piece in tensor.pieces(source):
                 stream.write(piece)
                 tick(len(piece))
             stream.write(bytes(-tensor.nbytes % source.alignment))

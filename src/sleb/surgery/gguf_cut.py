@@ -1,7 +1,8 @@
 """Cut blocks out of a GGUF file: the twin of `sleb.surgery.apply` for what llama.cpp runs.
 
 Tensor bytes are copied, never decoded, so every quantization survives; `gguf_fields` says which
-fields change. Only a repair's tensors are quantized again.
+fields change, and `gguf_parts` what becomes of blocks that lose their attention or MLP alone. Only
+a repair's tensors are quantized again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_files, writable_target
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
+from sleb.core.units import parts_in
 from sleb.models.source import resolve
+from sleb.surgery.gguf_parts import as_deci, check_parts, without_parts
 from sleb.surgery.gguf_repair import Requantized, quantize_again
 
 logger = logging.getLogger(__name__)
@@ -83,9 +86,9 @@ def cut_gguf(
         ResourceError: the disk is full.
     """
     source, out = Path(source).expanduser(), Path(out)
-    cut = cut or Cut.of(plan)
+    cut = cut or Cut.of(plan, parts=True)
     cut.check_whole("give a cut with these, or one without_repair()")
-    model, values = check_gguf(plan, source, out, removed=cut.removed, force=force)
+    model, values = check_gguf(plan, source, out, cut=cut, force=force)
     file, beside = model.file, plan_beside(out)
     original = None
     if not other_weights:
@@ -95,17 +98,19 @@ def cut_gguf(
     requantized: tuple[Requantized, ...] = ()
     if cut.repair is not None:
         requantized = quantize_again(model, cut.repair, original)
-    tensors = _renumbered(file, cut, requantized)
+    values |= _provenance(file, cut)
+    tensors, names = _renumbered(file, cut, requantized), dict[str, str]()
+    if cut.parts:
+        values, tensors, names = as_deci(model, cut, values, tensors)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     enough_space(out.parent, nbytes)
     importance = imatrices(file)
     along = tuple(out.with_name(f"{out.stem}.{one.path.name}") for one in importance)
     with staged_files(beside, *along, out, force=force) as (staged_plan, *others, staged):
         with progress.stage(f"writing {out.name}", nbytes) as tick:
-            values |= _provenance(file, cut.removed)
-            write_gguf(file, staged, values=values, tensors=tensors, tick=tick)
+            write_gguf(file, staged, values=values, tensors=tensors, tick=tick, names=names)
         for one, place in zip(importance, others, strict=True):
-            own, kept = _provenance(one, cut.removed), _renumbered(one, cut, ())
+            own, kept = _provenance(one, cut), without_parts(_renumbered(one, cut, ()), cut)
             write_gguf(one, place, values=own, tensors=kept, tick=lambda _: None)
         written = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
         staged_plan.write_text(cut.used(plan).to_json(), encoding="utf-8")
@@ -152,7 +157,7 @@ def _fits(imatrix: GGUFFile, source: GGUFFile) -> bool:
 
 
 def check_gguf(
-    plan: Plan, source: str | Path, out: str | Path, *, removed: tuple[int, ...], force: bool
+    plan: Plan, source: str | Path, out: str | Path, *, cut: Cut, force: bool
 ) -> tuple[GGUFModel, dict[str, Value]]:
     """All that `cut_gguf` checks without reading tensors: the model, and its fields as they will
     be. Raises what `cut_gguf` raises."""
@@ -163,7 +168,9 @@ def check_gguf(
         raise InputError(f"{out} is the model itself; choose another -o")
     model = GGUFModel.of(GGUFFile.open(source))
     _check_shape(plan, model, source)
-    return model, recut(model, removed)
+    if cut.parts:
+        check_parts(model, cut)
+    return model, recut(model, cut.whole)
 
 
 def _check_shape(plan: Plan, model: GGUFModel, source: Path) -> None:
@@ -214,9 +221,11 @@ def _renumbered(file: GGUFFile, cut: Cut, requantized: Collection[Requantized]) 
     return tensors
 
 
-def _provenance(file: GGUFFile, removed: Collection[int]) -> dict[str, Value]:
+def _provenance(file: GGUFFile, cut: Cut) -> dict[str, Value]:
     """Fields of our own, which llama.cpp passes over."""
     values = {"sleb.source_sha256": Value(kind=STRING, data=file.sha256())}
-    if removed:
-        values["sleb.removed_blocks"] = Value(kind=ARRAY, item=INT32, data=list(removed))
+    if cut.whole:
+        values["sleb.removed_blocks"] = Value(kind=ARRAY, item=INT32, data=list(cut.whole))
+    if parts := parts_in(cut.removed):
+        values["sleb.removed_parts"] = Value(kind=STRING, data=",".join(map(str, parts)))
     return values
