@@ -22,7 +22,7 @@ from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
-from sleb.distillation.loss import Batch, lengths
+from sleb.distillation.loss import Batch
 from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
 from sleb.distillation.training import Schedule, Student, TrainingState
 from sleb.evaluation.perplexity import evaluate
@@ -186,21 +186,23 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
     assert len(measured | others[0] | others[1]) == 35
 
     # a step is half texts and half answers, and only what is answered counts
-    mix = found.mix(config, 3072, 32, 4)
-    passes = [*mix.step(3)]
-    share = {
-        id(w): sum(lengths(w)[i] for v, rows, _ in passes for i in rows if v is w) for w in parts
-    }
-    assert share[id(parts[0])] == pytest.approx(128, rel=0.3)
-    assert sum(len(rows) for w, rows, _ in passes if w is found.train[TEXTS]) == 4
-    for windows in found.train.values():
-        scored = sum(
-            len(Batch.of(windows, rows, torch.device("cpu")).rows) * scale
-            for w, rows, scale in passes
-            if w is windows
+    mix = found.mix(config, 3072, 32)
+    passes = [*mix.step(3, 4 * 32)]
+    batches = [
+        Batch.of(mix.windows, rows, torch.device("cpu"), weights) for rows, weights in passes
+    ]
+    for kind in (TEXTS, ANSWERS):
+        rows = {*mix.windows.but(ANSWERS)} if kind == TEXTS else {*mix.windows.of(ANSWERS)}
+        taken = [i for picked, _ in passes for i in picked if i in rows]
+        assert sum(mix.lengths[i] for i in taken) == pytest.approx(128, rel=0.3)
+        counted = sum(
+            float(weight)
+            for batch in batches
+            for owner, weight in zip(batch.owner.tolist(), batch.weights, strict=True)
+            if owner in rows
         )
-        assert scored == pytest.approx(1 / 2), "the mean of the kinds' means"
-    assert max(len(rows) * max(lengths(w)[i] for i in rows) for w, rows, _ in passes) <= 4 * 32
+        assert counted == pytest.approx(1 / 2), "the mean of the kinds' means"
+    assert max(len(rows) * max(mix.lengths[i] for i in rows) for rows, _ in passes) <= 4 * 32
 
 
 @pytest.mark.parametrize("repaired", [True, False])

@@ -1,4 +1,4 @@
-"""The chunked loss of healing: values and gradients are those of one pass."""
+"""The chunked loss of healing: gradients are those of one pass."""
 
 import math
 
@@ -20,20 +20,12 @@ from sleb.distillation.loss import (
     Validation,
     backward_kl,
     chunks,
-    kl,
     passes,
 )
-from sleb.distillation.training import recomputed
+from sleb.distillation.training import forwards, recomputed
 from sleb.models.stack import BlockStack
 
 home = heal_tools.home
-
-
-def test_the_divergence_is_that_of_its_definition():
-    a, b = torch.randn(2, 3, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
-    p, q = b.double().softmax(-1), a.double().softmax(-1)
-    assert float(kl(a, b)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
-    assert float(kl(a, a)) == 0
 
 
 def windows_of(ids, scored=None):
@@ -47,13 +39,13 @@ def windows_of(ids, scored=None):
     )
 
 
-def batch_of(ids, scored=None):
-    return Batch.of(windows_of(ids, scored), range(len(ids)), torch.device("cpu"))
+def batch_of(ids, scored=None, weights=None):
+    return Batch.of(windows_of(ids, scored), range(len(ids)), torch.device("cpu"), weights)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
 @pytest.mark.parametrize("positions", [1, 5, 100])
-def test_in_chunks_the_loss_and_its_gradients_are_those_of_one_pass(family, positions, monkeypatch):
+def test_in_chunks_the_gradients_are_those_of_one_pass(family, positions, monkeypatch):
     """Of all tokens but the first, and of those that are scored alone."""
     teacher, _ = zoo.tiny(family)
     student, _ = zoo.tiny(family)
@@ -66,18 +58,16 @@ def test_in_chunks_the_loss_and_its_gradients_are_those_of_one_pass(family, posi
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * vocabulary * positions)
     halves = SplitModel(student), SplitModel(teacher)
     assert halves[0].plain == (family not in ("gemma2", "cohere")), "which scale and cap"
-    some = torch.rand(3, 12, generator=generator) < 0.4
+    some, weights = torch.rand(3, 12, generator=generator) < 0.4, [1 / 7, 1 / 7, 1 / 3]
     for scored in (None, some):
         student.zero_grad()
         counts = (torch.ones(3, 11) if scored is None else scored[:, 1:]).bool()
-        ours, theirs = (model(ids).logits[:, :-1][counts] for model in (student, teacher))
-        whole = kl(ours, theirs.detach())
-        (whole / 7).backward()
+        q, p = (model(ids).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
+        whole = ((p.exp() * (p - q)).sum(-1) * counts * torch.tensor(weights)[:, None]).sum()
+        whole.backward()
         wanted = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad()
-        total = backward_kl(*halves, batch_of(ids, scored), 1 / 7)
-        # what float32 loses where two distributions are nearly equal: one part in a thousand here
-        assert float(total) == pytest.approx(float(whole.detach()), rel=1e-5, abs=5e-6)
+        backward_kl(*halves, batch_of(ids, scored, weights))
         for name, parameter in student.named_parameters():
             # a tied head gets a gradient as the embedding and as the head
             assert torch.allclose(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6), name
@@ -95,6 +85,7 @@ def test_passes_hold_all_windows_by_length_and_no_more_tokens_than_wanted():
     assert batch.tokens == 8
     assert batch.rows.tolist() == [0, 2, 4, 6]
     assert batch.owner.tolist() == [0, 0, 1, 1]
+    assert batch.weights.tolist() == [1, 1, 1, 1]
 
 
 def test_recomputing_changes_no_gradient(home):
@@ -107,8 +98,8 @@ def test_recomputing_changes_no_gradient(home):
         cut.zero_grad()
         student, teacher = SplitModel(cut), SplitModel(dense)
         calls.clear()
-        with recomputed(BlockStack(cut), wanted):
-            backward_kl(student, teacher, batch_of(ids), 1.0)
+        with forwards([BlockStack(cut)] if wanted else [], recomputed):
+            backward_kl(student, teacher, batch_of(ids))
         assert len(calls) == 1 + wanted
         found.append([p.grad.clone() for p in cut.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -141,3 +141,50 @@ def test_a_full_disk_leaves_nothing_half_written(home, tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="0 MB free"):
         healed(home, tmp_path / "N")
     assert tree(tmp_path) == before
+
+
+def test_where_memory_does_not_suffice_passes_are_half_as_large(home, tmp_path, monkeypatch):
+    real, sizes = training.backward_kl, []
+
+    def small(student, teacher, batch):
+        sizes.append(batch.ids.numel())
+        if batch.ids.numel() > 2 * 32:
+            raise torch.OutOfMemoryError
+        real(student, teacher, batch)
+
+    healed(home, tmp_path / "A", **LONG | {"at_once": 2})
+    monkeypatch.setattr(training, "backward_kl", small)
+    healed(home, tmp_path / "B", **LONG | {"at_once": 8})
+    assert sizes[:3] == [8 * 32, 4 * 32, 2 * 32]
+    assert max(sizes[3:]) == 2 * 32, "and stay so"
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "AB")
+    assert a == b
+    monkeypatch.setattr(
+        training, "backward_kl", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    with pytest.raises(ResourceError, match="--recompute"):
+        healed(home, tmp_path / "C", **LONG)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_compiled_blocks_learn_the_same(home, tmp_path, unbroken, monkeypatch, caplog, fails):
+    graphs = []
+
+    def backend(graph, _):
+        if fails:
+            raise RuntimeError("no compiler")
+        graphs.append(graph)
+        return graph.forward
+
+    fused = functools.partial(torch.compile, dynamic=True, backend=backend)
+    monkeypatch.setattr(training, "compiled", fused)
+    monkeypatch.setattr(training.Training, "compiling", True)
+    torch._dynamo.reset()
+    done = healed(home, tmp_path / "H", **LONG)
+    torch._dynamo.reset()
+    assert done.compiled == bool(graphs) == (not fails)
+    assert ("no compiler" in caplog.text) == fails
+    found = load_file(tmp_path / "H/model.safetensors")
+    (tmp_path / "unbroken").write_bytes(unbroken(None))
+    for name, tensor in load_file(tmp_path / "unbroken").items():
+        assert torch.allclose(found[name], tensor, atol=0 if fails else 1e-4), name

@@ -42,6 +42,7 @@ from sleb.distillation.training import (
     Student,
     Training,
     check_adapters,
+    forwards,
     product_teraflops,
     recomputed,
 )
@@ -51,7 +52,7 @@ from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
 from sleb.surgery.verification import probe_ids
 
-TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 1024}
+TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 1024}
 
 
 @takes(HealConfig)
@@ -165,7 +166,7 @@ class Healing:
         fitting = TOKENS_AT_ONCE.get(self.device.type, 1024)
         self.at_once = config.at_once or max(1, fitting // length)
         self.material = Material.of(dense, config, tokens, length, progress)
-        self.mix = self.material.mix(config, tokens, length, self.at_once)
+        self.mix = self.material.mix(config, tokens, length)
         self.schedule = Schedule(
             steps=math.ceil(tokens / self.mix.step_tokens),
             seconds=None if config.minutes is None else 60 * config.minutes,
@@ -198,7 +199,7 @@ class Healing:
     def _validated(self, path: Path) -> dict[str, Values]:
         """A checkpoint on the validation windows, in the dtype of the dense model."""
         student = SplitModel(self._load(path, self.dense.stack.dtype))
-        tokens = self.mix.at_once
+        tokens = self.at_once * self.settings["length"]
         return {
             kind: Validation(self.teacher, windows, tokens)(student)
             for kind, windows in self.material.validation.items()
@@ -223,13 +224,15 @@ class Healing:
             split=SplitModel(model),
             teacher=self.teacher,
             mix=self.mix,
+            at_once=self.at_once * self.settings["length"],
             validation=self.material.validation,
             schedule=self.schedule,
             lr=self.config.lr,
             settings=self.settings,
             path=self.state,
         )
-        with recomputed(training.split.stack, self.config.recompute):
+        stacks = [training.split.stack] if self.config.recompute else []
+        with forwards(stacks, recomputed):
             stopped = training.run(save_every, self.progress)
         if training.where.best_step == 0:
             self.state.unlink(missing_ok=True)
@@ -286,6 +289,7 @@ class Healing:
                 tokens_per_second=round(where.step * self.mix.step_tokens / where.stepping),
                 teraflops=round(reached, 4),
                 product_teraflops=round(product_teraflops(self.device, dtype), 4),
+                compiled=training.compiled,
                 trained_parameters=count,
                 checks=where.checks,
                 settings=self.settings,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, pad
+from torch.nn.functional import pad
 
 from sleb.calibration.windows import Windows, unpadded, used_length
 from sleb.core.errors import UnsupportedModel
@@ -22,7 +22,7 @@ from sleb.selection.metrics import token_nll, token_quality
 from sleb.surgery.gates import logit_tolerance
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
-"""Float32 logits of one chunk, at most. Four or five tensors of that size exist at a time."""
+"""Float32 logits of one chunk, at most. Three or four tensors of that size exist at a time."""
 
 
 class _Reached(Exception):
@@ -106,36 +106,39 @@ def agree(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)
 
 
-def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student), nats. Logits [..., V] twice -> scalar."""
-    p, q = (torch.log_softmax(x.float(), -1) for x in (teacher, student))
-    return kl_div(q, p, reduction="sum", log_target=True)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Windows of one pass, on the device, without padding that all of them have. ``rows`` [P]: the
     positions in ids [B, T], flattened, whose next token is scored; ``owner`` [P]: the window of
-    each, by its number among all; ``tokens``: without padding."""
+    each, by its number among all; ``weights`` [P]: what each counts; ``tokens``: without padding.
+    """
 
     ids: Tensor
     rows: Tensor
     owner: Tensor
+    weights: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, windows: Windows, picked: Sequence[int], device: torch.device) -> Batch:
-        """The windows ``picked``."""
+    def of(
+        cls,
+        windows: Windows,
+        picked: Sequence[int],
+        device: torch.device,
+        weights: Sequence[float] | None = None,
+    ) -> Batch:
+        """The windows ``picked``, and what each of their tokens counts, by default one."""
         rows = [*picked]
         ids, scored = windows.ids[rows], torch.ones(len(rows), windows.ids.shape[1])
         if windows.scored is not None:
             scored = windows.scored[rows]
         length = used_length(scored)
         where = pad(scored[:, 1:length], (0, 1)).nonzero()  # on the CPU: a GPU would be waited for
-        parts = (ids[:, :length], where[:, 0] * length + where[:, 1])
-        ids, positions = (part.to(device, non_blocking=True) for part in parts)
+        counted = torch.tensor(weights or [1.0] * len(rows))[where[:, 0]]
+        parts = (ids[:, :length], where[:, 0] * length + where[:, 1], counted)
+        ids, positions, counted = (part.to(device, non_blocking=True) for part in parts)
         owner, tokens = torch.tensor(rows)[where[:, 0]], int(unpadded(scored).sum())
-        return cls(ids=ids, rows=positions, owner=owner, tokens=tokens)
+        return cls(ids=ids, rows=positions, owner=owner, weights=counted, tokens=tokens)
 
     @property
     def targets(self) -> Tensor:
@@ -173,24 +176,24 @@ def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def backward_kl(student: SplitModel, teacher: SplitModel, batch: Batch, scale: float) -> Tensor:
-    """Add the gradients of ``scale`` times the summed KL of a batch to the student's parameters;
-    return the unscaled sum, on the device."""
+def backward_kl(student: SplitModel, teacher: SplitModel, batch: Batch) -> None:
+    """Add the gradients of a batch's weighted sum of KL(teacher || student), nats, to the student's
+    parameters. By the student's logits it is the difference of the probabilities."""
     with torch.no_grad():
         known = batch.scored(teacher.features(batch.ids))
     features = batch.scored(student.features(batch.ids))
-    total, gradient = features.new_zeros((), dtype=torch.float32), torch.empty_like(features)
+    gradient = torch.empty_like(features)
     for rows in chunks(len(known), teacher.vocabulary, known.device):
         chunk = features[rows].detach().requires_grad_()
+        logits = student.logits(chunk)
         with torch.no_grad():
-            wanted = teacher.logits(known[rows])
-        loss = kl(student.logits(chunk), wanted)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+            slope = torch.softmax(logits, -1, dtype=torch.float32)
+            slope -= torch.softmax(teacher.logits(known[rows]), -1, dtype=torch.float32)
+            slope *= batch.weights[rows, None]
+        logits.backward(slope.to(logits.dtype))  # type: ignore[no-untyped-call]
         assert chunk.grad is not None
         gradient[rows] = chunk.grad
-        total += loss.detach()
     features.backward(gradient)  # type: ignore[no-untyped-call]
-    return total
 
 
 class Validation:

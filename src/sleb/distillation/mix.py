@@ -30,7 +30,7 @@ WINDOWS = 100
 """Windows that a run has at least, by which those of a short run are shorter."""
 STEPS = 32
 """Steps that a run has at least, by which those of a short run are smaller."""
-BATCH = 8
+BATCH = 16
 HELDOUT = 32
 OWN = 256
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
@@ -38,22 +38,36 @@ OWN = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each kind as many;
-    ``at_once`` of them in a pass, padding included."""
+    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each kind as many."""
 
     kinds: dict[str, Windows]
     tokens: int
-    at_once: int
     seed: int
 
-    def step(self, step: int) -> Iterator[tuple[Windows, list[int], float]]:
-        """Passes of a step, counted from 0: windows, which of them, and what the summed loss of
-        their tokens counts with, so that a step's is the mean of the kinds' means per token."""
+    def step(self, step: int, at_once: int) -> Iterator[tuple[list[int], list[float]]]:
+        """Passes of a step, counted from 0, of at most ``at_once`` tokens, padding included: which
+        of ``windows``, and what each of their tokens counts, so that a step's loss is the mean of
+        the kinds' means per token."""
+        taken: dict[int, float] = {}
+        rows, first = [], 0
         for name, windows in self.kinds.items():
-            rows = rows_of(step, self.rows[name], len(windows.ids), self.seed)
-            scale = 1 / (len(self.kinds) * sum(self._scored[name][row] for row in rows))
-            for group in passes(self._lengths[name], rows, self.at_once):
-                yield windows, group, scale
+            picked = rows_of(step, self.rows[name], len(windows.ids), self.seed)
+            share = 1 / (len(self.kinds) * sum(self._scored[name][row] for row in picked))
+            rows += [first + row for row in picked]
+            taken |= {first + row: share for row in picked}
+            first += len(windows.ids)
+        for group in passes(self.lengths, rows, at_once):
+            yield group, [taken[row] for row in group]
+
+    @functools.cached_property
+    def windows(self) -> Windows:
+        """Those of all kinds."""
+        return functools.reduce(Windows.beside, self.kinds.values())
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each of ``windows``."""
+        return lengths(self.windows)
 
     @functools.cached_property
     def rows(self) -> dict[str, int]:
@@ -137,12 +151,10 @@ class Material:
         train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
         return cls(train=train, validation=held, measured=split.measured)
 
-    def mix(self, config: HealConfig, tokens: int, length: int, at_once: int) -> Mix:
+    def mix(self, config: HealConfig, tokens: int, length: int) -> Mix:
         """The training windows in steps."""
         batch = config.batch or max(1, min(BATCH, tokens // (length * STEPS)))
-        return Mix(
-            kinds=self.train, tokens=batch * length, at_once=at_once * length, seed=config.seed
-        )
+        return Mix(kinds=self.train, tokens=batch * length, seed=config.seed)
 
 
 def window_length(dense: LoadedModel, tokens: int, length: int | None) -> int:

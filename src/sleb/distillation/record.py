@@ -70,7 +70,7 @@ class Healed:
     the checkpoint that was healed, and of the result. ``repaired``: whether the cut was.
     ``seconds``: of training, over all calls where it was stopped in between.
     ``tokens_per_second``, ``teraflops``: of steps alone, ``product_teraflops``: of a product of two
-    large matrices in the same dtype, measured beside it.
+    large matrices in the same dtype, measured beside it. ``compiled``: whether blocks ran so.
     """
 
     path: str
@@ -98,6 +98,7 @@ class Healed:
     heldout: dict[str, Calibration]
     cut_sha256: str
     healed_sha256: str
+    compiled: bool = False
     schema_version: int = 3
 
     def save(self, path: Path) -> None:

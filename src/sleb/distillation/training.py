@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import math
 import shutil
 import signal
@@ -54,7 +55,11 @@ WORSE = 1.5
 SAVING = 20
 """At most one part in so many of a run is spent on writing its state, at BYTES_PER_SECOND."""
 BYTES_PER_SECOND = 1e9
+COMPILING, LARGE_GPU = 90.0, 3e14
+"""Compiling pays in a run of more seconds, at so many operations a second."""
 KEY = "sleb.heal"
+
+logger = logging.getLogger(__name__)
 
 
 class Student:
@@ -197,19 +202,34 @@ def _adapters(model: nn.Module, stack: BlockStack, rank: int, seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def recomputed(stack: BlockStack, wanted: bool) -> Iterator[None]:
-    """Activation checkpointing, while this is open: a block keeps only its input for the backward
-    pass, and runs twice. (transformers' own needs training mode, and so dropout.)"""
-    before = {block: vars(block).get("forward") for block in stack.blocks if wanted}
+def forwards(
+    stacks: Sequence[BlockStack], wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While this is open, each block's forward is what ``wrapped`` makes of it."""
+    blocks = [block for stack in stacks for block in stack.blocks]
+    before = [vars(block).get("forward") for block in blocks]
     try:
-        for block in before:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+        for block in blocks:
+            block.forward = wrapped(block.forward)
         yield
     finally:
-        for block, old in before.items():
+        for block, old in zip(blocks, before, strict=True):
             del block.forward
             if old is not None:
                 block.forward = old
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Activation checkpointing: a block keeps only its input for the backward pass, and runs twice.
+    (transformers' own needs training mode, and so dropout.)"""
+    return functools.partial(recompute, forward, use_reentrant=False)
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose norms, rotations and gates are fused, which are half of a block's time on a
+    GPU. One graph for shapes of any size serves all blocks of a kind."""
+    found: Callable[..., Any] = torch.compile(forward, dynamic=True)
+    return found
 
 
 @dataclass(kw_only=True)
@@ -330,13 +350,15 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Training:
-    """One run. ``split``: the student's model; ``validation``: windows by kind; ``lr``: the highest
+    """One run. ``split``: the student's model; ``at_once``: tokens of a pass, of which half are
+    taken wherever memory does not suffice; ``validation``: windows by kind; ``lr``: the highest
     learning rate, or None to find it; ``settings``: what the state in ``path`` is only good for."""
 
     student: Student
     split: SplitModel
     teacher: SplitModel
     mix: Mix
+    at_once: int
     validation: Mapping[str, Windows]
     schedule: Schedule
     lr: float | None
@@ -354,11 +376,16 @@ class Training:
             ResourceError: the disk is full.
         """
         self.trained = self.student.trained
+        with contextlib.ExitStack() as while_running:
+            begun = time.monotonic()
+            self.compiled = self.compiling and self._compile(while_running)
+            self.where = TrainingState(seconds=time.monotonic() - begun)
+            return self._run(save_every, progress)
+
+    def _run(self, save_every: float, progress: Progress) -> Reason:
         self.validations = [
-            Validation(self.teacher, windows, self.mix.at_once)
-            for windows in self.validation.values()
+            Validation(self.teacher, windows, self.at_once) for windows in self.validation.values()
         ]
-        self.where = TrainingState()
         self._anew()
         self.best = self._snapshot()
         if found := TrainingState.load(self.path, self.settings):
@@ -381,6 +408,35 @@ class Training:
         self.student.take(self.best)
         del self.optimizer
         return reason
+
+    @property
+    def compiling(self) -> bool:
+        """Whether to compile takes less time than it saves."""
+        seconds = self.schedule.steps * self.step_operations / LARGE_GPU
+        plain = "forward" not in vars(self.split.stack.blocks[0]) and self.student.rank is None
+        most = self.schedule.seconds or math.inf
+        return plain and self.split.device.type == "cuda" and min(seconds, most) > COMPILING
+
+    def _compile(self, while_running: contextlib.ExitStack) -> bool:
+        """Run blocks compiled from here on; False, and as they are, where that fails."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        trial = contextlib.ExitStack()
+        try:
+            with trial:
+                trial.enter_context(forwards([self.split.stack, self.teacher.stack], compiled))
+                some = range(min(2, len(self.mix.windows.ids)))
+                backward_kl(
+                    self.split, self.teacher, Batch.of(self.mix.windows, some, self.split.device)
+                )
+                while_running.enter_context(trial.pop_all())
+        except TorchDynamoException as error:
+            logger.warning("blocks do not compile here, and run as they are: %s", error)
+            return False
+        finally:
+            for parameter in self.trained.values():
+                parameter.grad = None
+        return True
 
     def release(self) -> None:
         """Let go of the model, whose memory is needed for the one that is written."""
@@ -445,7 +501,7 @@ class Training:
         total = self.schedule.steps * self.mix.step_tokens
         steps = self.mix.smaller(0 if self.schedule.seconds else total / TEST / len(RATES))
         probes = [
-            Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.mix.at_once)
+            Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.at_once)
             for w in self.validation.values()
         ]
         with progress.stage("finding a learning rate", len(RATES)) as tick:
@@ -475,13 +531,9 @@ class Training:
     ) -> bool:
         """One step; False, with nothing changed, if the run was stopped meanwhile. Nothing in it
         waits for a GPU."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for windows, rows, scale in mix.step(step):
+        while not self._gradients(mix, step, stopped, tick):
             if stopped():
                 return False
-            batch = Batch.of(windows, rows, self.split.device)
-            backward_kl(self.split, self.teacher, batch, scale)
-            tick(batch.tokens, note=self._note())
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -489,11 +541,34 @@ class Training:
         self.student.rounded()
         return True
 
+    def _gradients(
+        self, mix: Mix, step: int, stopped: Callable[[], bool], tick: Callable[..., None]
+    ) -> bool:
+        """The gradients of one step; False if it was stopped, or memory did not suffice and passes
+        are now half as large."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            for rows, weights in mix.step(step, self.at_once):
+                if stopped():
+                    return False
+                batch = Batch.of(mix.windows, rows, self.split.device, weights)
+                backward_kl(self.split, self.teacher, batch)
+                tick(batch.tokens, note=self._note())
+            return True
+        except torch.OutOfMemoryError:
+            if self.at_once < 2 * max(mix.lengths):
+                raise
+        self.at_once //= 2  # here, where nothing holds what the pass had made
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+
     @property
-    def teraflops(self) -> float:
-        """Achieved in steps: products of weights alone, 2 operations an element and token forward,
-        twice that backward. The dense model and the head have no gradient of their weights, nor
-        have blocks beside adapters."""
+    def step_operations(self) -> float:
+        """Of a step: products of weights alone, 2 an element and token forward, twice that
+        backward. The dense model and the head have no gradient of their weights, nor have blocks
+        beside adapters."""
         blocks, dense = (
             sum(p.numel() for p in model.stack.blocks.parameters() if p.dim() > 1)
             for model in (self.split, self.teacher)
@@ -501,8 +576,12 @@ class Training:
         head = sum(p.numel() for p in self.split.head.parameters() if p.dim() > 1)
         trained = 6 if self.student.rank is None else 4
         step = self.mix.step_tokens * (trained * blocks + 2 * dense)
-        step += self.mix.step_scored * (4 + 2) * head
-        return float(self.where.step * step / max(self.where.stepping, 1e-9) / 1e12)
+        return float(step + self.mix.step_scored * (4 + 2) * head)
+
+    @property
+    def teraflops(self) -> float:
+        """Achieved in steps."""
+        return self.where.step * self.step_operations / max(self.where.stepping, 1e-9) / 1e12
 
     def _note(self) -> str:
         where = self.where
