@@ -26,6 +26,9 @@ from sleb.distillation.loss import Batch
 from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
 from sleb.distillation.training import Schedule, Student, TrainingState
 from sleb.evaluation.perplexity import evaluate
+from sleb.repairs import answering
+from sleb.repairs.answering import OWN_ANSWERS
+from sleb.repairs.self_generated import write_prompts
 
 home = heal_tools.home
 
@@ -203,6 +206,39 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
         )
         assert counted == pytest.approx(1 / 2), "the mean of the kinds' means"
     assert max(len(rows) * max(mix.lengths[i] for i in rows) for rows, _ in passes) <= 4 * 32
+
+
+CHAT = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"  # noqa: E501
+
+
+def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "capturable", lambda *_: True)
+    monkeypatch.setattr(answering, "OWN_PROMPTS", 120)
+    dense = sleb.load(home / "MODEL", **CPU)
+    dense.tokenizer.chat_template = CHAT
+    texts = write_prompts(dense, 120, 3, silent)
+    assert texts == write_prompts(dense, 120, 3, silent) != write_prompts(dense, 120, 4, silent)
+    assert 40 < len(texts) == len(set(texts)) < 120, "that which does not end is no prompt"
+    assert not any("<s>" in text or "</s>" in text or text != text.strip() for text in texts)
+
+    (tmp_path / "prompts.jsonl").write_text("\n".join(f'"ask {i}"' for i in range(20)))
+    config = HealConfig(
+        **SMALL,
+        text=[str(home / "mail.txt")],
+        prompts=[str(tmp_path / "prompts.jsonl")],
+        new_tokens=9,
+    )
+    found = Material.of(dense, config, 3072, 32, silent)
+    assert [*found.train] == [*found.validation] == [TEXTS, ANSWERS, OWN_ANSWERS]
+    parts = (found.train[OWN_ANSWERS], found.validation[OWN_ANSWERS])
+    train, held = (set(map(tuple, windows.ids.tolist())) for windows in parts)
+    assert len(held) == 32
+    assert not train & held
+    asked = dense.tokenizer.batch_decode([[t for t in row if t] for row in train | held])
+    assert {text[3:].partition("</s>")[0] for text in asked} <= {
+        *write_prompts(dense, 120, 0, silent)
+    }
+    assert found.mix(config, 3072, 32).rows.keys() == found.train.keys()
 
 
 @pytest.mark.parametrize("repaired", [True, False])

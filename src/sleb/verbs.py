@@ -6,6 +6,7 @@ The options of a verb are keywords, by the names in :mod:`sleb.config`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -542,7 +543,7 @@ def evaluate(
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):
-        found = answers_to(loaded, specs, config, every=True, progress=progress)
+        found = answers_to(loaded, specs, config, most=math.inf, progress=progress)
         return measure_answers(loaded, found, removed, patch, progress)
     if config.task:
         return run_tasks(loaded, config, removed=removed, patch=patch, progress=progress)

@@ -1,7 +1,8 @@
 """What a cut learns from: texts, with some that the dense model writes itself, and its answers.
 
 Texts alone bring back little of the right answers, which fail at their first wrong token, and
-answers alone forget the texts. So both are in every step, with the same weight.
+answers alone forget the texts. So both are in every step, with the same weight; and so are, where
+it writes fast, answers to prompts that the dense model writes itself, which are of more kinds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sleb.calibration.answers import ANSWERS, Answers, AnswerSplit
+from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit
 from sleb.calibration.split import SHARE, CalibrationSplit, joined
 from sleb.calibration.windows import Windows
 from sleb.config import HealConfig
@@ -20,7 +21,7 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.distillation.loss import lengths, passes
 from sleb.models.load import LoadedModel
-from sleb.repairs.answering import answers_to, own_text, prompt_files
+from sleb.repairs.answering import OWN_ANSWERS, answers_to, own_answers, own_text, prompt_files
 from sleb.repairs.self_generated import can_generate
 
 TEXTS = "texts"
@@ -32,13 +33,15 @@ STEPS = 32
 """Steps that a run has at least, by which those of a short run are smaller."""
 BATCH = 16
 HELDOUT = 32
-OWN = 256
+MORE = 4
+"""On a GPU, so many times the prompts are answered that a repair has, which sees each once."""
+OWN = {"cpu": 256, "cuda": 1024}
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each kind as many."""
+    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each as many."""
 
     kinds: dict[str, Windows]
     tokens: int
@@ -140,15 +143,23 @@ class Material:
         wanted = -(-tokens // (share * length))
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
         given = len(texts.ids)
-        own = min(OWN, max(given // (SHARE - 1), wanted - given))
+        on_gpu = dense.stack.input_device.type == "cuda"
+        own = min(OWN["cuda" if on_gpu else "cpu"], max(given // (SHARE - 1), wanted - given))
         if own and can_generate(dense.stack):
             texts = joined(texts, own_text(dense, own, length, config.seed, progress))
         train, held = {TEXTS: texts}, {TEXTS: validation}
         if not specs:
             return cls(train=train, validation=held, measured=None)
-        answers = answers_to(dense, specs, config, seed=config.seed, progress=progress)
-        split = AnswerSplit.of(answers, seed=config.seed)
+        seed = config.seed
+        answers = answers_to(
+            dense, specs, config, seed=seed, most=MORE if on_gpu else 1, progress=progress
+        )
+        split = AnswerSplit.of(answers, seed=seed)
         train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
+        if others := own_answers(dense, config, seed=seed, progress=progress):
+            rows = range(len(others.ids))
+            held[OWN_ANSWERS] = others.take(rows[:VALIDATION])
+            train[OWN_ANSWERS] = others.take(rows[VALIDATION:])
         return cls(train=train, validation=held, measured=split.measured)
 
     def mix(self, config: HealConfig, tokens: int, length: int) -> Mix:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from sleb.calibration.answers import DEFAULT, Answers, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt, read_as
 from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import MAX_PROMPTS, NEW_TOKENS, NO_PROMPTS, PromptOptions
 from sleb.core.errors import InputError
@@ -27,8 +29,10 @@ from sleb.core.progress import Progress, Tick
 from sleb.models.decoding import capturable, decode
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
-from sleb.repairs.self_generated import at_once, can_generate, write
+from sleb.repairs.self_generated import at_once, can_generate, write, write_prompts
 
+OWN_PROMPTS = 1024
+OWN_ANSWERS = "own answers"
 TOGETHER = 512
 """Answers that are written together, at most."""
 
@@ -83,17 +87,18 @@ def answers_to(
     config: PromptOptions,
     *,
     seed: int = 0,
-    every: bool = False,
+    most: float = 1,
     progress: Progress,
 ) -> Answers:
     """The model's answers to the prompts of ``specs``. Of many, to some that are spread evenly over
-    all, unless ``every`` one is wanted and no number is given. Raises as :func:`with_answers`."""
+    all: ``most`` times as many as by default, if no number is given. Raises as
+    :func:`with_answers`."""
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
     new_tokens = config.new_tokens or NEW_TOKENS[kind]
     prompts = prompts_of(specs)
-    most = config.max_prompts or (len(prompts) if every else MAX_PROMPTS[kind])
+    most = config.max_prompts or most * MAX_PROMPTS[kind]
     if len(prompts) > most:
-        prompts = tuple(prompts[i * len(prompts) // most] for i in range(most))
+        prompts = tuple(prompts[i * len(prompts) // int(most)] for i in range(int(most)))
     ids = prompt_ids(model, prompts, new_tokens)
     answers = written(model, ids, new_tokens, progress)
     windows = answer_windows(ids, answers, specs=specs, seed=seed)
@@ -105,6 +110,25 @@ def answers_to(
         source=source,
         run_code=config.run_code,
     )
+
+
+def own_answers(
+    model: LoadedModel, config: PromptOptions, *, seed: int, progress: Progress
+) -> Windows | None:
+    """The model's answers to prompts that it writes itself: more kinds of them than are given. None
+    where it answers no chats, or writes too slowly."""
+    device = model.stack.input_device
+    if not (model.tokenizer.chat_template and capturable(model.model, device)):
+        return None
+    texts = write_prompts(model, OWN_PROMPTS, seed, progress)
+    prompts = [Prompt(id=f"own {i}", text=text, messages=None) for i, text in enumerate(texts)]
+    new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
+    ids = prompt_ids(model, prompts, new_tokens)
+    if not ids:
+        return None
+    answers = written(model, ids, new_tokens, progress)
+    found = answer_windows(ids, answers, specs=["its own prompts"], seed=seed)
+    return replace(found, names=(OWN_ANSWERS,))
 
 
 def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:

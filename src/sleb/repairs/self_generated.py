@@ -21,7 +21,7 @@ from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
-from sleb.models.decoding import capturable, decode
+from sleb.models.decoding import Choose, capturable, decode
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.resources import room_bytes
@@ -34,6 +34,8 @@ HOT = 1.3
 has read most, into other scripts for one (docs/quality.md)."""
 CACHE = 2**30
 """Bytes of keys and values that are held at most, where that is not a GPU."""
+PROMPT_TOKENS = 128
+"""Tokens of a prompt that the model writes itself, at most."""
 
 
 def can_generate(stack: BlockStack) -> bool:
@@ -128,13 +130,8 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, ti
     device, ends = prompts.device, network.generation_config.eos_token_id
     if capturable(network, device):
         never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=device)
-
-        def sampled(logits: Tensor) -> Tensor:
-            # the largest of p / Exp(1) is a sample of p, without a look at the values
-            share = (logits.float() / heat).index_fill(1, never.long(), float("-inf")).softmax(-1)
-            return (share / torch.empty_like(share).exponential_()).argmax(-1)
-
-        new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, sampled)
+        choose = _sampler(heat, never.long())
+        new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
         return torch.cat((prompts, new), 1)
 
     def heated(_: Tensor, scores: Tensor) -> Tensor:
@@ -157,6 +154,44 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, ti
         ),
     )
     return written
+
+
+def _sampler(heat: Tensor, never: Tensor) -> Choose:
+    """Samples tokens at temperatures ``heat`` [B, 1], none of those in ``never``."""
+
+    def sampled(logits: Tensor) -> Tensor:
+        share = (logits.float() / heat).index_fill(1, never, float("-inf")).softmax(-1)
+        # the largest of p / Exp(1) is a sample of p, without a look at the values
+        return (share / torch.empty_like(share).exponential_()).argmax(-1)
+
+    return sampled
+
+
+@torch.inference_mode()
+def write_prompts(model: LoadedModel, n: int, seed: int, progress: Progress) -> list[str]:
+    """Up to ``n`` prompts that a model of chats writes itself, as what a user would say: sampled
+    behind what its template puts before a user's turn (Magpie, 2406.08464, section 2). The model
+    must be :func:`sleb.models.decoding.capturable`."""
+    tokenizer, device, mark = model.tokenizer, model.stack.input_device, "USER"
+    turn = [{"role": "user", "content": mark}]
+    before, _, _ = tokenizer.apply_chat_template(turn, tokenize=False).partition(mark)
+    opening = tokenizer(before, add_special_tokens=False).input_ids
+    if not opening:
+        return []
+    ends = tuple(tokenizer.all_special_ids)
+    ids = torch.tensor([opening], device=device).expand(n, -1)
+    never = torch.empty(0, dtype=torch.long, device=device)
+    choose, tokens = _sampler(torch.ones(1, 1, device=device), never), PROMPT_TOKENS
+    stage = progress.stage("writing prompts", n * tokens)
+    with stage as tick, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        new = decode(model.model, ids, torch.ones_like(ids), tokens, tick, choose, ends)
+    found = dict.fromkeys(
+        tokenizer.decode(row[:stop]).strip()
+        for row in new.tolist()
+        if (stop := next((k for k, token in enumerate(row) if token in ends), 0))
+    )
+    return [text for text in found if text]
 
 
 def at_once(stack: BlockStack, length: int) -> int:
