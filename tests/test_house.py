@@ -1,6 +1,7 @@
 """House rules that a reader relies on."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sleb
+from sleb.runtimes import worker
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "sleb"
@@ -166,6 +168,13 @@ def test_importing_sleb_is_light_and_the_check_can_fail():
 
     assert not heavy("import sleb, sleb.core.plan, sleb.cli.main")
     assert heavy("import sleb; sleb.load")
+
+
+def test_what_runs_in_other_interpreters_needs_no_package():
+    """`--python` names interpreters that have a runtime, and nothing of sleb's."""
+    start = [sys.executable, "-S", "-I", "-c", worker._START, json.dumps([[], str(PACKAGE)])]
+    ran = subprocess.run(start, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_every_exported_name_exists_where_type_checkers_find_it():

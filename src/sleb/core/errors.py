@@ -18,10 +18,12 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
+
+if TYPE_CHECKING:  # runtimes in interpreters of their own have this module, and no pydantic
+    from pydantic import ValidationError
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
 
