@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb.checkpoints.depth_fields import RULES, depth_fields, refuse_unsupported, reindex
+from sleb.checkpoints.depth_fields import (
+    RULES,
+    depth_fields,
+    refuse_unsupported,
+    reindex,
+    reindex_written,
+)
 from sleb.core.errors import UnsupportedModel
 
 KEPT = [0, 2, 3, 6]  # of 8: 1, 4, 5 and 7 go
@@ -111,7 +117,45 @@ def test_keys_are_padded_as_transformers_writes_them():
     assert cut(12, without[:9], per_layer_config=given) == {"per_layer_config": nine}
 
 
-COUNTS = ["first_k_dense_replace", "num_dense_layers", "max_window_layers"]
+@given(depths(), st.sets(st.integers(0, 24)))
+def test_ids_in_a_text_are_renumbered(depth, ids):
+    n, kept = depth
+    given = ",".join(map(str, sorted(ids)))
+    (new,) = cut(n, kept, moe_layers_enum=given).values()
+    found = {int(one) for one in new.split(",") if one}
+    kinds(n, kept, lambda old: old in ids, lambda block: block in found)
+    after = {
+        i - n for i in ids if i >= n
+    }  # what follows the last block follows the last that stays
+    assert {i - len(kept) for i in found if i >= len(kept)} == after
+
+
+def test_lists_inside_a_mapping_are_sliced():
+    given = {"freq": [0, 0, 1, 1, 1, 1, 0, 1], "block": 16, "pair": [1, 2]}
+    new = {"freq": [0, 1, 1, 0], "block": 16, "pair": [1, 2]}
+    assert cut(sparse_attention_config=given) == {"sparse_attention_config": new}
+    assert cut(of_a_maker={"a": [3] * 8, "b": 1}) == {"of_a_maker": {"a": [3] * 4, "b": 1}}
+
+
+def test_lists_reach_to_the_blocks_that_predict_further_tokens():
+    more = {"num_nextn_predict_layers": 2}
+    assert cut(**more, of_a_maker=[3] * 10) == {**more, "of_a_maker": [3] * 6}
+    assert cut(of_a_maker=list(range(10))) == {"of_a_maker": list(range(10))}
+    with pytest.raises(UnsupportedModel, match="`of_a_maker` has one entry per block"):
+        cut(**more, of_a_maker=list(range(10)))
+
+
+@given(depths())
+def test_an_empty_list_says_what_transformers_makes_of_it(depth):
+    n, kept = depth
+    read = {"no_rope_layers": [int(i % 4 != 3) for i in range(n)]}
+    new = reindex_written({"no_rope_layers": []}, read, kept, n, {})
+    assert new == {"no_rope_layers": [read["no_rope_layers"][i] for i in kept]}
+    nothing = {"moe_layers": []}
+    assert reindex_written(nothing, nothing, kept, n, {}) == nothing
+
+
+COUNTS = ["first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers"]
 
 
 @given(depths(), st.sampled_from(COUNTS), st.integers(0, 25))
@@ -256,6 +300,7 @@ def test_the_depth_field_has_other_names():
             {"widget_sizes": [1, 2] * 4},
             r"`widget_sizes` has one entry per block \(8\) but no re-index",
         ),
+        ({"widget": {"sizes": [1, 2] * 4}}, r"`widget` has one entry per block"),
         ({"moe_layer_start_index": [1, 2]}, r"`moe_layer_start_index` = \[1, 2\] .* not in a form"),
         ({"layer_types": {"full": [0, 1]}}, "`layer_types` = .* not in a form that sleb knows"),
     ],
@@ -281,6 +326,7 @@ def test_what_cannot_be_kept_is_refused(config, reason):
         {"eos_token_id": list(range(8)), "architectures": ["A"] * 8},
         {"mtp_layers_block_type": ["moe"] * 8, "suppress_tokens": [1] * 8},
         {"mlp_multipliers": [1.0] * 7, "name": "abcdefgh", "nested": {"a": 1}},
+        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, 2.0] * 4}},
     ],
 )
 def test_harmless_values_are_not_refused(config):

@@ -352,6 +352,19 @@ def test_blocks_that_do_not_exist_are_refused():
             pass
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "olmo_hybrid"])
+def test_a_block_of_a_kind_that_transformers_demands_is_no_candidate(family):
+    """Whatever else goes, transformers takes the config."""
+    config = zoo.tiny_config(family)
+    fixed = fixed_blocks(config)
+    kinds = [config.layer_types[block] for block in sorted(fixed)]
+    removed = set(range(config.num_hidden_layers)) - fixed
+    assert list(pruned_config(config, removed).layer_types) == kinds
+    for block in fixed:
+        assert config.layer_types[block] not in config.layer_types[block + 1 :], "not the last"
+        assert block not in fixed_blocks(config, {block}), "it is protected as it is"
+
+
 HYBRIDS = ("bamba", "granitemoehybrid", "kimi_linear", "lfm2", "nemotron_h", "qwen3_next")
 
 

@@ -57,6 +57,19 @@ def _remap(config: Config, field: str, kept: Kept, n: int) -> Any:
     return [new for new, old in enumerate(kept) if old in ids]
 
 
+def _remap_text(config: Config, field: str, kept: Kept, n: int) -> Any:
+    # ids past the last block are of those that predict further tokens
+    ids = {int(one) for one in config[field].split(",") if one.strip()}
+    moved = [new for new, old in enumerate(kept) if old in ids]
+    return ",".join(map(str, [*moved, *(i - n + len(kept) for i in sorted(ids) if i >= n)]))
+
+
+def _slice_inside(config: Config, field: str, kept: Kept, n: int) -> Any:
+    part = config[field]
+    lists = _lists_inside(config, field, n)
+    return {k: _slice(part, k, kept, n) if k in lists else v for k, v in part.items()}
+
+
 def _remap_keys(config: Config, field: str, kept: Kept, n: int) -> Any:
     entries = {int(key): value for key, value in config[field].items()}
     moved = {new: entries[old] for new, old in enumerate(kept) if old in entries}
@@ -172,6 +185,9 @@ def _truthy(value: Any, n: int) -> bool:
 
 
 LIST = Rule(kind="one entry per block: sliced", apply=_slice, applies=_list)
+INSIDE = Rule(
+    kind="lists with one entry per block inside: sliced", apply=_slice_inside, applies=_mapping
+)
 INDEX = Rule(kind="list of block ids: renumbered", apply=_remap, applies=_list)
 COUNT = Rule(kind="count of the first blocks: recounted", apply=_count_first, applies=_positive)
 
@@ -194,7 +210,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         "layer_types mlp_layer_types layers_block_type no_rope_layers attention_layers attn_layers "
         "layer_rope_theta num_attention_heads_per_layer num_key_value_heads_per_layer "
         "activation_sparsity_pattern swiglu_limits swiglu_limits_shared compress_ratios "
-        "attn_type_list is_moe_layer hybrid_layer_pattern",
+        "attn_type_list is_moe_layer hybrid_layer_pattern rope_theta partial_rotary_factors",
         LIST,
     ),
     # a number for all blocks, or a list with one for each
@@ -207,7 +223,20 @@ RULES: dict[str, tuple[Rule, ...]] = {
         "moe_layers attn_layer_indices full_attn_idxs cross_attention_layers local_layer_ids", INDEX
     ),
     # max_window_layers only derives layer_types here, but other runtimes read it
-    **_fields("first_k_dense_replace num_dense_layers max_window_layers", COUNT),
+    **_fields(
+        "first_k_dense_replace first_last_k_dense_replace num_dense_layers dense_mlp_idx "
+        "num_hash_layers moe_layer_num_skipped max_window_layers",
+        COUNT,
+    ),
+    "sparse_attention_config": (INSIDE,),
+    "moe_layers_enum": (
+        Rule(
+            kind="block ids, with commas: renumbered",
+            apply=_remap_text,
+            applies=lambda value, n: isinstance(value, str),
+        ),
+        INDEX,
+    ),
     "moe_layer_freq": (
         LIST,
         Rule(
@@ -327,6 +356,8 @@ ENCODERS = _names(
 DERIVED_FROM = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
+    "prefix_dense_sliding_window_pattern": "layer_types",
+    "layer_switch": "layer_types",
     "full_attention_interval": "layer_types",
     "global_attn_every_n_layers": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
@@ -338,12 +369,16 @@ DERIVED_FROM = {
 # How configs call the number of blocks, besides what transformers calls it in their class.
 NUMBER_OF_BLOCKS = _names("num_hidden_layers n_layer n_layers num_layers")
 
-# Lists whose length may equal the number of blocks by chance.
+# The number of blocks after these, that predict further tokens.
+PREDICTING = _names("num_nextn_predict_layers mtp_num_hidden_layers num_mtp_modules")
+
+# Lists whose length may equal the number of blocks by chance, and what holds such lists.
 NEVER_PER_BLOCK = _names(
     "architectures eos_token_id bos_token_id pad_token_id suppress_tokens begin_suppress_tokens "
     "bad_words_ids time_step_limit mamba_step_limit mlp_multipliers ssm_multipliers "
     "keys_to_ignore_at_inference mtp_layers_block_type mtp_layer_types mtp_mlp_layer_types "
-    "mtp_local_layer_ids summary_proj_to_labels"
+    "mtp_local_layer_ids summary_proj_to_labels rope_scaling rope_parameters quantization_config "
+    "compression_config"
 )
 
 
@@ -361,16 +396,33 @@ def _applying(config: Config, n: int) -> list[tuple[str, Rule]]:
         rule = next((rule for rule in rules if rule.applies(config.get(name), n)), None)
         if rule:
             found.append((name, rule))
-    for name, value in config.items():
-        if _unknown_list(name, value, n) and all(entry == value[0] for entry in value):
-            found.append((name, LIST))
+    for name in config:
+        lists, rule = _unknown_lists(config, name, n)
+        if lists and all(entry == one[0] for one in lists for entry in one):
+            found.append((name, rule))
     return found
 
 
-def _unknown_list(name: str, value: Any, n: int) -> bool:
-    """Whether a field without a rule is as long as there are blocks."""
-    known = name in RULES or name in NEVER_PER_BLOCK
-    return not known and _list(value, n) and len(value) == n and n > 1
+def _unknown_lists(config: Config, name: str, n: int) -> tuple[list[Sequence[Any]], Rule]:
+    """What a field without a rule has of lists as long as there are blocks, as it is or inside, and
+    the rule that would be for it."""
+    value = config[name]
+    if name in RULES or name in NEVER_PER_BLOCK:
+        return [], LIST
+    if isinstance(value, dict):
+        return [value[key] for key in _lists_inside(config, name, n)], INSIDE
+    return [value] if _per_block(config, value, n) else [], LIST
+
+
+def _lists_inside(config: Config, name: str, n: int) -> list[str]:
+    """The keys of a mapping with one entry per block."""
+    return [key for key, value in config[name].items() if _per_block(config, value, n)]
+
+
+def _per_block(config: Config, value: Any, n: int) -> bool:
+    """Whether a value is a list as long as there are blocks, or these and the ones that follow."""
+    more = max(int(config.get(name) or 0) for name in PREDICTING)
+    return n > 1 and _list(value, n) and len(value) in (n, n + more)
 
 
 def refuse_unsupported(config: Config, n: int) -> None:
@@ -402,7 +454,7 @@ def refuse_unsupported(config: Config, n: int) -> None:
                     f"config field `{name}` = {short(value)} depends on depth, but not in a form "
                     "that sleb knows"
                 )
-        elif name not in applying and _unknown_list(name, value, n):
+        elif name not in applying and _unknown_lists(config, name, n)[0]:
             raise UnsupportedModel(
                 f"config field `{name}` has one entry per block ({n}) but no re-index rule; "
                 "add a row to RULES in sleb/checkpoints/depth_fields.py (see docs/extending.md)"
@@ -437,8 +489,10 @@ def reindex_written(
     Raises:
         UnsupportedModel: a field's meaning cannot be kept exactly for this cut.
     """
-    meant = {**config, **written}
-    meant |= {aliases[name]: value for name, value in written.items() if name in aliases}
+    stated = {aliases.get(name, name): value for name, value in written.items()}
+    meant = {**config, **written, **stated}
+    # an empty list leaves it to transformers what each block is, as Llama 4's no_rope_layers
+    meant |= {k: config[k] for k, value in stated.items() if value == [] and config.get(k)}
     refuse_unsupported(meant, n)
     rules, new = dict(_applying(meant, n)), dict(written)
     for name, value in written.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sleb.core.errors import UnsupportedModel
+from sleb.core.errors import SAID, UnsupportedModel, map_exceptions
+from sleb.models.source import quiet_transformers
 from sleb.models.stack import decoder_config
 
 _WITHOUT_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
@@ -14,13 +15,13 @@ _WITHOUT_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
 
 def fixed_blocks(config: Any, protected: Collection[int] = ()) -> frozenset[int]:
     """Blocks that are no candidates, as no cut can take them: those that images enter between,
-    those that text alone does not run through, and the last one with keys and values unless one of
-    the blocks ``protected`` has some."""
+    those that text alone does not run through, and the last one with keys and values, or of a kind
+    that transformers demands, unless one of the blocks ``protected`` is such a one."""
     text = decoder_config(config)
     fixed = {*range(_visual(config)), *(getattr(text, "cross_attention_layers", None) or ())}
-    attention = _attention(text)
-    if not attention & {*fixed, *protected}:
-        fixed |= {max(attention)} if attention else set()
+    for needed in (_attention(text), *_demanded(text)):
+        if needed and not needed & {*fixed, *protected}:
+            fixed.add(max(needed))
     return frozenset(fixed)
 
 
@@ -70,3 +71,30 @@ def _attention(text: Any) -> set[int]:
     kinds = getattr(text, "layer_types", None) or ()
     found = {i for i, kind in enumerate(kinds) if kind not in _WITHOUT_KEYS}
     return found if len(found) < len(kinds) else set()
+
+
+def _demanded(text: Any) -> Iterator[set[int]]:
+    """Blocks of which transformers wants one: those of a kind without which it refuses the config,
+    and the last one where it makes of whatever comes last what it is (Gemma 4)."""
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if len(set(kinds)) < 2 or _read(text, kinds) != kinds:
+        return
+    other = {kind: next(k for k in kinds if k != kind) for kind in kinds}
+    for kind in other:
+        without = [other[k] if k == kind else k for k in kinds]
+        if _read(text, without) is None:
+            yield {i for i, k in enumerate(kinds) if k == kind}
+    first, last = [other[kinds[0]], *kinds[1:]], [*kinds[:-1], other[kinds[-1]]]
+    if _read(text, first) == first and _read(text, last) == kinds:
+        yield {len(kinds) - 1}
+
+
+def _read(text: Any, kinds: Sequence[str]) -> list[str] | None:
+    """The kinds of blocks that transformers reads from ``text`` with ``kinds``; None if it refuses
+    them."""
+    fields = {**text.to_diff_dict(), "layer_types": list(kinds)}
+    try:
+        with map_exceptions((Exception, UnsupportedModel, SAID)), quiet_transformers():
+            return list(type(text).from_dict(fields).layer_types)
+    except UnsupportedModel:
+        return None
