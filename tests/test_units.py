@@ -1,6 +1,7 @@
 """Attention or MLP of a block alone: what is skipped, scored, searched and written into a plan."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, parts_in, whole
 from sleb.models.stack import BlockStack
+from sleb.record import RunRecord
+from sleb.repairs import stored_repair
 from sleb.repairs.regression import Regression, gaps
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
@@ -322,3 +325,74 @@ def test_the_mlp_of_a_block_without_attention_is_fitted_by_weighted_ridge_regres
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
     change = torch.linalg.solve(gram, (x * w[:, None]).T @ (target - out)).T
     torch.testing.assert_close(down.weight.double(), old + change[:, :-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pruned(learned, tmp_path_factory):
+    """What `sleb prune --unit attention` leaves."""
+    folder = tmp_path_factory.mktemp("pruned")
+    shutil.copy(learned / "text.txt", folder / "t.txt")
+    options = {"text": (str(folder / "t.txt"),), "windows": 4, "length": 32, "prompts": ("none",)}
+    done = sleb.prune(learned / "model", folder / "out", unit="attention", remove=2, **options)
+    assert done.record.verification.passed
+    return done
+
+
+def test_pruning_parts_leaves_a_plan_and_its_repair(pruned, learned):
+    out, plan = pruned.path, Plan.load(pruned.path / "plan.json")
+    assert {path.name for path in out.iterdir()} == {
+        "plan.json",
+        "repaired.safetensors",
+        "run.json",
+    }
+    assert plan == pruned.plan
+    assert len(plan.parts) == 2
+    assert RunRecord.load(out).removed == plan.removed
+    assert "repaired-tensors" in {check.key for check in pruned.record.verification.checks}
+    dense, cut = sleb.load(learned / "model"), sleb.load(learned / "model", plan=out / "plan.json")
+    fixed = stored_repair(plan, out, dense)
+    ids = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    with fixed.patch(dense.stack), dense.stack.bypassed(plan.removed):
+        wanted = dense.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(cut.model(input_ids=ids, use_cache=False).logits, wanted)
+    assert sum(p.numel() for p in cut.model.parameters()) == pruned.record.parameters[1]
+
+
+def test_a_pruned_plan_is_verified_evaluated_and_reported(pruned, learned, tmp_path):
+    assert sleb.verify(pruned.path, model=learned / "model").passed
+    text = str(pruned.path.parent / "t.txt")
+    found = sleb.evaluate(
+        learned / "model", plan=str(pruned.path / "plan.json"), text=(text,), windows=4, length=32
+    )
+    assert found.unrepaired is not None
+    assert found.removed == pruned.plan.removed
+    page = sleb.report(pruned.path, tmp_path / "report.html").read_text()
+    assert all(str(unit) in page for unit in pruned.plan.removed)
+    assert not any(f"{unit:,d}" in page or f"{unit:d}" in page for unit in pruned.plan.parts)
+
+
+def test_a_damaged_repair_of_a_plan_is_seen(pruned, learned, tmp_path):
+    folder = shutil.copytree(pruned.path, tmp_path / "out")
+    raw = bytearray((folder / "repaired.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "repaired.safetensors").write_bytes(raw)
+    with pytest.raises(InputError, match="repaired"):
+        sleb.load(learned / "model", plan=folder / "plan.json")
+    assert not sleb.verify(folder, model=learned / "model").passed
+    (folder / "repaired.safetensors").unlink()
+    with pytest.raises(InputError, match="repaired"):
+        sleb.load(learned / "model", plan=folder / "plan.json")
+
+
+def test_what_takes_a_checkpoint_says_what_the_folder_is(pruned, learned, tmp_path):
+    for attempt in (
+        lambda: sleb.heal(pruned.path, learned / "model", tmp_path / "healed", text=("default",)),
+        lambda: sleb.load(pruned.path),
+        lambda: sleb.bench(learned / "model", [pruned.path]),
+        lambda: sleb.restore(pruned.path, tmp_path / "restored"),
+    ):
+        with pytest.raises((InputError, UnsupportedModel)):
+            attempt()
+    with pytest.raises(InputError, match="--unit"):
+        sleb.prune(learned / "model", tmp_path / "x", unit="mlp", remove=1, quantize="int8")
+    assert [*tmp_path.iterdir()] == []

@@ -18,7 +18,7 @@ from sleb.calibration.overlap import shared_with
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.checkpoints.cut import Cut
+from sleb.checkpoints.cut import REPAIRED, Cut, write_repaired
 from sleb.config import (
     HealConfig,
     LoadOptions,
@@ -28,7 +28,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.files import enough_space, writable_target
+from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
@@ -52,7 +52,7 @@ from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, check_options, check_request
 from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
-from sleb.selection.targets import nothing_within_limit, upper_bound
+from sleb.selection.targets import Costs, nothing_within_limit, upper_bound
 from sleb.surgery.apply import apply, refuse_source
 from sleb.surgery.verification import Verification, verify
 from sleb.views.card import model_card
@@ -82,10 +82,13 @@ def prune(
     """Search, repair, measure on held-out windows, write the checkpoint, verify it; all or nothing.
 
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
-    run.json and a model card. Options, also as keywords: :class:`sleb.config.PruneConfig`. A repair
-    is by default made where it is possible, and the record says why it was not; two thirds of what
-    it is fitted on are the given texts, or all where blocks are offloaded. Where it is possible,
-    and ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``command`` and
+    run.json and a model card. Of a plan of parts of blocks no checkpoint is written: ``out`` holds
+    plan.json, which :func:`sleb.load` applies, run.json, and the repaired tensors.
+
+    Options, also as keywords: :class:`sleb.config.PruneConfig`. A repair is by default made where
+    it is possible, and the record says why it was not; two thirds of what it is fitted on are the
+    given texts, or all where blocks are offloaded. Where it is possible, whole blocks go and
+    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``command`` and
     ``stages`` go into the record as they are.
 
     Raises:
@@ -97,11 +100,6 @@ def prune(
     writable_target(out, force=config.force)
     watch = Stopwatch(progress)
     goal = check_options(config)
-    if config.unit != "block":
-        raise UnsupportedModel(
-            f"a checkpoint without the {config.unit} of some blocks loads nowhere: use sleb search "
-            "and sleb.load(MODEL, plan=PLAN)"
-        )
     placing = config.part(LoadOptions).model_dump(include={"device", "stream", "device_map", "tp"})
     check_placing(**placing)
     check_request(model, config, watch)
@@ -274,7 +272,8 @@ def _find(
     limited = None  # the target, where it is a limit on what the repaired cut costs
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
-        if not config.strategy and config.metric in ("loss", "answers") and goal.remove is not None:
+        chosen = config.strategy or config.unit != "block"
+        if not chosen and config.metric in ("loss", "answers") and goal.remove is not None:
             config = config.replaced({"strategy": GREEDY_OR_WINDOW})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
             limited = goal if goal.limit is not None else None
@@ -298,6 +297,8 @@ def _find(
     if group().several:
         setting |= {"processes": group().size * group().tp}
     facts |= {"repair": status, "environment": setting}
+    if plan.parts:
+        facts |= _without(loaded, plan)
     facts |= _measured(loaded, plan, fixed, split, config, watch)
     if split.answers:
         patch = partial(fixed.patch, stack) if fixed else None
@@ -342,6 +343,8 @@ def _write(
         VerificationFailed: a gate did not pass.
     """
     record: list[RunRecord] = []
+    if found.plan.parts:
+        return _write_plan(model, out, config, found, watch)
 
     def finish(stage: Path) -> None:
         how = {"stream": found.streamed, "trust_remote_code": config.trust_remote_code}
@@ -375,8 +378,36 @@ def _write(
     return record[0]
 
 
+def _write_plan(
+    model: str | Path, out: Path, config: PruneConfig, found: _Found, watch: Stopwatch
+) -> RunRecord:
+    """As :func:`_write`, where the plan is applied while the model is loaded."""
+    fixed = found.repair
+    with staged_dir(out, force=config.force) as stage:
+        found.plan.save(stage / "plan.json")
+        if fixed:
+            write_repaired(stage / REPAIRED, fixed.tensors)
+        trust = config.trust_remote_code
+        checked = _verified(stage, out, model, found.plan, watch, trust_remote_code=trust)
+        record = RunRecord(seconds=dict(watch.seconds), verification=checked, **found.facts)
+        record.save(stage / "run.json")
+    return record
+
+
+def _without(model: LoadedModel, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of the weights, dense and without what a plan of parts removes."""
+    checkpoint = Checkpoint.open(model.source.path)
+    costs = Costs.of(checkpoint, model.stack, plan.parts)
+    numbers = _elements(checkpoint)
+    left = costs.size(plan.removed)
+    return {
+        "parameters": (numbers, numbers * left // costs.total),
+        "nbytes": (costs.total, left),
+    }
+
+
 def _check_space(out: Path, goal: Goal, model: LoadedModel, config: PruneConfig) -> None:
-    if goal.remove is None:
+    if goal.remove is None or config.unit != "block":
         return
     n, nbytes = len(model.stack), Checkpoint.open(model.source.path).nbytes
     left = n - blocks_to_remove(goal.remove, n)

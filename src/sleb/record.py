@@ -25,7 +25,7 @@ from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Progress, Tick
-from sleb.core.units import UnitId
+from sleb.core.units import UnitId, named, parts_in
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
@@ -191,10 +191,18 @@ class RunRecord:
     stages: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Of what is removed, the attention or MLP of blocks that stay."""
+        return parts_in(self.removed)
+
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
         found = json.dumps(
-            asdict(self), indent=1, ensure_ascii=False, default=lambda m: m.model_dump(mode="json")
+            named(asdict(self)),
+            indent=1,
+            ensure_ascii=False,
+            default=lambda m: m.model_dump(mode="json"),
         )
         write_text(path, found + "\n")
 

@@ -177,6 +177,11 @@ def prune(
         VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
             :func:`sleb.heal` or :func:`sleb.quantize`; what is written by then stays.
     """
+    if config.unit != "block" and (heal or quantize):
+        raise InputError(
+            f"--heal and --quantize take a checkpoint, and --unit {config.unit} leaves a plan: "
+            "leave them out, or --unit"
+        )
     beside = Path(out).with_name(f"{Path(out).name}-{quantize}")
     if quantize is not None:
         rounding.check_scheme(quantize)

@@ -253,7 +253,13 @@ def _pruned_drawn(p: Any) -> Any:
 
 
 def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
-    yield from _written(p, given)
+    if p.plan.parts:
+        file = p.path / "plan.json"
+        yield f"plan written to {file}: sleb.load({str(given['model'])!r}, plan={str(file)!r})"
+        if Path(given["model"]).suffix == ".gguf":
+            yield f"for llama.cpp: sleb apply {file} {given['model']} -o cut.gguf"
+    else:
+        yield from _written(p, given)
     if p.quantized is not None:
         yield f"quantized checkpoint written to {p.quantized.path}"
 

@@ -85,6 +85,15 @@ def parse_unit(text: int | str) -> int:
     return Unit.of(int(match[1]), match[2]) if match[2] else int(match[1])
 
 
+def named(value: Any) -> Any:
+    """Plain data of a record with the names of parts in place of their numbers."""
+    if isinstance(value, dict):
+        return {key: named(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [named(item) for item in value]
+    return str(value) if isinstance(value, Unit) else value
+
+
 def _read(value: Any) -> Any:
     """A name of a part as its number; a number that stands for itself is a block."""
     if isinstance(value, str) and "." in value:

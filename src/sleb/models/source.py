@@ -86,6 +86,11 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
         if (path / "adapter_config.json").is_file():
             raise InputError(f"{ref} is an adapter (PEFT); merge it into its base model first")
         if not (path / "config.json").is_file():
+            if (path / "plan.json").is_file():
+                raise InputError(
+                    f"{ref} holds a plan and no checkpoint: sleb.load(MODEL, plan="
+                    f"'{path / 'plan.json'}') applies it while MODEL is loaded"
+                )
             raise InputError(f"{ref} has no config.json: not a Hugging Face checkpoint")
         return ModelSource(ref=ref, path=path)
     if path.is_file():

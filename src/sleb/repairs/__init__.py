@@ -202,7 +202,7 @@ def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair 
     Raises:
         InputError: the checkpoint is not there, or its tensors are not the plan's.
     """
-    cut = Cut.of(plan, folder=folder)
+    cut = Cut.of(plan, folder=folder, parts=True)
     if cut.record is None or cut.repair is None:
         return None
     stored = _Stored(Checkpoint.open(model.source.path), model.stack)

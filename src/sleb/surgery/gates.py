@@ -64,7 +64,7 @@ def check_repair(cut: Cut, plan: Plan, out: Path) -> tuple[Check, Cut]:
     """Whether the checkpoint has the plan's repaired tensors; and the cut with those, if so."""
     key = "repaired-tensors"
     try:
-        whole = Cut.of(plan, len(cut.removed), out)
+        whole = Cut.of(plan, folder=out, parts=bool(cut.parts))
     except (DataError, InputError) as error:
         return Check(key=key, passed=False, found=finding("error", error=str(error))), cut
     return Check(

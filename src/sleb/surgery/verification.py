@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
-from sleb.config import CheckOptions, takes
+from sleb.config import CheckOptions, DeviceOptions, takes
 from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -92,7 +93,8 @@ def verify(
     progress: Progress = silent,
 ) -> Verification:
     """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed and, where the
-    plan records a repair, with the repaired tensors of ``out``, whose hashes must be the plan's.
+    plan records a repair, with the repaired tensors of ``out``, whose hashes must be the plan's. A
+    plan of parts of blocks is checked as ``sleb.load(model, plan=...)`` applies it.
 
     The two models are in memory one after the other, never together. In float32 on the CPU logits
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
@@ -106,7 +108,9 @@ def verify(
             another model.
         UnsupportedModel: the original cannot be cut exactly.
     """
-    out, cut = Path(out), Cut.of(plan, config.depth)
+    out, cut = Path(out), Cut.of(plan, config.depth, parts=True)
+    if cut.parts:
+        return _verify_loaded(out, config, model, plan, progress)
     checks: list[Check] = []
 
     def found() -> Verification:
@@ -149,6 +153,41 @@ def verify(
         tokens, probe = 2 if both.streams else NEW_TOKENS, probe_ids(both.fields)
         checks.append(gates.check_generation(pruned, probe, both.original, tokens))
     return found()
+
+
+def _verify_loaded(
+    out: Path, config: CheckOptions, model: str | Path, plan: Plan, progress: Progress
+) -> Verification:
+    """Check what a plan of parts of blocks, with what lies in ``out`` of its repair, makes of
+    ``model`` while that is loaded."""
+    checks: list[Check] = []
+    cut = Cut.of(plan, config.depth, parts=True)
+    if cut.record:
+        check, cut = gates.check_repair(cut, plan, out)
+        checks.append(check)
+    if all(check.passed for check in checks):
+        how = dict(config.part(DeviceOptions))
+        dense = load(model, **how)
+        _align(dense.model)
+        fields = dense.model.config
+        prefix = block_prefix(Checkpoint.open(dense.source.path), dense.stack)
+        with repaired(dense.stack, cut.repair or {}, prefix), dense.stack.bypassed(cut.removed):
+            wanted = probe_logits(dense.model, fields)
+        exact = dense.stack.dtype == torch.float32 and dense.stack.input_device.type == "cpu"
+        del dense
+        gc.collect()
+        given = out if cut.record else None
+        made = load(model, plan=plan, depth=config.depth, repaired=given, **how, progress=progress)
+        _align(made.model)
+        checks.append(gates.check_reload())
+        checks.append(gates.check_blocks(len(made.stack), len(cut.kept)))
+        found = probe_logits(made.model, fields)
+        checks.append(gates.check_logits(found, wanted, made.stack.dtype, exact))
+        with progress.stage("generating", None):
+            ids = probe_ids(fields)
+            again = partial(load, model, **how)
+            checks.append(gates.check_generation(made.model, ids, again, NEW_TOKENS))
+    return Verification(checkpoint=str(out), removed=cut.removed, checks=tuple(checks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class Report:
             title=t.plain("page.title", model=Path(r.model).name or r.model),
             subtitle=t(
                 "page.subtitle",
-                k=len(r.removed),
+                k=len(r.removed) - len(r.parts),
                 n=r.blocks,
                 started=t.moment(r.started),
                 model=r.model,
@@ -145,7 +145,7 @@ class Report:
     def _removed(self) -> list[Item]:
         t, r, repair = self.t, self.record, self.plan.repair
         passed = sum(check.passed for check in r.verification.checks)
-        gone = len(r.removed)
+        gone = len(r.removed) - len(r.parts)
 
         def change(pair: tuple[int, int], show: Callable[[int], str]) -> str:
             before, after = pair

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.printable import printable_json
+from sleb.core.units import named
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
@@ -57,7 +58,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    return value.tolist() if isinstance(value, np.ndarray) else named(value)
 
 
 @singledispatch
@@ -180,7 +181,7 @@ def _(r: RunRecord) -> list[Item]:
 def sizes(t: Locale, r: RunRecord) -> Table:
     """Answers, perplexity, blocks and size before and after. The plain cut and the repaired one
     stand apart."""
-    left, e = r.blocks - len(r.removed), r.evaluation
+    left, e = r.blocks - len(r.removed) + len(r.parts), r.evaluation
     cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
     n = len(cuts)
     rows = quality.answer_rows(t, r.prompts, n) if r.prompts else []
@@ -194,7 +195,8 @@ def sizes(t: Locale, r: RunRecord) -> Table:
         ratios = (t.interval(cut.perplexity_ratio, t.ratio) for cut in cuts if cut)
         rows.append(("perplexity, 95 % interval", t.interval(e.perplexity, t.level), *levels))
         rows.append(("perplexity ratio", "1", *ratios))
-    rows.append(("ideal speed-up", "1", *[t.times(r.blocks / left)] * n))
+    if not r.parts:
+        rows.append(("ideal speed-up", "1", *[t.times(r.blocks / left)] * n))
     last = "healed" if r.healed else "repaired" if n > 1 else "pruned"
     heads = ("", "original", *["cut"][: n - 1], last)
     return Table(columns=heads, rows=tuple(rows))

@@ -7,6 +7,7 @@ from math import exp, isfinite, nan
 from typing import Any
 
 from sleb.core.plan import Curve, FinalComparison, Finalist, Plan, Point, Round, Score
+from sleb.core.units import block_of
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import (
     Block,
@@ -77,11 +78,12 @@ def _compared(t: Locale, f: FinalComparison) -> str:
 
 def block_map(t: Locale, plan: Plan) -> BlockMap:
     """All blocks, and what became of them."""
-    turns = {block: i for i, block in enumerate(plan.order, 1)}
+    turns = {block_of(unit): i for i, unit in enumerate(plan.order, 1)}
 
     def cell(b: int) -> Block:
         state = "removed" if b in turns else "protected" if b in plan.protected else "kept"
-        label = t.plain(f"map.{state}_label", block=b, turn=turns.get(b, ""))
+        unit = str(plan.order[turns[b] - 1]) if b in turns else b
+        label = t.plain(f"map.{state}_label", block=unit, turn=turns.get(b, ""))
         return Block(number=b, state=state, label=label, turn=turns.get(b))
 
     blocks = tuple(cell(b) for b in range(plan.model.blocks))
@@ -202,11 +204,12 @@ def candidates(t: Locale, plan: Plan) -> Item:
         longest = max((s.windows or 0) for s in r.scores)
         row = [nan] * plan.model.blocks
         for s in r.scores:
-            row[s.block] = max(s.mean - best, FLOOR)
+            block = block_of(s.block)  # of several units of a block the best is shown
+            row[block] = min(max(s.mean - best, FLOOR), row[block])  # the first, beside nan
             if _raced_out(s, longest):
-                dots.append((i, s.block))
+                dots.append((i, block))
         values.append(tuple(row))
-        crosses += [(i, b) for b in r.removed if isfinite(row[b])]
+        crosses += [(i, b) for b in map(block_of, r.removed) if isfinite(row[b])]
     noisy = sum(bool(r.within_noise) for r in scored)
     text = t("rounds.text")
     if plan.of_runs:
