@@ -4,7 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.cli.main import main
+from sleb.cli.main import COMMAND, main
+from sleb.cli.verbs import VERBS
+
+COMMANDS = {verb.name: COMMAND.get_command(None, verb.name) for verb in VERBS}
+"""The verbs as typer commands."""
 
 
 @dataclass(frozen=True)

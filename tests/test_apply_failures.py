@@ -4,16 +4,21 @@ import errno
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import sleb
 from cli_tools import tree
 from conftest import save_tiny
+from fuzz_tools import changed
 from plan_tools import edit_config, plan_of
-from sleb.checkpoints.checkpoint import INDEX, Checkpoint
+from sleb.checkpoints.checkpoint import INDEX, Checkpoint, read_shard
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.core.plan import Plan
 from sleb.surgery import apply as surgery
@@ -59,6 +64,28 @@ def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path, keep)
     with pytest.raises(DataError, match=message):
         sleb.apply(plan, source, tmp_path / "out")
     assert tree(tmp_path) == before
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_a_shard_that_the_library_refuses_is_refused_and_read_as_it_reads(tmp_path_factory, data):
+    header = {
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "BF16", "shape": [], "data_offsets": [24, 26]},
+        "__metadata__": {"format": "pt"},
+    }
+    raw = json.dumps(data.draw(st.just(header) | changed(header))).encode()
+    path = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(26))
+    try:
+        with safe_open(path, framework="np") as shard:
+            known = {name: (*shard.get_slice(name).get_shape(),) for name in shard.keys()}  # noqa: SIM118
+    except SafetensorError:
+        with pytest.raises(DataError):
+            read_shard(path)
+        return
+    found, _, _ = read_shard(path)
+    assert {name: info.shape for name, info in found.items()} == known
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cli_tools import refused, run, tree
-from sleb import pipeline
+from sleb import config, pipeline
 from sleb.cli import progress
-from sleb.cli.verbs import VERBS
+from sleb.cli.verbs import FORMS, VERBS
 from sleb.core.finding import finding
 from sleb.core.plan import Plan
 from sleb.surgery.gates import Check
@@ -47,12 +47,15 @@ def names(folder: Path) -> list[str]:
 
 
 def test_inspect_and_similarity(place, capsys):
-    text = run(capsys, "inspect", "MODEL")
+    text = run(capsys, "inspect", "MODEL", "--full")
     assert (text.code, text.err) == (0, "")
     assert re.search(r"blocks +6 x LlamaDecoderLayer at model\.layers", text.out)
     assert re.search(r"20 % +2 .*1\.50x", text.out)
-    found = run(capsys, "inspect", "MODEL", "--json").json
+    found = run(capsys, "inspect", "MODEL", "--full", "--json").json
     assert (found["blocks"], found["supported"], found["model"]) == (6, True, "MODEL")
+    quick = run(capsys, "inspect", "MODEL", "--json").json
+    assert quick["supported"] is None
+    assert {**quick, "supported": True, "block_class": found["block_class"]} == found
     assert found["parameters"] == 63072
     assert [s["blocks"] for s in found["savings"]] == [1, 2, 2]
     command = ["similarity", "MODEL", "--measure", "angular", *SMALL]
@@ -247,9 +250,40 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         assert verb.help.split(";")[0] in text
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
 
-    mistakes = ["serch x", "apply nothing.json MODEL -o out", "verify nothing --model MODEL"]
-    assert report(*mistakes)[1] == "[2, 2, 2] False True"
-    assert report("inspect MODEL")[1].startswith("[0] True")
+    mistakes = [
+        "serch x",
+        "apply nothing.json MODEL -o out",
+        "verify nothing --model MODEL",
+        "prune MODEL --remove 2 --metric los -o out",
+        "prune MODEL --remove 0.2 -o out",
+        "prune MODEL --remove 2 -o .",
+        "search ./nowhere --remove 2 -o p.json",
+        "search MODEL --remove 2 --text nothing.txt -o p.json",
+        "compare MODEL MODEL --prompts nothing.jsonl",
+        "report MODEL",
+    ]
+    assert report(*mistakes)[1] == f"{[2] * len(mistakes)} False True"
+    assert report("inspect MODEL")[1] == "[0] False True"
+    assert report("inspect MODEL --full")[1].startswith("[0] True")
+
+
+def test_choices_of_the_command_line_are_what_is_registered():
+    from sleb.formats.exports import FORMATS
+    from sleb.formats.quantize import SCHEMES
+    from sleb.models.load import DTYPES
+    from sleb.selection.metrics import METRICS
+    from sleb.selection.similarity import MEASURES
+    from sleb.selection.strategies import STRATEGIES
+
+    def choices(kind, name):
+        return set(config.declared(kind, name)["choices"])
+
+    assert choices(config.SearchConfig, "metric") == {*METRICS}
+    assert choices(config.SearchConfig, "strategy") == {*STRATEGIES}
+    assert choices(config.SearchConfig, "dtype") == {*DTYPES, "auto"}
+    assert choices(config.SimilarityConfig, "measure") == {*MEASURES}
+    assert choices(config.QuantizeConfig, "scheme") == {*SCHEMES}
+    assert set(FORMS) == {*FORMATS}
 
 
 def test_sleb_runs_as_a_module_and_alone_shows_its_help(place):

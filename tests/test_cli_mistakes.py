@@ -51,6 +51,10 @@ MISTAKES = {  # the nouns that matter of what is said
     "search MODEL -o new.json": "no target.*--remove",
     "search MODEL --remove 2 --size 1MB -o new.json": "--remove and --size are two targets",
     "prune MODEL --remove 2": "--out",
+    "search MODEL --remove 0.2 -o new.json": "0.2.*20%?",
+    "export plan.json --as mergkit": "form 'mergkit'.*'mergekit'",
+    "report MODEL --lang jp": "lang 'jp'.*'ja'",
+    "run sleb.toml --set search": "no file at sleb.toml",
     "search MODEL --remove": "--remove.*requires",
     "search MODEL --remov 3": "--remov.*--remove.*sleb search --help",
     "eval MODEL --windows many": "--windows.*integer",
@@ -152,9 +156,10 @@ def test_a_model_that_is_not_a_causal_language_model(place, capsys, verb):
     byte_tokenizer().save_pretrained("t5")
     said = both(capsys, 4, verb.format("t5"))
     assert "'t5'" in said
-    ran = run(capsys, "inspect", "t5", "--json")
+    assert run(capsys, "inspect", "t5").code == 4
+    ran = run(capsys, "inspect", "t5", "--full", "--json")
     assert (ran.code, ran.json["supported"], ran.json["reason"]) == (4, False, said)
-    assert f"no: {said}" in run(capsys, "inspect", "t5").out
+    assert f"no: {said}" in run(capsys, "inspect", "t5", "--full").out
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import sleb
+from cli_tools import COMMANDS
 from conftest import save_tiny
 from sleb.acceptance import LIMITS, Gate
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.sources import SOURCES
 from sleb.cli import verbs
-from sleb.cli.main import COMMAND, main
+from sleb.cli.main import main
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
 from sleb.project import Project
@@ -30,7 +31,7 @@ else:
 ROOT = Path(__file__).parents[1]
 GUIDE = "docs/guide.md"
 GUIDES = {"en": "docs/proof-of-concept.md", "ja": "docs/proof-of-concept.ja.md"}
-VERBS = COMMAND.commands
+VERBS = COMMANDS
 guides = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 

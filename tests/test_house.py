@@ -25,9 +25,10 @@ SIBLINGS = {"runtimes", "formats", "distillation"}
 ENTRANCES = {"__init__", "__main__"}
 """They may import everything; nothing imports them."""
 
-LAZY = {"evaluation.tasks", "runtimes.transformers"}
-"""Modules that import others of sleb once these are needed: lm-evaluation-harness is an extra, and
-a child that only scores runs where there is no sleb."""
+LAZY = {"evaluation.tasks", "models.describe", "runtimes.transformers"}
+"""Modules that import others of sleb once these are needed: lm-evaluation-harness is an extra, a
+model is described from its files without torch, and a child that only scores runs where there is no
+sleb."""
 
 
 @dataclass(frozen=True)

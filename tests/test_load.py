@@ -97,7 +97,7 @@ def test_a_bidirectional_model_is_not_supported(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(UnsupportedModel, match="so it is no causal language model"):
         sleb.load(tmp_path / "bert", **CPU)
-    assert not sleb.describe(tmp_path / "bert").supported
+    assert sleb.describe(tmp_path / "bert").supported is False
 
 
 def test_code_of_the_models_own_needs_permission(copy):

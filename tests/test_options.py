@@ -8,30 +8,31 @@ import pytest
 import sleb
 import sleb.config as config_module
 import sleb.project as project_module
-from cli_tools import run
+from cli_tools import COMMANDS, run
 from sleb.cli import verbs
-from sleb.cli.main import COMMAND, main
+from sleb.cli.main import main
 from sleb.config import InputError, LoadOptions, Options, PruneConfig, SearchConfig, takes
 from sleb.project import Project
-from sleb.selection.request import Goal
+from sleb.selection.goal import Goal
 
 BY_NAME = {verb.name: verb for verb in verbs.VERBS}
 every_verb = pytest.mark.parametrize("verb", BY_NAME)
 GIVEN = {  # what a verb needs to be called, beside the option that is tried
     "apply": "plan.json MODEL -o new",
     "bench": "MODEL OUT",
-    "compare": "MODEL OUT --prompts prompts.jsonl",
+    "compare": "MODEL OUT --prompts prompts.txt",
     "demo": "",
     "export": "plan.json --as mergekit",
     "heal": "OUT --model MODEL -o new",
     "init": "-o new.toml",
-    "prune": "MODEL -o new",
+    "prune": "MODEL --remove 2 -o new",
     "push": "OUT me/it",
     "quantize": "MODEL -o new",
     "report": "OUT",
     "restore": "OUT -o new",
     "run": "sleb.toml",
-    "search": "MODEL -o new.json",
+    "search": "MODEL --remove 2 -o new.json",
+    "transfer": "MODEL --remove 2",
     "verify": "OUT --model MODEL",
 }
 
@@ -41,6 +42,8 @@ def place(tmp_path, monkeypatch, tiny_plan):
     """A folder with a plan and a checkpoint's name, and no model: nothing is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "OUT").mkdir()
+    for name in ("OUT/run.json", "prompts.txt"):
+        (tmp_path / name).touch()
     for name in ("plan.json", "OUT/plan.json"):
         tiny_plan.save(tmp_path / name)
     return tmp_path
@@ -66,7 +69,7 @@ def called(monkeypatch):
 
 
 def parameter(verb: str, name: str):
-    (found,) = (p for p in COMMAND.commands[verb].params if p.name == name)
+    (found,) = (p for p in COMMANDS[verb].params if p.name == name)
     return found
 
 
@@ -80,7 +83,7 @@ def words(verb: str, name: str) -> list[str]:
 
 @every_verb
 def test_the_command_line_has_the_defaults_of_the_declaration(verb):
-    for name, field in BY_NAME[verb].config.model_fields.items():
+    for name, field in BY_NAME[verb].options.model_fields.items():
         shown = parameter(verb, name)
         assert shown.help == field.description
         assert shown.default == (None if field.default == () else field.default)
@@ -92,7 +95,7 @@ def test_every_option_changes_the_call_or_is_refused(place, called, verb):
     before = called(*given)
     assert before is not None
     own = [a.name for a in BY_NAME[verb].arguments if a.flag and a.name != "record"]
-    for name in [*BY_NAME[verb].config.model_fields, *own]:
+    for name in [*BY_NAME[verb].options.model_fields, *own]:
         option, line = words(verb, name), list(given)
         for same in (option[0], "-o" if option[0] == "--out" else ""):  # it must be given
             if same in line:

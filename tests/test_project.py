@@ -166,6 +166,23 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_loaded(
     assert not (place / "smaller").exists()
 
 
+def test_settings_given_beside_the_file_replace_its_own(place):
+    file = Project.load(place / "sleb.toml")
+    given = ["search.remove=20%", "search.protect='0'", "out=elsewhere", "measure.bench=false"]
+    found = Project.load(place / "sleb.toml", given)
+    assert (found.search.remove, found.search.protect, found.out) == ("20%", "0", "elsewhere")
+    assert not found.measure.bench
+    assert found.search.text == file.search.text
+    for wrong, said in [
+        ("search.remove", "no setting"),
+        ("=3", "no setting"),
+        ("search.remov=3", "no option remov .*'remove'"),
+        ("out.x=3", "out is no table"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            Project.load(place / "sleb.toml", [wrong])
+
+
 def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / 'a "model"')

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real Llama with 30 blocks, from GGUF to a verified checkpoint."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -46,11 +47,14 @@ def test_the_dequantized_model_is_good_english(loaded):
 
 
 def test_inspect_says_what_the_model_is(real_model):
-    found = sleb.describe(real_model)
+    file, found = sleb.describe(real_model), sleb.describe(real_model, full=True)
+    assert (file.blocks, file.parameters, file.gguf) == (30, found.parameters, "")
+    assert file.nbytes == found.nbytes == os.stat(real_model).st_size
     assert (found.blocks, found.block_path, found.tied_weights) == (30, "model.layers", True)
     assert found.parameters == 134_515_008
     attention, mlp, norms = 2 * 576 * (576 + 192), 3 * 576 * 1536, 2 * 576
-    assert set(found.block_bytes) == {2 * (attention + mlp + norms)}  # two bytes each
+    assert set(found.block_parameters) == {attention + mlp + norms}
+    assert set(found.block_bytes) == {(attention + mlp) // 32 * 20 + 4 * norms}  # Q4_1
     assert [s.blocks for s in found.savings] == [3, 6, 9]
     assert found.nbytes - found.savings[1].nbytes == 6 * found.block_bytes[0]
 

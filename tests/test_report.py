@@ -30,11 +30,11 @@ from report_tools import (
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
-from sleb.views import write_report
 from sleb.views.charts import draw
 from sleb.views.html import LONGEST, START, split
 from sleb.views.locale import LANGUAGES, Locale
 from sleb.views.model import Bars, Dots, Heat, Line
+from sleb.views.report import write_report
 
 NAN = float("nan")
 

@@ -15,7 +15,7 @@ from sleb.calibration.split import CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Plan
-from sleb.selection.request import Goal, parse_bytes
+from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.targets import Costs, StoppingRule
 
 CPU = {"dtype": "float32", "device": "cpu"}

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
+from cli_tools import COMMANDS
 from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_tools import (
     INVISIBLE,
@@ -24,9 +25,7 @@ from report_tools import (
     snapshot,
     sparse,
 )
-from sleb import views
 from sleb.acceptance import LIMITS
-from sleb.cli.main import COMMAND
 from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
@@ -35,7 +34,9 @@ from sleb.runtimes.bench import Skipped
 from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
+from sleb.views.card import model_card
 from sleb.views.locale import LANGUAGES, LINK, Locale
+from sleb.views.results import items
 from sleb.views.terminal import draw
 
 EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
@@ -46,7 +47,7 @@ def drawn(*results, width=100):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for result in results:
         console.print(f"-- {type(result).__name__}")
-        draw(views.items(result), console)
+        draw(items(result), console)
     return console.export_text()
 
 
@@ -64,7 +65,7 @@ def test_the_terminal_shows_what_it_showed():
 
 
 def test_the_card_says_what_it_said(tmp_path):
-    card = views.model_card(repaired_plan(), repaired(model="a/clerk-1b"), tmp_path, kept=True)
+    card = model_card(repaired_plan(), repaired(model="a/clerk-1b"), tmp_path, kept=True)
     snapshot("card.md", card)
 
 
@@ -351,7 +352,7 @@ def test_keys_of_the_record_have_words(words):
 @pytest.mark.parametrize("key", [*EN.tables["commands"]])
 def test_commands_on_the_page_exist(key):
     verb, *arguments = EN.raw(f"commands.{key}").removeprefix("sleb ").split()
-    command = COMMAND.commands[verb]
+    command = COMMANDS[verb]
     options = {o for p in command.params for o in p.opts}
     assert {a for a in arguments if a.startswith("-")} <= options
     assert EN.raw(f"commands.{key}") == JA.raw(f"commands.{key}")

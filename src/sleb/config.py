@@ -23,15 +23,23 @@ from sleb.core.errors import InputError, did_you_mean
 
 
 def option(
-    default: Any, help: str, *, flag: str = "", metavar: str = "", hide: bool = False, **checks: Any
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    metavar: str = "",
+    hide: bool = False,
+    choices: tuple[str, ...] = (),
+    **checks: Any,
 ) -> Any:
     """A field of :class:`Options`.
 
     ``flag`` is the name on the command line, where that is not the field's own with dashes
     (``"--keep/--no-keep"``, ``"--out -o"``); ``hide`` leaves the default out of the help, where the
-    help says more than the value would; ``checks`` are pydantic's (``ge``, ``gt``, ...).
+    help says more than the value would; ``choices``: what the command line takes, while a program
+    may have registered more; ``checks`` are pydantic's (``ge``, ``gt``, ...).
     """
-    extra: dict[str, Any] = {"flag": flag, "metavar": metavar, "hide": hide}
+    extra: dict[str, Any] = {"flag": flag, "metavar": metavar, "hide": hide, "choices": choices}
     return Field(default, description=help, json_schema_extra=extra, **checks)
 
 
@@ -63,7 +71,12 @@ def group_of(kind: type[Options], name: str) -> str:
 class Options(BaseModel):
     """A frozen set of options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        defer_build=True,  # a command builds the checks of its own options alone
+    )
 
     @classmethod
     def title(cls) -> str:
@@ -168,7 +181,7 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
 class TargetOptions(Options):
     """Target (give one)."""
 
-    remove: int | str | None = option(None, "Blocks to remove, 6 or 20%.")
+    remove: int | str | None = option(None, "Blocks to remove, 6 or 20%.", metavar="N")
     max_loss_increase: float | None = option(
         None,
         "As many blocks as keep the held-out loss within NATS per token of the dense model's (95 % "
@@ -205,18 +218,22 @@ class SelectionOptions(Options):
         "loss",
         "loss (SLEB), one-shot-loss, cosine, kl, repaired-loss, or answers: divergence on answers "
         "to --prompts. See docs/method.md.",
+        metavar="NAME",
+        choices=("loss", "one-shot-loss", "cosine", "kl", "repaired-loss", "answers"),
     )
     strategy: str | None = option(
         None,
         "greedy, one-shot, window, beam, refine or greedy-or-window. Default: the metric's own; "
         "the last one for prune --remove with a repair.",
+        metavar="NAME",
+        choices=("greedy", "one-shot", "window", "beam", "refine", "greedy-or-window"),
     )
     exact: bool = option(
         False,
         "Score all candidates, as published; or give up early on those clearly worse.",
         flag="--exact/--race",
     )
-    protect: str = option("0,-1", "Blocks that stay: 0,5-7,-1; '' for none.")
+    protect: str = option("0,-1", "Blocks that stay: 0,5-7,-1; '' for none.", metavar="BLOCKS")
     min_similarity: float | str | None = option(
         None, "Candidates are blocks at least this similar; or auto.", metavar="X"
     )
@@ -231,7 +248,11 @@ class TextOptions(Options):
         "hub:DATASET/CONFIG:SPLIT; append @2 for twice the share. Default: an embedded sample.",
         metavar="SPEC",
     )
-    windows: int | None = option(None, "Number of token windows.", ge=1)
+    windows: int | None = option(
+        None,
+        "Windows of the text to choose blocks by. Default: at most 32.",
+        ge=1,
+    )
     seed: int = option(0, "Choice of windows.")
 
 
@@ -300,6 +321,9 @@ class PromptOptions(Options):
         return self
 
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
 class TrustOptions(Options):
     """Model and devices."""
 
@@ -311,8 +335,13 @@ class TrustOptions(Options):
 class DeviceOptions(TrustOptions):
     """Model and devices."""
 
-    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto.")
-    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto.", metavar="NAME")
+    dtype: str = option(
+        "auto",
+        "float32, bfloat16, float16 or auto: the model's own.",
+        metavar="NAME",
+        choices=DTYPES,
+    )
 
 
 class BatchOptions(Options):
@@ -388,6 +417,17 @@ class KeepOptions(OutputOptions):
     )
 
 
+class RunConfig(OutputOptions):
+    """`sleb run`."""
+
+    settings: tuple[str, ...] = option(
+        (),
+        "Replace a setting of the file, as search.remove=3; repeat for several.",
+        flag="--set",
+        metavar="KEY=VALUE",
+    )
+
+
 class DepthOptions(Options):
     """Plan."""
 
@@ -419,10 +459,26 @@ GROUPS: tuple[type[Options], ...] = (
 # --- verbs -------------------------------------------------------------------------------------
 
 
+class InspectConfig(TrustOptions):
+    """`sleb inspect`."""
+
+    full: bool = option(
+        False,
+        "Also build the model's structure in transformers, without weights: only that tells for "
+        "sure whether sleb can cut it. Takes some seconds.",
+        flag="--full",
+    )
+
+
 class SimilarityConfig(TextOptions, LengthOptions, LoadOptions, BatchOptions):
     """`sleb similarity`."""
 
-    measure: str = option("cosine", "cosine, angular, correlation, cka or relative-l2.")
+    measure: str = option(
+        "cosine",
+        "cosine, angular, correlation, cka or relative-l2.",
+        metavar="NAME",
+        choices=("cosine", "angular", "correlation", "cka", "relative-l2"),
+    )
 
 
 class SearchConfig(
@@ -543,7 +599,10 @@ class VerifyConfig(CheckOptions):
         metavar="NAME=PATH",
     )
     runtime_dtype: str | None = option(
-        None, "What runtimes compute in, and are compared in. Default: that of --dtype."
+        None,
+        "What runtimes compute in, and are compared in. Default: that of --dtype.",
+        metavar="NAME",
+        choices=DTYPES,
     )
 
     @model_validator(mode="after")
@@ -556,6 +615,9 @@ class VerifyConfig(CheckOptions):
 class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOptions, BatchOptions):
     """`sleb eval`."""
 
+    windows: int | None = like(
+        TextOptions, "windows", help="Windows of the text to measure on. Default: all."
+    )
     length: int | None = like(
         LengthOptions, "length", None, "Tokens per window. Default: 2048, or what the model reads."
     )
@@ -567,7 +629,7 @@ class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOpti
         "harness's own way, which has a limit of time alone. It can read what you can, and write "
         "where you may: use a machine or container that may be lost.",
     )
-    plan: str | None = option(None, "Also score the model cut by this plan.")
+    plan: str | None = option(None, "Also score the model cut by this plan.", metavar="FILE")
     task: tuple[str, ...] = option(
         (),
         "Score a task in place of text; repeat for several. Your own .jsonl of questions, or a "
@@ -596,11 +658,17 @@ class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOpti
         return self
 
 
+SCHEMES = ("w4a16", "w8a16", "awq", "int8")
+
+
 class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     """`sleb quantize`."""
 
     scheme: str = option(
-        "w4a16", "w4a16 or w8a16 (GPTQ, calibrated on --text), awq (on a GPU), or int8."
+        "w4a16",
+        "w4a16 or w8a16 (GPTQ, calibrated on --text), awq (on a GPU), or int8.",
+        metavar="NAME",
+        choices=SCHEMES,
     )
     windows: int | None = like(
         TextOptions, "windows", help="Windows to calibrate on. Default: at most 32."

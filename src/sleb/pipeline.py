@@ -47,9 +47,10 @@ from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repa
 from sleb.repairs.answering import with_answers
 from sleb.repairs.search import search
 from sleb.repairs.self_generated import can_generate, writer
+from sleb.selection.goal import Goal
 from sleb.selection.metrics import MISSED, NLL
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.request import Goal, check_options, check_request
+from sleb.selection.request import check_options, check_request
 from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, nothing_within_limit, upper_bound

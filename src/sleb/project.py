@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +34,7 @@ from sleb.config import (
     Options,
     OutputOptions,
     PruneConfig,
+    RunConfig,
     TransferConfig,
     like,
     takes,
@@ -42,7 +43,7 @@ from sleb.core.errors import InputError
 from sleb.core.files import file_sha256, writable_target, write_text
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
-from sleb.core.toml import read_toml
+from sleb.core.toml import read_toml, replace_value
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
@@ -54,7 +55,7 @@ from sleb.repairs import stored_repair
 from sleb.runtimes.bench import Speed, bench
 from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
-from sleb.views import write_report
+from sleb.views.report import write_report
 
 _ELSEWHERE = {
     "text": "texts have names here: give them in [text]",
@@ -97,14 +98,17 @@ class Project(Options):
     folder: Path = Path()
 
     @classmethod
-    def load(cls, path: str | Path) -> Project:
-        """Read and check a project file.
+    def load(cls, path: str | Path, settings: Sequence[str] = ()) -> Project:
+        """Read and check a project file, with ``settings`` such as ``search.remove=3`` in place of
+        its own.
 
         Raises:
             InputError: missing, not TOML, a key or value that is not possible, or a file it names
                 that is not there.
         """
         values = {**read_toml(path, "make one with: sleb init"), "folder": Path(path).parent}
+        for setting in settings:
+            replace_value(values, setting)
         loading = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
         asked = values.get("search", {})
         if isinstance(asked, dict):
@@ -223,11 +227,13 @@ def init(
     return out
 
 
-def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -> RunRecord:
+@takes(RunConfig)
+def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> RunRecord:
     """Do all that the project file at ``path`` asks for and that is not done yet: search, cut,
     prove, measure, check the gate, write the reports.
 
-    ``force`` starts anew where settings of the search have changed.
+    ``settings``, each as ``"search.remove=3"``, replace those of the file; ``force`` starts anew
+    where settings of the search have changed.
 
     Raises:
         InputError: the file or something that it names cannot be used, or its ``out`` is from
@@ -235,11 +241,11 @@ def run(path: str | Path, *, force: bool = False, progress: Progress = silent) -
         VerificationFailed: no block may go, or the checkpoint is not exact. (A gate that fails
             raises nothing: see the record's ``gate``.)
     """
-    project = Project.load(path)
+    project = Project.load(path, config.settings)
     if project.gate is not None and not project.search.prompts:
         _check_chats(project, path)
     keys, out = project.keys(), project.target
-    record = _pruned(project, keys["prune"], force, progress)
+    record = _pruned(project, keys["prune"], config.force, progress)
     session = _Session(project, record, progress)
     for stage, wanted, work in session.stages():
         if wanted and record.stages.get(stage) != keys[stage]:

@@ -75,7 +75,7 @@ from sleb.surgery.adapter import CutAdapter, cut_adapter
 from sleb.surgery.gates import Check
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.verification import Verification
-from sleb.views import write_report
+from sleb.views.report import write_report
 
 _BENCH, _OUTPUT = BenchConfig(), OutputOptions()
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from sleb.core.errors import DataError, InputError
 from sleb.core.plan import Fingerprint
 
@@ -27,6 +25,18 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 2 * 2**20
+MAX_HEADER = 100_000_000
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""Bits of an element of each dtype of safetensors."""
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Floating-point dtypes of safetensors, by torch's names."""
 
@@ -125,6 +135,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+        from safetensors import safe_open
+
         with safe_open(self.file(name), framework="pt") as shard:
             found: Tensor = shard.get_tensor(self.tensors[name].key or name)
         return found
@@ -290,24 +302,47 @@ def read_shard(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], bytes
         DataError: truncated or corrupt.
     """
     try:
-        with safe_open(path, framework="np"):  # checks sizes, offsets and the end of the file
-            pass
         with open(path, "rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
+            if size > MAX_HEADER:
+                raise ValueError(f"its header would have {size} bytes")
             raw = stream.read(size)
         header: dict[str, Any] = json.loads(raw)
-    except (SafetensorError, ValueError, RecursionError, struct.error) as error:
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are no texts")
+        numbers = [n for e in header.values() for n in (*e["shape"], *e["data_offsets"])]
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("a shape or a place in it is no list of whole numbers")
+        if not all(isinstance(entry["shape"], list) for entry in header.values()):
+            raise ValueError("a shape in it is no list")
+        placed = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        tensors = {
+            name: TensorInfo(
+                shard=path.name,
+                dtype=str(header[name]["dtype"]),
+                shape=tuple(header[name]["shape"]),
+                start=8 + size + start,
+                stop=8 + size + stop,
+            )
+            for start, stop, name in placed
+        }
+        _check_places(tensors, 8 + size, path.stat().st_size)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise DataError(f"{path} is corrupt or truncated ({error}): fetch it again") from None
-    metadata = dict(header.pop("__metadata__", None) or {})
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        tensors[name] = TensorInfo(
-            shard=path.name,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=8 + size + start,
-            stop=8 + size + stop,
-        )
-    order = sorted(tensors, key=lambda name: (tensors[name].start, tensors[name].stop, name))
-    return {name: tensors[name] for name in order}, metadata, raw
+    return tensors, metadata, raw
+
+
+def _check_places(tensors: Mapping[str, TensorInfo], start: int, end: int) -> None:
+    """Raise ValueError unless tensors, in the order of their bytes, fill the file from ``start`` to
+    ``end``, each as many bytes as its shape needs. As the safetensors library checks it, which
+    imports numpy to do so."""
+    for name, info in tensors.items():
+        if info.dtype not in BITS:
+            raise ValueError(f"{name} has the unknown type {info.dtype}")
+        if info.start != start or 8 * info.nbytes != info.numel * BITS[info.dtype]:
+            raise ValueError(f"{name} is not where it should be")
+        start = info.stop
+    if start != end:
+        raise ValueError(f"it has {end} bytes, and its header is of {start}")

@@ -425,16 +425,23 @@ def _per_block(config: Config, value: Any, n: int) -> bool:
     return n > 1 and _list(value, n) and len(value) in (n, n + more)
 
 
-def refuse_unsupported(config: Config, n: int) -> None:
-    """Raise UnsupportedModel, with the reason, if no cut of this model can be exact."""
+def refused_type(config: Config) -> str | None:
+    """Why no model of this config's type can be cut exactly; None if some can."""
     model_type = config.get("model_type", "")
     if reason := REFUSED_TYPES.get(model_type):
-        raise UnsupportedModel(f"{model_type} cannot be cut exactly: {reason}")
+        return f"{model_type} cannot be cut exactly: {reason}"
     if model_type in ENCODERS and not config.get("is_decoder"):
-        raise UnsupportedModel(
+        return (
             f"{model_type}: its attention sees later tokens (`is_decoder` is not set), so it is no "
             "causal language model"
         )
+    return None
+
+
+def refuse_unsupported(config: Config, n: int) -> None:
+    """Raise UnsupportedModel, with the reason, if no cut of this model can be exact."""
+    if reason := refused_type(config):
+        raise UnsupportedModel(reason)
     applying = dict(_applying(config, n))
     for name, rule in applying.items():
         if rule.kind == "refused":

@@ -366,6 +366,13 @@ def _sizes() -> dict[int, tuple[int, int]]:
     return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
 
+def type_name(kind: int) -> str:
+    """ggml's name of a tensor type, such as Q4_K."""
+    from gguf.constants import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(kind).name)
+
+
 def _string(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -14,25 +13,12 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from sleb.cli.argument import HELP, Argument
 from sleb.config import GROUPS, Options, declared, group_of
+from sleb.core.errors import InputError, did_you_mean
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A parameter of a verb that is none of its configuration: by position, or with a ``flag``.
-    Without a ``default`` it must be given. ``group`` is its heading in the help."""
-
-    name: str
-    help: str
-    flag: str = ""
-    metavar: str | None = None
-    type: Any = str
-    default: Any = ...
-    group: str | None = None
-
-
-def add_command(
-    app: typer.Typer,
+def built(
     name: str,
     call: Callable[[typer.Context, dict[str, Any]], int],
     *,
@@ -40,8 +26,8 @@ def add_command(
     config: type[Options],
     help: str,
     example: str,
-) -> None:
-    """Add a command that hands the values of all its parameters to ``call``, by name."""
+) -> Any:
+    """A command that hands the values of all its parameters to ``call``, by name."""
 
     def command(context: typer.Context, **given: Any) -> int:
         return call(context, given)
@@ -67,7 +53,13 @@ def add_command(
         )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = hints
-    app.command(name, help=help, epilog=f"Example: {example}", cls=_Command)(command)
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=HELP)
+    alone.command(name, help=help, epilog=f"Example: {example}", cls=_Command)(command)
+    return typer.main.get_command(alone)
+
+
+_METAVARS = {int: "N", int | None: "N", float: "X", float | None: "X", str: "NAME"}
+"""What stands for a value in the help, by its type, unless its option says it."""
 
 
 def _of_argument(argument: Argument) -> tuple[str, Any, Any]:
@@ -78,7 +70,7 @@ def _of_argument(argument: Argument) -> tuple[str, Any, Any]:
         )
     else:
         info = typer.Argument(help=argument.help)
-    info.metavar = argument.metavar
+    info.metavar = argument.metavar or _METAVARS.get(argument.type)
     return argument.name, Annotated[argument.type, info], argument.default
 
 
@@ -90,7 +82,7 @@ def _of_field(kind: type[Options], name: str, field: FieldInfo) -> tuple[str, An
     info = typer.Option(
         *flag.split(),
         help=field.description,
-        metavar=extra["metavar"] or None,
+        metavar=extra["metavar"] or _METAVARS.get(_shown_type(field.annotation)),
         min=least,  # type: ignore[arg-type]
         show_default=not extra["hide"],
         rich_help_panel=group_of(kind, name) or None,
@@ -111,12 +103,27 @@ def _shown_type(annotation: Any) -> Any:
 
 
 def as_config(kind: type[Options], given: Mapping[str, Any]) -> Options:
-    """The checked options among ``given``. Of a repeatable option None means none."""
+    """The checked options among ``given``. Of a repeatable option None means none.
+
+    Raises:
+        InputError: see :meth:`sleb.config.Options.of`; or a name that is none of the choices.
+    """
     fields = kind.model_fields
+    for name in fields:
+        choose(name.replace("_", "-"), given.get(name), declared(kind, name)["choices"])
     values = {k: v for k, v in given.items() if k in fields}
     return kind.of(
         {k: () if v is None and fields[k].default == () else v for k, v in values.items()}
     )
+
+
+def choose(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise InputError for what is none of ``choices``, where there are some."""
+    if choices and value is not None and value not in choices:
+        raise InputError(
+            f"unknown {name} '{value}'{did_you_mean(str(value), choices)}; known: "
+            f"{', '.join(choices)}"
+        )
 
 
 _HEADINGS = ("Arguments", "Options", *(group.title() for group in GROUPS))

@@ -11,32 +11,57 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from itertools import groupby
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sleb import __version__
-from sleb.cli.verbs import Interrupted, register
+from sleb.cli.argument import HELP
+from sleb.cli.verbs import VERBS, Interrupted, command
 from sleb.core.errors import SlebError, out_of_memory
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Group, joined, reports_errors
 
+BY_NAME = {verb.name: verb for verb in VERBS}
 EPILOG = """\
 Exit codes: 0 done; 1 a bug; 2 bad input; 3 verification failed; 4 model not supported;
 5 corrupt data, NaN or inf; 6 out of disk, memory or network; 130 interrupted.
 """
 
+
+class _Verbs(TyperGroup):
+    """The verbs in order of use. Only the one that is called is built: a page of help, or a word
+    for the shell to complete, needs none of their options."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.commands: Any = dict.fromkeys(BY_NAME)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb of that name; None if there is none."""
+        if cmd_name in BY_NAME and self.commands[cmd_name] is None:
+            self.commands[cmd_name] = command(BY_NAME[cmd_name])
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write what each verb does, under headings."""
+        for title, verbs in groupby(VERBS, key=lambda verb: verb.group):
+            with formatter.section(title):
+                formatter.write_dl([(f"{verb.name:<10}", verb.summary) for verb in verbs])
+
+
 app = typer.Typer(
     name="sleb",
+    cls=_Verbs,
     help="Make language models faster and smaller by removing redundant transformer blocks.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
-register(app)
 
 _CHATTY = ("torchao", "torch.utils._pytree")
 """Loggers that warn about torchao's build whenever transformers is imported beside it."""
@@ -74,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    command = shlex.join(["sleb", *given])
+    line = shlex.join(["sleb", *given])
     try:
         with _terminated_as_interrupted(), joined() as here, _quiet_but_for_first(here):
-            result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=command)
+            result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=line)
     except SlebError as error:
         return _fail(str(error), error.exit_code)
     except Interrupted as error:

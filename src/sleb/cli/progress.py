@@ -28,7 +28,7 @@ QUIET_S = 2.0
 LINE_EVERY_S = 15.0
 
 
-def terminal_progress() -> ProgressProtocol:
+def terminal_progress(*, quiet: bool = False, verbose: bool = False) -> ProgressProtocol:
     """The progress display that fits stderr; none but on the first of several processes."""
     if not group().is_main:
         return silent

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 import sleb
-from sleb.cli.build import Argument, add_command, as_config
-from sleb.cli.progress import terminal_progress
-from sleb.config import (
-    ApplyConfig,
-    BenchConfig,
-    CompareConfig,
-    EvalConfig,
-    ExportConfig,
-    HealConfig,
-    Options,
-    OutputOptions,
-    PruneConfig,
-    PushConfig,
-    QuantizeConfig,
-    RestoreConfig,
-    SearchConfig,
-    SimilarityConfig,
-    TransferConfig,
-    TrustOptions,
-    VerifyConfig,
-)
+from sleb.cli.argument import Argument
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target
-from sleb.core.plan import Plan
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Lost, group, leave_group
 
+if TYPE_CHECKING:
+    import typer
+
+    from sleb.config import Options
+
 Given = Mapping[str, Any]
 """The values of a command's parameters, by name."""
+
 
 MODEL = Argument("model", "Folder, hub id, or .gguf file.", metavar="MODEL")
 REVISION = Argument(
@@ -56,17 +41,17 @@ REVISION = Argument(
 PLAN = Argument("plan", "Plan from sleb search.", metavar="PLAN")
 CUT = Argument("cut", "The pruned checkpoint, from prune or apply.", metavar="OUT")
 PRUNED = Argument("out", "The pruned checkpoint.", metavar="OUT")
-OUT = Argument("out", "Folder for the new checkpoint.", "--out -o", group="Output")
+OUT = Argument("out", "Folder for the new checkpoint.", "--out -o", "PATH", group="Output")
 PROMPTS = "Your prompts: .jsonl, or .txt with one a line."
 
 
 def _file(default: str, help: str = "File to write.") -> Argument:
-    return Argument("out", help, "--out -o", default=default, group="Output")
+    return Argument("out", help, "--out -o", "FILE", default=default, group="Output")
 
 
 def _original(help: str = "The original model.", default: Any = ...) -> Argument:
     optional = str if default is ... or isinstance(default, str) else str | None
-    return Argument("model", help, "--model", type=optional, default=default)
+    return Argument("model", help, "--model", "MODEL", type=optional, default=default)
 
 
 def _text(name: str, help: str, flag: str, metavar: str | None = None) -> Argument:
@@ -74,11 +59,13 @@ def _text(name: str, help: str, flag: str, metavar: str | None = None) -> Argume
     return Argument(name, help, flag, metavar, str | None, None)
 
 
-def _switch(name: str, help: str) -> Argument:
-    return Argument(name, help, f"--{name}", type=bool, default=False, group="Output")
+def _switch(name: str, help: str, flag: str = "") -> Argument:
+    return Argument(name, help, flag or f"--{name}", type=bool, default=False, group="Output")
 
 
 JSON = _switch("json", "Print the result as JSON on stdout.")
+QUIET = _switch("quiet", "The result and errors alone: no progress, no hints.", "--quiet -q")
+VERBOSE = _switch("verbose", "Also what libraries say, and short phases.", "--verbose -v")
 FORCE = _switch("force", "Replace an existing output.")
 RECORD = Argument(
     "record",
@@ -111,10 +98,13 @@ class Verb:
     help: str
     example: str
     arguments: tuple[Argument, ...]
-    config: type[Options] = Options
+    group: str
+    """Its heading in the list of verbs."""
+    config: str = "Options"
+    """The name of its class in :mod:`sleb.config`."""
     run: str = ""
     check: Callable[[Given], None] = lambda given: None
-    """Finds mistakes that can be seen before torch is imported."""
+    """Finds mistakes that can be seen before torch is imported, beside those of every verb."""
     facts: Callable[[Any], Any] = lambda result: result
     """What --json prints."""
     drawn: Callable[[Any], Any] | None = None
@@ -134,7 +124,7 @@ class Verb:
     @property
     def model(self) -> str | None:
         """The name of the argument that is MODEL; None too where --revision means another thing."""
-        if "revision" in self.config.model_fields:
+        if self.name == "push":
             return None
         names = {argument.name for argument in self.arguments}
         return next((name for name in ("model", "ref") if name in names), None)
@@ -142,7 +132,23 @@ class Verb:
     @property
     def own(self) -> tuple[Argument, ...]:
         """The options that are the command line's alone."""
-        return (*([RECORD] if RECORD in self.arguments else []), *([JSON] if self.json else []))
+        return (
+            *([RECORD] if RECORD in self.arguments else []),
+            *([JSON] if self.json else []),
+            QUIET,
+            VERBOSE,
+        )
+
+    @property
+    def summary(self) -> str:
+        """The help up to its first full stop or semicolon."""
+        return re.split(r"[.;] ", self.help)[0].rstrip(".")
+
+    @property
+    def options(self) -> type[Options]:
+        """The class of its configuration; importing it imports pydantic."""
+        kind: type[Options] = getattr(import_module("sleb.config"), self.config)
+        return kind
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -166,13 +172,26 @@ def _new_file(given: Given) -> None:
         writable_target(Path(given["out"]), force=given["force"], folder=False)
 
 
-def _check_apply(given: Given) -> None:
+def _check_plan(given: Given) -> None:
+    from sleb.core.plan import Plan
+
     Plan.load(given["plan"]).at_depth(given["depth"])
-    if Path(given["out"]).suffix != ".gguf":
-        _new_folder(given)
+
+
+def _new_checkpoint(given: Given) -> None:
+    """A folder, or a file whose name says so."""
+    out = Path(given["out"])
+    writable_target(out, force=given["force"], folder=out.suffix != ".gguf")
+
+
+def _check_apply(given: Given) -> None:
+    _check_plan(given)
+    _new_checkpoint(given)
 
 
 def _check_verify(given: Given) -> None:
+    from sleb.core.plan import Plan
+
     out = Path(given["out"])
     if out.is_dir() or given["plan"]:
         Plan.load(given["plan"] or out / "plan.json")
@@ -182,7 +201,7 @@ def _check_verify(given: Given) -> None:
 
 def _check_eval(given: Given) -> None:
     if given["plan"]:
-        Plan.load(given["plan"]).at_depth(given["depth"])
+        _check_plan(given)
     elif given["record"]:
         raise InputError("--record is for a pruned model's record; give its plan with --plan")
 
@@ -193,6 +212,21 @@ def _check_prune(given: Given) -> None:
         out = Path(given["out"])
         beside = out.with_name(f"{out.name}-{given['quantize']}")
         writable_target(beside, force=given["force"])
+
+
+def _check_report(given: Given) -> None:
+    _new_file(given)
+    if not (Path(given["run"]) / "run.json").is_file():
+        raise InputError(
+            f"no run record {given['run']}/run.json: sleb prune or sleb run writes one"
+        )
+
+
+def _described(found: Any) -> Any:
+    from sleb.views.description import description
+    from sleb.views.locale import Locale
+
+    return description(Locale("en"), found)
 
 
 def _applied_facts(a: Any) -> dict[str, Any]:
@@ -247,7 +281,7 @@ def _pruned_facts(p: Any) -> Any:
 
 
 def _pruned_drawn(p: Any) -> Any:
-    from sleb.views import depths
+    from sleb.views.results import depths
 
     return (p.record, *depths(p.plan), *([] if p.quantized is None else [p.quantized]))
 
@@ -312,93 +346,48 @@ def _demonstrated(d: Any) -> Any:
 def _reports(record: Any, given: Given) -> Iterator[str]:
     from sleb.project import Project
 
-    project = Project.load(given["path"])
+    project = Project.load(given["path"], given["settings"])
     for lang in project.measure.reports:
         yield f"report written to {project.target / f'report.{lang}.html'}"
 
 
+FORMS = ("mergekit", "llama-cpp", "modelopt-list", "vllm-args", "layer-map")
+START, STEPS, MEASURE, AFTER, PROJECT = (
+    "Start here",
+    "Step by step",
+    "Measure",
+    "After a cut",
+    "All in one file",
+)
+
 VERBS = (
     Verb(
+        name="demo",
+        group=START,
+        run="demo.demo",
+        help="Prune a small real model by 20 % and show what came of it.",
+        example="sleb demo",
+        arguments=(
+            _text("model", "The model; default: the SmolLM2 that make demo fetched.", "--model"),
+            _file("sleb-demo", "Folder to write."),
+        ),
+        drawn=_demonstrated,
+        json=False,
+    ),
+    Verb(
         name="inspect",
+        group=START,
         run="describe",
         help="Show a model's blocks, depth-dependent config fields, and what a cut would save.",
         example="sleb inspect HuggingFaceTB/SmolLM2-135M-Instruct",
         arguments=(Argument("ref", MODEL.help, metavar="MODEL"),),
-        config=TrustOptions,
-        code=lambda found: 0 if found.supported else 4,
-    ),
-    Verb(
-        name="similarity",
-        help="Compare the outputs of blocks: the first of the method's three stages.",
-        example="sleb similarity ./model --text mail.jsonl --measure angular",
-        arguments=(MODEL,),
-        config=SimilarityConfig,
-        shared=True,
-    ),
-    Verb(
-        name="search",
-        help="Find the blocks whose removal costs least, and write the plan.",
-        example="sleb search ./model --curve --text mail.jsonl -o plan.json",
-        arguments=(MODEL, _file("plan.json", "Plan file to write."), FORCE),
-        config=SearchConfig,
-        check=_new_file,
-        notes=lambda plan, given: (
-            f"plan written to {given['out']}; next: sleb apply {given['out']} {given['model']} "
-            "-o OUT",
-        ),
-        shared=True,
-    ),
-    Verb(
-        name="apply",
-        run="verbs.applied",
-        help="Write the checkpoint without the plan's blocks, shard by shard, without loading it; "
-        "or cut a GGUF file, if MODEL and OUT both end in .gguf.",
-        example="sleb apply plan.json ./model -o ./smaller --depth 3",
-        arguments=(PLAN, MODEL, OUT),
-        config=ApplyConfig,
-        check=_check_apply,
-        facts=_applied_facts,
-        notes=_applied_notes,
-    ),
-    Verb(
-        name="restore",
-        help="Take a cut back, bit for bit: the original, or a smaller cut, from OUT and "
-        "OUT/rollback.",
-        example="sleb restore ./smaller -o ./model-again",
-        arguments=(CUT, replace(OUT, help="Folder for the restored model.")),
-        config=RestoreConfig,
-        check=_new_folder,
-    ),
-    Verb(
-        name="verify",
-        help="Prove that a checkpoint is the original without the plan's blocks, and with "
-        "--runtime, that these run it as such. Exit code 3 if not, or if a limit of the gate is "
-        "not kept.",
-        example="sleb verify ./smaller --model ./model --plan plan.json",
-        arguments=(
-            PRUNED,
-            _original(),
-            _text("plan", "The plan. Default: OUT/plan.json.", "--plan"),
-        ),
-        config=VerifyConfig,
-        check=_check_verify,
-        facts=_verified_facts,
-        sections=lambda found, given: found.sections(),
-    ),
-    Verb(
-        name="eval",
-        run="evaluate",
-        help="Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by "
-        "side, or with --prompts how much of the answers a cut keeps.",
-        example="sleb eval ./model --text test.txt --plan plan.json",
-        arguments=(MODEL, RECORD),
-        config=EvalConfig,
-        check=_check_eval,
-        sections=_evaluated,
-        shared=True,
+        config="InspectConfig",
+        drawn=_described,
+        code=lambda found: 4 if found.supported is False else 0,
     ),
     Verb(
         name="prune",
+        group=START,
         help="Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card.",
         example="sleb prune ./model --remove 20% -o ./smaller",
         arguments=(
@@ -414,7 +403,7 @@ VERBS = (
                 "SCHEME",
             ),
         ),
-        config=PruneConfig,
+        config="PruneConfig",
         check=_check_prune,
         facts=_pruned_facts,
         drawn=_pruned_drawn,
@@ -422,37 +411,93 @@ VERBS = (
         shared=True,
     ),
     Verb(
-        name="quantize",
-        help="Round the weights of a model, pruned or not, to 4 or 8 bits.",
-        example="sleb quantize ./smaller --scheme w4a16 --text mail.jsonl -o ./smaller-w4a16",
-        arguments=(MODEL, OUT),
-        config=QuantizeConfig,
-        check=_new_folder,
-        notes=_quantized_notes,
+        name="similarity",
+        group=STEPS,
+        help="Compare the outputs of blocks: the first of the method's three stages.",
+        example="sleb similarity ./model --text mail.jsonl --measure angular",
+        arguments=(MODEL,),
+        config="SimilarityConfig",
+        shared=True,
     ),
     Verb(
-        name="heal",
-        help="Optional second stage: train the cut model to predict what the original predicts.",
-        example="sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed",
-        arguments=(
-            CUT,
-            _original("The original model, the teacher."),
-            replace(OUT, help="Folder for the healed checkpoint."),
+        name="search",
+        group=STEPS,
+        help="Find the blocks whose removal costs least, and write the plan.",
+        example="sleb search ./model --curve --text mail.jsonl -o plan.json",
+        arguments=(MODEL, _file("plan.json", "Plan file to write."), FORCE),
+        config="SearchConfig",
+        check=_new_file,
+        notes=lambda plan, given: (
+            f"plan written to {given['out']}; next: sleb apply {given['out']} {given['model']} "
+            "-o OUT",
         ),
-        config=HealConfig,
-        facts=_pruned_facts,
-        notes=_written,
+        shared=True,
+    ),
+    Verb(
+        name="apply",
+        group=STEPS,
+        run="verbs.applied",
+        help="Write the checkpoint without the plan's blocks, shard by shard, without loading it; "
+        "or cut a GGUF file, if MODEL and OUT both end in .gguf.",
+        example="sleb apply plan.json ./model -o ./smaller --depth 3",
+        arguments=(PLAN, MODEL, OUT),
+        config="ApplyConfig",
+        check=_check_apply,
+        facts=_applied_facts,
+        notes=_applied_notes,
+    ),
+    Verb(
+        name="verify",
+        group=STEPS,
+        help="Prove that a checkpoint is the original without the plan's blocks, and with "
+        "--runtime, that these run it as such. Exit code 3 if not, or if a limit of the gate is "
+        "not kept.",
+        example="sleb verify ./smaller --model ./model --plan plan.json",
+        arguments=(
+            PRUNED,
+            _original(),
+            _text("plan", "The plan. Default: OUT/plan.json.", "--plan"),
+        ),
+        config="VerifyConfig",
+        check=_check_verify,
+        facts=_verified_facts,
+        sections=lambda found, given: found.sections(),
+    ),
+    Verb(
+        name="restore",
+        group=STEPS,
+        help="Take a cut back, bit for bit: the original, or a smaller cut, from OUT and "
+        "OUT/rollback.",
+        example="sleb restore ./smaller -o ./model-again",
+        arguments=(CUT, replace(OUT, help="Folder for the restored model.")),
+        config="RestoreConfig",
+        check=_new_folder,
+    ),
+    Verb(
+        name="eval",
+        group=MEASURE,
+        run="evaluate",
+        help="Perplexity or tasks, with 95 % intervals; with --plan, dense and pruned side by "
+        "side, or with --prompts how much of the answers a cut keeps.",
+        example="sleb eval ./model --text test.txt --plan plan.json",
+        arguments=(MODEL, RECORD),
+        config="EvalConfig",
+        check=_check_eval,
+        sections=_evaluated,
+        shared=True,
     ),
     Verb(
         name="compare",
+        group=MEASURE,
         help="Your own prompts through both models: what changed in the answers.",
         example="sleb compare ./model ./smaller --prompts prompts.jsonl",
         arguments=(MODEL, PRUNED, Argument("prompts", PROMPTS, "--prompts", "FILE"), RECORD),
-        config=CompareConfig,
+        config="CompareConfig",
         sections=lambda found, given: {"answers": found},
     ),
     Verb(
         name="bench",
+        group=MEASURE,
         help="Speed and memory, dense and pruned in turn, against what is possible.",
         example="sleb bench ./model ./smaller --quick",
         arguments=(
@@ -461,27 +506,84 @@ VERBS = (
             _text("prompts", "Prompts to draft for. Default: embedded text.", "--prompts", "FILE"),
             RECORD,
         ),
-        config=BenchConfig,
+        config="BenchConfig",
         sections=lambda found, given: {"draft" if given["draft"] else "speed": found},
     ),
     Verb(
         name="transfer",
+        group=MEASURE,
         help="Search on each --text and on all of them, and score every choice on every text.",
         example="sleb transfer ./model --text mail=mail.jsonl --text code=code.txt --remove 20%",
         arguments=(MODEL, RECORD),
-        config=TransferConfig,
+        config="TransferConfig",
         sections=lambda found, given: {"transfer": found},
         shared=True,
     ),
     Verb(
+        name="heal",
+        group=AFTER,
+        help="Optional second stage: train the cut model to predict what the original predicts.",
+        example="sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed",
+        arguments=(
+            CUT,
+            _original("The original model, the teacher."),
+            replace(OUT, help="Folder for the healed checkpoint."),
+        ),
+        config="HealConfig",
+        facts=_pruned_facts,
+        notes=_written,
+    ),
+    Verb(
+        name="quantize",
+        group=AFTER,
+        help="Round the weights of a model, pruned or not, to 4 or 8 bits.",
+        example="sleb quantize ./smaller --scheme w4a16 --text mail.jsonl -o ./smaller-w4a16",
+        arguments=(MODEL, OUT),
+        config="QuantizeConfig",
+        check=_new_folder,
+        notes=_quantized_notes,
+    ),
+    Verb(
+        name="export",
+        group=AFTER,
+        help="Put a plan in the words of another tool, on stdout or in a file.",
+        example="sleb export plan.json --as mergekit --model ./model -o merge.yml",
+        notes=lambda done, given: [f"note: {note}" for note in done.notes],
+        arguments=(
+            PLAN,
+            Argument(
+                "form",
+                f"{', '.join(FORMS)}.",
+                "--as",
+                "FORM",
+                choices=FORMS,
+            ),
+            _original(default=None),
+            replace(OUT, help="File to write. Default: stdout.", type=str | None, default=None),
+        ),
+        config="ExportConfig",
+        check=_new_file,
+        json=False,
+        filter=True,
+    ),
+    Verb(
+        name="push",
+        group=AFTER,
+        help="Upload a checkpoint, checked against its checksums, to the Hugging Face hub.",
+        example="sleb push ./smaller me/smaller --private",
+        arguments=(PRUNED, Argument("repo", "OWNER/NAME on the hub.", metavar="REPO")),
+        config="PushConfig",
+    ),
+    Verb(
         name="init",
-        help="Write a commented project file for `sleb run`.",
+        group=PROJECT,
+        help="Write a commented project file for sleb run.",
         example="sleb init --model ./model",
         arguments=(
             _file("sleb.toml"),
             _original("Folder, hub id, or .gguf file.", "./model"),
         ),
-        config=OutputOptions,
+        config="OutputOptions",
         check=_new_file,
         notes=lambda out, given: (
             f"{out} written; set the model and the texts in it, then: sleb run {out}",
@@ -490,66 +592,29 @@ VERBS = (
     ),
     Verb(
         name="run",
+        group=PROJECT,
         help="Do all that a project file asks for, from search to report. Exit code 3 if its gate "
         "fails.",
-        example="sleb run sleb.toml",
+        example="sleb run sleb.toml --set search.remove=3",
         arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
-        config=OutputOptions,
+        config="RunConfig",
         drawn=lambda record: (record, record.gate) if record.gate else record,
         notes=_reports,
         code=lambda record: _require(record.gate),
     ),
     Verb(
         name="report",
+        group=PROJECT,
         help="Write what a run measured as one HTML page.",
         example="sleb report ./smaller -o report.html --lang ja",
         arguments=(
             Argument("run", "Folder from sleb prune or sleb run.", metavar="RUN"),
             _file("report.html"),
-            Argument("lang", "en or ja.", "--lang", default="en"),
+            Argument("lang", "en or ja.", "--lang", "LANG", default="en", choices=("en", "ja")),
         ),
-        config=OutputOptions,
+        config="OutputOptions",
+        check=_check_report,
         notes=lambda out, given: (f"report written to {given['out']}",),
-        json=False,
-    ),
-    Verb(
-        name="export",
-        help="Put a plan in the words of another tool, on stdout or in a file.",
-        example="sleb export plan.json --as mergekit --model ./model -o merge.yml",
-        notes=lambda done, given: [f"note: {note}" for note in done.notes],
-        arguments=(
-            PLAN,
-            Argument(
-                "form",
-                "mergekit, llama-cpp, modelopt-list, vllm-args, layer-map.",
-                "--as",
-                "FORM",
-            ),
-            _original(default=None),
-            replace(OUT, help="File to write. Default: stdout.", type=str | None, default=None),
-        ),
-        config=ExportConfig,
-        check=_new_file,
-        json=False,
-        filter=True,
-    ),
-    Verb(
-        name="push",
-        help="Upload a checkpoint, checked against its checksums, to the Hugging Face hub.",
-        example="sleb push ./smaller me/smaller --private",
-        arguments=(PRUNED, Argument("repo", "OWNER/NAME on the hub.", metavar="REPO")),
-        config=PushConfig,
-    ),
-    Verb(
-        name="demo",
-        run="demo.demo",
-        help="Prune a small real model by 20 % and show what came of it.",
-        example="sleb demo",
-        arguments=(
-            _text("model", "The model; default: the SmolLM2 that make demo fetched.", "--model"),
-            _file("sleb-demo", "Folder to write."),
-        ),
-        drawn=_demonstrated,
         json=False,
     ),
 )
@@ -562,30 +627,34 @@ class Interrupted(Exception):
     """Ctrl-C while a verb ran; says how to go on."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add every verb to ``app``."""
-    for verb in VERBS:
-        add_command(
-            app,
-            verb.name,
-            _interruptible(verb),
-            arguments=(
-                *verb.arguments,
-                *([REVISION] if verb.model else []),
-                *([JSON] if verb.json else []),
-            ),
-            config=verb.config,
-            help=verb.help,
-            example=verb.example,
-        )
+def command(verb: Verb) -> Any:
+    """Its typer command; making it imports pydantic."""
+    from sleb.cli.build import built
+
+    revision = [REVISION] if verb.model else []
+    last = [argument for argument in verb.own if argument is not RECORD]
+    return built(
+        verb.name,
+        _interruptible(verb),
+        arguments=(*verb.arguments, *revision, *last),
+        config=verb.options,
+        help=verb.help,
+        example=verb.example,
+    )
 
 
 def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
+    from sleb.cli.build import as_config
+
     if verb.model and (revision := given.pop("revision")):
         given[verb.model] = f"{given[verb.model]}@{revision}"
-    config = as_config(verb.config, given)
+    config = as_config(verb.options, given)
     given = {**given, **dict(config)}
-    verb.check(given)
+    _check(verb, config, given)
+    if given["verbose"]:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    from sleb.cli.progress import terminal_progress
+
     function = verb.function
     _check_record(given)
     own = {argument.name for argument in verb.own}
@@ -593,7 +662,7 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
     if verb.name in ("prune", "heal"):
         values["command"] = command
     if verb.name not in ("init", "report"):
-        values["progress"] = terminal_progress()
+        values["progress"] = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
     result = function(**values)
     as_json = given.get("json", False)
     if verb.filter:
@@ -609,16 +678,49 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
 
         RunRecord.update(folder, **sections)
         _note(f"recorded in {Path(folder) / 'run.json'}", as_json)
-    for line in verb.notes(result, given):
+    for line in verb.notes(result, given) if not given["quiet"] else ():
         _note(line, as_json or verb.filter)
     return verb.code(result)
 
 
-def _show(facts: Any, json: bool = False) -> None:
-    """On stdout; the views know all types of results, and so import torch."""
-    from sleb import views
+def _check(verb: Verb, config: Options, given: Given) -> None:
+    """Find mistakes before torch is imported, which takes seconds."""
+    from sleb.cli.build import choose
+    from sleb.config import NO_PROMPTS, SearchConfig
 
-    views.show(facts, json=json)
+    for argument in verb.arguments:
+        choose(argument.name, given[argument.name], argument.choices)
+    verb.check(given)
+    if isinstance(config, SearchConfig):
+        from sleb.selection.goal import Goal
+
+        Goal.of(config)
+    if given.get("text") or given.get("prompts"):
+        from sleb.calibration.rows import existing_file
+        from sleb.calibration.sources import check_sources
+
+        check_sources(given.get("text") or ())
+        asked = given.get("prompts") or ()
+        for file in [asked] if isinstance(asked, str) else asked:
+            if file not in (NO_PROMPTS, "default"):
+                existing_file(file)
+    if verb.model and given[verb.model] is not None and verb.name not in ("init", "demo"):
+        from sleb.models.source import find
+
+        find(given[verb.model])
+
+
+def _show(facts: Any, json: bool = False) -> None:
+    """On stdout. Facts that are drawn already are a list; the views of all others know all types
+    of results, and so import torch."""
+    if json or isinstance(facts, list):
+        from sleb.views import terminal
+
+        terminal.write_json(facts) if json else terminal.draw(facts, terminal.console())
+    else:
+        from sleb.views.results import show
+
+        show(facts)
 
 
 def _note(text: str, aside: bool) -> None:
@@ -636,6 +738,8 @@ def _check_record(given: Given) -> None:
     known = RunRecord.load(folder)
     if not given.get("plan"):
         return
+    from sleb.core.plan import Plan
+
     removed = Plan.load(given["plan"]).at_depth(given["depth"])
     if known.removed != removed:
         raise InputError(

@@ -413,6 +413,27 @@ def upgrade(data: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
+def parse_removal(target: int | str) -> tuple[int | None, float | None]:
+    """A number of blocks, or a percentage of them, as it was written.
+
+    Raises:
+        InputError: it is neither.
+    """
+    text = str(target).strip()
+    match = re.fullmatch(r"(\d{1,6})|(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
+    if match:
+        return (int(match[1]), None) if match[1] else (None, float(match[2]))
+    if re.fullmatch(r"0?\.\d{1,6}", text) and float(text):
+        share = f"{100 * float(text):.6g}%"
+        raise InputError(
+            f"--remove {text} is neither a number of blocks nor a percentage: {share}?"
+        )
+    raise InputError(
+        f"--remove {text!r} is neither a number of blocks nor a percentage; give for example 6 or "
+        "20%"
+    )
+
+
 def blocks_to_remove(target: int | str, n_blocks: int) -> int:
     """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
 
@@ -420,11 +441,9 @@ def blocks_to_remove(target: int | str, n_blocks: int) -> int:
         InputError: not a number, below one, or not fewer than ``n_blocks``.
     """
     text = str(target).strip()
-    match = re.fullmatch(r"(\d{1,6})|(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
-    if not match:
-        raise InputError(f"--remove {text!r} is neither a number of blocks nor a percentage")
+    count, percent = parse_removal(text)
     # Round before the ceiling: 0.07 * 100 is 7.000000000000001 in binary.
-    n = int(match[1]) if match[1] else math.ceil(round(float(match[2]) / 100 * n_blocks, 6))
+    n = math.ceil(round(percent / 100 * n_blocks, 6)) if percent is not None else count or 0
     if n < 1:
         raise InputError(f"--remove {text} removes nothing; give at least 1")
     if n >= n_blocks:

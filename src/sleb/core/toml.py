@@ -34,3 +34,24 @@ def read_toml(path: str | Path, hint: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     return values
+
+
+def replace_value(values: dict[str, Any], setting: str) -> None:
+    """Put ``TABLE.NAME=VALUE`` into the values of a file. VALUE is written as in the file; a text
+    may lack its quotes.
+
+    Raises:
+        InputError: it is no such assignment.
+    """
+    key, equals, text = setting.partition("=")
+    *tables, name = key.strip().split(".")
+    if not equals or not all((*tables, name)):
+        raise InputError(f"--set {setting!r} is no setting; write for example search.remove=3")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {setting!r}: {table} is no table of the file")
+    try:
+        values[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[name] = text.strip()

@@ -25,9 +25,10 @@ from sleb.core.statistics import Interval, Values, interval
 from sleb.core.units import UnitId
 from sleb.models.load import LoadedModel
 from sleb.repairs.search import search
+from sleb.selection.goal import parse_bytes
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.request import check_options, parse_bytes
+from sleb.selection.request import check_options
 from sleb.selection.resources import on_threads
 from sleb.selection.sweep import Sweep, block_forwards
 

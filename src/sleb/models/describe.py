@@ -1,42 +1,57 @@
-"""What `sleb inspect` knows: structure and sizes of a model, from its config and file headers."""
+"""What `sleb inspect` knows: structure and sizes of a model, from its config and file headers.
+
+Nothing here needs torch. Only a ``full`` description builds the model's structure, without weights:
+that is in :mod:`sleb.models.structure`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.checkpoints.depth_fields import DepthField, depth_fields, refuse_unsupported
+from sleb.checkpoints.depth_fields import DepthField, depth_fields, refused_type
+from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, block_of
+from sleb.checkpoints.gguf_file import GGUFFile, type_name
+from sleb.config import InspectConfig, takes
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Progress, silent
-from sleb.models.load import empty_model, load_config, refuse_unread
-from sleb.models.source import resolve
-from sleb.models.stack import BlockStack, decoder_config
-from sleb.models.stored_names import block_prefix
+from sleb.models.source import find, resolve
+
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""How configs name the number of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What removing ``blocks`` average blocks leaves: stored elements, bytes on disk, and the
-    speed-up of the stack (upper bound for the model's)."""
+    """What removing ``blocks`` average blocks leaves: stored elements, bytes on disk in the model's
+    own form, bytes of memory that the weights take in two bytes each, and the speed-up of the stack
+    (upper bound for the model's)."""
 
     percent: int
     blocks: int
     parameters: int
     nbytes: int
+    memory: int
     ideal_speedup: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """A model's facts. Parameter counts are stored elements, sizes are bytes on disk; both per
-    block in ``block_parameters`` and ``block_bytes``. ``reason`` says why it is not supported."""
+    block in ``block_parameters`` and ``block_bytes``. ``supported`` is null where only files were
+    looked at, and nothing in them is against it; ``reason`` says why it is not. ``gguf``: what
+    stands against cutting the file itself, empty where nothing does; null for a folder."""
 
     model: str
     model_type: str
     architecture: str
-    supported: bool
+    supported: bool | None
     reason: str | None
     block_path: str | None = None
     block_class: str | None = None
@@ -49,61 +64,161 @@ class Description:
     tied_weights: bool = False
     depth_fields: tuple[DepthField, ...] = ()
     savings: tuple[Saving, ...] = ()
+    gguf: str | None = None
 
 
-def describe(
-    ref: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
-) -> Description:
-    """Describe MODEL without loading its weights. A model that sleb refuses is described as far
-    as it can be, with the reason.
+@takes(InspectConfig)
+def describe(ref: str | Path, config: InspectConfig, *, progress: Progress = silent) -> Description:
+    """Describe MODEL from its config and the headers of its files: of a .gguf file, from its
+    header. With ``full`` its structure is built as well, without weights, as transformers has it.
+    A model that sleb refuses is described as far as it can be, with the reason.
 
     Raises:
         InputError, DataError: there is no such model, or its files are damaged.
     """
-    source = resolve(ref, progress)
-    checkpoint = Checkpoint.open(source.path)
-    facts = {
-        "model": source.ref,
-        "model_type": str(checkpoint.config.get("model_type", "unknown")),
+    path = find(str(ref))
+    gguf = isinstance(path, Path) and path.is_file()
+    found = _of_gguf(str(ref), Path(str(path))) if gguf else None
+    if found is None or config.full:
+        source = resolve(ref, progress)
+        checkpoint = Checkpoint.open(source.path)
+        found = found or _of_files(source.ref, checkpoint)
+        if config.full:
+            from sleb.models.structure import structure
+
+            trust = config.trust_remote_code
+            facts = structure(checkpoint, trust_remote_code=trust)
+            found = replace(found, **facts)
+            if found.supported and found.gguf is None:
+                found = _sized(found, checkpoint)
+    return found
+
+
+def _of_files(ref: str, checkpoint: Checkpoint) -> Description:
+    """A folder's description, from config.json and the shards' headers."""
+    config = checkpoint.config
+    text = _decoder(config)
+    model_type = str(config.get("model_type", "unknown"))
+    facts: dict[str, Any] = {
+        "model": ref,
+        "model_type": model_type,
         "architecture": checkpoint.architecture or "unknown",
     }
-    try:
-        config = load_config(source.path, trust_remote_code=trust_remote_code)
-        text = decoder_config(config)
-        stack = BlockStack(empty_model(config, trust_remote_code=trust_remote_code))
-        refuse_unsupported(text.to_dict(), len(stack))
-        refuse_unread(checkpoint, config, trust_remote_code=trust_remote_code)
-    except UnsupportedModel as error:
-        return Description(**facts, supported=False, reason=str(error))  # type: ignore[arg-type]
+    reason = refused_type(text)
+    if config.get("is_encoder_decoder"):
+        reason = f"{facts['architecture']} is an encoder-decoder; sleb cuts decoder-only models"
+    if reason:
+        return Description(**facts, supported=False, reason=reason)
+    stated = next((text[name] for name in DEPTHS if isinstance(text.get(name), int)), None)
+    path, n = _blocks(checkpoint, stated)
+    found = Description(
+        **facts,
+        supported=None,
+        reason=None,
+        block_path=path,
+        blocks=n,
+        tied_weights=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings"))),
+        depth_fields=tuple(depth_fields(text, n)) if n else (),
+    )
+    return _sized(found, checkpoint)
 
-    n = len(stack)
-    elements, sizes = zip(*checkpoint.block_sizes(n, block_prefix(checkpoint, stack)), strict=True)
-    total = sum(info.numel for info in checkpoint.tensors.values())
-    savings = []
+
+def _decoder(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that says how many blocks there are; all of it where none does."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    nested = [inner for part in parts[1:] for inner in part.values() if isinstance(inner, dict)]
+    named = [part for part in (*parts, *nested) if any(name in part for name in DEPTHS)]
+    text = next((part for part in named if part is config.get("text_config")), None)
+    return text or (named or [config])[0]
+
+
+def _blocks(checkpoint: Checkpoint, stated: int | None) -> tuple[str | None, int | None]:
+    """Where blocks 0..n-1 stand among the tensors' names, and n: the largest such list."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    sizes: dict[str, int] = defaultdict(int)
+    for name, info in checkpoint.tensors.items():
+        if match := re.match(r"(?:(.*?)\.)?(\d+)\.", name):
+            numbers[match[1] or ""].add(int(match[2]))
+            sizes[match[1] or ""] += info.nbytes
+    whole = [p for p, found in numbers.items() if found >= set(range(stated or len(found)))]
+    if not whole:
+        return None, None
+    path = max(whole, key=lambda p: sizes[p])
+    return path, stated or len(numbers[path])
+
+
+def _sized(found: Description, checkpoint: Checkpoint) -> Description:
+    """With the sizes of a folder's tensors."""
+    if found.blocks is None:
+        return found
+    prefix = f"{found.block_path}." if found.block_path else ""
+    sizes = checkpoint.block_sizes(found.blocks, prefix)
+    infos = checkpoint.tensors.values()
+    total, dtypes = sum(i.numel for i in infos), {i.dtype for i in infos}
+    return _with_sizes(found, sizes, total, checkpoint.nbytes, dtypes)
+
+
+def _with_sizes(
+    found: Description,
+    sizes: Iterable[tuple[int, int]],
+    total: int,
+    nbytes: int,
+    dtypes: Iterable[str],
+) -> Description:
+    """``sizes``: elements and bytes of each block; of the whole model ``total`` and ``nbytes``."""
+    elements, stored = zip(*sizes, strict=True)
+    n, savings = len(elements), []
     for percent in (10, 20, 30):
         gone = min(blocks_to_remove(f"{percent}%", n), n - 1) if n > 1 else 0
+        left = total - gone * sum(elements) // n
         savings.append(
             Saving(
                 percent=percent,
                 blocks=gone,
-                parameters=total - gone * sum(elements) // n,
-                nbytes=checkpoint.nbytes - gone * sum(sizes) // n,
+                parameters=left,
+                nbytes=nbytes - gone * sum(stored) // n,
+                memory=2 * left,
                 ideal_speedup=n / (n - gone),
             )
         )
-    return Description(
-        **facts,
-        supported=True,
-        reason=None,
-        block_path=stack.path,
-        block_class=", ".join(sorted({type(block).__name__ for block in stack.blocks})),
-        blocks=n,
+    return replace(
+        found,
         parameters=total,
-        nbytes=checkpoint.nbytes,
+        nbytes=nbytes,
         block_parameters=elements,
-        block_bytes=sizes,
-        dtypes=tuple(sorted({info.dtype for info in checkpoint.tensors.values()})),
-        tied_weights=bool(getattr(config, "tie_word_embeddings", False)),
-        depth_fields=tuple(depth_fields(text.to_dict(), n)),
+        block_bytes=stored,
+        dtypes=tuple(sorted(dtypes)),
         savings=tuple(savings),
     )
+
+
+def _of_gguf(ref: str, path: Path) -> Description:
+    """A .gguf file's description, from its header."""
+    model = GGUFModel.of(GGUFFile.open(path))
+    try:
+        architecture_of(model)
+        against = ""
+    except UnsupportedModel as error:
+        against = str(error)
+    sizes, total = [(0, 0)] * model.blocks, 0
+    kinds: dict[str, int] = defaultdict(int)
+    for name, tensor in model.file.tensors.items():
+        elements = 1
+        for length in tensor.shape:
+            elements *= length
+        total += elements
+        kinds[type_name(tensor.kind)] += tensor.nbytes
+        if (block := block_of(name)) is not None:
+            sizes[block] = (sizes[block][0] + elements, sizes[block][1] + tensor.nbytes)
+    found = Description(
+        model=ref,
+        model_type=model.name,
+        architecture=str(model.file.value("general.name") or model.name),
+        supported=None,
+        reason=None,
+        block_path="blk",
+        blocks=model.blocks,
+        tied_weights="output.weight" not in model.file.tensors,
+        gguf=against,
+    )
+    return _with_sizes(found, sizes, total, path.stat().st_size, kinds)

@@ -18,10 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import repeat
-from typing import Any
-
-import numpy as np
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from sleb.checkpoints.gguf_fields import (
     ARCHITECTURES,
@@ -33,6 +30,10 @@ from sleb.checkpoints.gguf_fields import (
 )
 from sleb.checkpoints.gguf_file import ARRAY, STRING, GGUFFile
 from sleb.core.errors import DataError, UnsupportedModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
 
 _CONVERTED = frozenset(
     {
@@ -144,6 +145,7 @@ def parsed_once() -> Iterator[None]:
     has the file parsed anew for the config, for the weights and for the tokenizer; and all names of
     an architecture's tensors made anew for each module."""
     import gguf
+    import numpy as np
 
     parsed, dequantize = lru_cache(maxsize=1)(gguf.GGUFReader), gguf.dequantize
 
@@ -319,6 +321,8 @@ class _Carrier:
     def frequencies(self, rope: dict[str, Any]) -> None:
         """Divisors of the frequencies, as Llama 3.1 and later have them: the config says by which
         rule they were made."""
+        import numpy as np
+
         tensor = self.file.tensors[_FREQUENCIES]
         if tensor.kind:  # float32
             raise self.refusal(f"a tensor {_FREQUENCIES}")
@@ -356,6 +360,8 @@ _ROPE = (
 def _llama3(theta: float, half: int, rule: dict[str, Any]) -> np.ndarray[Any, Any]:
     """Divisors [half] of the rotary frequencies by Llama 3.1's rule: long waves are stretched by
     ``factor``, short ones are not, and between them it is interpolated."""
+    import numpy as np
+
     waves = 2 * np.pi * theta ** (np.arange(half) / half)
     low, high = rule["low_freq_factor"], rule["high_freq_factor"]
     share = (rule["original_max_position_embeddings"] / waves - low) / (high - low)

@@ -70,6 +70,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SLEB_CACHE") or Path(base) / "sleb").expanduser()
 
 
+@dataclass(frozen=True)
+class _OnHub:
+    """A repository, what of it is asked for, and what may have been meant if there is none."""
+
+    repo: str
+    revision: str | None
+    hint: str
+
+
 def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
     """Find the checkpoint folder for ``ref``, fetching or converting it if need be.
 
@@ -79,6 +88,24 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
         ResourceError: the hub cannot be reached, or the disk is full.
     """
     ref = str(ref)
+    found = find(ref)
+    if isinstance(found, Path):
+        if found.is_dir():
+            return ModelSource(ref=ref, path=found)
+        return ModelSource(ref=ref, path=_dequantized(found, progress), is_gguf=True)
+    folder = _from_hub(found.repo, found.revision, HUB_FILES, found.hint)
+    if lacking := [name for name in shard_names(folder) if not (folder / name).exists()]:
+        _from_hub(found.repo, found.revision, lacking, found.hint)
+    return ModelSource(ref=ref, path=folder)
+
+
+def find(ref: str) -> Path | _OnHub:
+    """Where ``ref`` is: a checkpoint folder or a .gguf file on this disk, or a repository. Reads
+    nothing and fetches nothing.
+
+    Raises:
+        InputError: there is no such folder or file, and it is no name of a repository either.
+    """
     if not ref:
         raise InputError("MODEL is empty; give a folder, a hub id or a .gguf file")
     path = Path(ref).expanduser()
@@ -92,11 +119,11 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
                     f"'{path / 'plan.json'}') applies it while MODEL is loaded"
                 )
             raise InputError(f"{ref} has no config.json: not a Hugging Face checkpoint")
-        return ModelSource(ref=ref, path=path)
+        return path
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{ref} is a file; MODEL is a folder, a hub id or a .gguf file")
-        return ModelSource(ref=ref, path=_dequantized(path, progress), is_gguf=True)
+        return path
     here, _, revision = ref.rpartition("@")
     if here and Path(here).expanduser().exists():
         raise InputError(
@@ -108,11 +135,7 @@ def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
     on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", ref)
     if path.suffix == ".gguf" or not on_hub or ref[0] in "./~":
         raise InputError(f"no model at {ref}{hint}; check the path")
-    repo, revision = on_hub.groups()
-    folder = _from_hub(repo, revision, HUB_FILES, hint)
-    if lacking := [name for name in shard_names(folder) if not (folder / name).exists()]:
-        _from_hub(repo, revision, lacking, hint)
-    return ModelSource(ref=ref, path=folder)
+    return _OnHub(on_hub[1], on_hub[2], hint)
 
 
 def _from_hub(repo: str, revision: str | None, files: list[str], hint: str) -> Path:

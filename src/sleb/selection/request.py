@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sleb.calibration import check_sources
 from sleb.calibration.answers import prompts_of
 from sleb.checkpoints.depth_fields import reindex
-from sleb.config import SearchConfig, TargetOptions, UnitKind
+from sleb.config import SearchConfig, UnitKind
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import SimilarityGate, Target, blocks_to_remove, parse_blocks
+from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.core.units import ATTENTION, MLP, Unit
@@ -22,84 +19,10 @@ from sleb.models.fixed_blocks import fixed_blocks, refuse_parts
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config, giving_positions
+from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """One target as the user gave it; exactly one may be given."""
-
-    remove: int | str | None = None
-    max_loss_increase: float | None = None
-    keep_answers: float | None = None
-    speedup: float | None = None
-    size: int | str | None = None
-
-    def __post_init__(self) -> None:
-        given = [f"--{k.replace('_', '-')}" for k, v in vars(self).items() if v is not None]
-        if len(given) != 1:
-            choice = "--remove, --max-loss-increase, --keep-answers, --speedup or --size"
-            raise InputError(
-                f"{' and '.join(given)} are two targets: give one of {choice}"
-                if given
-                else f"no target: give one of {choice}, for example --remove 20%"
-            )
-        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < math.inf:
-            raise InputError(
-                f"--max-loss-increase {self.max_loss_increase} is not possible; give nats/token "
-                "above 0, for example 0.1 (10.5 % more perplexity)"
-            )
-        if self.keep_answers is not None and not 0 < self.keep_answers < 1:
-            raise InputError(
-                f"--keep-answers {self.keep_answers} is not possible; give a share of tokens below "
-                "1, for example 0.95"
-            )
-        if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise InputError(f"--speedup {self.speedup} is not possible; give for example 1.25")
-        if self.size is not None:
-            parse_bytes(self.size, "--size")
-
-    @property
-    def limit(self) -> float | None:
-        """The most that a removal may cost on text or answers that took no part in the choice:
-        nats/token, or the share of tokens that are no longer kept. None for other targets."""
-        kept = self.keep_answers
-        return self.max_loss_increase if kept is None else 1 - kept
-
-    def reached(self, bound: float) -> Target:
-        """The record of a limit that is kept up to ``bound``."""
-        if self.keep_answers is not None:
-            kept = round(1 - bound, 6)
-            return Target(kind="keep-answers", limit=self.keep_answers, reached=kept)
-        assert self.max_loss_increase is not None
-        limit = self.max_loss_increase
-        return Target(kind="max-loss-increase", limit=limit, reached=round(bound, 6))
-
-    @classmethod
-    def of(cls, config: TargetOptions) -> Goal:
-        """The goal that was given; for a curve without one, to remove half of the blocks."""
-        given = {field.name: getattr(config, field.name) for field in fields(cls)}
-        if config.curve and all(value is None for value in given.values()):
-            return cls(remove="50%")
-        return cls(**given)
-
-
-def parse_bytes(text: int | str, option: str) -> int:
-    """Bytes of ``"100MB"``, ``"1.5 GiB"`` or a plain number of bytes.
-
-    Raises:
-        InputError: not a size.
-    """
-    match = re.fullmatch(
-        r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?", str(text).strip(), re.IGNORECASE
-    )
-    if not match or float(match[1]) <= 0:
-        raise InputError(f"{option} {text!r} is not a size; write for example 100MB or 1.5GiB")
-    unit = (match[2] or "").upper()
-    base = 1024 if unit.endswith("I") else 1000
-    return int(float(match[1]) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
 
 
 def check_options(config: SearchConfig) -> Goal:

@@ -37,6 +37,7 @@ from sleb.core.units import block_of, canonical, parts_in
 from sleb.models.compiled import CompiledStack
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
+from sleb.selection.goal import parse_bytes
 from sleb.selection.metrics import METRICS, MISSED, NLL, TokenMetric
 from sleb.selection.objective import Objective, ScoreCache, Scorer, ShortlistObjective
 from sleb.selection.racing import baseline, rank
@@ -44,7 +45,6 @@ from sleb.selection.request import (
     above,
     candidates_for,
     check_options,
-    parse_bytes,
     removals,
 )
 from sleb.selection.resources import default_batch, on_threads

@@ -19,9 +19,9 @@ from sleb.core.statistics import Values, interval, standard_error
 from sleb.core.units import block_of, canonical, part_of
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
+from sleb.selection.goal import Goal, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import baseline, rounded
-from sleb.selection.request import Goal, parse_bytes
 
 CONFIDENCE = 0.95
 

@@ -13,16 +13,18 @@ from datetime import datetime, timezone
 from functools import cache
 from math import isfinite, isnan
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup, escape
 
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.finding import Finding, Value
 from sleb.core.printable import printable
-from sleb.core.statistics import Interval
 from sleb.core.toml import read_toml
 from sleb.views.model import Table
+
+if TYPE_CHECKING:
+    from sleb.core.statistics import Interval
 
 LANGUAGES = ("en", "ja")
 WHOLE = 20  # characters of a command's word that a line break does not cut

@@ -5,18 +5,49 @@ It is made from run.json and plan.json alone, so a figure that was not recorded 
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sleb.core.errors import InputError
+from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
 from sleb.runtimes.bench import Ratio
 from sleb.views import proof, quality, selection, speed
+from sleb.views.html import render
 from sleb.views.locale import Locale
 from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Text, Verdict
+
+
+def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) -> Path:
+    """Write the report of the folder ``run`` to ``out``; give ``out`` back.
+
+    ``lang`` is en or ja. The same record gives the same bytes.
+
+    Raises:
+        InputError: the extra ``sleb[report]`` is not installed, no such language, ``out`` exists
+            and ``force`` is not given, or run.json and plan.json in ``run`` cannot be used.
+        ResourceError: the disk is full.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "a report needs jinja2 and matplotlib: pip install 'sleb[report]'"
+        ) from None
+    writable_target(out, force=force, folder=False)
+    record, plan = RunRecord.load(run), Plan.load(run / "plan.json")
+    digests = {
+        name: hashlib.sha256((run / name).read_bytes()).hexdigest()
+        for name in ("run.json", "plan.json")
+    }
+    t = Locale(lang, markup=True)
+    write_text(out, render(Report(record=record, plan=plan, t=t, digests=digests).page))
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)

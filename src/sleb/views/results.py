@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from functools import singledispatch
 from statistics import median
 from typing import Any, get_args
 
-import numpy as np
-from pydantic import BaseModel
-
 from sleb.core.plan import Plan, RepairRecord
-from sleb.core.printable import printable_json
-from sleb.core.units import named
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
@@ -33,9 +25,9 @@ from sleb.runtimes.speculative import Drafting
 from sleb.selection.similarity import Similarity
 from sleb.surgery.restore import Restored
 from sleb.surgery.verification import Verification
-from sleb.views import proof, quality, selection, speed, terminal
+from sleb.views import description, proof, quality, selection, speed, terminal
 from sleb.views.locale import Locale
-from sleb.views.model import Facts, Item, Table, Text
+from sleb.views.model import Item, Table, Text
 
 T = Locale("en")
 
@@ -43,22 +35,9 @@ T = Locale("en")
 def show(value: Any, *, json: bool = False) -> None:
     """Print a result on stdout: as JSON, or as tables and sentences."""
     if json:
-        text = json_module.dumps(_plain(value), ensure_ascii=False, indent=1)
-        sys.stdout.write(printable_json(text) + "\n")
+        terminal.write_json(value)
     else:
         terminal.draw(items(value), terminal.console())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.tolist() if isinstance(value, np.ndarray) else named(value)
 
 
 @singledispatch
@@ -78,6 +57,7 @@ _register(Transfer, quality.transfer)
 _register(Speed, speed.speed)
 _register(Drafting, speed.drafting)
 _register(RuntimeReport, speed.runtimes)
+_register(Description, description.description)
 _register(Verification, proof.verification)
 _register(GateResult, lambda t, g: proof.gate(t, g.rows))
 for kind in get_args(Item):
@@ -102,37 +82,6 @@ def depths(p: Plan) -> list[Item]:
     curve = selection.curve(T, p.curve, len(p.order)) if p.curve and p.curve.points else []
     asked = selection.target(T, p) if p.target and p.target.kind != "remove" else []
     return [*curve, *asked]
-
-
-@items.register
-def _(d: Description) -> list[Item]:
-    rows = {"model": d.model, "architecture": f"{d.architecture} ({d.model_type})"}
-    rows["supported"] = "yes" if d.supported else f"no: {d.reason}"
-    if d.supported:
-        low, high = T.size(min(d.block_bytes)), T.size(max(d.block_bytes))
-        each = low if low == high else f"{low} to {high}"
-        rows["blocks"] = f"{d.blocks} x {d.block_class} at {d.block_path}, {each} each"
-        stored = f"stored as {', '.join(d.dtypes)}, {T.size(d.nbytes or 0)}"
-        rows["parameters"] = f"{T.large(d.parameters or 0)} {stored}"
-        rows["tied weights"] = "yes: the head is the embedding" if d.tied_weights else "no"
-        rows |= {f"config {field.name}": field.kind for field in d.depth_fields}
-        if not d.depth_fields:
-            rows["config"] = "nothing depends on depth but the number of blocks"
-    found: list[Item] = [Facts(tuple(rows.items()))]
-    if d.savings:
-        heads = ("removed", "blocks", "parameters", "weights", "ideal speed-up")
-        savings = tuple(
-            (
-                f"{s.percent} %",
-                str(s.blocks),
-                T.large(s.parameters),
-                T.size(s.nbytes),
-                T.times(s.ideal_speedup),
-            )
-            for s in d.savings
-        )
-        found.append(Table(columns=heads, rows=savings))
-    return found
 
 
 @items.register

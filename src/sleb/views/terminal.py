@@ -5,16 +5,20 @@ All text is drawn through :func:`sleb.core.printable.printable`, as it may come 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
-from sleb.core.printable import printable
+from sleb.core.printable import printable, printable_json
+from sleb.core.units import named
 from sleb.evaluation.answer_checks import first_difference
 from sleb.views.model import Facts, Item, Listing, Missing, SideBySide, Table, Text
 
@@ -33,6 +37,24 @@ def console() -> Console:
     """On stdout; without markup, since names of models and folders may hold brackets."""
     width = None if sys.stdout.isatty() else 100
     return _Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def write_json(value: Any) -> None:
+    """Print a result on stdout as JSON."""
+    text = json.dumps(_as_json(value), ensure_ascii=False, indent=1)
+    sys.stdout.write(printable_json(text) + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return _as_json(asdict(value))
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else named(value)
 
 
 def draw(items: Iterable[Item], out: Console) -> None:
