@@ -19,6 +19,8 @@ from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import REPAIRED, Cut, write_repaired
+from sleb.checkpoints.gguf_fields import GGUFModel
+from sleb.checkpoints.gguf_file import GGUFFile, parameters
 from sleb.config import (
     HealConfig,
     LoadOptions,
@@ -42,7 +44,7 @@ from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
-from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
+from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment, record_path
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
 from sleb.repairs.answering import with_answers
 from sleb.repairs.search import search
@@ -55,6 +57,9 @@ from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, nothing_within_limit, upper_bound
 from sleb.surgery.apply import apply, refuse_source
+from sleb.surgery.gguf_cut import CutGGUF
+from sleb.surgery.gguf_prune import check_files, prune_gguf
+from sleb.surgery.gguf_repair import as_stored
 from sleb.surgery.verification import Verification, verify
 from sleb.views.card import model_card
 
@@ -62,12 +67,14 @@ from sleb.views.card import model_card
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
     """What :func:`prune` leaves: the checkpoint folder, its plan and its record; and the
-    ``quantized`` checkpoint beside it, see :func:`sleb.prune`."""
+    ``quantized`` checkpoint beside it, see :func:`sleb.prune`. ``gguf``: what is known of ``path``
+    where that is a GGUF file."""
 
     path: Path
     plan: Plan
     record: RunRecord
     quantized: Quantized | None = None
+    gguf: CutGGUF | None = None
 
 
 @takes(PruneConfig)
@@ -84,7 +91,10 @@ def prune(
 
     ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
     run.json and a model card. Of a plan of parts of blocks no checkpoint is written: ``out`` holds
-    plan.json, which :func:`sleb.load` applies, run.json, and the repaired tensors.
+    plan.json, which :func:`sleb.load` applies, run.json, and the repaired tensors. If ``model`` and
+    ``out`` both end in .gguf, ``out`` is the file without these blocks or parts, in its own
+    quantization: repaired tensors are quantized again, and so measured; plan and record lie beside
+    it, as OUT.plan.json and OUT.run.json.
 
     Options, also as keywords: :class:`sleb.config.PruneConfig`. A repair is by default made where
     it is possible, and the record says why it was not; two thirds of what it is fitted on are the
@@ -98,26 +108,38 @@ def prune(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out = Path(out)
-    writable_target(out, force=config.force)
+    gguf = _gguf(model, out, config.force)
     watch = Stopwatch(progress)
     goal = check_options(config)
     placing = config.part(LoadOptions).model_dump(include={"device", "stream", "device_map", "tp"})
     check_placing(**placing)
     check_request(model, config, watch)
     journal = out.with_name(out.name + ".journal")
-    found = _find(model, out, config, goal, journal, watch)
+    found = _find(model, out, config, goal, (journal, gguf), watch)
     found.facts.update(command=command, stages=stages or {}, started=watch.started)
     gc.collect()  # the model's memory is needed for the verification
     records: list[RunRecord] = []
+    files: list[CutGGUF] = []
 
     def write() -> str:
-        records.append(_write(model, out, config, found, watch))
+        if gguf is None:
+            records.append(_write(model, out, config, found, watch))
+        else:
+            files.append(_write_gguf(model, out, config, found, (watch, records)))
         journal.unlink(missing_ok=True)
         return TypeAdapter(RunRecord).dump_json(records[0]).decode()
 
     written = group().broadcast_from_main(write)
     record = records[0] if records else TypeAdapter(RunRecord).validate_json(written)
-    return Pruned(path=out, plan=found.plan, record=record)
+    return Pruned(path=out, plan=found.plan, record=record, gguf=files[0] if files else None)
+
+
+def _gguf(model: str | Path, out: Path, force: bool) -> GGUFModel | None:
+    """The uncut file, where ``out`` is to be one; it is checked that ``out`` can be written."""
+    if out.suffix == ".gguf":
+        return check_files(model, out, record_path(out), force=force)
+    writable_target(out, force=force)
+    return None
 
 
 @takes(HealConfig)
@@ -154,7 +176,7 @@ def heal(
             stages=stages or {},
             verification=_verified(stage, out, model, healing.healed, watch, **trust),
             parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
-            nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
+            nbytes=(size_on_disk(model, checkpoint), Checkpoint.open(stage).nbytes),
             seconds=dict(watch.seconds),
             healed=done,
             **facts,
@@ -261,9 +283,16 @@ class _Found:
 
 
 def _find(
-    model: str | Path, out: Path, config: PruneConfig, goal: Goal, journal: Path, watch: Stopwatch
+    model: str | Path,
+    out: Path,
+    config: PruneConfig,
+    goal: Goal,
+    beside: tuple[Path, GGUFModel | None],
+    watch: Stopwatch,
 ) -> _Found:
-    """Load the model, choose blocks, repair the cut and measure it."""
+    """Load the model, choose blocks, repair the cut and measure it. ``beside``: where scores are
+    kept meanwhile, and the GGUF file that will get the repair."""
+    journal, gguf = beside
     loaded = load(model, **dict(config.part(LoadOptions)), progress=watch)
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
@@ -293,6 +322,10 @@ def _find(
     fixed = None
     if split.repair_given is not None:
         plan, fixed, status = _repaired(loaded, plan, split, limited, config, watch)
+    exact = fixed
+    if fixed and gguf:  # what is measured is what will be in the file
+        tensors = as_stored(gguf, fixed.tensors, Checkpoint.open(source.path))
+        fixed = replace(fixed, tensors=tensors)
     facts = {"model": source.ref, "removed": plan.removed, "blocks": plan.model.blocks}
     setting = environment(str(stack.input_device), loaded.dtype)
     if group().several:
@@ -305,7 +338,7 @@ def _find(
         patch = partial(fixed.patch, stack) if fixed else None
         measured = split.answers.measured
         facts["prompts"] = measure_answers(loaded, measured, plan.removed, patch, watch)
-    return _Found(plan, fixed, source.path, stack.streamed, facts)
+    return _Found(plan, exact, source.path, stack.streamed, facts)
 
 
 def _measured(
@@ -335,6 +368,37 @@ def _measured(
     return {"evaluation": found, "evaluation_text": text}
 
 
+def _write_gguf(
+    model: str | Path,
+    out: Path,
+    config: PruneConfig,
+    found: _Found,
+    told: tuple[Stopwatch, list[RunRecord]],
+) -> CutGGUF:
+    """Cut the GGUF file, check it and record it, all or nothing; the record goes to ``told``.
+
+    Raises:
+        VerificationFailed: a gate did not pass.
+    """
+    watch, records = told
+
+    def finish(done: CutGGUF, checked: Verification) -> str:
+        before = Path(model).expanduser()
+        facts = found.facts | {
+            "parameters": (parameters(GGUFFile.open(before)), parameters(GGUFFile.open(done.out))),
+            "nbytes": (before.stat().st_size, done.nbytes),
+            "requantized": tuple(tensor.stored for tensor in done.requantized),
+        }
+        records.append(RunRecord(seconds=dict(watch.seconds), verification=checked, **facts))
+        return records[0].to_json()
+
+    cut = Cut.of(found.plan, parts=True)
+    if found.repair:
+        cut = cut.with_repair(found.repair.record, found.repair.tensors)
+    how: dict[str, Any] = {"force": config.force, "progress": watch}
+    return prune_gguf(found.plan, model, out, cut, record_path(out), finish=finish, **how)
+
+
 def _write(
     model: str | Path, out: Path, config: PruneConfig, found: _Found, watch: Stopwatch
 ) -> RunRecord:
@@ -355,7 +419,7 @@ def _write(
             RunRecord(
                 seconds=dict(watch.seconds),
                 parameters=(_elements(before), _elements(after)),
-                nbytes=(before.nbytes, after.nbytes),
+                nbytes=(size_on_disk(model, before), after.nbytes),
                 verification=checked,
                 **found.facts,
             )
@@ -411,8 +475,11 @@ def _check_space(out: Path, goal: Goal, model: LoadedModel, config: PruneConfig)
     if goal.remove is None or config.unit != "block":
         return
     n, nbytes = len(model.stack), Checkpoint.open(model.source.path).nbytes
+    keep = config.keep
+    if out.suffix == ".gguf":
+        nbytes, keep = Path(model.source.ref).expanduser().stat().st_size, False
     left = n - blocks_to_remove(goal.remove, n)
-    enough_space(out.parent, nbytes if config.keep else nbytes * left // n)
+    enough_space(out.parent, nbytes if keep else nbytes * left // n)
 
 
 def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, RepairStatus]:
@@ -532,6 +599,12 @@ def _fitted(
         answers=len(windows[0].of(ANSWERS)),
         validation_windows=len(windows[1].ids),
     )
+
+
+def size_on_disk(model: str | Path, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights as the user has them: of a .gguf file, not of what it is turned into."""
+    path = Path(model).expanduser()
+    return path.stat().st_size if path.suffix == ".gguf" and path.is_file() else checkpoint.nbytes
 
 
 def _elements(checkpoint: Checkpoint) -> int:

@@ -35,6 +35,7 @@ from sleb.evaluation.transfer import Transfer
 from sleb.runtimes.bench import Speed
 from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
+from sleb.surgery.gguf_repair import Stored
 from sleb.surgery.verification import Verification
 
 MAX_BYTES = 256 * 2**20
@@ -161,6 +162,7 @@ class RunRecord:
     from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
     ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
     dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    ``requantized``: of a GGUF file, the repaired tensors, which were quantized again.
     ``healed``: what a training after the cut did, of which all else here is the result.
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
     """
@@ -188,6 +190,7 @@ class RunRecord:
     runtimes: RuntimeReport | None = None
     draft: Drafting | None = None
     healed: Healed | None = None
+    requantized: tuple[Stored, ...] = ()
     stages: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
@@ -196,24 +199,28 @@ class RunRecord:
         """Of what is removed, the attention or MLP of blocks that stay."""
         return parts_in(self.removed)
 
-    def save(self, path: Path) -> None:
-        """Write as JSON, atomically."""
+    def to_json(self) -> str:
+        """As it is stored."""
         found = json.dumps(
             named(asdict(self)),
             indent=1,
             ensure_ascii=False,
             default=lambda m: m.model_dump(mode="json"),
         )
-        write_text(path, found + "\n")
+        return found + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read ``folder``/run.json.
+        """Read ``folder``/run.json, or what lies beside a GGUF file.
 
         Raises:
             InputError: missing, too large, not JSON, another schema, or inconsistent.
         """
-        path = Path(folder) / "run.json"
+        path = record_path(Path(folder))
         if not path.is_file():
             raise InputError(f"no run record at {path}; sleb prune and sleb run write one")
         if path.stat().st_size > MAX_BYTES:
@@ -237,8 +244,13 @@ class RunRecord:
     def update(cls, folder: str | Path, **sections: Any) -> Self:
         """Replace sections of ``folder``/run.json, and return the new record."""
         record = replace(cls.load(folder), **sections)
-        record.save(Path(folder) / "run.json")
+        record.save(record_path(Path(folder)))
         return record
+
+
+def record_path(out: Path) -> Path:
+    """Where the record of a result is: in a checkpoint's folder, or beside a GGUF file."""
+    return out.with_suffix(".run.json") if out.suffix == ".gguf" else out / "run.json"
 
 
 @dataclass

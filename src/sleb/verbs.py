@@ -182,6 +182,8 @@ def prune(
             f"--heal and --quantize take a checkpoint, and --unit {config.unit} leaves a plan: "
             "leave them out, or --unit"
         )
+    if Path(out).suffix == ".gguf" and (heal or quantize):
+        raise InputError(f"{out} is a GGUF file, and healing and quantizing are for folders")
     beside = Path(out).with_name(f"{Path(out).name}-{quantize}")
     if quantize is not None:
         rounding.check_scheme(quantize)

@@ -9,6 +9,7 @@ Architectures that are not listed are refused: a wrong guess would load and comp
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,15 @@ class GGUFModel:
                 f"{file.path} has tensors of block {beyond[0]} behind its {blocks} blocks"
             )
         return model
+
+    def block_sizes(self) -> list[tuple[int, int]]:
+        """Elements and bytes of each block's tensors."""
+        sizes = [(0, 0)] * self.blocks
+        for name, info in self.file.tensors.items():
+            if (block := block_of(name)) is not None:
+                elements, nbytes = sizes[block]
+                sizes[block] = (elements + math.prod(info.shape), nbytes + info.nbytes)
+        return sizes
 
     def get(self, key: str) -> Any:
         """The value of ``{architecture}.key``; None if there is none."""

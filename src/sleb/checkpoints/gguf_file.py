@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -364,6 +365,11 @@ def _sizes() -> dict[int, tuple[int, int]]:
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+
+
+def parameters(file: GGUFFile) -> int:
+    """Elements of all tensors."""
+    return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
 
 
 def type_name(kind: int) -> str:

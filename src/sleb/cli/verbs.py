@@ -207,19 +207,23 @@ def _check_eval(given: Given) -> None:
 
 
 def _check_prune(given: Given) -> None:
-    _new_folder(given)
+    _new_checkpoint(given)
+    out = Path(given["out"])
+    if out.suffix == ".gguf" and (given["heal"] or given["quantize"]):
+        raise InputError(
+            f"-o {out} is a GGUF file, and --heal and --quantize are for folders; leave them out"
+        )
     if given["quantize"]:
-        out = Path(given["out"])
         beside = out.with_name(f"{out.name}-{given['quantize']}")
         writable_target(beside, force=given["force"])
 
 
 def _check_report(given: Given) -> None:
     _new_file(given)
-    if not (Path(given["run"]) / "run.json").is_file():
-        raise InputError(
-            f"no run record {given['run']}/run.json: sleb prune or sleb run writes one"
-        )
+    run = Path(given["run"])
+    record = run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
+    if not record.is_file():
+        raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
 
 
 def _described(found: Any) -> Any:
@@ -235,8 +239,7 @@ def _applied_facts(a: Any) -> dict[str, Any]:
         facts |= {"plan": str(a.gguf.plan), "nbytes": a.gguf.nbytes}
         facts |= {"other_weights": a.gguf.other_weights}
         facts |= {"imatrices": [str(path) for path in a.gguf.imatrices]}
-        names = ("name", "was", "type", "error")
-        facts["requantized"] = [{n: getattr(t, n) for n in names} for t in a.gguf.requantized]
+        facts["requantized"] = [tensor.stored for tensor in a.gguf.requantized]
     if a.repair:
         facts["repair"] = a.repair.model_dump(mode="json")
     if a.adapter:
@@ -287,13 +290,18 @@ def _pruned_drawn(p: Any) -> Any:
 
 
 def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
+    if p.gguf:
+        yield f"written: {p.path}, with {p.gguf.plan.name} and {p.path.stem}.run.json beside it"
+        yield f"next: llama-cli -m {p.path}; sleb report {p.path}"
+        return
+    of_gguf = str(given["model"]).endswith(".gguf")
     if p.plan.parts:
         file = p.path / "plan.json"
         yield f"plan written to {file}: sleb.load({str(given['model'])!r}, plan={str(file)!r})"
-        if Path(given["model"]).suffix == ".gguf":
-            yield f"for llama.cpp: sleb apply {file} {given['model']} -o cut.gguf"
     else:
         yield from _written(p, given)
+    if of_gguf:
+        yield f"for a file as the model's own, in its quantization: -o {p.path}.gguf"
     if p.quantized is not None:
         yield f"quantized checkpoint written to {p.quantized.path}"
 
@@ -388,7 +396,8 @@ VERBS = (
     Verb(
         name="prune",
         group=START,
-        help="Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card.",
+        help="Search, cut, repair and prove; OUT holds the checkpoint, plan, run record and card. "
+        "Of a .gguf file OUT may be one too: model.gguf -o smaller.gguf.",
         example="sleb prune ./model --remove 20% -o ./smaller",
         arguments=(
             MODEL,

@@ -15,8 +15,8 @@ from typing import Any
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.depth_fields import DepthField, depth_fields, refused_type
-from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of, block_of
-from sleb.checkpoints.gguf_file import GGUFFile, type_name
+from sleb.checkpoints.gguf_fields import GGUFModel, architecture_of
+from sleb.checkpoints.gguf_file import GGUFFile, parameters, type_name
 from sleb.config import InspectConfig, takes
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import blocks_to_remove
@@ -200,16 +200,7 @@ def _of_gguf(ref: str, path: Path) -> Description:
         against = ""
     except UnsupportedModel as error:
         against = str(error)
-    sizes, total = [(0, 0)] * model.blocks, 0
-    kinds: dict[str, int] = defaultdict(int)
-    for name, tensor in model.file.tensors.items():
-        elements = 1
-        for length in tensor.shape:
-            elements *= length
-        total += elements
-        kinds[type_name(tensor.kind)] += tensor.nbytes
-        if (block := block_of(name)) is not None:
-            sizes[block] = (sizes[block][0] + elements, sizes[block][1] + tensor.nbytes)
+    kinds = {type_name(tensor.kind) for tensor in model.file.tensors.values()}
     found = Description(
         model=ref,
         model_type=model.name,
@@ -221,4 +212,5 @@ def _of_gguf(ref: str, path: Path) -> Description:
         tied_weights="output.weight" not in model.file.tensors,
         gguf=against,
     )
-    return _with_sizes(found, sizes, total, path.stat().st_size, kinds)
+    total, nbytes = parameters(model.file), path.stat().st_size
+    return _with_sizes(found, model.block_sizes(), total, nbytes, kinds)

@@ -20,6 +20,8 @@ from sleb.calibration.answers import ANSWERS
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint, fingerprint
+from sleb.checkpoints.gguf_fields import GGUFModel
+from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.config import SearchConfig
 from sleb.core.errors import InputError
 from sleb.core.plan import (
@@ -162,6 +164,9 @@ class _Search:
                     self.similarity, self.candidates, config.min_similarity, least
                 )
         self.costs = Costs.of(checkpoint, stack, parts_in(self.candidates))
+        if model.source.is_gguf:
+            file = GGUFFile.open(Path(model.source.ref).expanduser())
+            self.costs = self.costs.in_file(GGUFModel.of(file))
         self.batch = config.batch or default_batch(stack, self.windows.ids.shape[1])
         self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
 

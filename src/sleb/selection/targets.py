@@ -7,12 +7,13 @@ need to know nothing of it. What is held out here never takes part in the choice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scipy import stats
 
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Target, blocks_to_remove
 from sleb.core.statistics import Values, interval, standard_error
@@ -65,6 +66,13 @@ class Costs:
             blocks=tuple(nbytes for _, nbytes in sizes),
             shares=_shares(stack, parts),
         )
+
+    def in_file(self, model: GGUFModel) -> Costs:
+        """The same of the .gguf file that the checkpoint was made of."""
+        total, blocks = model.file.path.stat().st_size, [size for _, size in model.block_sizes()]
+        share = (total - sum(blocks)) / max(1, self.total - sum(self.blocks))
+        beside = int((self.total - self.read) * share)
+        return replace(self, total=total, read=total - beside, blocks=tuple(blocks))
 
     def size(self, removed: Sequence[int]) -> int:
         """Bytes on disk without ``removed``."""

@@ -28,7 +28,7 @@ PLUS_ONE = ("gemma", "gemma2", "gemma3")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requantized:
+class Stored:
     """A repaired tensor: its name in the uncut file, its type before and now, and the norm of the
     rounding error over that of the tensor."""
 
@@ -36,8 +36,19 @@ class Requantized:
     was: str
     type: str
     error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requantized(Stored):
+    """With its bytes, of ggml's type ``kind``."""
+
     kind: int = field(repr=False)
     content: bytes = field(repr=False)
+
+    @property
+    def stored(self) -> Stored:
+        """Without its bytes, for records."""
+        return Stored(name=self.name, was=self.was, type=self.type, error=self.error)
 
 
 def quantize_again(
@@ -63,10 +74,33 @@ def quantize_again(
             raise UnsupportedModel(
                 f"{name} has no tensor of its own in {model.file.path}: cut without the repair"
             )
-        shift = 1.0 if model.name in PLUS_ONE and info.name.endswith("norm.weight") else 0.0
+        shift = _shift(model, info.name)
         _check_form(name, tensor, info, shift, model, original)
         found[info.name] = _quantized(info, tensor.float() + shift)
     return tuple(found.values())
+
+
+def as_stored(
+    model: GGUFModel, tensors: Mapping[str, Tensor], original: Checkpoint
+) -> dict[str, Tensor]:
+    """``tensors`` with the rounding that they get in the file: what its reader computes with.
+
+    Raises:
+        UnsupportedModel: see :func:`quantize_again`.
+    """
+    import torch
+
+    again, found = quantize_again(model, tensors, original), {}
+    for (name, tensor), new in zip(tensors.items(), again, strict=True):
+        shift = _shift(model, new.name)
+        values = torch.from_numpy(_decoded(new.content, new.kind, tensor.shape)) - shift
+        found[name] = values.to(tensor.dtype)
+    return found
+
+
+def _shift(model: GGUFModel, name: str) -> float:
+    """What the file has more than the checkpoint."""
+    return 1.0 if model.name in PLUS_ONE and name.endswith("norm.weight") else 0.0
 
 
 def _check_form(

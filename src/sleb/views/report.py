@@ -14,8 +14,9 @@ from pathlib import Path
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
-from sleb.record import RunRecord
+from sleb.record import RunRecord, record_path
 from sleb.runtimes.bench import Ratio
+from sleb.surgery.gguf_cut import plan_beside
 from sleb.views import proof, quality, selection, speed
 from sleb.views.html import render
 from sleb.views.locale import Locale
@@ -40,11 +41,12 @@ def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) ->
             "a report needs jinja2 and matplotlib: pip install 'sleb[report]'"
         ) from None
     writable_target(out, force=force, folder=False)
-    record, plan = RunRecord.load(run), Plan.load(run / "plan.json")
-    digests = {
-        name: hashlib.sha256((run / name).read_bytes()).hexdigest()
-        for name in ("run.json", "plan.json")
+    files = {
+        "run.json": record_path(run),
+        "plan.json": plan_beside(run) if run.suffix == ".gguf" else run / "plan.json",
     }
+    record, plan = RunRecord.load(run), Plan.load(files["plan.json"])
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     t = Locale(lang, markup=True)
     write_text(out, render(Report(record=record, plan=plan, t=t, digests=digests).page))
     return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import singledispatch
 from statistics import median
 from typing import Any, get_args
@@ -23,6 +22,7 @@ from sleb.runtimes.bench import Speed
 from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
 from sleb.selection.similarity import Similarity
+from sleb.surgery.gguf_repair import Stored
 from sleb.surgery.restore import Restored
 from sleb.surgery.verification import Verification
 from sleb.views import description, proof, quality, selection, speed, terminal
@@ -121,6 +121,7 @@ def _(r: RunRecord) -> list[Item]:
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
+    lines += requantized_told(r.requantized)
     lines.append(f"verified: {passed} of {checks} gates passed")
     total, searching = sum(r.seconds.values()), r.seconds.get("searching", 0)
     lines.append(f"took {total:.0f} s, of which searching {searching:.0f} s")
@@ -272,10 +273,25 @@ def _(done: dict) -> list[Item]:  # type: ignore[type-arg]
         found.append(quality.by_gap(T, RepairRecord.model_validate(done["repair"])))
     if "nbytes" in done:
         found.append(Text(f"{T.size(done['nbytes'])}; every other tensor is the original's bytes"))
-    tensors = done.get("requantized", [])
-    for (was, now), count in Counter((x["was"], x["type"]) for x in tensors).items():
-        errors = [x["error"] for x in tensors if (x["was"], x["type"]) == (was, now)]
+    return [*found, *map(Text, requantized_told(done.get("requantized", ())))]
+
+
+def requantized_told(tensors: Sequence[Stored]) -> list[str]:
+    """Which repaired tensors of a GGUF file are stored how, and what that rounds off."""
+    lines = []
+    for was, now in dict.fromkeys((x.was, x.type) for x in tensors):
+        of = [x for x in tensors if (x.was, x.type) == (was, now)]
+        blocks: dict[str, list[str]] = {}
+        for x in of:
+            parts = x.name.split(".")
+            inside = parts[0] == "blk" and len(parts) > 3
+            name = ".".join(parts[2:]).removesuffix(".weight") if inside else x.name
+            blocks.setdefault(name, []).extend(parts[1:2] if inside else [])
+        named = [f"{name} of {T.join(at)}" if at else name for name, at in blocks.items()]
         stored = f"as {now}, as before" if was == now else f"as {now} instead of {was}"
-        told = f"{count} repaired tensors are stored {stored}: rounding error"
-        found.append(Text(f"{told} {min(errors):.2%} to {max(errors):.2%} of their norm"))
-    return found
+        low, high = min(x.error for x in of), max(x.error for x in of)
+        lines.append(
+            f"{len(of)} repaired tensors are stored {stored} ({'; '.join(named)}): rounding error "
+            f"{low:.2%} to {high:.2%} of their norm"
+        )
+    return lines

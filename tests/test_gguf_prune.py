@@ -1,0 +1,99 @@
+"""`sleb prune model.gguf -o smaller.gguf`: one command from a file to a repaired smaller one."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+import sleb
+from cli_tools import refused, run, tree
+from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
+from sleb.calibration.split import CalibrationSplit
+from sleb.core.errors import VerificationFailed
+from sleb.record import RunRecord
+from sleb.surgery import gguf_prune
+
+pytestmark = pytest.mark.usefixtures("readable")
+CPU = {"dtype": "float32", "device": "cpu"}
+SMALL = {"windows": 4, "length": 16, "heldout": 6, "repair_tokens": 600}
+WORDS = [w for k, v in {**SMALL, **CPU}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    return tmp_path
+
+
+def test_what_is_measured_is_what_the_file_computes(here, capsys):
+    before = Path("m.gguf").read_bytes()
+    ran = run(capsys, "prune", "m.gguf", "--remove", 2, "-o", "s.gguf", *WORDS)
+    assert ran.code == 0, ran.err
+    assert Path("m.gguf").read_bytes() == before
+    assert {p.name for p in here.iterdir() if p.is_file()} == {
+        "m.gguf", "s.gguf", "s.plan.json", "s.run.json",
+    }  # fmt: skip
+    record, plan = RunRecord.load("s.gguf"), sleb.Plan.load("s.plan.json")
+    assert record.nbytes == (len(before), Path("s.gguf").stat().st_size)
+    assert record.removed == plan.removed
+    assert {check.key for check in record.verification.checks} >= {"blocks", "weights-but-repaired"}
+
+    assert record.repair.status == "repaired"
+    assert len(record.requantized) == len(plan.repair.tensors) > 0
+    for tensor in record.requantized:
+        assert tensor.name.split(".")[2] in ran.out
+        assert (tensor.was, tensor.type) == ("Q8_0", "Q8_0")
+
+    dense, cut = sleb.load("m.gguf", **CPU), sleb.load("s.gguf", **CPU)
+    windows = {name: SMALL[name] for name in ("windows", "length", "heldout")}
+    heldout = CalibrationSplit.of(dense.tokenizer, (), seed=0, **windows).heldout
+    for model, stated in (
+        (dense, record.evaluation.perplexity),
+        (cut, record.evaluation.pruned_perplexity),
+    ):
+        found = sleb.evaluate(model, heldout).perplexity.value
+        assert found == pytest.approx(stated.value, rel=1e-6)
+    assert run(capsys, "report", "s.gguf", "-o", "r.html").code == 0
+
+
+def test_a_size_is_the_files(here):
+    whole = Path("m.gguf").stat().st_size
+    found = sleb.prune("m.gguf", "s.gguf", size=int(0.8 * whole), **SMALL, **CPU, repair=False)
+    assert found.plan.target.reached <= 0.8 * whole
+    assert found.path.stat().st_size == pytest.approx(found.plan.target.reached, rel=0.02)
+
+
+def test_what_cannot_be_is_said_first_and_leaves_nothing(here, capsys, tiny_dir):
+    write_tiny(here / "odd.gguf", "bert")
+    Path("there.run.json").write_text("{}")
+    before = tree(here)
+    for words, code, noun in [
+        (f"{tiny_dir} -o s.gguf", 2, "convert_hf_to_gguf"),
+        ("m.gguf -o m.gguf", 2, "m.gguf exists"),
+        ("m.gguf -o there.gguf", 2, "there.run.json exists"),
+        ("m.gguf -o s.gguf --heal", 2, "--heal"),
+        ("m.gguf -o s.gguf --quantize int8", 2, "--quantize"),
+        ("odd.gguf -o s.gguf", 4, "bert"),
+    ]:
+        assert noun in refused(capsys, code, "prune", *words.split(), "--remove", 2, *WORDS)
+        assert tree(here) == before
+
+
+def test_a_file_that_is_not_the_cut_does_not_appear(here, monkeypatch):
+    whole = gguf_prune.cut_gguf
+
+    def spoilt(*args, **how):
+        done = whole(*args, **how)
+        raw = bytearray(done.out.read_bytes())
+        raw[-20] ^= 1
+        done.out.write_bytes(raw)
+        return done
+
+    monkeypatch.setattr(gguf_prune, "cut_gguf", spoilt)
+    with pytest.raises(VerificationFailed, match="weights"):
+        sleb.prune("m.gguf", "s.gguf", remove=2, **SMALL, **CPU, repair=False)
+    left = {p.name for p in here.iterdir() if p.is_file()}
+    assert left == {"m.gguf", "s.gguf.journal"}
+    assert json.loads(Path("s.gguf.journal").read_text().splitlines()[0])
