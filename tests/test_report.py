@@ -18,6 +18,7 @@ from report_tools import (
     Seen,
     big,
     complete,
+    healed,
     hostile,
     html,
     page,
@@ -51,6 +52,15 @@ def test_the_page_has_every_part_in_order(lang):
     assert len(charts) == 5
     assert all(len(found.text(name)) > 30 for name in SECTIONS)
     assert dict(found.tags[0][1])["lang"] == lang
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_a_healed_model_s_page_shows_how_it_went(lang):
+    found = seen(healed(), lang=lang, charts=True)
+    assert "healed" in found.ids
+    assert len([tag for tag, named in found.tags if tag == "svg" and named["role"] == "img"]) == 6
+    assert "6,000" in found.text("healed")
+    assert "healed" not in seen(lang=lang).ids
 
 
 @pytest.mark.parametrize(

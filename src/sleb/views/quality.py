@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from sleb.core.plan import RepairedGap, RepairRecord
 from sleb.core.statistics import Flips, Interval
+from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import FLOOR, AnswersKept, RightAnswers
 from sleb.evaluation.answers import Answer, Comparison, Pair
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
 from sleb.views.locale import DASH, Locale
-from sleb.views.model import Answered, Facts, Item, Listing, SideBySide, Table, Text
+from sleb.views.model import (
+    Answered,
+    Facts,
+    Figure,
+    Item,
+    Line,
+    Listing,
+    SideBySide,
+    Table,
+    Text,
+)
 
 PAIRS = 6
 """Pairs of answers on a page; a terminal shows half as many."""
@@ -386,3 +398,32 @@ def transfer(t: Locale, found: Transfer) -> list[Item]:
         overlap,
         Text(t("transfer.recommended", source=source(best.source))),
     ]
+
+
+def healing(t: Locale, h: Healed) -> Figure:
+    """The divergence of windows that were not trained on, by step; of the weights that were taken
+    in particular."""
+    by_step = {step: fmean(kinds) for step, kinds in h.checks}
+    steps, found, least = tuple(by_step), tuple(by_step.values()), by_step[h.best_step]
+    return Figure(
+        name="healed",
+        title=t("healed.chart"),
+        text=t(
+            "healed.text",
+            speed=t.count(round(h.tokens_per_second)),
+            seconds=t.count(round(h.seconds)),
+        ),
+        alt=t.plain(
+            "healed.alt", first=t.nats(found[0]), last=t.nats(by_step[h.best_step]), steps=h.steps
+        ),
+        chart=Line(
+            x=steps,
+            y=found,
+            low=(None,) * len(steps),
+            high=(None,) * len(steps),
+            chosen=h.best_step,
+            chosen_label=t.plain("curve.chosen"),
+            x_label=t.plain("healed.x"),
+            y_label=t.plain("healed.y"),
+        ),
+    )

@@ -244,7 +244,7 @@ class Report:
     # -- the sections ----------------------------------------------------------------------------
 
     def _sections(self) -> tuple[Panel, ...]:
-        t, r, plan = self.t, self.record, self.plan
+        t, r, plan, healed = self.t, self.record, self.plan, self.record.healed
 
         def shown(key: str, value: object, items: Callable[[], list[Item]]) -> list[Item]:
             return items() if value else self._missing(key)
@@ -262,6 +262,7 @@ class Report:
                 "rounds": lambda: [selection.candidates(t, plan)],
                 "similarity": alike,
                 "curve": self._curve,
+                **({"healed": lambda: [quality.healing(t, healed)]} if healed else {}),
                 "texts": self._texts,
                 "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
                 "answers": lambda: (

@@ -1,0 +1,339 @@
+"""Other ways to choose blocks, and merging instead of removing: what a cut costs, before a repair
+and after a quick one.
+
+    python benchmarks/choices.py MODEL --data FOLDER --remove 3,6 -o out.json
+
+FOLDER is laid out as texts.py and answers.py say. Blocks are chosen on the texts, the model's
+answers to ``answers/*_fit.jsonl`` or both; costs are on other windows and other answers: the
+increase of the loss in nats/token, and the share of answers' tokens that stay the likeliest. Models
+whose blocks are not those of Llama are not merged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import asked, main_of, measure, save, setting
+from texts import prepare
+from torch import Tensor
+
+import sleb
+from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.windows import Windows
+from sleb.config import PruneConfig
+from sleb.core.progress import silent
+from sleb.models.load import LoadedModel
+from sleb.repairs import given_tokens
+from sleb.repairs.answering import with_answers
+from sleb.repairs.scoring import RepairedScores
+from sleb.selection.metrics import MISSED, NLL
+from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.sweep import Sweep
+
+RIDGE = 0.1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--remove", default="3,6")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--fitted", type=int, default=100_000, help="tokens of a quick repair")
+    parser.add_argument("--max-prompts", type=int, help="to answer")
+    parser.add_argument("--new-tokens", type=int, help="of an answer, at most")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Study:
+    """One model with its windows. ``chosen_on``: by name what sets are chosen on."""
+
+    def __init__(self, model: LoadedModel, options: argparse.Namespace, specs: Sequence[str]):
+        self.model, self.stack = model, model.stack
+        prompts = sorted(map(str, (options.data / "answers").glob("*_fit.jsonl")))
+        given = {"max_prompts": options.max_prompts, "new_tokens": options.new_tokens}
+        config = PruneConfig(text=tuple(specs), prompts=tuple(prompts), remove=1, **given)
+        split = CalibrationSplit.of(
+            model.tokenizer,
+            tuple(specs),
+            windows=options.windows,
+            length=options.length,
+            seed=0,
+            heldout=32,
+            loss_on="all",
+        ).with_repair(given_tokens(model.stack, None))
+        self.split = with_answers(model, split, config, silent)
+        assert self.split.answers
+        assert self.split.heldout
+        self.chosen_on = {"texts": self.split.search, "answers": self.split.answers.search}
+        self.measured = {
+            "texts": self.split.heldout,
+            "answers": self.split.answers.measured.windows,
+        }
+        self.fit = self.split.candidate_fit(options.fitted)
+
+    def sweep(self, windows: Windows, metric: Any = NLL) -> Sweep:
+        return Sweep(self.stack, windows.ids, metric, scored=windows.scored)
+
+    def increases(self, sets: Sequence[BlockSet], name: str) -> Any:
+        """Of the loss on what sets are chosen on; "both" is the sum."""
+        if name == "both":
+            return self.increases(sets, "texts") + self.increases(sets, "answers")
+        windows = self.chosen_on[name]
+        found = self.sweep(windows).values([DENSE, *sets], 0, len(windows.ids)).mean(1)
+        return found[1:] - found[0]
+
+    def costs(self, blocks: BlockSet, *, repaired: bool) -> dict[str, float]:
+        """Of one set, where it was not chosen."""
+        found: dict[str, float] = {}
+        for name, windows in self.measured.items():
+            for metric in (NLL, MISSED) if name == "answers" else (NLL,):
+                sweep, n = self.sweep(windows, metric), len(windows.ids)
+                fitted = RepairedScores(sweep, self.fit.ids, self.fit.scored)
+                scores = (fitted if repaired else sweep).values([blocks], 0, n)
+                dense = sweep.values([DENSE], 0, n)
+                increase = round(float(scores.mean() - dense.mean()), 4)
+                found["missed" if metric is MISSED else name] = increase
+        return found
+
+
+def greedy(study: Study, n: int, name: str) -> BlockSet:
+    chosen = DENSE
+    while len(chosen) < n:
+        sets = [chosen | {b} for b in range(len(study.stack)) if b not in chosen]
+        chosen = sets[int(study.increases(sets, name).argmin())]
+    return chosen
+
+
+def window(study: Study, n: int, name: str) -> BlockSet:
+    sets = [BlockSet(range(i, i + n)) for i in range(1, len(study.stack) - n)]
+    return sets[int(study.increases(sets, name).argmin())]
+
+
+def late(study: Study, n: int, name: str) -> BlockSet:
+    """All but the last of the last."""
+    return BlockSet(range(len(study.stack) - 1 - n, len(study.stack) - 1))
+
+
+def pairs(study: Study, n: int, name: str) -> BlockSet:
+    """The set that a quadratic form finds best which is exact for one and for two blocks."""
+    blocks = range(len(study.stack))
+    both = [BlockSet(pair) for pair in combinations(blocks, 2)]
+    one = study.increases([BlockSet({b}) for b in blocks], name)
+    form = np.diag(one)
+    for pair, value in zip(both, study.increases(both, name), strict=True):
+        a, b = sorted(pair)
+        form[a, b] = value - one[a] - one[b]
+    return lowest(form, n)
+
+
+def gates(study: Study, n: int, name: str) -> BlockSet:
+    """The same of one backward pass (as CBO, 2602.00161): first order by the gradient of a gate on
+    each block, second order by the products of these of all windows (Gauss-Newton)."""
+    parts = [*study.chosen_on] if name == "both" else [name]
+    form: Any = 0.0
+    for part in parts:
+        slopes = np.concatenate([*_slopes(study, study.chosen_on[part])])
+        second = slopes.T @ slopes / len(slopes)
+        form = form + np.triu(second, 1) + np.diag(np.diag(second) / 2 - slopes.mean(0))
+    return lowest(form, n)
+
+
+def _slopes(study: Study, windows: Windows) -> Iterator[Any]:
+    """By batch, the derivatives of each window's mean loss by a gate on each block."""
+    stack, network = study.stack, study.model.model
+    network.requires_grad_(False)
+    for start in range(0, len(windows.ids), 4):
+        ids = windows.ids[start : start + 4].to(stack.input_device)
+        gate = torch.ones(len(stack), len(ids), 1, 1, device=ids.device, requires_grad=True)
+
+        def gated(i: int, gate: Tensor = gate) -> Callable[..., Any]:
+            def hook(_: Any, args: Any, output: Any) -> Any:
+                out = output if isinstance(output, Tensor) else output[0]
+                new = args[0] + gate[i].to(out.dtype) * (out - args[0])
+                return new if isinstance(output, Tensor) else (new, *output[1:])
+
+            return hook
+
+        handles = [b.register_forward_hook(gated(i)) for i, b in enumerate(stack.blocks)]
+        logits = network(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        for handle in handles:
+            handle.remove()
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+        scored = torch.ones_like(losses)
+        if windows.scored is not None:
+            scored = windows.scored[start : start + 4, 1:].to(losses)
+        ((losses * scored).sum(1) / scored.sum(1)).sum().backward()  # type: ignore[no-untyped-call]
+        assert gate.grad is not None
+        yield gate.grad[..., 0, 0].T.double().cpu().numpy()
+
+
+def lowest(form: Any, n: int) -> BlockSet:
+    """The set of n indices with the least sum of the entries of an upper triangular form. The first
+    and the last block are in none."""
+    sets = np.array([*combinations(range(1, len(form) - 1), n)])
+    total = sum(form[sets[:, a], sets[:, b]] for a in range(n) for b in range(a, n))
+    return BlockSet(map(int, sets[int(np.argmin(total))]))
+
+
+CHOICES: dict[str, Callable[[Study, int, str], BlockSet]] = {
+    "greedy": greedy,
+    "window": window,
+    "late": late,
+    "pairs": pairs,
+    "gates": gates,
+}
+
+
+@contextmanager
+def refitted(study: Study, blocks: BlockSet, *, merge: bool) -> Iterator[None]:
+    """The block before each run of ``blocks`` with an MLP of the channels that matter most of its
+    own and, with ``merge``, those of the run (as FlattenGPT, 2602.08858, and CoMe, 2510.15304,
+    merge neighbours); its last matrix fitted so that the stream behind is the dense one."""
+    layers, kept = study.stack.blocks, []
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    for run in runs:
+        host: Any = layers[run[0] - 1]
+        kept.append((host.mlp, [p.clone() for p in host.mlp.parameters()]))
+        seen = _streams(study, host, [run[0] - 1, *run], run[-1])
+        if merge:
+            _merge(host, [layers[i] for i in run], seen["weights"])
+        _fit(study, host, blocks, run[0] - 1, seen["wanted"])
+    try:
+        yield
+    finally:
+        for mlp, values in kept:
+            for parameter, value in zip(mlp.parameters(), values, strict=True):
+                parameter.data.copy_(value)
+
+
+@torch.inference_mode()
+def _streams(study: Study, host: Any, blocks: list[int], last: int) -> dict[str, Any]:
+    """The dense stream behind block ``last``, and how much each channel of MLPs adds to it."""
+    stack, wanted = study.stack, []
+    power: dict[int, Any] = dict.fromkeys(blocks, 0.0)
+
+    def note(i: int) -> Callable[..., None]:
+        def hook(_: Any, args: Any) -> None:
+            power[i] = power[i] + args[0].flatten(0, 1).float().square().sum(0)
+
+        return hook
+
+    layers: Any = stack.blocks
+    handles = [layers[i].mlp.down_proj.register_forward_pre_hook(note(i)) for i in blocks]
+    for ids in torch.split(study.fit.ids, 8):
+        hidden, calls = stack.enter(ids)
+        for i in range(last + 1):
+            hidden = stack.run(i, hidden, calls[i])
+        wanted.append(hidden.cpu())
+    for handle in handles:
+        handle.remove()
+    weights = [power[i] * layers[i].mlp.down_proj.weight.float().square().sum(0) for i in blocks]
+    return {"wanted": wanted, "weights": weights}
+
+
+@torch.inference_mode()
+def _merge(host: Any, others: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    width = host.mlp.down_proj.weight.shape[1]
+    best = torch.cat([*weights]).topk(width).indices
+    own = host.post_attention_layernorm.weight.float()
+    parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    for block in (host, *others):
+        # channels of other blocks read the host's norm, so they take the ratio of the gains
+        gain = block.post_attention_layernorm.weight.float() / own
+        for name in ("gate_proj", "up_proj"):
+            parts[name].append(getattr(block.mlp, name).weight.float() * gain)
+        parts["down_proj"].append(block.mlp.down_proj.weight.float().T)
+    for name, rows in parts.items():
+        chosen = torch.cat(rows)[best]
+        weight = getattr(host.mlp, name).weight
+        weight.copy_(chosen.T if name == "down_proj" else chosen)
+
+
+@torch.inference_mode()
+def _fit(study: Study, host: Any, gone: BlockSet, at: int, wanted: Sequence[Tensor]) -> None:
+    """Ridge regression of the host's last matrix on what is missing of the dense stream."""
+    stack, down = study.stack, host.mlp.down_proj
+    gram: Any = 0.0
+    cross: Any = 0.0
+    given: list[Tensor] = []
+    handle = down.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    parts = torch.split(study.fit.ids, 8)
+    for k, ids in enumerate(parts):
+        hidden, calls = stack.enter(ids)
+        for i in range(at + 1):
+            if i not in gone:
+                hidden = stack.run(i, hidden, calls[i])
+        x = given.pop()
+        now = x.float() @ down.weight.float().T
+        missing = wanted[k].to(hidden.device).float() - hidden.float() + now
+        # the first positions hold massive activations
+        x, missing = (t[:, 4:].flatten(0, 1).float() for t in (x, missing))
+        gram, cross = gram + (x.T @ x).double(), cross + (x.T @ missing).double()
+    handle.remove()
+    old = down.weight.double().T
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device).double()
+    change = torch.linalg.solve(gram + ridge, cross - gram @ old)
+    down.weight.copy_((old + change).T)
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as place:
+        texts = prepare(options.data, Path(place), 0)
+        model = sleb.load(options.model, device=options.device)
+        study = Study(model, options, [*texts.calibration.values()])
+        where = setting(model.stack.input_device, model.stack.dtype)
+        what = asked(options, "model", "data", "out")
+        report: dict[str, Any] = {"model": Path(options.model).name, **where, "what": what}
+        report["rows"] = []
+
+        def add(row: dict[str, Any]) -> None:
+            report["rows"].append(row)
+            save(options.out, report)
+            print(row, flush=True)
+
+        for n in map(int, options.remove.split(",")):
+            known: dict[BlockSet, dict[str, Any]] = {}
+            for way, choose in CHOICES.items():
+                for name in ("texts",) if way == "late" else ("texts", "answers", "both"):
+                    blocks, seconds, _ = measure(
+                        model.stack.input_device,
+                        lambda: choose(study, n, name),  # noqa: B023
+                    )
+                    if blocks not in known:
+                        known[blocks] = {
+                            "plain": study.costs(blocks, repaired=False),
+                            "repaired": study.costs(blocks, repaired=True),
+                        }
+                    row = {"removed": n, "way": way, "on": name, "blocks": sorted(blocks)}
+                    add({**row, "seconds": round(seconds, 1), **known[blocks]})
+            if hasattr(model.stack.blocks[0], "post_attention_layernorm"):
+                blocks = min(known, key=lambda s: known[s]["repaired"]["texts"])
+                for merge in (False, True):
+                    with refitted(study, blocks, merge=merge):
+                        cost = study.costs(blocks, repaired=False)
+                    way = "merged, its last matrix fitted" if merge else "its last matrix fitted"
+                    add({"removed": n, "way": way, "blocks": sorted(blocks), "repaired": cost})
+
+
+if __name__ == "__main__":
+    main_of(main)
