@@ -123,7 +123,7 @@ VALUES = {
     "max_loss_increase": 0.1,
     "max_memory": "1GB", "max_prompts": 19, "metric": "kl", "min_similarity": 0.5,
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,
-    "strategy": "beam", "unit": "mlp",
+    "strategy": "beam",
 }  # fmt: skip
 IN_FILE = [n for n in PruneConfig.model_fields if n not in project_module._ELSEWHERE]
 

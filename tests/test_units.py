@@ -18,12 +18,14 @@ from reference import blocks_of
 from search_tools import split_of
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import Plan
+from sleb.core.plan import Plan, Saving
+from sleb.core.progress import silent
 from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, parts_in, whole
 from sleb.models.stack import BlockStack
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
 from sleb.repairs.regression import Regression, gaps
+from sleb.selection import savings
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.request import Goal, candidates_for
@@ -175,6 +177,8 @@ def test_a_plan_names_units_and_reads_them_again(unit, tiny_dir, tmp_path):
     assert Plan.load(tmp_path / "plan.json") == plan
     raw = json.loads((tmp_path / "plan.json").read_text())
     assert raw["order"] == [str(u) if part_of(u) else u for u in plan.order]
+    if unit == "any":  # weighed, see below
+        return
     # greedy: each removal is the best of its round, as separate sweeps score them
     sweep = Sweep(model.stack, split.search.ids, NLL)
     for turn, unit in enumerate(plan.order):
@@ -396,3 +400,69 @@ def test_what_takes_a_checkpoint_says_what_the_folder_is(pruned, learned, tmp_pa
     with pytest.raises(InputError, match="--unit"):
         sleb.prune(learned / "model", tmp_path / "x", unit="mlp", remove=1, quantize="int8")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("of", ["memory", "kv"])
+def test_units_are_weighed_by_what_they_save(of, loaded, tmp_path):
+    (tmp_path / "t.txt").write_text("a block, its attention and its MLP. " * 60)
+    split = split_of(loaded.tokenizer, [str(tmp_path / "t.txt")], windows=4)
+    options = {"unit": "any", "save": of, "prompt_length": 64, "remove": 3, "split": split}
+    plan = sleb.search(loaded, exact=True, **options)
+    shares = plan.saving.shares
+    sweep = Sweep(loaded.stack, split.search.ids, NLL)
+    for turn, unit in enumerate(plan.order):
+        before = BlockSet(plan.order[:turn])
+        scores = {s.block: s.mean for s in plan.rounds[turn].scores}
+        sets = [before, *(before | {u} for u in scores)]
+        above, *losses = sweep.values(sets, 0, 4).mean(1)
+        for (u, score), value in zip(scores.items(), losses, strict=True):
+            assert score == pytest.approx((value - above) / (100 * shares[str(u)]), abs=1e-5)
+        assert min(scores, key=scores.get) == unit
+        assert not any(overlap(u, gone) for u in scores for gone in before)
+    raced = sleb.search(loaded, **options)
+    assert raced.order == plan.order
+    assert Plan.model_validate_json(plan.to_json()) == plan
+    parts = [u for u in shares if u.endswith(".mlp")]
+    assert all((shares[u] == 0) == (of == "kv") for u in parts)
+    if of == "memory":
+        block = loaded.stack.blocks[2]
+        mlp = sum(p.numel() for p in block.mlp.parameters())
+        every = sum(p.numel() for p in block.parameters())
+        assert shares["2.mlp"] / shares["2"] == pytest.approx(mlp / every, rel=1e-3)
+    else:
+        assert shares["2"] == shares["2.attention"] == pytest.approx(1 / 6, abs=1e-5)
+
+
+def test_time_is_measured_and_makes_the_speed_up_a_measured_one(loaded, tmp_path, monkeypatch):
+    def told(stack, variants, saving, progress):
+        assert (saving.context, saving.sequences) == (32, 2)
+        kinds = [{part_of(unit) for unit in units} for units in variants]
+        assert [*map(set, kinds)] == [set(), {""}, {"attention"}, {"mlp"}]
+        return [[1.0, 1.0, 9.0], [0.6] * 3, [0.8] * 3, [0.9] * 3]
+
+    monkeypatch.setattr(savings, "step_seconds", told)
+    (tmp_path / "t.txt").write_text("a block, its attention and its MLP. " * 60)
+    options = {"text": (str(tmp_path / "t.txt"),), "windows": 4, "length": 16, "unit": "any"}
+    plan = sleb.search(loaded, prompt_length=32, sequences=2, speedup=1.2, **options)
+    shares = plan.saving.shares
+    assert [shares[u] for u in ("2", "2.attention", "2.mlp")] == [0.1, 0.05, 0.025]
+    reached = 1 / (1 - sum(shares[str(u)] for u in plan.order))
+    assert plan.target.reached == pytest.approx(reached, abs=1e-6)
+    assert reached >= 1.2
+
+
+def test_a_step_is_timed_for_each_variant(loaded):
+    asked = Saving(of="time", context=16, sequences=2)
+    variants = [(), (2, 3), (ATTENTION[2],)]
+    found = savings.step_seconds(loaded.stack, variants, asked, silent)
+    assert [len(each) for each in found] == [savings.ROUNDS] * 3
+    assert all(second > 0 for each in found for second in each)
+    with pytest.raises(InputError, match="--prompt-length"):
+        sleb.search(loaded, unit="any", prompt_length=250, remove=1, windows=4, length=16)
+
+
+def test_what_is_saved_is_of_parts_alone(tmp_path):
+    with pytest.raises(InputError, match="--unit"):
+        sleb.search(tmp_path / "none", save="time", remove=1)
+    with pytest.raises(InputError, match="--metric"):
+        sleb.search(tmp_path / "none", unit="any", metric="repaired-loss", remove=1)

@@ -214,6 +214,18 @@ class SelectionOptions(Options):
         "What is removed: whole blocks, the attention or the MLP of blocks alone, or any of these. "
         "See docs/method.md.",
     )
+    save: Literal["time", "memory", "kv"] | None = option(
+        None,
+        "With --unit attention, mlp or any: weigh each by what it saves of the time of a written "
+        "token (measured here), of the weights, or of the cache of keys and values. Default with "
+        "any: time.",
+    )
+    prompt_length: int | None = option(
+        None,
+        "With --save: tokens that each text begins with. Default: 2048, or what the model reads.",
+        ge=1,
+    )
+    sequences: int = option(1, "With --save: texts that are written at once.", ge=1)
     metric: str = option(
         "loss",
         "loss (SLEB), one-shot-loss, cosine, kl, repaired-loss, or answers: divergence on answers "

@@ -61,7 +61,10 @@ _ELSEWHERE = {
     "text": "texts have names here: give them in [text]",
     "curve": "sleb run always measures it",
     "force": "give it to sleb run",
-}
+} | dict.fromkeys(
+    ("unit", "save", "prompt_length", "sequences"),
+    "a project makes a checkpoint, and there is none without parts of blocks: use sleb prune",
+)
 """Options of `sleb prune` that do not stand in [search], and why."""
 _OUTPUT = OutputOptions()
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, first_mistake
@@ -177,6 +185,21 @@ class FinalComparison(_Record):
     answers: Count = 0
 
 
+class Saving(_Record):
+    """What units were weighed by: the share that each saves of the ``time`` of a written token, the
+    ``memory`` of the weights, or the bytes of the ``kv`` cache, measured where the search ran, with
+    ``sequences`` texts of ``context`` tokens at once. ``shares``: by unit, in 0..1."""
+
+    of: Literal["time", "memory", "kv"]
+    context: Count
+    sequences: Count
+    shares: dict[Text, float] = {}
+
+    def share(self, units: Collection[int]) -> float:
+        """Of several units."""
+        return sum(self.shares[str(unit)] for unit in units)
+
+
 class SimilarityGate(_Record):
     """The similarity threshold that made some blocks candidates: stage one of the method."""
 
@@ -295,6 +318,7 @@ class Plan(_Record):
     rounds: tuple[Round, ...] = ()
     final_comparison: FinalComparison | None = None
     similarity: SimilarityGate | None = None
+    saving: Saving | None = None
     calibration: Calibration | None = None
     split: dict[Text, Digest] = {}
     curve: Curve | None = None
@@ -320,6 +344,14 @@ class Plan(_Record):
         if clash := sorted(set(self.removed) & set(self.protected)):
             raise ValueError(f"removes protected blocks {clash}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what most plans do not have."""
+        found: dict[str, Any] = write(self)
+        if self.saving is None:
+            found.pop("saving", None)
+        return found
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -63,6 +63,29 @@ def decode(
 
     On a GPU the model must be :func:`capturable`, and ``choose`` too.
     """
+    with writing(network, ids, mask, new_tokens, choose, ends) as (run, written, ended, done):
+        batch, steps = len(ids), new_tokens - 1
+        tick(batch * (1 + done))
+        for i in range(done, steps):
+            run()
+            tick(batch)
+            if ends and i % CHECK == 0 and bool(ended.all()):
+                tick(batch * (steps - i - 1))
+                break
+    return written
+
+
+@contextlib.contextmanager
+def writing(
+    network: Any,
+    ids: Tensor,
+    mask: Tensor,
+    new_tokens: int,
+    choose: Choose = greedy,
+    ends: tuple[int, ...] = (),
+) -> Iterator[tuple[Callable[[], None], Tensor, Tensor, int]]:
+    """A step that writes a token of each row; all tokens [B, new_tokens], the first of them there
+    already; which rows have ended [B]; and how many steps have run. See :func:`decode`."""
     from transformers import StaticCache
 
     (batch, start), device = ids.shape, ids.device
@@ -101,19 +124,12 @@ def decode(
         for counter in (at, turn, place):
             counter.add_(1)
 
-    steps, done, run = new_tokens - 1, 0, step
+    done, run = 0, step
     with _grouped_attention(network):
         if device.type == "cuda":
-            done = min(WARM_UP, steps)
+            done = min(WARM_UP, new_tokens - 1)
             run = _captured(step, done, device)
-        tick(batch * (1 + done))
-        for i in range(done, steps):
-            run()
-            tick(batch)
-            if ends and i % CHECK == 0 and bool(ended.all()):
-                tick(batch * (steps - i - 1))
-                break
-    return written
+        yield run, written, ended, done
 
 
 def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Callable[[], None]:

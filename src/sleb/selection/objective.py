@@ -19,6 +19,7 @@ import numpy as np
 
 from sleb.core.errors import VerificationFailed
 from sleb.core.files import disk_errors
+from sleb.core.plan import Saving
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Values
@@ -71,7 +72,8 @@ class Objective:
     ``order``. ``final`` scores sets by what is wanted in the end, where that is too dear for every
     candidate; by default it is the objective itself. ``leaders`` puts sets in order by their scores
     [sets, windows], by default by the mean; ``kinds`` names windows of one kind. ``others`` score
-    by something else, by its name, and may suggest other sets for the final comparison.
+    by something else, by its name, and may suggest other sets for the final comparison. ``saving``:
+    what units are weighed by, if they are.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Objective:
         self.leaders: Callable[[Values], list[int]] = leaders
         self.kinds: dict[str, list[int]] = {}
         self.exact, self.enough = exact, enough
+        self.saving: Saving | None = None
         self._cache, self._kind, self._progress, self._title = cache, kind, progress, title
         self._known: dict[BlockSet, Values] = {}
         for sets, start, values in cache.replay(kind) if cache else ():
@@ -109,8 +112,11 @@ class Objective:
         k: int = 1,
         note: str = "",
         guides: Sequence[BlockSet] = (),
+        saved: Sequence[float] = (),
+        above: BlockSet = DENSE,
     ) -> Values:
-        """Like :meth:`scores`, for a caller who needs only the ``k`` lowest means.
+        """Like :meth:`scores`, for a caller who needs only the ``k`` lowest means. With ``saved``,
+        scores are how much each set is above another, for each of what it saves.
 
         Unless ``exact``, sets race: those that are clearly worse are given up early, and have NaN
         for the windows that they did not see. At least k sets stay to the end and have no NaN,
@@ -120,22 +126,27 @@ class Objective:
         The dense model is scored along, since every strategy asks for it in the end, and beside
         sets of few blocks it costs next to nothing.
         """
-        every = [*sets, DENSE]
+        every = [*sets, above]
+        shares = np.array(saved or [1.0] * len(sets))[:, None]
+
+        def weighed(known: Values, live: Sequence[int]) -> Values:
+            return (known[:-1] - known[-1]) / shares[live] if saved else known[:-1]
+
         if self.exact:
-            return self.scores(every, note)[:-1]
-        guide = np.stack([self._of(s) for s in guides]) if guides else None
+            return weighed(self.scores(every, note), range(len(sets)))
+        guide = np.stack([self._of(s) for s in guides]) if guides and not saved else None
         race = Race(len(sets), self.n_windows, k, guide)
         values = np.full((len(sets), self.n_windows), np.nan)
         so_far = ""
         with self._round(every, note) as stage:
             for windows in race.looks(self.scorer.fill):
                 stage.say(note + so_far)
-                live = [*(sets[i] for i in race.live), DENSE]
-                known = self._prefix(live, windows)[:-1]
+                live = [*(sets[i] for i in race.live), above]
+                known = weighed(self._prefix(live, windows), race.live)
                 values[race.live, :windows] = known
                 leader, mean = race.live[int(known.mean(1).argmin())], float(known.mean(1).min())
                 race.update(known)
-                stage.remaining([*(sets[i] for i in race.live), DENSE], self.n_windows - windows)
+                stage.remaining([*(sets[i] for i in race.live), above], self.n_windows - windows)
                 own = ", ".join(map(str, sorted(sets[leader] - BlockSet.intersection(*sets))))
                 so_far = f", {len(race.live)} left, best so far {own} at {mean:.4f}"
             stage.remaining([], 0)
@@ -193,8 +204,11 @@ class ShortlistObjective(Objective):
         k: int = 1,
         note: str = "",
         guides: Sequence[BlockSet] = (),
+        saved: Sequence[float] = (),
+        above: BlockSet = DENSE,
     ) -> Values:
         """See :meth:`Objective.best`."""
+        assert not saved  # refused with the options
         few = min(len(sets), max(k, SHORTLIST))
         plain = self.plain.best(sets, k=few, note=f"{note}, by plain loss", guides=guides)
         means = np.where(np.isfinite(plain).all(1), plain.mean(1), np.inf)

@@ -50,6 +50,8 @@ def check_options(config: SearchConfig) -> Goal:
         )
     if config.unit != "block":
         _check_parts(config, strategy)
+    elif config.save:
+        raise InputError("--save is for parts of blocks: give --unit attention, mlp or any too")
     if config.compile and config.stream:
         raise InputError("streamed blocks cannot be compiled: leave out --compile or --stream")
     return goal
@@ -61,6 +63,7 @@ def _check_parts(config: SearchConfig, strategy: str) -> None:
         f"--strategy {strategy}": strategy != "greedy",
         "--min-similarity": config.min_similarity is not None,
         "--compile": config.compile,
+        f"--metric {config.metric}": METRICS[config.metric].repaired,
     }
     for asked, given in refused.items():
         if given:

@@ -9,6 +9,7 @@ import math
 import platform
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from sleb.core.plan import (
     Fingerprint,
     Origin,
     Plan,
+    Saving,
     SimilarityGate,
     rounds_behind,
 )
@@ -50,6 +52,7 @@ from sleb.selection.request import (
     removals,
 )
 from sleb.selection.resources import default_batch, on_threads
+from sleb.selection.savings import default_length, measure_savings
 from sleb.selection.similarity import Similarity, measure_similarity
 from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES, SearchResult
 from sleb.selection.sweep import Sweep
@@ -90,6 +93,7 @@ def find_blocks(
         order, target = rule.settle(found.order)
         tested = found.order if config.curve else found.order[: len(order) + 1]
         curve = evidence.curve(tested) if evidence else None
+    saving = search.costs.saving
     finals, of_sets = search.comparison(found), search.metric.token is not None
     return Plan(
         model=search.identity,
@@ -98,16 +102,17 @@ def find_blocks(
         order=order,
         protected=search.protected,
         metric=config.metric,
-        unit=search.metric.unit,
+        unit=search.unit,
         strategy=finals.sets[0].strategy if finals else search.strategy,
         racing=of_sets and not config.exact,
         compiled=of_sets and config.compile,
         dtype=model.dtype,
         target=target,
-        baseline=baseline(found.dense) if found.dense.size else None,
+        baseline=baseline(found.dense) if found.dense.size and not saving else None,
         rounds=rounds_behind(found.rounds, order),
         final_comparison=finals,
         similarity=search.gate,
+        saving=saving,
         calibration=search.windows.record,
         split=split.hashes,
         curve=curve,
@@ -167,8 +172,28 @@ class _Search:
         if model.source.is_gguf:
             file = GGUFFile.open(Path(model.source.ref).expanduser())
             self.costs = self.costs.in_file(GGUFModel.of(file))
+        self._weigh()
         self.batch = config.batch or default_batch(stack, self.windows.ids.shape[1])
         self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
+
+    def _weigh(self) -> None:
+        """Measure what each candidate saves, if they are weighed by that; what saves nothing is no
+        candidate."""
+        config = self.config
+        of = config.save or ("time" if config.unit == "any" else None)
+        if of is None:
+            return
+        stack, progress = self.model.stack, self.progress
+        length = config.prompt_length or default_length(stack)
+        asked = Saving(of=of, context=length, sequences=config.sequences)
+        saving = measure_savings(stack, self.costs, self.candidates, asked, progress)
+        self.costs = replace(self.costs, saving=saving)
+        self.candidates = [unit for unit in self.candidates if saving.share([unit]) > 0]
+        if len(self.candidates) < (n := removals(self.goal, len(stack))):
+            raise InputError(
+                f"only {len(self.candidates)} candidates save anything of --save {of}, and {n} are "
+                "to be removed: remove fewer"
+            )
 
     def _scored(self) -> Windows:
         """What blocks are chosen by.
@@ -184,6 +209,12 @@ class _Search:
                 "answers no chats: give --prompts"
             )
         return self.split.answers.search
+
+    @property
+    def unit(self) -> str:
+        """What rounds' scores are in."""
+        saving = self.costs.saving
+        return f"{self.metric.unit} for each % of {saving.of}" if saving else self.metric.unit
 
     @property
     def measures_heldout(self) -> bool:
@@ -312,6 +343,7 @@ class _Search:
         shared: dict[str, Any] = {"cache": cache, "progress": self.progress, "enough": rule.enough}
         scorer = self._plain(windows, metric)
         objective = Objective(scorer, n, kind=kind, exact=self.config.exact, **shared)
+        objective.saving = self.costs.saving
         if not self.metric.repaired:
             return objective
         scorer, kind = self._repaired(windows, metric, self.fitted)

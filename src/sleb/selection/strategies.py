@@ -57,15 +57,21 @@ def greedy(objective: Objective, candidates: Sequence[int], n: int) -> SearchRes
         if not live:
             break
         last = f", last removed {order[-1]}" if order else ""
+        saving = objective.saving
         values = objective.best(
             [BlockSet([*order, b]) for b in live],
             note=f"round {turn} of {n}, {len(live)} candidates{last}",
             guides=[BlockSet([*order[:-1], b]) for b in live] if order else (),
+            saved=[100 * saving.share([b]) for b in live] if saving else (),
+            above=BlockSet(order) if saving else DENSE,
         )
         tried.append((live, values))
         order += rank(live, values, 1).removed
         if objective.enough(order):
             break
+    if objective.saving:  # what rounds compared is no loss of a set
+        rounds = tuple(rank(live, values, 1) for live, values in tried)
+        return SearchResult(order=tuple(order), rounds=rounds, dense=_dense(objective))
     return _settled(objective, order, tried, order[-1])
 
 

@@ -15,7 +15,7 @@ from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.core.errors import InputError, VerificationFailed
-from sleb.core.plan import Curve, Point, Target, blocks_to_remove
+from sleb.core.plan import Curve, Point, Saving, Target, blocks_to_remove
 from sleb.core.statistics import Values, interval, standard_error
 from sleb.core.units import block_of, canonical, part_of
 from sleb.models.stack import BlockStack
@@ -36,6 +36,7 @@ class Costs:
     read: int
     blocks: tuple[int, ...]
     shares: Mapping[int, float] = field(default_factory=dict)
+    saving: Saving | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, stack: BlockStack, parts: Sequence[int] = ()) -> Costs:
@@ -86,7 +87,9 @@ class Costs:
         )
 
     def speedup(self, removed: Sequence[int]) -> float:
-        """Bytes read per generated token, dense over pruned."""
+        """Bytes read per generated token, dense over pruned; or seconds, where units were timed."""
+        if self.saving and self.saving.of == "time":
+            return 1 / (1 - self.saving.share(removed))
         return self.read / (self.read - self.of_units(removed))
 
 
