@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-quantize check lint format types clean
+.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-units bench-quantize check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-search  the published search against ours, timed"
 	@echo "make bench-quality  what each choice of blocks costs, with and without repair"
 	@echo "make bench-answers  right answers of the cuts: code that passes its tests, sums"
+	@echo "make bench-units    blocks, attention alone and both, at equal time"
 	@echo "make bench-quantize  what pruning and quantizing cost, each and together"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
@@ -123,6 +124,11 @@ bench-quality: $(READY) $(MODEL)
 bench-answers: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/answers.py $(MODEL) --data $(DATA) --removed 1,2,3,4,6,8 $(BENCH) \
 		-o benchmarks/results/answers.json
+
+# Blocks, attention and both at equal measured time: MODEL=... BENCH="--limit 100". See docs/units.md.
+bench-units: $(READY) $(MODEL)
+	$(BIN)/python benchmarks/units.py $(MODEL) --data $(DATA) $(BENCH) \
+		-o benchmarks/results/units.json
 
 # Texts are yours to give, in DATA; see docs/quantization.md. Takes an hour or more on 2 cores.
 bench-quantize: $(QUANTIZE) $(MODEL)

@@ -149,6 +149,24 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
     assert healed < default * 1.01
 
 
+@pytest.mark.slow
+def test_units_are_compared_at_equal_time(run, learned, data, tmp_path):
+    asked = ["--removed", 1, "--systems", "blocks,attention,any", "--limit", 1, "--new", 4]
+    asked += [*SIZES[:4], "--test-windows", 2, "--prompt-length", 32]
+    asked += ["--sequences", 2, "--prompts", 16, 100, 400, "--batches", 2, "--repair-tokens", 400]
+    report = run("units", learned / "model", "--data", data, *asked, "-o", tmp_path / "o.json")
+    blocks, attention, both = report["systems"]
+    assert len(blocks["removed"]) == 1
+    dense, cut = (row["cache_bytes_a_token"] for row in (report["dense"], attention))
+    if "error" not in attention:
+        assert dense - cut == len(attention["removed"]) * dense // 6
+        assert all(unit.endswith(".attention") for unit in attention["removed"])
+    assert {"kept", "right"} <= both["code"].keys()
+    short, _, long = report["cases"]
+    assert {*short["writing_ms"]} >= {"dense", "blocks"}
+    assert "reads" in long["skipped"]
+
+
 def test_searches_are_timed_against_the_published_one(run, tiny_dir, tmp_path):
     report = run("search", tiny_dir, *SIZES, "--remove", 2, "-o", tmp_path / "out.json")
     published, exact = (

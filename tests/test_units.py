@@ -19,7 +19,6 @@ from search_tools import split_of
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan, Saving
-from sleb.core.progress import silent
 from sleb.core.units import Unit, block_of, canonical, overlap, parse_unit, part_of, parts_in, whole
 from sleb.models.stack import BlockStack
 from sleb.record import RunRecord
@@ -434,9 +433,9 @@ def test_units_are_weighed_by_what_they_save(of, loaded, tmp_path):
 
 
 def test_time_is_measured_and_makes_the_speed_up_a_measured_one(loaded, tmp_path, monkeypatch):
-    def told(stack, variants, saving, progress):
+    def told(variants, saving, progress):
         assert (saving.context, saving.sequences) == (32, 2)
-        kinds = [{part_of(unit) for unit in units} for units in variants]
+        kinds = [{part_of(unit) for unit in units} for _, units in variants]
         assert [*map(set, kinds)] == [set(), {""}, {"attention"}, {"mlp"}]
         return [[1.0, 1.0, 9.0], [0.6] * 3, [0.8] * 3, [0.9] * 3]
 
@@ -453,8 +452,8 @@ def test_time_is_measured_and_makes_the_speed_up_a_measured_one(loaded, tmp_path
 
 def test_a_step_is_timed_for_each_variant(loaded):
     asked = Saving(of="time", context=16, sequences=2)
-    variants = [(), (2, 3), (ATTENTION[2],)]
-    found = savings.step_seconds(loaded.stack, variants, asked, silent)
+    variants = [(loaded.stack, units) for units in ((), (2, 3), (ATTENTION[2],))]
+    found = savings.step_seconds(variants, asked)
     assert [len(each) for each in found] == [savings.ROUNDS] * 3
     assert all(second > 0 for each in found for second in each)
     with pytest.raises(InputError, match="--prompt-length"):

@@ -55,18 +55,24 @@ def measure_savings(
     return saving.model_copy(update={"shares": {str(u): round(s, 6) for u, s in shares.items()}})
 
 
-@torch.inference_mode()
 def _cached(stack: BlockStack, units: Sequence[int], context: int) -> dict[int, float]:
-    """By what a few tokens leave in the cache; a window holds no more than its length."""
+    each = cache_bytes(stack, context)
+    total = sum(each) or 1
+    return {u: 0.0 if part_of(u) == MLP else each[block_of(u)] / total for u in units}
+
+
+@torch.inference_mode()
+def cache_bytes(stack: BlockStack, context: int) -> list[int]:
+    """Bytes that each block's keys and values of a text of ``context`` tokens take, by what a few
+    tokens leave in the cache; a window holds no more than its length."""
     ids = torch.ones((1, 4), dtype=torch.long, device=stack.input_device)
     cache = stack.model(input_ids=ids, use_cache=True).past_key_values
     each = []
     for layer in cache.layers:
         window = getattr(layer, "sliding_window", None) or context
-        nbytes = sum(x.nbytes for x in (layer.keys, layer.values)) if layer.keys is not None else 0
-        each.append(nbytes * min(context, window))
-    total = sum(each) or 1
-    return {u: 0.0 if part_of(u) == MLP else each[block_of(u)] / total for u in units}
+        held = [x for x in (layer.keys, layer.values) if x is not None]
+        each.append(sum(x.nbytes for x in held) // ids.numel() * min(context, window))
+    return each
 
 
 def _timed(
@@ -90,7 +96,8 @@ def _timed(
         block, part = block_of(unit), part_of(unit)
         if part == MLP or block not in stack.giving_positions:
             kinds.setdefault((part, *_shape(stack.blocks[block])), []).append(unit)
-    seconds = step_seconds(stack, [(), *kinds.values()], saving, progress)
+    variants = [(stack, units) for units in ((), *kinds.values())]
+    seconds = step_seconds(variants, saving, progress)
     dense, *without = (median(each) for each in seconds)
     shares = dict.fromkeys(units, 0.0)
     for same, one in zip(kinds.values(), without, strict=True):
@@ -104,24 +111,27 @@ def _shape(block: nn.Module) -> tuple[object, ...]:
 
 @torch.inference_mode()
 def step_seconds(
-    stack: BlockStack, variants: Sequence[Sequence[int]], saving: Saving, progress: Progress
+    variants: Sequence[tuple[BlockStack, Sequence[int]]],
+    saving: Saving,
+    progress: Progress = silent,
 ) -> list[list[float]]:
-    """Seconds of a step that writes a token of each text, without each of ``variants``, by turn."""
-    device = stack.input_device
+    """Seconds of a step that writes a token of each text, by turn, of each of ``variants``: a model
+    without some units. All are on one device."""
+    device = variants[0][0].input_device
     ids = torch.arange(saving.sequences * saving.context, device=device) % 97 + 1
     ids = ids.view(saving.sequences, saving.context)
     found: list[list[float]] = [[] for _ in variants]
     work = ROUNDS * len(variants)
     with ExitStack() as opened, progress.stage("timing blocks and their parts", work) as tick:
         runs = []
-        for units in variants:
+        for stack, units in variants:
             with stack.bypassed(units):
                 made = writing(stack.model, ids, torch.ones_like(ids), NEW)
                 runs.append(opened.enter_context(made)[0])
         for turn in range(ROUNDS):
             places = range(len(variants))
             for i in places if turn % 2 == 0 else reversed(places):
-                with stack.bypassed(variants[i]):
+                with variants[i][0].bypassed(variants[i][1]):
                     found[i].append(_seconds(runs[i], device))
                 tick(1)
     return found
