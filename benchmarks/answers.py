@@ -183,6 +183,7 @@ def main() -> None:
                 done = sleb.prune(source, out, **{**asked_for, **SYSTEMS[name]})
                 more = {"removed": done.plan.removed}
                 more["seconds"] = round(time.perf_counter() - start, 1)
+                more["phases"] = done.record.seconds
                 if finals := done.plan.final_comparison:
                     more["compared"] = [f.model_dump(mode="json") for f in finals.sets]
                 add(name, out, **more)

@@ -342,10 +342,14 @@ max_ratio = 2.0
 
 
 def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
-    done = healed(home, tmp_path / "H", tokens=10**9, minutes=0.03)
-    assert done.stopped == "time"
-    assert 1.8 <= done.seconds < 10
-    assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
+    for name, tokens in {"H": 10**9, "N": None}.items():  # without tokens, time alone ends it
+        told = Stopping()
+        done = healed(home, tmp_path / name, tokens=tokens, minutes=0.03, progress=told)
+        assert done.stopped == "time"
+        assert 1.8 <= done.seconds < 10
+        assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
+        assert told.passes > 1
+        assert (told.total <= 2) == (tokens is None), "seconds left, or tokens"
 
     plain = Schedule(steps=100)
     rates = [plain.share(step, 0.0) for step in range(100)]
@@ -358,6 +362,10 @@ def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     assert timed.share(5, 5.0) == pytest.approx(0.5)
     assert timed.share(5, 12.0) == 0
     assert timed.over(TrainingState(step=5, seconds=10)) == "time"
+    alone = Schedule(seconds=10)
+    assert 0 < alone.share(10**6, 0.1) < 0.25
+    assert alone.share(0, 5.0) == pytest.approx(0.5)
+    assert alone.over(TrainingState(step=10**9, seconds=9)) is None
     assert plain.over(TrainingState(step=99)) is None
     assert plain.over(TrainingState(step=100)) == "steps"
 

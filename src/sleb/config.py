@@ -705,7 +705,8 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     seed: int = like(TextOptions, "seed")
     tokens: int | None = option(
         None,
-        "Tokens to train on in all. Default: {cpu:,}, on a GPU {cuda:,}.".format(**HEAL_TOKENS),
+        "Tokens to train on in all. Default: {cpu:,}, on a GPU {cuda:,}; with --minutes, what they "
+        "allow.".format(**HEAL_TOKENS),
         ge=1,
     )
     length: int | None = like(
@@ -719,15 +720,16 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     batch: int | None = option(
         None,
-        "Windows per optimizer step, or as many tokens. Default: 8, fewer in a short run.",
+        "Windows per optimizer step, or as many tokens. Default: 16, fewer in a short run.",
         ge=1,
     )
     at_once: int | None = option(
         None,
-        "Windows per pass; fewer need less memory. Default: 8192 tokens, on a CPU 1024.",
+        "Windows per pass; fewer need less memory. Default: 16384 tokens, on a CPU 1024; half as "
+        "many where these do not fit.",
         ge=1,
     )
-    minutes: float | None = option(None, "Train for so long at most; fewer tokens then.", gt=0)
+    minutes: float | None = option(None, "Train for so long, or at most with --tokens.", gt=0)
     heldout: int | None = option(
         None, "Windows to set aside for validation. Default: 32, fewer in a short run.", ge=1
     )

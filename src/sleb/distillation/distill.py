@@ -161,6 +161,7 @@ class Healing:
         self.device = dense.stack.input_device
         on = "cuda" if self.device.type == "cuda" else "cpu"
         tokens = config.tokens or HEAL_TOKENS[on]
+        limited = config.tokens is not None or config.minutes is None
         self.config = config = config.replaced({"tokens": tokens})
         length = window_length(dense, tokens, config.length)
         fitting = TOKENS_AT_ONCE.get(self.device.type, 1024)
@@ -168,7 +169,7 @@ class Healing:
         self.material = Material.of(dense, config, tokens, length, progress)
         self.mix = self.material.mix(config, tokens, length)
         self.schedule = Schedule(
-            steps=math.ceil(tokens / self.mix.step_tokens),
+            steps=math.ceil(tokens / self.mix.step_tokens) if limited else None,
             seconds=None if config.minutes is None else 60 * config.minutes,
         )
         chosen = {"tokens", "lr", "minutes", "lora", "recompute", "seed"}

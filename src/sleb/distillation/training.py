@@ -46,6 +46,8 @@ LOWER, LOWERED = 3, 6
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of the range test, each for a step: from what changes next to nothing to what
 wrecks any model."""
+WARMUP = 20
+"""The rate rises over one part in so many."""
 TEST = 10
 """A range test takes one token in so many of a run's."""
 PROBED = 4
@@ -322,26 +324,27 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """``steps``; the learning rate rises to its highest over a twentieth of them, and falls along a
-    cosine to zero at the last, or when ``seconds`` are spent."""
+    """``steps``, or ``seconds``, or what is over first; the learning rate rises to its highest over
+    a twentieth of the run, and falls along a cosine to zero at the end."""
 
-    steps: int
+    steps: int | None = None
     seconds: float | None = None
 
     def share(self, step: int, spent: float) -> float:
         """Of the highest learning rate at a step, counted from 0, that begins after ``spent``
         seconds."""
-        warmup = max(1, self.steps // 20)
         done = min(1.0, self.done(step, spent))
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        rising = WARMUP * done + (1 / max(1, self.steps // WARMUP) if self.steps else 0.0)
+        return min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * done))
 
     def done(self, step: int, spent: float) -> float:
         """How much of the run is behind it, 1 at its end."""
-        return max(step / self.steps, spent / self.seconds if self.seconds else 0.0)
+        steps = step / self.steps if self.steps else 0.0
+        return max(steps, spent / self.seconds if self.seconds else 0.0)
 
     def over(self, where: TrainingState) -> Reason | None:
         """Why a run ends here; None if it goes on."""
-        if where.step >= self.steps:
+        if self.steps and where.step >= self.steps:
             return "steps"
         if self.seconds and where.seconds >= self.seconds:
             return "time"
@@ -394,12 +397,11 @@ class Training:
             self.where.checks = ((0, self._divergences(self.validations)),)
             if not all(map(math.isfinite, self.where.checks[0][1])):
                 raise DataError("a loss is NaN or infinite on held-out text; try --dtype float32")
-        left = (self.schedule.steps - self.where.step) * self.mix.step_tokens
         with interruptible() as stopped:
             if not self.where.lr and not self._find_rate(stopped, progress):
                 raise KeyboardInterrupt
-            with progress.stage("healing", left) as tick:
-                reason = self._steps(stopped, tick, save_every)
+            with progress.stage("healing", self._left()) as tick:
+                reason = self._steps(stopped, self._timed(tick), save_every)
             if reason is None or stopped():
                 self.save()
                 raise KeyboardInterrupt
@@ -409,10 +411,32 @@ class Training:
         del self.optimizer
         return reason
 
+    def _left(self) -> int:
+        """Units of progress: tokens, or seconds of a run that has no other end."""
+        steps, seconds = self.schedule.steps, self.schedule.seconds
+        if steps:
+            return (steps - self.where.step) * self.mix.step_tokens
+        return round(seconds - self.where.seconds) if seconds else 0
+
+    def _timed(self, tick: Callable[..., None]) -> Callable[..., None]:
+        """``tick`` in the units of :meth:`_left`."""
+        if self.schedule.steps:
+            return tick
+        last = time.monotonic()
+
+        def seconds(_: int, note: str = "") -> None:
+            nonlocal last
+            passed = int(time.monotonic() - last)
+            last += passed
+            tick(passed, note=note)
+
+        return seconds
+
     @property
     def compiling(self) -> bool:
         """Whether to compile takes less time than it saves."""
-        seconds = self.schedule.steps * self.step_operations / LARGE_GPU
+        steps = self.schedule.steps or math.inf
+        seconds = steps * self.step_operations / LARGE_GPU
         plain = "forward" not in vars(self.split.stack.blocks[0]) and self.student.rank is None
         most = self.schedule.seconds or math.inf
         return plain and self.split.device.type == "cuda" and min(seconds, most) > COMPILING
@@ -497,9 +521,9 @@ class Training:
         if self.lr is not None:
             self.where.lr = self.lr
             return True
-        begun = time.monotonic()
-        total = self.schedule.steps * self.mix.step_tokens
-        steps = self.mix.smaller(0 if self.schedule.seconds else total / TEST / len(RATES))
+        begun, seconds = time.monotonic(), self.schedule.seconds
+        total = (self.schedule.steps or 0) * self.mix.step_tokens
+        steps = self.mix.smaller(0 if seconds else total / TEST / len(RATES))
         probes = [
             Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.at_once)
             for w in self.validation.values()
@@ -507,8 +531,14 @@ class Training:
         with progress.stage("finding a learning rate", len(RATES)) as tick:
             found = [(0.0, mean(self._divergences(probes)))]
             for turn, rate in enumerate(RATES):
+                stepping = time.monotonic()
                 if not self._step(steps, turn, rate, stopped, lambda *_, **__: None):
                     return False
+                if seconds and not turn:  # now it is known how large a step may be
+                    if self.fused:
+                        torch.cuda.synchronize()
+                    fast = steps.step_tokens / (time.monotonic() - stepping)
+                    steps = self.mix.smaller(fast * seconds / (2 * TEST * len(RATES)))
                 found.append((rate, mean(self._divergences(probes))))
                 tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
                 if not found[-1][1] < WORSE * found[0][1]:
@@ -586,10 +616,8 @@ class Training:
     def _note(self) -> str:
         where = self.where
         first, last = mean(where.checks[0][1]), mean(where.checks[-1][1])
-        return (
-            f"step {where.step + 1} of {self.schedule.steps}, "
-            f"held-out divergence {last:.3f}, at first {first:.3f}"
-        )
+        of = f" of {self.schedule.steps}" if self.schedule.steps else ""
+        return f"step {where.step + 1}{of}, held-out divergence {last:.3f}, at first {first:.3f}"
 
     def _divergences(self, validations: Sequence[Validation]) -> tuple[float, ...]:
         """Of each kind, nats/token."""

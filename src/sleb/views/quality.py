@@ -404,7 +404,7 @@ def healing(t: Locale, h: Healed) -> Figure:
     """The divergence of windows that were not trained on, by step; of the weights that were taken
     in particular."""
     by_step = {step: fmean(kinds) for step, kinds in h.checks}
-    steps, found, least = tuple(by_step), tuple(by_step.values()), by_step[h.best_step]
+    steps, found = tuple(by_step), tuple(by_step.values())
     return Figure(
         name="healed",
         title=t("healed.chart"),
