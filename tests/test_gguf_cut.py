@@ -68,6 +68,17 @@ def test_what_stays_is_the_same_bytes_in_the_same_order(tmp_path, kind, alignmen
     assert list(raw(cut.out).items()) == expected
 
 
+def test_an_importance_matrix_of_the_older_form_is_named(tmp_path, caplog):
+    model = write_tiny(tmp_path / "m.gguf")
+    older = tmp_path / "m.imatrix.dat"
+    older.write_bytes(b"")
+    cut = cut_gguf(plan_of("llama", 8, 3), model, tmp_path / "cut.gguf", other_weights=True)
+    assert cut.imatrices == ()
+    (warning,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert str(older) in warning.getMessage()
+    assert "llama-imatrix --in-file" in warning.getMessage()
+
+
 def test_an_importance_matrix_beside_the_model_goes_along(tmp_path):
     model = write_tiny(tmp_path / "m.gguf")
     own = write_imatrix(tmp_path / "m-imatrix.gguf", model)

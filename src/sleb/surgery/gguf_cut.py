@@ -129,7 +129,8 @@ def cut_gguf(
 
 def imatrices(source: GGUFFile) -> list[GGUFFile]:
     """The importance matrices (llama-imatrix, as GGUF) that lie beside a model with ``imatrix`` in
-    their names and are of it: each entry is of a matrix of the model, and has its columns.
+    their names and are of it: each entry is of a matrix of the model, and has its columns. Those of
+    the older form are named in a warning.
 
     Raises:
         DataError: one is corrupt.
@@ -143,6 +144,9 @@ def imatrices(source: GGUFFile) -> list[GGUFFile]:
             found.append(file)
         else:
             logger.info("not cut along: %s is of another model", path)
+    for path in sorted(source.path.parent.glob("*imatrix*.dat")):
+        convert = f"llama-imatrix --in-file {path} -o {path.with_suffix('.gguf')}"
+        logger.warning("not cut along: %s is of an older form; first run %s", path, convert)
     return found
 
 
