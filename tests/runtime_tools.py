@@ -1,12 +1,14 @@
 """Stand-ins for the tests of runtimes: children without a process, and runtimes that pretend."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from sleb.config import BenchConfig
@@ -174,3 +176,20 @@ def pretending(folder: Path) -> Iterator[pytest.MonkeyPatch]:
         yield patch
     for name in ("vllm", "llama_cpp"):
         sys.modules.pop(name, None)
+
+
+def next_logprobs(
+    python: str, files: Sequence[Path], prompts: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Log-probabilities [prompts, vocabulary] of what comes next, of GGUF files in llama.cpp, as
+    the interpreter ``python`` has it (xllamacpp)."""
+    asked = json.dumps({"files": [str(file) for file in files], "prompts": prompts})
+    script = str(Path(__file__).with_name("llama_next.py"))
+    done = subprocess.run(
+        [python, script], input=asked, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [
+        np.array([[prompt[str(i)] for i in range(len(prompt))] for prompt in file])
+        for file in json.loads(done.stdout)
+    ]

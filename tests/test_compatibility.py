@@ -6,24 +6,34 @@ SLEB_TEST_MLX are the Pythons that have them, SLEB_COMPATIBILITY is the file to 
 """
 
 import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import sleb
+from gguf_of import can_be_gguf, write_gguf_of
 from hub_configs import FILES, HUB, MODELS, hub_folder
 from plan_tools import plan_of
+from runtime_tools import next_logprobs
+from sleb.core.errors import UnsupportedModel
+from sleb.core.plan import Plan
 from sleb.runtimes import compatibility
 from sleb.runtimes.compatibility import Verdict, check_runtimes
 from sleb.runtimes.worker import Worker
+from sleb.surgery.gguf_cut import cut_gguf
 from wrappers import PUBLISHED, wrapper_folder
 
 pytestmark = pytest.mark.runtimes
 
 FEW = {"windows": 2, "heldout": 0, "length": 32, "protect": "", "device": "cpu"}
+PROMPTS = [[3, 200, 77, 5], [(7 * i * i) % 250 + 3 for i in range(96)]]
 PERIODS = {"jamba"}
 """A search takes blocks one by one, and here whole periods alone can go."""
 SOURCES: dict[str, str | None] = {
@@ -47,13 +57,19 @@ log-probabilities from transformers {transformers}'s, in nats per token: of the 
 cut from the original with its blocks bypassed. They must be alike, as `sleb verify --runtime` has
 it. *moves*: what the cut itself moves log-probabilities by.
 
+llama.cpp (xllamacpp {llama}) reads the same weights as a GGUF file that is written for this table,
+where that takes no more than names, and the cut as `sleb apply` makes it of the file; its figures
+are of the next token after two prompts.
+
 - *wrong*, *does not load*: it goes by a block's place; `sleb verify --runtime` refuses the cut, by
   rule too where the runtime is not installed
 - *otherwise*: it computes the original otherwise than transformers {transformers} as well
-- –: it does not take the original
+- *refused*: sleb does not cut the file so, as llama.cpp would not run it exactly
+- –: it does not take the original, or no file was written
 
-| model | type | removed | moves | transformers {older} | its cut | mlx-lm {mlx} | its cut |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
+| model | type | removed | moves | transformers {older} | its cut | mlx-lm {mlx} | its cut | \
+llama.cpp | its cut |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 
 
@@ -67,7 +83,10 @@ class Table:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[Table]:
-    made = Table(rows=[], versions={})
+    made = Table(rows=[], versions={"llama": None})
+    if apple := os.environ.get("SLEB_TEST_MLX"):
+        asked = "import importlib.metadata as m; print(m.version('xllamacpp'), end='')"
+        made.versions["llama"] = subprocess.check_output([apple, "-c", asked], text=True)
     yield made
     if file := os.environ.get("SLEB_COMPATIBILITY"):
         head = HEAD.format(transformers=version("transformers"), **made.versions)
@@ -118,6 +137,24 @@ def cells(found: Verdict) -> str:
     return f"{found.dense:.1g} | {found.pruned:.1g}{said}"
 
 
+def llama_cpp(source: Path, out: Path, plan: Plan, python: str, folder: Path) -> tuple[float, ...]:
+    """Mean absolute deviation of log-probabilities, of the original's file and, unless sleb refuses
+    it, of its cut, from transformers'; none if no file can be written."""
+    if not can_be_gguf(source):
+        return ()
+    files, models = [write_gguf_of(source, folder / "model.gguf")], [source, out]
+    with suppress(UnsupportedModel):
+        files.append(cut_gguf(plan, files[0], folder / "cut.gguf", other_weights=True).out)
+    deviations = []
+    for found, model in zip(next_logprobs(python, files, PROMPTS), models, strict=False):
+        loaded = sleb.load(model, dtype="float32", device="cpu").model
+        with torch.inference_mode():
+            logits = [loaded(input_ids=torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]
+        expected = torch.stack(logits).log_softmax(-1).numpy()
+        deviations.append(float(np.abs(found - expected).mean()))
+    return tuple(deviations)
+
+
 def published(name: str, folder: Path) -> Path:
     """A random model with the config of a published one."""
     for key, of in MODELS.items():
@@ -156,7 +193,12 @@ def test_a_cut_is_the_same_model_everywhere(name, tmp_path, table):
     table.versions |= {"older": before.version, "mlx": apple.version}
     removed = ", ".join(map(str, plan.removed))
     row = [f"{name} {reference(name)}", kind, removed, f"{found.moved:.2f}"]
-    table.rows.append(f"| {' | '.join([*row, cells(before), cells(apple)])} |")
+    row += [cells(before), cells(apple)]
+    dense, *pruned = llama_cpp(source, out, plan, mlx, tmp_path) or (None,)
+    row += ["–" if dense is None else f"{dense:.1g}"]
+    row += ["–" if dense is None else f"{pruned[0]:.1g}" if pruned else "*refused*"]
+    table.rows.append(f"| {' | '.join(row)} |")
+    assert all(deviation <= 3 * dense + 0.001 for deviation in pruned)
     assert before.verdict != "refused", before.why
     if apple.verdict != "undecided":
         assert ruled.verdict == apple.verdict, apple.why

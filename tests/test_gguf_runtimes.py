@@ -3,9 +3,7 @@
 `make test-runtimes` runs it; SLEB_TEST_MLX is the Python that has xllamacpp.
 """
 
-import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from gguf_tools import (
     write_qwen35,
     write_tiny,
 )
+from runtime_tools import next_logprobs
 from sleb.checkpoints.gguf_fields import ARCHITECTURES
 from sleb.checkpoints.gguf_file import GGUFFile, NewTensor, write_gguf
 from sleb.core.units import block_of, parse_unit, part_of
@@ -74,16 +73,7 @@ def run() -> Callable[..., list[np.ndarray]]:
         pytest.skip("SLEB_TEST_MLX is not set; `make test-runtimes` sets it")
 
     def scored(*files: Path) -> list[np.ndarray]:
-        asked = json.dumps({"files": [str(file) for file in files], "prompts": PROMPTS})
-        script = str(Path(__file__).with_name("llama_next.py"))
-        done = subprocess.run(
-            [python, script], input=asked, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return [
-            np.array([[prompt[str(i)] for i in range(len(prompt))] for prompt in file])
-            for file in json.loads(done.stdout)
-        ]
+        return next_logprobs(python, files, PROMPTS)
 
     return scored
 

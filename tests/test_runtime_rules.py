@@ -87,6 +87,7 @@ L = "linear_attention"
          "accepted", "keeps"),
         ({"model_type": "exaone4", "layer_types": [S, F, S, F]}, {"sliding_window_pattern": "LG"},
          "accepted", "keeps"),
+        ({"model_type": "cohere2", "layer_types": [S, S]}, {"num_hidden_layers": 2}, "refused", ""),
         ({"model_type": "exaone4", "layer_types": [F, F, F, F]}, {"sliding_window_pattern": None},
          "accepted", "keeps"),
         ({"model_type": "exaone4", "layer_types": [S, F, S, F]}, {}, "refused", "place"),

@@ -135,6 +135,12 @@ def _not_full(config: Config) -> list[bool]:
     return [kind != "full_attention" for kind in config["layer_types"]]
 
 
+def _some_full(config: Config) -> list[bool] | None:
+    """Sliding blocks; None if there are no others, as mlx-lm stops then."""
+    kinds = _not_full(config)
+    return None if all(kinds) else kinds
+
+
 _BOTH = _Rule(
     key="both-kinds",
     reads=lambda config: len(set(config.get("layer_types") or "SF")) == 2,
@@ -143,8 +149,8 @@ _BOTH = _Rule(
 _SLIDES = "slide-by-place"
 _LINEAR = _Rule(key="linear-by-place", reads=_period("full_attention_interval", 4), means=_not_full)
 MLX: dict[str, _Rule] = {
-    "gemma3_text": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 6), means=_not_full),
-    "cohere2": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 4), means=_not_full),
+    "gemma3_text": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 6), means=_some_full),
+    "cohere2": _Rule(key=_SLIDES, reads=_period("sliding_window_pattern", 4), means=_some_full),
     "exaone4": _Rule(key=_SLIDES, reads=_letters, means=_sliding),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
     # the wrapper alone: mlx-lm has other code for llama4_text, without experts
