@@ -1,10 +1,11 @@
 """config.json as makers publish them: in their own words, not as transformers 5 would write them.
 
 ``HUB`` has, by a name, what a file says, and cuts to try; ``MODELS`` in the form of which published
-model it is written, by hand and with its sizes shrunk. Each file has words that transformers 5
-renames or drops (``rope_theta``, ``torch_dtype``, ``rotary_pct``, patterns in place of lists, kinds
-of layers by older names). In data/hub_configs.json a file is its ``own`` words beside the
-``common`` ones (null takes one of these away), or it is there as a ``whole``.
+model it is written, with sizes shrunk and as its first blocks, or some where each kind occurs;
+``source`` is where the model's own file was read, and without it none was. Each file has words that
+transformers 5 renames or drops (``rope_theta``, ``torch_dtype``, ``rotary_pct``, patterns in place
+of lists, kinds of layers by older names). In data/hub_configs.json a file is its ``own`` words
+beside the ``common`` ones (null takes one of these away), or it is there as a ``whole``.
 """
 
 import json

@@ -48,9 +48,10 @@ Written by `make test-runtimes` (tests/test_compatibility.py), not by hand. Each
 config.json in the form of the named model's: its type, the words of its fields, and how its blocks
 alternate, with eight blocks (six in the decoders of some vision-language models), small widths and
 random weights. Where a number follows the name, the model's own file, or what a public repository
-quotes of it, was read there ([below](#where-the-files-were-read)); the others are written from
-memory, *unconfirmed*. Each was inspected, searched (jamba: cut by hand, since only whole periods of
-its pattern can go), cut, verified in transformers {transformers}, and restored to the byte.
+quotes of it, was read there ([below](#where-the-files-were-read); some quote a part of it); the
+others are written from memory, *unconfirmed*. Each was inspected, searched (jamba: cut by hand,
+since only whole periods of its pattern can go), cut, verified in transformers {transformers}, and
+restored to the byte.
 
 The cut was then read by the other runtimes. Figures are the mean absolute deviation of
 log-probabilities from transformers {transformers}'s, in nats per token: of the original, and of the
