@@ -195,14 +195,12 @@ def test_force_replaces_an_existing_output(place, capsys, verb, tiny_plan):
 def test_progress_goes_to_stderr_and_leaves_stdout_alone(place, capsys, monkeypatch):
     quiet = run(capsys, "similarity", "MODEL", *SMALL, "--json")
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.001)
     loud = run(capsys, "similarity", "MODEL", *SMALL, "--json")
     assert loud.out == quiet.out
     assert quiet.err == ""
-    assert re.search(r"^loading MODEL: done in 0 s$", loud.err, re.MULTILINE)
-    assert re.search(
-        r"^measuring similarity: 50 %, 0 s gone, about 0 s left$", loud.err, re.MULTILINE
-    )
+    assert re.search(r"^loading MODEL: done in \d+ s$", loud.err, re.MULTILINE)
+    assert re.search(r"^measuring similarity: .*\d+ s gone", loud.err, re.MULTILINE)
 
 
 def test_a_terminal_gets_bars_even_for_odd_names(place, capsys, monkeypatch):

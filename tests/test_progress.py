@@ -1,61 +1,170 @@
 """What a person sees while waiting."""
 
 import io
+import threading
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
+from cli_tools import run
 from sleb.cli import progress
+from sleb.core.progress import Begins, Estimate, Phase, TimeLeft, silent, tell
+from sleb.record import Stopwatch
+
+TWO = Estimate(
+    phases=(Phase(name="search", seconds=180), Phase(name="repair", seconds=120)),
+    memory=1_200_000_000,
+    disk=227_000_000,
+    device="this CPU",
+)
 
 
 @pytest.fixture(autouse=True)
 def as_shipped(monkeypatch):
     """Elsewhere in the tests nothing counts as slow."""
     monkeypatch.setattr(progress, "QUIET_S", 2.0)
+    monkeypatch.setattr(progress._Shown, "least", 2.0)
 
 
-def test_a_narrow_terminal_keeps_the_time_left_and_shortens_the_note():
+def wait_for(lines, count: int) -> None:
+    """Until so many lines were said."""
+    for _ in range(400):
+        if len(lines) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(lines)
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Lines as they are said where there is no terminal, with a heartbeat of 20 ms."""
+    lines: list[str] = []
+    monkeypatch.setattr(progress._Lines, "say", lambda self, text: lines.append(text))
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
+    return lines
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_keeps_the_time_left_and_shortens_the_note(width):
     shown = io.StringIO()
-    console = Console(file=shown, force_terminal=True, width=80, color_system=None)
+    console = Console(file=shown, force_terminal=True, width=width, color_system=None)
     with progress._Bars(console).stage("searching", 10) as tick:
-        tick(5, note="round 2 of 3, 27 candidates, last removed 12, and more than fits")
+        tick(5, note="round 2 of 3, 27 candidates, last removed 12, and more than fits " * 2)
     line = shown.getvalue().replace("\r", "\n")
     assert "searching" in line
     assert "50%" in line
     assert "0:00:00" in line
-    assert "left round 2 of 3" in line
+    assert "s left" in line
+    assert "round 2 of 3" in line
     assert "…" in line
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+def test_without_a_terminal_there_is_a_line_now_and_then_even_if_nothing_moves(log):
     with progress._Lines().stage("searching", 10) as tick:
-        for _ in range(5):
-            clock[0] += 10
-            tick(note="round 1")
-    assert capsys.readouterr().err.splitlines() == [
-        "searching: 20 %, 20 s gone, about 80 s left; round 1",
-        "searching: 40 %, 40 s gone, about 60 s left; round 1",
-        "searching: done in 50 s",
-    ]
+        tick(2, note="round 1")
+        wait_for(log, 2)
+    assert all(line.startswith("searching: 20 %, ") for line in log[:2])
+    assert all("left; round 1" in line for line in log[:2])
+    alive = [thread.name for thread in threading.enumerate()]
+    assert len(alive) == len({*alive})
 
 
-def test_where_the_end_is_not_known_the_time_gone_is_said(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    with progress._Lines().stage("searching", None) as tick:
-        clock[0] += 20
-        tick(note="round 1")
-        clock[0] += 20
-        tick()
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        "searching: 20 s gone; round 1",
-        "searching: 40 s gone",
-    ]
+def test_where_the_end_is_not_known_or_passed_only_the_time_gone_is_said(log):
+    for total, done in ((None, 3), (4, 4), (4, 9)):
+        log.clear()
+        with progress._Lines().stage("searching", total) as tick:
+            tick(done)
+            wait_for(log, 1)
+        assert "gone" in log[0]
+        assert "left" not in log[0]
 
 
 def test_what_is_quick_says_nothing(capsys):
     with progress._Lines().stage("loading", None) as tick:
         tick()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("display", ["log", "terminal"])
+def test_what_will_come_and_every_phase_that_ended_stay_to_be_read(capsys, display):
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, color_system=None)
+    shows = progress._Lines() if display == "log" else progress._Bars(console)
+    watch = Stopwatch(shows)  # as the pipeline has it
+    tell(watch, TWO)
+    for phase in TWO.phases:
+        tell(watch, Begins(phase.name))
+        with watch.stage("working", 3) as tick:
+            tick(3)
+    shows.finish()
+    said = capsys.readouterr().err if display == "log" else shown.getvalue()
+    order = ["about 5 min", "1.2 GB", "227 MB", "1 of 2: search", "1 of 2: search: done", "2 of 2"]
+    for words in [*order, "2 of 2: repair: done"]:
+        assert words in said
+        said = said[said.index(words) :]
+    tell(silent, TWO)  # nobody listens, and nothing happens
+
+
+@given(st.lists(st.integers(1, 40), min_size=3, max_size=60))
+def test_the_time_left_is_steady(steps):
+    """It never jumps: in one step it falls or rises by no more than the share of half a minute that
+    went by, towards what the mean speed says."""
+    total, done, now = sum(steps) + 1, 0, 0.0
+    clock, before = TimeLeft(total, 0.0), None
+    for step in steps:
+        done, now = done + step, now + 1.0
+        left = clock.at(done, now)
+        fresh = now * (total - done) / done
+        assert left is not None
+        assert left >= 0
+        if before is not None:
+            due = max(0.0, before - 1)
+            assert min(due, fresh) - 1e-6 <= left <= max(due, fresh) + 1e-6
+            assert abs(left - due) <= abs(fresh - due) / 25 + 1e-9
+        before = left
+
+
+def test_where_all_units_take_as_long_the_time_left_is_right():
+    clock = TimeLeft(100, 0.0)
+    for done in range(1, 100):
+        assert clock.at(done, 2.0 * done) == pytest.approx(2.0 * (100 - done))
+
+
+def test_a_run_says_what_it_will_take_and_a_dry_run_says_only_that(
+    tiny_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    small = ["--windows", 4, "--length", 16, "--repair-tokens", 400, "--device", "cpu"]
+    command = ["prune", tiny_dir, "--remove", 2, "-o", "out", *small]
+    ran = run(capsys, *command, "--dry-run")
+    assert (ran.code, list(tmp_path.iterdir())) == (0, [])
+    assert "search" in ran.out
+    found = run(capsys, *command, "--dry-run", "--json").json
+    names = [phase["name"] for phase in found["phases"]]
+    assert names == ["text", "search", "repair", "measure", "write and check"]
+    assert all(phase["seconds"] > 0 for phase in found["phases"])
+    monkeypatch.setattr(progress, "BRIEF_S", 0.0)
+    ran = run(capsys, *command)
+    assert ran.code == 0
+    for number, name in enumerate(names, 1):
+        assert f"{number} of 5: {name}" in ran.err
+    assert run(capsys, *command, "--force", "-q").err == ""
+
+
+def test_going_on_from_a_journal_is_said(tiny_dir, tmp_path, monkeypatch, capsys):
+    from sleb.selection import search
+
+    monkeypatch.chdir(tmp_path)
+    command = ["search", tiny_dir, "--remove", 2, "--windows", 4, "--length", 16, "-o", "p.json"]
+    with monkeypatch.context() as patch:
+
+        def stopped(*args, **how):
+            raise KeyboardInterrupt
+
+        patch.setattr(search.StoppingRule, "settle", stopped)
+        assert run(capsys, *command).code == 130
+    ran = run(capsys, *command)
+    assert "going on from p.json.journal" in ran.err

@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # "as": type checkers know what is public by it
     from sleb.models.describe import Description as Description, describe as describe
     from sleb.models.load import LoadedModel as LoadedModel, load as load
     from sleb.models.stack import bypassed as bypassed
-    from sleb.pipeline import Pruned as Pruned, heal as heal
+    from sleb.pipeline import Pruned as Pruned, estimate as estimate, heal as heal
     from sleb.project import Project as Project, init as init, run as run
     from sleb.record import RunRecord as RunRecord
     from sleb.repairs import Repair as Repair
@@ -92,7 +92,7 @@ _NAMES = {
     "models.describe": "Description describe",
     "models.load": "LoadedModel load",
     "models.stack": "bypassed",
-    "pipeline": "Pruned heal",
+    "pipeline": "Pruned estimate heal",
     "project": "Project init run",
     "record": "RunRecord",
     "repairs": "Repair",

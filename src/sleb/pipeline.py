@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from sleb import estimates
 from sleb.calibration.answers import ANSWERS
 from sleb.calibration.overlap import shared_with
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
@@ -33,7 +34,7 @@ from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group, leave_group
-from sleb.core.progress import Progress, silent
+from sleb.core.progress import Begins, Estimate, Progress, silent, tell
 from sleb.core.statistics import interval
 from sleb.distillation import distill
 from sleb.distillation.distill import Healing
@@ -118,6 +119,7 @@ def prune(
     found = _find(model, out, config, goal, (journal, gguf), watch)
     found.facts.update(command=command, stages=stages or {}, started=watch.started)
     gc.collect()  # the model's memory is needed for the verification
+    tell(watch, Begins(estimates.WRITE))
     records: list[RunRecord] = []
     files: list[CutGGUF] = []
 
@@ -132,6 +134,27 @@ def prune(
     written = group().broadcast_from_main(write)
     record = records[0] if records else TypeAdapter(RunRecord).validate_json(written)
     return Pruned(path=out, plan=found.plan, record=record, gguf=files[0] if files else None)
+
+
+@takes(PruneConfig)
+def estimate(
+    model: str | Path, out: str | Path, config: PruneConfig, *, progress: Progress = silent
+) -> Estimate:
+    """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment;
+    nothing is written.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
+    """
+    out = Path(out)
+    _gguf(model, out, config.force)
+    goal = check_options(config)
+    check_request(model, config, progress)
+    loaded = load(model, **dict(config.part(LoadOptions)), progress=progress)
+    if loaded.stack.streamed:
+        raise InputError("a model whose blocks are read from disk is not timed: leave out --stream")
+    _check_space(out, goal, loaded, config)
+    return estimates.estimate(loaded, _split(loaded, config)[0], goal, config, out)
 
 
 def _gguf(model: str | Path, out: Path, force: bool) -> GGUFModel | None:
@@ -298,6 +321,9 @@ def _find(
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
     split, status = _split(loaded, config)
+    if not stack.streamed:  # to time it would be to read it, several times
+        tell(watch, estimates.estimate(loaded, split, goal, config, out))
+    tell(watch, Begins(estimates.TEXT))
     split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs
     # with text beside its own windows, a search can see what a repair will leave
@@ -310,6 +336,8 @@ def _find(
     if split.repair_given is not None and can_generate(stack):
         compare = config.strategy == GREEDY_OR_WINDOW
         split = split.with_self_generated(writer(loaded, watch), compare=compare)
+        _ = split.repair_fit  # written now, in a phase of its own
+    tell(watch, Begins(estimates.SEARCH))
     plan = search(
         loaded,
         config.part(SearchConfig),
@@ -321,6 +349,7 @@ def _find(
     )
     fixed = None
     if split.repair_given is not None:
+        tell(watch, Begins(estimates.REPAIR))
         plan, fixed, status = _repaired(loaded, plan, split, limited, config, watch)
     exact = fixed
     if fixed and gguf:  # what is measured is what will be in the file
@@ -333,6 +362,7 @@ def _find(
     facts |= {"repair": status, "environment": setting}
     if plan.parts:
         facts |= _without(loaded, plan)
+    tell(watch, Begins(estimates.MEASURE))
     facts |= _measured(loaded, plan, fixed, split, config, watch)
     if split.answers:
         patch = partial(fixed.patch, stack) if fixed else None

@@ -24,7 +24,7 @@ from typing_extensions import Self
 from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import write_text
 from sleb.core.finding import Finding, finding
-from sleb.core.progress import Progress, Tick
+from sleb.core.progress import Begins, Estimate, Progress, Tick, tell
 from sleb.core.units import UnitId, named, parts_in
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
@@ -262,6 +262,10 @@ class Stopwatch:
     started: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
+
+    def tell(self, what: Estimate | Begins | str) -> None:
+        """See :func:`sleb.core.progress.tell`."""
+        tell(self.inner, what)
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:

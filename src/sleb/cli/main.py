@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Annotated, Any
@@ -99,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    line = shlex.join(["sleb", *given])
+    obj = (shlex.join(["sleb", *given]), None if arguments is None else time.time())
     try:
         with _terminated_as_interrupted(), joined() as here, _quiet_but_for_first(here):
-            result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=line)
+            result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=obj)
     except SlebError as error:
         return _fail(str(error), error.exit_code)
     except Interrupted as error:

@@ -3,88 +3,217 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from sleb.core.printable import printable
 from sleb.core.process_group import group
+from sleb.core.progress import Begins, Estimate, Tick, TimeLeft, silent
 from sleb.core.progress import Progress as ProgressProtocol
-from sleb.core.progress import Tick, silent
 
 QUIET_S = 2.0
+LONG_S = 10.0
+BRIEF_S = 20.0
+"""Of a run that will take less nothing is said in advance."""
 LINE_EVERY_S = 15.0
 
 
 def terminal_progress(*, quiet: bool = False, verbose: bool = False) -> ProgressProtocol:
-    """The progress display that fits stderr; none but on the first of several processes."""
-    if not group().is_main:
+    """The progress display that fits stderr; none but on the first of several processes. ``quiet``:
+    none at all; ``verbose``: a line for short stages, too."""
+    if quiet or not group().is_main:
         return silent
-    return _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
+    shown = _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
+    shown.least = 0.0 if verbose else QUIET_S
+    return shown
 
 
-class _Bars:
+def since(began: float | None) -> float:
+    """Seconds since then; for None since this process began, its imports among them."""
+    import psutil
+
+    return time.time() - (began or float(psutil.Process().create_time()))
+
+
+def spelled(seconds: float) -> str:
+    """A duration as one says it."""
+    if seconds < 100:
+        return f"{max(1, seconds):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h {seconds % 3600 / 60:02.0f} min"
+
+
+def estimated(e: Estimate) -> list[str]:
+    """What a run will take, in a few lines."""
+    phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in e.phases)
+    lines = [
+        f"about {spelled(e.seconds)} on {e.device}: {phases}",
+        f"about {e.memory / 1e9:.2g} GB of memory, {_size(e.disk)} on disk",
+    ]
+    if e.shorter:
+        lines.append(f"that is long; a GPU takes minutes, and here: {'; '.join(e.shorter)}")
+    return lines
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
+class _Shown:
+    """What both displays have: lines that stay, for what will come, and for phases that began or
+    ended."""
+
+    least = QUIET_S
+
+    def __init__(self) -> None:
+        self._expected: dict[str, float] = {}
+        self._phase, self._since = "", 0.0
+
+    def say(self, text: str) -> None:
+        raise NotImplementedError
+
+    def tell(self, what: Estimate | Begins | str) -> None:
+        """See :func:`sleb.core.progress.tell`."""
+        if isinstance(what, Estimate):
+            if what.seconds < BRIEF_S and self.least:
+                return
+            self._expected = {phase.name: phase.seconds for phase in what.phases}
+            for line in estimated(what):
+                self.say(line)
+        elif isinstance(what, Begins):
+            self.finish()
+            if what.name in self._expected:
+                self._phase, self._since = what.name, time.monotonic()
+                later = sum([*self._expected.values()][self._number :])
+                rest = f", and {spelled(later)} after it" if later else ""
+                takes = spelled(self._expected[what.name])
+                self.say(f"{self._prefix}{what.name}: about {takes}{rest}")
+        else:
+            self.say(what)
+
+    def finish(self) -> None:
+        """The phase has ended."""
+        if self._phase:
+            spent = time.monotonic() - self._since
+            self.say(f"{self._prefix}{self._phase}: done in {spelled(spent)}")
+        self._phase = ""
+
+    @property
+    def _number(self) -> int:
+        return [*self._expected].index(self._phase) + 1 if self._phase else 0
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self._number} of {len(self._expected)}: " if self._number else ""
+
+    def ended(self, title: str, spent: float) -> None:
+        """A stage has ended; of a phase only the whole is worth a line."""
+        if spent >= self.least and not (self._phase and self.least):
+            self.say(f"{title}: done in {spelled(spent)}")
+
+
+class _Bars(_Shown):
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.print(printable(text), markup=False, highlight=False)
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
         # on a narrow terminal the note gives way, not the times
         fixed, rest = Column(min_width=7), Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        left = TextColumn("left", table_column=Column(min_width=4))
+        start = time.monotonic()
         columns = [
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TaskProgressColumn(table_column=Column(min_width=4)),
             TimeElapsedColumn(table_column=fixed),
-            *([TimeRemainingColumn(table_column=fixed), left] if total else []),
+            *([_Left(TimeLeft(total, start))] if total else []),
             TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=rest),
         ]
         with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
-            task = bars.add_task(printable(title), total=total, note="")
+            task = bars.add_task(printable(f"{self._prefix}{title}"), total=total, note="")
 
             def tick(n: int = 1, note: str = "") -> None:
                 bars.update(task, advance=n, note=printable(note))
 
             yield tick
+        self.ended(title, time.monotonic() - start)
 
 
-class _Lines:
+class _Left(ProgressColumn):
+    """The time left, in words."""
+
+    def __init__(self, clock: TimeLeft) -> None:
+        super().__init__(Column(min_width=11))
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        left = self.clock.at(int(task.completed), time.monotonic())
+        return Text("" if left is None else f"{spelled(left)} left")
+
+
+class _Lines(_Shown):
+    def say(self, text: str) -> None:
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
-        start = last = time.monotonic()
-        done = 0
+        start = time.monotonic()
+        clock = TimeLeft(total, start) if total else None
+        done, said = 0, ""
 
         def tick(n: int = 1, note: str = "") -> None:
-            nonlocal done, last
+            nonlocal done, said
             done += n
+            said = note
+
+        def line() -> None:
             now = time.monotonic()
-            if now - last >= LINE_EVERY_S:
-                last = now
-                print(_line(title, done, total, now - start, note), file=sys.stderr, flush=True)  # noqa: T201
+            left = clock.at(done, now) if clock else None
+            share = f"{min(99, 100 * done // clock.total)} %, " if clock and done else ""
+            about = "" if left is None else f", about {spelled(left)} left"
+            more = f"; {said}" if said else ""
+            self.say(f"{self._prefix}{title}: {share}{spelled(now - start)} gone{about}{more}")
 
-        yield tick
-        spent = time.monotonic() - start
-        if spent >= QUIET_S:
-            print(printable(f"{title}: done in {spent:.0f} s"), file=sys.stderr, flush=True)  # noqa: T201
+        with _heartbeat(line):
+            yield tick
+        self.ended(title, time.monotonic() - start)
 
 
-def _line(title: str, done: int, total: int | None, spent: float, note: str) -> str:
-    share, left = "", ""
-    if total and done:
-        share = f"{min(99, 100 * done // total)} %, "
-        left = f", about {max(0.0, spent * (total - done) / done):.0f} s left"
-    return printable(f"{title}: {share}{spent:.0f} s gone{left}{'; ' + note if note else ''}")
+@contextmanager
+def _heartbeat(line: Callable[[], None]) -> Iterator[None]:
+    """Call ``line`` every so often, also while nothing ticks."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(LINE_EVERY_S):
+            line()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

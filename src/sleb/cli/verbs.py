@@ -67,6 +67,7 @@ JSON = _switch("json", "Print the result as JSON on stdout.")
 QUIET = _switch("quiet", "The result and errors alone: no progress, no hints.", "--quiet -q")
 VERBOSE = _switch("verbose", "Also what libraries say, and short phases.", "--verbose -v")
 FORCE = _switch("force", "Replace an existing output.")
+DRY_RUN = _switch("estimate", "Say what it would take, and do nothing.", "--dry-run")
 RECORD = Argument(
     "record",
     "Add the result to RUN/run.json, for gate and report.",
@@ -111,6 +112,8 @@ class Verb:
     """What is drawn for a person, where that is not the facts."""
     notes: Callable[[Any, Given], Iterable[str]] = lambda result, given: ()
     """Last lines: what was written, what to do next."""
+    dry: str = ""
+    """The function that --dry-run calls in place of ``run``: what that would take."""
     filter: bool = False
     """Whether stdout is for another program: the result's text, unless it goes to a file, and no
     notes."""
@@ -134,6 +137,7 @@ class Verb:
         """The options that are the command line's alone."""
         return (
             *([RECORD] if RECORD in self.arguments else []),
+            *([DRY_RUN] if self.dry else []),
             *([JSON] if self.json else []),
             QUIET,
             VERBOSE,
@@ -153,7 +157,12 @@ class Verb:
     @property
     def function(self) -> Callable[..., Any]:
         """The public function; importing it imports torch."""
-        module, _, name = (self.run or self.name).rpartition(".")
+        return self.named(self.run or self.name)
+
+    @staticmethod
+    def named(where: str) -> Callable[..., Any]:
+        """A function of sleb, or of a module of it."""
+        module, _, name = where.rpartition(".")
         found: Callable[..., Any] = getattr(
             import_module(f"sleb.{module}") if module else sleb, name
         )
@@ -413,6 +422,7 @@ VERBS = (
             ),
         ),
         config="PruneConfig",
+        dry="pipeline.estimate",
         check=_check_prune,
         facts=_pruned_facts,
         drawn=_pruned_drawn,
@@ -652,7 +662,8 @@ def command(verb: Verb) -> Any:
     )
 
 
-def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
+def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -> int:
+    """``command``: the line; ``began``: when it was, None for the moment this process began."""
     from sleb.cli.build import as_config
 
     if verb.model and (revision := given.pop("revision")):
@@ -662,8 +673,11 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
     _check(verb, config, given)
     if given["verbose"]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    from sleb.cli.progress import terminal_progress
+    from sleb.cli.progress import LONG_S, since, spelled, terminal_progress
 
+    progress = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
+    if given.get("estimate"):
+        return _foretold(verb, config, given, progress)
     function = verb.function
     _check_record(given)
     own = {argument.name for argument in verb.own}
@@ -671,8 +685,9 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
     if verb.name in ("prune", "heal"):
         values["command"] = command
     if verb.name not in ("init", "report"):
-        values["progress"] = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
+        values["progress"] = progress
     result = function(**values)
+    _close(progress)
     as_json = given.get("json", False)
     if verb.filter:
         sys.stdout.write("" if given["out"] else result.text)
@@ -689,7 +704,28 @@ def _run(verb: Verb, given: dict[str, Any], command: str) -> int:
         _note(f"recorded in {Path(folder) / 'run.json'}", as_json)
     for line in verb.notes(result, given) if not given["quiet"] else ():
         _note(line, as_json or verb.filter)
+    if not given["quiet"] and (spent := since(began)) >= LONG_S:
+        _note(f"took {spelled(spent)}, from the command to here", True)
     return verb.code(result)
+
+
+def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
+    """What a run would take."""
+    from sleb.cli.progress import estimated
+
+    places = {name: given[name] for name in ("model", "out")}
+    found = verb.named(verb.dry)(**places, config=config, progress=progress)
+    if given["json"]:
+        _show(found, json=True)
+    for line in () if given["json"] else estimated(found):
+        _note(line, False)
+    return 0
+
+
+def _close(progress: Any) -> None:
+    """The last phase has ended."""
+    if hasattr(progress, "finish"):
+        progress.finish()
 
 
 def _check(verb: Verb, config: Options, given: Given) -> None:
@@ -762,7 +798,7 @@ def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]
         if group().several and not verb.shared and not leave_group():
             return 0
         try:
-            code = _run(verb, given, context.obj)
+            code = _run(verb, given, *context.obj)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:

@@ -269,6 +269,11 @@ class ScoreCache:
         if not self._lines or (done and not self.keep):  # an answer too
             self.path.unlink(missing_ok=True)
 
+    @property
+    def known(self) -> int:
+        """Scores of sets that were there from before, or are by now."""
+        return sum(len(line["sets"]) for line in self._lines)
+
     def replay(self, kind: str) -> list[tuple[list[BlockSet], int, Values]]:
         """All scores of a kind so far: sets, first window, values [sets, windows]. ``kind`` says
         what else they depend on."""

@@ -123,8 +123,9 @@ def _(r: RunRecord) -> list[Item]:
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
     lines += requantized_told(r.requantized)
     lines.append(f"verified: {passed} of {checks} gates passed")
-    total, searching = sum(r.seconds.values()), r.seconds.get("searching", 0)
-    lines.append(f"took {total:.0f} s, of which searching {searching:.0f} s")
+    longest = sorted(r.seconds.items(), key=lambda item: -item[1])
+    named = [f"{title} {seconds:.0f} s" for title, seconds in longest if seconds >= 1][:5]
+    lines += [f"longest: {T.join(named)}"] if named else []
     return [*found, *map(Text, lines)]
 
 
