@@ -88,7 +88,7 @@ def unhurried() -> Iterator[None]:
     from transformers import PreTrainedConfig
 
     from sleb.calibration import tokens
-    from sleb.cli import progress
+    from sleb.core import display as progress
 
     known: dict[tuple[str, str], list[int]] = {}
     encode = tokens._encode
@@ -105,6 +105,7 @@ def unhurried() -> Iterator[None]:
         patch.setattr(tokens, "_encode", remembered)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         patch.setattr(progress, "QUIET_S", 600.0)
+        patch.setattr(progress, "BRIEF_S", 600.0)
         yield
 
 

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 
 from cli_tools import refused, run, tree
 from sleb import config, pipeline
-from sleb.cli import progress
 from sleb.cli.verbs import FORMS, VERBS
+from sleb.core import display as progress
 from sleb.core.finding import finding
 from sleb.core.plan import Plan
 from sleb.surgery.gates import Check

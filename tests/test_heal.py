@@ -471,6 +471,6 @@ def test_the_verb_shows_dense_cut_and_healed_apart(home, tmp_path, monkeypatch, 
     assert found["healed"]["heldout"]["texts"]["windows"] == 8
     assert run(capsys, "verify", tmp_path / "H", "--model", "MODEL").code == 0
 
-    monkeypatch.setattr("sleb.cli.progress.terminal_progress", lambda **how: Stopping(3))
+    monkeypatch.setattr("sleb.core.showing.terminal_progress", lambda **how: Stopping(3))
     message = refused(capsys, 130, *command[:-1], tmp_path / "N")
     assert f"{tmp_path / 'N.heal'}: repeat" in message

@@ -25,10 +25,10 @@ SIBLINGS = {"runtimes", "formats", "distillation"}
 ENTRANCES = {"__init__", "__main__"}
 """They may import everything; nothing imports them."""
 
-LAZY = {"evaluation.tasks", "models.describe", "runtimes.transformers"}
-"""Modules that import others of sleb once these are needed: lm-evaluation-harness is an extra, a
-model is described from its files without torch, and a child that only scores runs where there is no
-sleb."""
+LAZY = {"core.showing", "evaluation.tasks", "models.describe", "runtimes.transformers"}
+"""Modules that import others of sleb once these are needed: lm-evaluation-harness is an extra,
+bars need rich, a model is described from its files without torch, and a child that only scores runs
+where there is no sleb."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def test_only_the_command_line_prints():
     for path in SOURCES:
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         printing = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
-        assert not printing or path.parent.name == "cli", path
+        assert not printing or path.parent.name == "cli" or path.name == "display.py", path
 
 
 def test_importing_sleb_is_light_and_the_check_can_fail():

@@ -13,13 +13,15 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, did_you_mean
+from sleb.core.memory import as_specs
+from sleb.core.showing import shown
 
 
 def option(
@@ -92,9 +94,15 @@ class Options(BaseModel):
                 other.
         """
         try:
-            return cls.model_validate({name: _plain(value) for name, value in values.items()})
+            return cls.model_validate(
+                {k: as_specs(v) if cls._takes_texts(k) else _plain(v) for k, v in values.items()}
+            )
         except ValidationError as error:
             raise InputError(_said(error.errors()[0], cls, where)) from None
+
+    @classmethod
+    def _takes_texts(cls, name: str) -> bool:
+        return name == "text" and get_origin(cls.model_fields[name].annotation) is tuple
 
     def replaced(self, values: Mapping[str, Any], where: str = "") -> Self:
         """These options with ``values``, which come from nearer to the user, in place of theirs.
@@ -159,6 +167,8 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
             config = given.arguments.get("config")
             config = kind.of(fields) if config is None else config.replaced(fields)
             given.arguments["config"] = config
+            if "progress" in given.arguments:
+                given.arguments["progress"] = shown(given.arguments["progress"])
             return function(*given.args, **given.kwargs)
 
         keyword = inspect.Parameter.KEYWORD_ONLY

@@ -80,7 +80,7 @@ class Pruned:
 
 @takes(PruneConfig)
 def prune(
-    model: str | Path,
+    model: LoadedModel | str | Path,
     out: str | Path,
     config: PruneConfig,
     *,
@@ -109,6 +109,7 @@ def prune(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out = Path(out)
+    given, model = model, _place(model)
     gguf = _gguf(model, out, config.force)
     watch = Stopwatch(progress)
     goal = check_options(config)
@@ -116,7 +117,7 @@ def prune(
     check_placing(**placing)
     check_request(model, config, watch)
     journal = out.with_name(out.name + ".journal")
-    found = _find(model, out, config, goal, (journal, gguf), watch)
+    found = _find(given, out, config, goal, (journal, gguf), watch)
     found.facts.update(command=command, stages=stages or {}, started=watch.started)
     gc.collect()  # the model's memory is needed for the verification
     tell(watch, Begins(estimates.WRITE))
@@ -155,6 +156,23 @@ def estimate(
         raise InputError("a model whose blocks are read from disk is not timed: leave out --stream")
     _check_space(out, goal, loaded, config)
     return estimates.estimate(loaded, _split(loaded, config)[0], goal, config, out)
+
+
+def _place(model: LoadedModel | str | Path) -> str | Path:
+    """Where the files of a model are.
+
+    Raises:
+        InputError: an adapter computes along that is not in them.
+    """
+    if not isinstance(model, LoadedModel):
+        return model
+    if model.adapted:
+        raise InputError(
+            "a checkpoint without some blocks is of one model, and an adapter is not merged into "
+            "this: merge it (merge_and_unload), or search, and apply the plan to the base with "
+            "adapter="
+        )
+    return model.source.path
 
 
 def _gguf(model: str | Path, out: Path, force: bool) -> GGUFModel | None:
@@ -214,7 +232,7 @@ def heal(
 
 
 def prune_and_heal(
-    model: str | Path,
+    model: LoadedModel | str | Path,
     out: str | Path,
     config: PruneConfig,
     healing: HealConfig,
@@ -233,12 +251,13 @@ def prune_and_heal(
     cut = out.with_name(f"{out.name}-cut")
     writable_target(out, force=config.force)
     asked = config.model_dump(mode="json", exclude={"force"})
-    key = hashlib.sha256(json.dumps([str(model), asked]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([str(_place(model)), asked]).encode()).hexdigest()
     known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
     if known and known.stages.get("cut") == key:
         done = Pruned(path=cut, plan=Plan.load(cut / "plan.json"), record=known)
     else:
         done = prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
+    model = _place(model)
     if not leave_group():
         return done
     return heal(cut, model, out, healing, command=command, stages=stages, progress=progress)
@@ -306,7 +325,7 @@ class _Found:
 
 
 def _find(
-    model: str | Path,
+    model: LoadedModel | str | Path,
     out: Path,
     config: PruneConfig,
     goal: Goal,
@@ -316,7 +335,9 @@ def _find(
     """Load the model, choose blocks, repair the cut and measure it. ``beside``: where scores are
     kept meanwhile, and the GGUF file that will get the repair."""
     journal, gguf = beside
-    loaded = load(model, **dict(config.part(LoadOptions)), progress=watch)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load(loaded, **dict(config.part(LoadOptions)), progress=watch)
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)

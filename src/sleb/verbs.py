@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
 from sleb.calibration.answers import prompts_of
 from sleb.calibration.prompts import read_prompts
-from sleb.calibration.split import SELF_GENERATED
+from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.cut import Cut
@@ -45,6 +47,7 @@ from sleb.core.files import writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
+from sleb.core.showing import shown
 from sleb.evaluation import perplexity
 from sleb.evaluation import transfer as transfers
 from sleb.evaluation.agreement import AnswersKept, measure_answers
@@ -77,13 +80,19 @@ from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.verification import Verification
 from sleb.views.report import write_report
 
-_BENCH, _OUTPUT = BenchConfig(), OutputOptions()
+_BENCH, _OUTPUT, _ANY = BenchConfig(), OutputOptions(), LoadOptions()
 
 
-def _loaded(model: LoadedModel | str | Path, config: Options, progress: Progress) -> LoadedModel:
+Model = LoadedModel | nn.Module | str | Path
+"""One that is loaded, a transformers model that is in memory, a folder, hub id or .gguf file."""
+
+
+def _loaded(model: Model, config: Options, progress: Progress, tokenizer: Any) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
-    return load(model, **dict(config.part(LoadOptions)), progress=progress)
+    if isinstance(model, nn.Module):
+        return load(model, tokenizer=tokenizer)
+    return load(model, **dict(config.part(LoadOptions)), tokenizer=tokenizer, progress=progress)
 
 
 def _plan(plan: Plan | str | Path) -> Plan:
@@ -95,7 +104,11 @@ def _plan(plan: Plan | str | Path) -> Plan:
 
 @takes(SimilarityConfig)
 def similarity(
-    model: LoadedModel | str | Path, config: SimilarityConfig, *, progress: Progress = silent
+    model: Model,
+    config: SimilarityConfig,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = silent,
 ) -> Similarity:
     """How alike the hidden states before and after each block are: the first of three stages.
 
@@ -104,7 +117,7 @@ def similarity(
     """
     MEASURES[config.measure]
     check_sources(config.text)
-    loaded = _loaded(model, config, progress)
+    loaded = _loaded(model, config, progress, tokenizer)
     windows, _ = load_windows(
         loaded.tokenizer,
         config.text,
@@ -118,10 +131,11 @@ def similarity(
 
 
 def search(
-    model: LoadedModel | str | Path,
+    model: Model,
     *config: Any,
     out: str | Path | None = None,
     force: bool = False,
+    tokenizer: Any = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Plan:
@@ -135,7 +149,13 @@ def search(
     if out is not None:
         writable_target(Path(out), force=force, folder=False)
         options["journal"] = f"{out}.journal"
-    plan = searching.search(model, *config, progress=progress, **options)
+    progress = shown(progress)
+    given = model if isinstance(model, (str, Path)) else _loaded(model, _ANY, progress, tokenizer)
+    if isinstance(ids := options.get("windows"), Tensor):
+        windows = Windows.given(ids)
+        options |= {"split": CalibrationSplit(search=windows), "windows": len(windows.ids)}
+        options["length"] = windows.record.length
+    plan = searching.search(given, *config, progress=progress, **options)
     if out is not None and group().is_main:
         plan.save(out)
     return plan
@@ -143,7 +163,11 @@ def search(
 
 @takes(TransferConfig)
 def transfer(
-    model: LoadedModel | str | Path, config: TransferConfig, *, progress: Progress = silent
+    model: Model,
+    config: TransferConfig,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = silent,
 ) -> Transfer:
     """Search on each text and on all of them, and score every choice on every held-out part.
 
@@ -152,7 +176,9 @@ def transfer(
             :func:`sleb.evaluation.transfer.transfer`.
     """
     transfers.check_transfer(config)
-    return transfers.transfer(_loaded(model, config, progress), config, progress=progress)
+    return transfers.transfer(
+        _loaded(model, config, progress, tokenizer), config, progress=progress
+    )
 
 
 # --- cutting -----------------------------------------------------------------------------------
@@ -160,12 +186,13 @@ def transfer(
 
 @takes(PruneConfig)
 def prune(
-    model: str | Path,
+    model: Model,
     out: str | Path,
     config: PruneConfig,
     *,
     heal: bool = False,
     quantize: str | None = None,
+    tokenizer: Any = None,
     command: str = "sleb.prune",
     progress: Progress = silent,
 ) -> Pruned:
@@ -189,6 +216,8 @@ def prune(
         rounding.check_scheme(quantize)
         writable_target(beside, force=config.force)
     how: dict[str, Any] = {"command": command, "progress": progress}
+    if not isinstance(model, (str, Path)):
+        model = _loaded(model, _ANY, progress, tokenizer)
     if heal:
         training = HealConfig.after(config, {})
         done = pipeline.prune_and_heal(model, out, config, training, **how)
@@ -206,10 +235,11 @@ def prune(
 
 @takes(RepairConfig)
 def repair(
-    model: LoadedModel | str | Path,
+    model: Model,
     plan: Plan | str | Path,
     config: RepairConfig,
     *,
+    tokenizer: Any = None,
     progress: Progress = silent,
 ) -> Repair:
     """Re-fit matrices around a plan's gaps on ``text``, and, where the model can write, on text of
@@ -221,7 +251,7 @@ def repair(
     removed = _plan(plan).at_depth(config.depth)
     check_sources(config.text)
     prompts_of(config.prompts)
-    loaded = _loaded(model, config, progress)
+    loaded = _loaded(model, config, progress, tokenizer)
     return fit_repair(loaded, removed, config=config, progress=progress)
 
 
@@ -516,9 +546,10 @@ def plan_of(out: str | Path, *, running: bool = False) -> Path:
 
 
 def evaluate(
-    model: LoadedModel | str | Path,
-    windows: Windows | int | None = None,
+    model: Model,
+    windows: Windows | Tensor | int | None = None,
     *,
+    tokenizer: Any = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Evaluation | tuple[TaskResult, ...] | AnswersKept:
@@ -532,8 +563,10 @@ def evaluate(
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
-    if isinstance(windows, Windows):
-        return perplexity.evaluate(model, windows, progress=progress, **options)  # type: ignore[arg-type]
+    progress = shown(progress)
+    if isinstance(windows, (Windows, Tensor)):
+        loaded = _loaded(model, _ANY, progress, tokenizer)
+        return perplexity.evaluate(loaded, Windows.given(windows), progress=progress, **options)
     config = EvalConfig.of({**options, "windows": windows})
     plan = Plan.load(config.plan) if config.plan else None
     removed = plan.at_depth(config.depth) if plan else ()
@@ -541,7 +574,7 @@ def evaluate(
     prompts_of(config.prompts)
     if config.task:
         check_tasks(config.task, folder=config.tasks_folder)
-    loaded = _loaded(model, config, progress)
+    loaded = _loaded(model, config, progress, tokenizer)
     patch = None
     if plan and config.plan:
         identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))

@@ -33,6 +33,7 @@ from sleb.calibration.rows import (
     without_nulls,
 )
 from sleb.core.errors import InputError, did_you_mean
+from sleb.core.memory import PREFIX, rows_of
 from sleb.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -183,6 +184,12 @@ def _read_txt(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
     with existing_file(location).open("rb") as stream:
         raw = stream.read(MAX_BYTES + 8)  # more than the limit by more than a cut character
     yield decode(raw, location, final=len(raw) < MAX_BYTES + 8)
+
+
+@SOURCES.register(PREFIX)
+def _read_memory(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for number, row in enumerate(rows_of(location), 1):
+        yield read_document(row, tokenizer, f"text {number}")
 
 
 @SOURCES.register("hub:")

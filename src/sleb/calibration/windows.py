@@ -41,6 +41,30 @@ class Windows:
     record: Calibration
     scored: Tensor | None = None
 
+    @classmethod
+    def given(cls, ids: Windows | Tensor, name: str = "windows") -> Windows:
+        """Token ids [N, T] of a program's own as windows; what are windows, as they are.
+
+        Raises:
+            InputError: the tensor has another form.
+        """
+        if isinstance(ids, Windows):
+            return ids
+        if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
+            raise InputError(
+                f"a tensor of windows is of token ids [windows, tokens], not {list(ids.shape)} "
+                f"{ids.dtype}"
+            )
+        ids = ids.detach().cpu().long()
+        record = Calibration(
+            sources=(written_source(name, ids, ids.numel()),),
+            windows=len(ids),
+            length=ids.shape[1],
+            seed=0,
+            sha256=digest(ids, None),
+        )
+        return cls(ids=ids, source=(0,) * len(ids), names=(name,), record=record)
+
     def take(self, rows: Sequence[int]) -> Windows:
         """Some of the windows, in the order of ``rows``."""
         source = tuple(self.source[row] for row in rows)

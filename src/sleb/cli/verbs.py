@@ -664,16 +664,13 @@ def command(verb: Verb) -> Any:
 
 def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -> int:
     """``command``: the line; ``began``: when it was, None for the moment this process began."""
-    from sleb.cli.build import as_config
-
-    if verb.model and (revision := given.pop("revision")):
-        given[verb.model] = f"{given[verb.model]}@{revision}"
-    config = as_config(verb.options, given)
+    config = _configured(verb, given)
     given = {**given, **dict(config)}
     _check(verb, config, given)
     if given["verbose"]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    from sleb.cli.progress import LONG_S, since, spelled, terminal_progress
+    from sleb.core.display import LONG_S, since, spelled
+    from sleb.core.showing import terminal_progress
 
     progress = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
     if given.get("estimate"):
@@ -709,9 +706,22 @@ def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -
     return verb.code(result)
 
 
+def _configured(verb: Verb, given: dict[str, Any]) -> Options:
+    """The checked options among what was given."""
+    from sleb.cli.build import as_config
+
+    if verb.model and (revision := given.pop("revision")):
+        given[verb.model] = f"{given[verb.model]}@{revision}"
+    if given.get("text"):  # texts themselves are for programs
+        from sleb.calibration.sources import check_sources
+
+        check_sources(given["text"])
+    return as_config(verb.options, given)
+
+
 def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     """What a run would take."""
-    from sleb.cli.progress import estimated
+    from sleb.core.display import estimated
 
     places = {name: given[name] for name in ("model", "out")}
     found = verb.named(verb.dry)(**places, config=config, progress=progress)
@@ -740,12 +750,9 @@ def _check(verb: Verb, config: Options, given: Given) -> None:
         from sleb.selection.goal import Goal
 
         Goal.of(config)
-    if given.get("text") or given.get("prompts"):
+    if asked := given.get("prompts"):
         from sleb.calibration.rows import existing_file
-        from sleb.calibration.sources import check_sources
 
-        check_sources(given.get("text") or ())
-        asked = given.get("prompts") or ()
         for file in [asked] if isinstance(asked, str) else asked:
             if file not in (NO_PROMPTS, "default"):
                 existing_file(file)

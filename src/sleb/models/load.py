@@ -41,6 +41,7 @@ from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.core.units import MAX_BLOCKS
 from sleb.models.auto_classes import auto_class
+from sleb.models.in_memory import source_of, unwrapped
 from sleb.models.offload import misshapen
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
 from sleb.models.pruned_config import check_structure, pruned_config
@@ -55,13 +56,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model in evaluation mode with its tokenizer, block stack and origin. ``removed``: blocks of
-    the origin, and parts of blocks, that a plan took out while it was loaded."""
+    the origin, and parts of blocks, that a plan took out while it was loaded. ``adapted``: an
+    adapter that is not merged computes along, and is not in the origin."""
 
     model: nn.Module
     tokenizer: Any
     stack: BlockStack
     source: ModelSource
     removed: tuple[int, ...] = ()
+    adapted: bool = False
 
     @property
     def dtype(self) -> str:
@@ -71,16 +74,19 @@ class LoadedModel:
 
 @takes(LoadOptions)
 def load(
-    ref: str | Path,
+    ref: str | Path | nn.Module,
     config: LoadOptions,
     *,
+    tokenizer: Any = None,
     plan: Plan | str | Path | None = None,
     depth: int | None = None,
     repaired: str | Path | None = None,
     check: bool = True,
     progress: Progress = silent,
 ) -> LoadedModel:
-    """Load MODEL (a folder, hub id or .gguf file) for scoring.
+    """Load MODEL (a folder, hub id or .gguf file) for scoring; or take a transformers model that is
+    in memory, with its ``tokenizer``: where it is, in its dtype, in evaluation mode from now on.
+    A PEFT adapter, merged or not, computes along; see :mod:`sleb.models.in_memory`.
 
     ``dtype`` is float32, bfloat16, float16 or auto: the checkpoint's own, except that a CPU
     without bfloat16 instructions computes in float32. ``device`` is cpu, cuda, cuda:1, mps or
@@ -107,6 +113,8 @@ def load(
         DataError: tensors are missing, unexpected or of another shape.
         ResourceError: it does not fit in memory.
     """
+    if isinstance(ref, nn.Module):
+        return _taken(ref, tokenizer, as_it_is=plan is None and config == LoadOptions())
     check_placing(
         device=config.device, stream=config.stream, device_map=config.device_map, tp=config.tp
     )
@@ -161,7 +169,7 @@ def load(
                 raise ResourceError(
                     f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
                 ) from None
-    tokenizer = load_tokenizer(source.path, trust_remote_code=trust)
+    tokenizer = tokenizer or load_tokenizer(source.path, trust_remote_code=trust)
     _refuse_tokens_without_embedding(model, tokenizer, source.ref)
     return LoadedModel(
         model=model,
@@ -169,6 +177,30 @@ def load(
         stack=BlockStack(model),
         source=source,
         removed=cut.removed if cut else (),
+    )
+
+
+def _taken(given: nn.Module, tokenizer: Any, *, as_it_is: bool) -> LoadedModel:
+    """A model in memory.
+
+    Raises:
+        InputError: it is no transformers model, or its tokenizer is not known.
+        UnsupportedModel: its blocks cannot be cut exactly.
+    """
+    if not as_it_is:
+        raise InputError("a model in memory is taken as it is: give it alone, or a path")
+    model, adapted = unwrapped(given)
+    text = decoder_config(model.config)
+    refuse_unsupported(text.to_dict(), text.num_hidden_layers)
+    source = source_of(model, adapted, tokenizer)
+    if tokenizer is None:
+        if source.ref != str(model.config._name_or_path):
+            raise InputError("the tokenizer of a model in memory is not known: give tokenizer=")
+        tokenizer = load_tokenizer(source.path, trust_remote_code=False)
+    _refuse_tokens_without_embedding(model, tokenizer, source.ref)
+    stack = BlockStack(model.eval())
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, stack=stack, source=source, adapted=adapted
     )
 
 

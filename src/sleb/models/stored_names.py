@@ -28,7 +28,7 @@ def block_prefix(checkpoint: Checkpoint, stack: BlockStack) -> str:
     for name in checkpoint.tensors:
         if match := re.match(r"(.*?\.|)(\d+)\.", name):
             names[match[1]][int(match[2])].append(name)
-    loaded = _renaming(stack.model)
+    loaded = renaming(stack.model)
     found = [
         prefix
         for prefix, blocks in names.items()
@@ -43,8 +43,9 @@ def block_prefix(checkpoint: Checkpoint, stack: BlockStack) -> str:
     return found[0]
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
-    """The name under which ``model`` loads a tensor of a file."""
+def renaming(model: Any, own: Any = None) -> Callable[[str], str]:
+    """The name under which ``model`` loads a tensor of a file. ``own``: its tensors, if their names
+    are other than those of its modules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -55,7 +56,7 @@ def _renaming(model: Any) -> Callable[[str], str]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    base, own = model.base_model_prefix, model.state_dict()
+    base, own = model.base_model_prefix, own or model.state_dict()
 
     def loaded(name: str) -> str:
         new: str = rename_source_key(name, renamings, converters, base, own)[0]

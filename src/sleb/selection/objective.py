@@ -21,7 +21,7 @@ from sleb.core.errors import VerificationFailed
 from sleb.core.files import disk_errors
 from sleb.core.plan import Saving
 from sleb.core.process_group import group
-from sleb.core.progress import Progress, Tick, silent
+from sleb.core.progress import Progress, Tick, silent, tell
 from sleb.core.statistics import Values
 from sleb.selection.racing import Race, leaders
 
@@ -100,6 +100,8 @@ class Objective:
         self._known: dict[BlockSet, Values] = {}
         for sets, start, values in cache.replay(kind) if cache else ():
             self._learn(sets, start, values)
+        if cache:
+            cache.tell(progress)
 
     def scores(self, sets: Sequence[BlockSet], note: str = "") -> Values:
         """Score per set and window, float64 [len(sets), n_windows]. ``note`` goes to progress."""
@@ -255,10 +257,12 @@ class ScoreCache:
         self._header = {"journal": 2, "key": key}
         self._stream: IO[str] | None = None
         self._lines: list[dict[str, Any]] = []
+        self._before = 0
 
     def __enter__(self) -> ScoreCache:
         if self.path is not None:
             self._lines = json.loads(group().broadcast_from_main(self._open))
+            self._before = sum(len(line["sets"]) for line in self._lines)
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -269,10 +273,11 @@ class ScoreCache:
         if not self._lines or (done and not self.keep):  # an answer too
             self.path.unlink(missing_ok=True)
 
-    @property
-    def known(self) -> int:
-        """Scores of sets that were there from before, or are by now."""
-        return sum(len(line["sets"]) for line in self._lines)
+    def tell(self, progress: Progress) -> None:
+        """Say, once, what was there from before."""
+        if self._before:
+            tell(progress, f"going on from {self.path}, which has {self._before} scores of before")
+        self._before = 0
 
     def replay(self, kind: str) -> list[tuple[list[BlockSet], int, Values]]:
         """All scores of a kind so far: sets, first window, values [sets, windows]. ``kind`` says

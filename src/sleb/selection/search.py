@@ -35,7 +35,7 @@ from sleb.core.plan import (
     rounds_behind,
 )
 from sleb.core.process_group import group
-from sleb.core.progress import Progress, Tick, silent, tell
+from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Values
 from sleb.core.units import block_of, canonical, parts_in
 from sleb.models.compiled import CompiledStack
@@ -86,8 +86,6 @@ def find_blocks(
     search = _Search(model, config, split, repaired, progress)
     cache = ScoreCache(journal, search.key, keep=keep_journal)
     with on_threads(config.threads), cache:
-        if cache.known:
-            tell(progress, f"going on from {journal}, which has {cache.known} scores of before")
         evidence = search.heldout(cache, after_repair)
         decides = search.answer_evidence(cache, after_repair) or evidence
         rule = StoppingRule(search.goal, search.costs, search.candidates, decides)

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars with time left in a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr where there is no terminal: a line now and then; and what bars say as well."""
 
 from __future__ import annotations
 
@@ -8,40 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Column
-from rich.text import Text
-
 from sleb.core.printable import printable
-from sleb.core.process_group import group
-from sleb.core.progress import Begins, Estimate, Tick, TimeLeft, silent
-from sleb.core.progress import Progress as ProgressProtocol
+from sleb.core.progress import Begins, Estimate, Tick, TimeLeft
 
 QUIET_S = 2.0
 LONG_S = 10.0
 BRIEF_S = 20.0
 """Of a run that will take less nothing is said in advance."""
 LINE_EVERY_S = 15.0
-
-
-def terminal_progress(*, quiet: bool = False, verbose: bool = False) -> ProgressProtocol:
-    """The progress display that fits stderr; none but on the first of several processes. ``quiet``:
-    none at all; ``verbose``: a line for short stages, too."""
-    if quiet or not group().is_main:
-        return silent
-    shown = _Bars(Console(stderr=True)) if sys.stderr.isatty() else _Lines()
-    shown.least = 0.0 if verbose else QUIET_S
-    return shown
 
 
 def since(began: float | None) -> float:
@@ -76,17 +50,17 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
 
-class _Shown:
+class Shown:
     """What both displays have: lines that stay, for what will come, and for phases that began or
-    ended."""
+    ended. A stage that took ``least`` seconds is worth one."""
 
-    least = QUIET_S
-
-    def __init__(self) -> None:
+    def __init__(self, least: float = QUIET_S) -> None:
+        self.least = least
         self._expected: dict[str, float] = {}
         self._phase, self._since = "", 0.0
 
     def say(self, text: str) -> None:
+        """A line that stays."""
         raise NotImplementedError
 
     def tell(self, what: Estimate | Begins | str) -> None:
@@ -129,56 +103,16 @@ class _Shown:
             self.say(f"{title}: done in {spelled(spent)}")
 
 
-class _Bars(_Shown):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
+class Lines(Shown):
+    """A plain line now and then."""
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), markup=False, highlight=False)
-
-    @contextmanager
-    def stage(self, title: str, total: int | None) -> Iterator[Tick]:
-        # on a narrow terminal the note gives way, not the times
-        fixed, rest = Column(min_width=7), Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        start = time.monotonic()
-        columns = [
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            TaskProgressColumn(table_column=Column(min_width=4)),
-            TimeElapsedColumn(table_column=fixed),
-            *([_Left(TimeLeft(total, start))] if total else []),
-            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=rest),
-        ]
-        with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
-            task = bars.add_task(printable(f"{self._prefix}{title}"), total=total, note="")
-
-            def tick(n: int = 1, note: str = "") -> None:
-                bars.update(task, advance=n, note=printable(note))
-
-            yield tick
-        self.ended(title, time.monotonic() - start)
-
-
-class _Left(ProgressColumn):
-    """The time left, in words."""
-
-    def __init__(self, clock: TimeLeft) -> None:
-        super().__init__(Column(min_width=11))
-        self.clock = clock
-
-    def render(self, task: Task) -> Text:
-        left = self.clock.at(int(task.completed), time.monotonic())
-        return Text("" if left is None else f"{spelled(left)} left")
-
-
-class _Lines(_Shown):
-    def say(self, text: str) -> None:
+        """See :class:`Shown`."""
         print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
+        """See :class:`sleb.core.progress.Progress`."""
         start = time.monotonic()
         clock = TimeLeft(total, start) if total else None
         done, said = 0, ""
