@@ -44,7 +44,7 @@ def byte_tokenizer():
     )
 
 
-def tiny_llama(blocks: int = BLOCKS, seed: int = 0, **options):
+def tiny_llama(blocks: int = BLOCKS, seed: int = 0, width: int = 48, **options):
     """A random Llama whose blocks matter: weights drawn with a standard deviation of 0.15."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,7 +52,7 @@ def tiny_llama(blocks: int = BLOCKS, seed: int = 0, **options):
     config = LlamaConfig(
         vocab_size=259,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=width,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -554,6 +554,11 @@ class ApplyConfig(RepairConfig, KeepOptions):
         "Checkpoint that has the tensors of the plan's repair. Default: the plan's folder.",
         metavar="FOLDER",
     )
+    format: Literal["nemotron-nas"] | None = option(
+        None,
+        "Where parts of blocks go: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm. All but the "
+        "last need --trust-remote-code for a configuration class of a few lines in it.",
+    )
     adapter: str | None = option(
         None,
         "LoRA adapter of MODEL, as PEFT saves it: written for the cut too, as OUT-adapter.",

@@ -77,6 +77,7 @@ from sleb.surgery import verification
 from sleb.surgery.adapter import CutAdapter, cut_adapter
 from sleb.surgery.gates import Check
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
+from sleb.surgery.nemotron_nas import write_nemotron_nas
 from sleb.surgery.verification import Verification
 from sleb.views.report import write_report
 
@@ -316,12 +317,10 @@ def applied(
         raise InputError("a cut has one repair: give the one that was fitted, or a folder")
     given, target = _plan(plan), Path(out)
     to_gguf = target.suffix == ".gguf"
-    cut = Cut.of(given, config.depth, parts=to_gguf)
-    _check_adapter(target, config)
+    cut = Cut.of(given, config.depth, parts=to_gguf or config.format is not None)
+    _check_output(target, cut, config)
     if to_gguf:
         _check_gguf(plan, given, model, target, cut, config)
-    elif config.other_weights:
-        raise InputError("--other-weights is for GGUF files: give -o a name that ends in .gguf")
     if config.repair:
         if not to_gguf:  # a fit takes long; else it is seen at once, below
             writable_target(target, force=config.force)
@@ -333,16 +332,11 @@ def applied(
     else:
         cut = _with_stored(cut, given, plan, config.repaired)
     done, adapter = None, _adapter(model, cut, config, progress)
+    how: dict[str, Any] = {"cut": cut, "force": config.force, "progress": progress}
     if to_gguf:
-        done = cut_gguf(
-            given,
-            model,
-            out,
-            cut=cut,
-            other_weights=config.other_weights,
-            force=config.force,
-            progress=progress,
-        )
+        done = cut_gguf(given, model, out, other_weights=config.other_weights, **how)
+    elif config.format:
+        write_nemotron_nas(given, model, out, **how)
     else:
         cutting.apply(given, model, out, config.part(WriteConfig), cut=cut, progress=progress)
     if adapter:
@@ -391,10 +385,16 @@ def _with_stored(cut: Cut, plan: Plan, given: Plan | str | Path, repaired: str |
         raise InputError(f"{error} {how}") from None
 
 
-def _check_adapter(out: Path, config: ApplyConfig) -> None:
+def _check_output(out: Path, cut: Cut, config: ApplyConfig) -> None:
     """Refuse early what could not be written at the end."""
-    if config.adapter and out.suffix == ".gguf":
-        raise InputError("--adapter is for checkpoints: give -o a folder, or leave it out")
+    to_gguf = out.suffix == ".gguf"
+    if config.other_weights and not to_gguf:
+        raise InputError("--other-weights is for GGUF files: give -o a name that ends in .gguf")
+    if to_gguf and (config.format or config.adapter):
+        given = "--format" if config.format else "--adapter"
+        raise InputError(f"{given} is for checkpoints: give -o a folder, or leave it out")
+    if config.adapter and cut.parts:
+        raise InputError("--adapter is cut along with whole blocks alone: leave it out")
     if config.adapter:
         writable_target(adapter_beside(out), force=config.force)
 

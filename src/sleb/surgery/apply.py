@@ -162,7 +162,7 @@ def cut_checkpoint(
     spared = sum(checkpoint.tensors[name].nbytes for name in gone)
     enough_space(stage.parent, kept_bytes + spared)
     with progress.stage("writing the checkpoint", kept_bytes) as tick:
-        _write_shards(renumbered, names, replaced, stage, tick)
+        write_shards(renumbered, names, replaced, stage, tick)
     write_json(fields, checkpoint.path / "config.json", stage / "config.json")
     carried = [name for path in sorted(checkpoint.path.iterdir()) for name in carry(path, stage)]
     if used is None:
@@ -173,7 +173,7 @@ def cut_checkpoint(
         keep_original(checkpoint, done, used, lines, stage, progress)
 
 
-def _write_shards(
+def write_shards(
     checkpoint: Checkpoint,
     names: dict[str, str],
     replaced: Mapping[str, Tensor],
