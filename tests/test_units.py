@@ -16,6 +16,7 @@ import zoo
 from plan_tools import minimal, plan_of
 from reference import blocks_of
 from search_tools import split_of
+from sleb.calibration.prompts import Prompt
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan, Saving
@@ -390,6 +391,15 @@ def test_a_pruned_plan_is_verified_evaluated_and_reported(pruned, learned, tmp_p
     page = sleb.report(pruned.path, tmp_path / "report.html").read_text()
     assert all(str(unit) in page for unit in pruned.plan.removed)
     assert not any(f"{unit:,d}" in page or f"{unit:d}" in page for unit in pruned.plan.parts)
+
+
+def test_answers_of_a_pruned_plan_are_compared(pruned, learned):
+    asked = [Prompt(id="a", text="the block of a model", messages=None)]
+    found = sleb.compare(learned / "model", pruned.path, asked, new_tokens=8)
+    cut = sleb.load(learned / "model", plan=pruned.path / "plan.json")
+    ids = torch.tensor([cut.tokenizer("the block of a model")["input_ids"]])
+    out = cut.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert found.pairs[0].pruned.text == cut.tokenizer.decode(out, skip_special_tokens=True)
 
 
 def test_a_damaged_repair_of_a_plan_is_seen(pruned, learned, tmp_path):

@@ -26,7 +26,7 @@ from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
-from sleb.models.source import quiet_transformers
+from sleb.models.source import plan_alone, quiet_transformers
 
 REPETITIVE = 0.5
 WARM_UP = 4  # tokens generated before the first answer is timed
@@ -160,8 +160,9 @@ def compare(
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     pick_device(config.device)
     most, places = config.new_tokens, dict(config.part(DeviceOptions))
+    plan = plan_alone(out)
     read = read_alike(
-        (model, out),
+        (model, out if plan is None else model),
         asked,
         max_new_tokens=most,
         trust_remote_code=config.trust_remote_code,
@@ -169,8 +170,8 @@ def compare(
     )
     given = [one.ids for one in read]
     answered = []
-    for ref in (model, out):
-        loaded = load(ref, **places, progress=progress)
+    for ref, by in ((model, None), (out, plan)):
+        loaded = load(ref if by is None else model, plan=by, **places, progress=progress)
         with progress.stage(f"answering with {ref}", len(asked)) as tick:
             answered.append(list(_answers(loaded, asked, given, most, tick)))
         del loaded  # its memory is needed for the next one
