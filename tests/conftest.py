@@ -89,6 +89,7 @@ def unhurried() -> Iterator[None]:
 
     from sleb.calibration import tokens
     from sleb.core import display as progress
+    from sleb.core.errors import SHELL
 
     known: dict[tuple[str, str], list[int]] = {}
     encode = tokens._encode
@@ -101,6 +102,7 @@ def unhurried() -> Iterator[None]:
             known[key] = encode(tokenizer, text, **options)
         return known[key]
 
+    SHELL.set(True)  # tests read messages as they are written, see test_notebook.py
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_encode", remembered)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)

@@ -12,14 +12,16 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
-from sleb.core.errors import InputError, did_you_mean
+from sleb.core.errors import SHELL, InputError, SlebError, did_you_mean
 from sleb.core.memory import as_specs
 from sleb.core.showing import shown
 
@@ -95,14 +97,21 @@ class Options(BaseModel):
         """
         try:
             return cls.model_validate(
-                {k: as_specs(v) if cls._takes_texts(k) else _plain(v) for k, v in values.items()}
+                {name: cls._as_field(name, value) for name, value in values.items()}
             )
         except ValidationError as error:
-            raise InputError(_said(error.errors()[0], cls, where)) from None
+            with spoken_in_python():
+                raise InputError(_said(error.errors()[0], cls, where)) from None
 
     @classmethod
-    def _takes_texts(cls, name: str) -> bool:
-        return name == "text" and get_origin(cls.model_fields[name].annotation) is tuple
+    def _as_field(cls, name: str, value: Any) -> Any:
+        """A value as its field takes it: one of several may stand alone."""
+        field = cls.model_fields.get(name)
+        if field is None or get_origin(field.annotation) is not tuple:
+            return _plain(value)
+        if name == "text":
+            return as_specs(value)
+        return _plain([value] if isinstance(value, (str, os.PathLike)) else value)
 
     def replaced(self, values: Mapping[str, Any], where: str = "") -> Self:
         """These options with ``values``, which come from nearer to the user, in place of theirs.
@@ -169,7 +178,8 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
             given.arguments["config"] = config
             if "progress" in given.arguments:
                 given.arguments["progress"] = shown(given.arguments["progress"])
-            return function(*given.args, **given.kwargs)
+            with spoken_in_python():
+                return function(*given.args, **given.kwargs)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         options = [
@@ -185,13 +195,46 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
     return wrap
 
 
+@contextmanager
+def spoken_in_python() -> Iterator[None]:
+    """Name options in the messages of errors as a program gives them, unless a person types."""
+    try:
+        yield
+    except SlebError as error:
+        if not SHELL.get():
+            error.args = (in_python(str(error)),)
+        raise
+
+
+def in_python(message: str) -> str:
+    """``--repair-tokens`` as ``repair_tokens``, ``--no-repair`` as ``repair=False``; options of
+    other programs as they are."""
+    known = _python_names()
+    return re.sub(r"(?<![\w-])(--[a-z][a-z-]*|-o)\b", lambda m: known.get(m[1], m[1]), message)
+
+
+@functools.cache
+def _python_names() -> dict[str, str]:
+    """Options as they are typed, and as keywords."""
+    names = {f"--{name}": name for name in ("model", "plan", "record", "heal", "quantize", "lang")}
+    names |= {"--out": "out", "-o": "out", "--as": "form"}
+    kinds = [k for k in globals().values() if inspect.isclass(k) and issubclass(k, Options)]
+    for kind in kinds:
+        for name in kind.model_fields:
+            typed = declared(kind, name)["flag"] if declared(kind, name) else ""
+            yes, _, no = (typed or f"--{name.replace('_', '-')}").partition("/")
+            names |= dict.fromkeys(yes.split(), name)
+            names |= {no: f"{name}=False"} if no else {}
+    return names
+
+
 # --- groups ------------------------------------------------------------------------------------
 
 
 class TargetOptions(Options):
     """Target (give one)."""
 
-    remove: int | str | None = option(None, "Blocks to remove, 6 or 20%.", metavar="N")
+    remove: int | float | str | None = option(None, "Blocks to remove, 6 or 20%.", metavar="N")
     max_loss_increase: float | None = option(
         None,
         "As many blocks as keep the held-out loss within NATS per token of the dense model's (95 % "

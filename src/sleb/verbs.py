@@ -40,6 +40,7 @@ from sleb.config import (
     TransferConfig,
     VerifyConfig,
     WriteConfig,
+    spoken_in_python,
     takes,
 )
 from sleb.core.errors import InputError, SlebError
@@ -131,6 +132,7 @@ def similarity(
     )
 
 
+@spoken_in_python()
 def search(
     model: Model,
     *config: Any,
@@ -288,6 +290,7 @@ def apply(plan: Plan | str | Path, model: str | Path, out: str | Path, **options
     return applied(plan, model, out, **options).out
 
 
+@spoken_in_python()
 def applied(
     plan: Plan | str | Path,
     model: str | Path,
@@ -545,6 +548,7 @@ def plan_of(out: str | Path, *, running: bool = False) -> Path:
     return plan_beside(out)
 
 
+@spoken_in_python()
 def evaluate(
     model: Model,
     windows: Windows | Tensor | int | None = None,

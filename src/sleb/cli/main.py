@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from sleb import __version__
 from sleb.cli.argument import HELP
 from sleb.cli.verbs import VERBS, Interrupted, command
-from sleb.core.errors import SlebError, out_of_memory
+from sleb.core.errors import SHELL, SlebError, out_of_memory
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Group, joined, reports_errors
 
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
     obj = (shlex.join(["sleb", *given]), None if arguments is None else time.time())
+    told = SHELL.set(True)
     try:
         with _terminated_as_interrupted(), joined() as here, _quiet_but_for_first(here):
             result = COMMAND(args=given, prog_name="sleb", standalone_mode=False, obj=obj)
@@ -118,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno:
             return _system_error(error)
         raise
+    finally:
+        SHELL.reset(told)
     return result if isinstance(result, int) else 0
 
 

@@ -18,6 +18,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
@@ -26,6 +27,10 @@ if TYPE_CHECKING:  # runtimes in interpreters of their own have this module, and
     from pydantic import ValidationError
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
+
+
+SHELL: ContextVar[bool] = ContextVar("shell", default=False)
+"""Whether messages are for somebody who types commands. Else options have Python's names."""
 
 
 class SlebError(Exception):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from typing_extensions import Self
 
 from sleb.core.errors import InputError, first_mistake
 from sleb.core.files import write_text
+from sleb.core.tabular import Points, Tabular
 from sleb.core.units import MAX_BLOCKS, UnitId, block_of, canonical, parts_in
 
 MAX_BYTES = 32 * 2**20
@@ -238,7 +240,7 @@ class Point(_Record):
     speedup: float
 
 
-class Curve(_Record):
+class Curve(_Record, Tabular):
     """Quality, size and speed by depth, on windows that took no part in the choice of blocks, as
     plain cuts, or each after a quick repair on ``fitted`` tokens."""
 
@@ -246,6 +248,28 @@ class Curve(_Record):
     baseline: Baseline
     fitted: Count | None = None
     points: tuple[Point, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per depth."""
+        names = ("depth", "block", "increase", "low", "high", "nbytes", "speedup")
+        return [{name: getattr(point, name) for name in names} for point in self.points]
+
+    def drawn(self) -> Points:
+        """The increase of the held-out loss by depth."""
+        found = self.points
+        return Points(
+            x=tuple(p.depth for p in found),
+            y=tuple(p.increase for p in found),
+            low=tuple(p.low for p in found),
+            high=tuple(p.high for p in found),
+            x_label="blocks removed",
+            y_label="held-out loss above dense, nats/token",
+        )
+
+    def __str__(self) -> str:
+        last = self.points[-1] if self.points else None
+        end = f"; {last.increase:+.3f} nats/token at {last.depth}" if last else ""
+        return f"Curve of {len(self.points)} depths{end}"
 
 
 class RepairedTensor(_Record):
@@ -293,7 +317,7 @@ class RepairRecord(_Record):
         return fitted | {tensor.name: tensor.sha256 for tensor in self.healed}
 
 
-class Plan(_Record):
+class Plan(_Record, Tabular):
     """What to remove from which model, and why. Immutable; :meth:`save` and :meth:`load` it.
 
     ``racing``: candidates that were clearly worse were not scored on all windows; ``compiled``:
@@ -324,6 +348,63 @@ class Plan(_Record):
     curve: Curve | None = None
     repair: RepairRecord | None = None
     versions: dict[Text, Text] = {}
+
+    def __str__(self) -> str:
+        """What fits a screen."""
+        of = f"{len(self.removed)} of {self.model.blocks} blocks of a {self.model.model_type}"
+        manner = f"{self.strategy}{', racing' if self.racing else ''}"
+        lines = [f"Plan: {of}, by {self.metric} ({manner})"]
+        lines.append(f"removed, in order: {', '.join(map(str, self.order))}")
+        if self.target:
+            lines.append(
+                f"asked for {self.target.kind} {self.target.limit:g}, reached "
+                f"{self.target.reached:g}"
+            )
+        if self.calibration:
+            texts = ", ".join(source.spec for source in self.calibration.sources)
+            n, length = self.calibration.windows, self.calibration.length
+            lines.append(f"chosen on {n} windows of {length} tokens: {texts}")
+        if self.curve:
+            lines.append(str(self.curve))
+        if self.repair:
+            lines.append(f"repaired: {len(self.repair.tensors)} tensors")
+        lines.append("more: .to_pandas(), .plot(), .save(FILE); next: sleb.apply(plan, MODEL, OUT)")
+        return "\n".join(textwrap.shorten(line, 240) for line in lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per removal: its score, and the margin to the best candidate that stayed."""
+        found = []
+        for turn, block in enumerate(self.order, 1):
+            home = next((r for r in self.rounds if block in r.removed), None)
+            own = next((s for s in home.scores if s.block == block), None) if home else None
+            rival = home.runner_up() if home and own else None
+            found.append(
+                {
+                    "turn": turn,
+                    "removed": str(block),
+                    self.unit: own and own.mean,
+                    "se": own and own.se,
+                    "runner-up": rival and str(rival[0].block),
+                    "margin": rival and rival[1],
+                    "within noise": rival and rival[2],
+                }
+            )
+        return found
+
+    def drawn(self) -> Points:
+        """The curve, where there is one; else the score of each removal."""
+        if self.curve:
+            return self.curve.drawn()
+        scored = [row for row in self.rows() if row[self.unit] is not None]
+        mean = [(row[self.unit], 1.96 * (row["se"] or 0)) for row in scored]
+        return Points(
+            x=tuple(row["turn"] for row in scored),
+            y=tuple(y for y, _ in mean),
+            low=tuple(y - reach for y, reach in mean),
+            high=tuple(y + reach for y, reach in mean),
+            x_label="blocks removed",
+            y_label=f"{self.metric}, {self.unit}",
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -445,7 +526,7 @@ def upgrade(data: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def parse_removal(target: int | str) -> tuple[int | None, float | None]:
+def parse_removal(target: float | str) -> tuple[int | None, float | None]:
     """A number of blocks, or a percentage of them, as it was written.
 
     Raises:
@@ -466,7 +547,7 @@ def parse_removal(target: int | str) -> tuple[int | None, float | None]:
     )
 
 
-def blocks_to_remove(target: int | str, n_blocks: int) -> int:
+def blocks_to_remove(target: float | str, n_blocks: int) -> int:
     """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
 
     Raises:

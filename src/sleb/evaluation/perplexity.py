@@ -11,6 +11,7 @@ import numpy as np
 from sleb.calibration.windows import Windows
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, exponential, interval
+from sleb.core.tabular import Points, Tabular
 from sleb.core.units import UnitId
 from sleb.models.load import LoadedModel
 from sleb.selection.metrics import NLL, QUALITY
@@ -41,7 +42,7 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Quality):
+class Evaluation(Quality, Tabular):
     """Quality on all windows of ``length`` tokens, and on each text's own, by its name.
 
     Where the pruned model is a repaired one, ``unrepaired`` is the plain cut's."""
@@ -50,6 +51,39 @@ class Evaluation(Quality):
     removed: tuple[UnitId, ...] = ()
     domains: dict[str, Quality] = field(default_factory=dict)
     unrepaired: Evaluation | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for all texts together, and for each, where there are several."""
+        several = self.domains if len(self.domains) > 1 else {}
+        found = []
+        for name, quality in [("all", self), *several.items()]:
+            row: dict[str, Any] = {"text": name, "windows": quality.windows}
+            for field_name in ("perplexity", "pruned_perplexity", "perplexity_ratio"):
+                if (value := getattr(quality, field_name)) is not None:
+                    label = field_name.replace("_", " ")
+                    row |= {label: value.value, f"{label} low": value.low}
+                    row[f"{label} high"] = value.high
+            found.append(row)
+        return found
+
+    def drawn(self) -> Points:
+        """By text the ratio of perplexities, or the perplexity."""
+        label = "perplexity" if self.perplexity_ratio is None else "perplexity ratio"
+        rows = self.rows()
+        return Points(
+            x=tuple(row["text"] for row in rows),
+            y=tuple(row[label] for row in rows),
+            low=tuple(row[f"{label} low"] for row in rows),
+            high=tuple(row[f"{label} high"] for row in rows),
+            x_label="text",
+            y_label=label,
+        )
+
+    def __str__(self) -> str:
+        found = self.perplexity_ratio or self.perplexity
+        label = "perplexity ratio" if self.perplexity_ratio else "perplexity"
+        span = "" if found.low is None else f" ({found.low:.4g} to {found.high:.4g})"
+        return f"{label} {found.value:.4g}{span} on {self.windows} windows of {self.length} tokens"
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from sleb.core.plan import Target, parse_removal
 class Goal:
     """One target as the user gave it; exactly one may be given."""
 
-    remove: int | str | None = None
+    remove: int | float | str | None = None
     max_loss_increase: float | None = None
     keep_answers: float | None = None
     speedup: float | None = None
