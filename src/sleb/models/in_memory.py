@@ -97,7 +97,7 @@ def _alike(model: Any, own: dict[str, Tensor], checkpoint: Checkpoint) -> bool:
     from transformers import AutoConfig
 
     try:
-        stored = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        stored = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (OSError, ValueError):
         return False
     if _shape(stored) != _shape(model.config):
