@@ -46,6 +46,21 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "answers": {"metric": "answers", "strategy": "greedy-or-window"},
 }
 """Options of `sleb prune`. "texts alone" is as it was before there were prompts."""
+HEALING = (
+    "tokens",
+    "steps",
+    "best_step",
+    "lr",
+    "rates",
+    "checks",
+    "passes",
+    "seconds",
+    "compiled",
+    "tokens_per_second",
+    "teraflops",
+    "product_teraflops",
+)
+"""What is told of a healing, from heal.json."""
 PROMPT = (16, 512)
 """Windows and tokens of the pass that is timed."""
 
@@ -190,13 +205,15 @@ def main() -> None:
                 if options.heal and SYSTEMS[name].get("repair", True):
                     healed = Path(place) / f"healed {name}-{depth}"
                     asked_for = {"prompts": given, "minutes": options.heal, **common}
+                    start = time.perf_counter()
                     try:
                         sleb.heal(out, source, healed, **asked_for)
                     except SlebError as error:  # the other rows are worth having
                         report["cuts"].append({"system": f"{name}, healed", "error": str(error)})
                         continue
                     ran = json.loads((healed / "heal.json").read_text())
-                    at = {key: ran[key] for key in ("tokens", "seconds")}
+                    at: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1)}
+                    at["healing"] = {key: ran[key] for key in HEALING}
                     add(f"{name}, healed", healed, removed=done.plan.removed, **at)
 
 

@@ -59,6 +59,8 @@ SAVING = 20
 BYTES_PER_SECOND = 1e9
 COMPILING, LARGE_GPU = 90.0, 3e14
 """Compiling pays in a run of more seconds, at so many operations a second."""
+GRAPHS = 32
+"""Of the blocks of both models, at most; torch's own limit of 8 would leave some as they are."""
 KEY = "sleb.heal"
 
 logger = logging.getLogger(__name__)
@@ -448,6 +450,8 @@ class Training:
         trial = contextlib.ExitStack()
         try:
             with trial:
+                # a graph with and without gradients, of the input, of weights, of one window
+                trial.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
                 trial.enter_context(forwards([self.split.stack, self.teacher.stack], compiled))
                 some = range(min(2, len(self.mix.windows.ids)))
                 backward_kl(

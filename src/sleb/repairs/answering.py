@@ -31,7 +31,7 @@ from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import at_once, can_generate, write, write_prompts
 
-OWN_PROMPTS = 1024
+OWN_PROMPTS = 2048
 OWN_ANSWERS = "own answers"
 TOGETHER = 512
 """Answers that are written together, at most."""

@@ -202,7 +202,10 @@ class _Search:
             InputError: the metric is of answers, and there are none.
         """
         if not self.metric.answers:
-            return self.split.search
+            if self.config.unit == "block" or self.split.answers is None:
+                return self.split.search
+            # one attention less may cost texts nothing and answers all (docs/units.md)
+            return self.split.search.beside(self.split.answers.search)
         if self.split.answers is None:
             raise InputError(
                 f"--metric {self.config.metric} is measured on answers to prompts, and the model "
