@@ -22,7 +22,7 @@ from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
-from sleb.distillation.loss import Batch
+from sleb.distillation.loss import Batch, lengths
 from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
 from sleb.distillation.training import Schedule, Student, TrainingState
 from sleb.evaluation.perplexity import evaluate
@@ -238,7 +238,13 @@ def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monke
     assert {text[3:].partition("</s>")[0] for text in asked} <= {
         *write_prompts(dense, 120, 0, silent)
     }
-    assert found.mix(config, 3072, 32).rows.keys() == found.train.keys()
+    few, many = (found.mix(config, tokens, 32) for tokens in (300, 10**6))
+    assert few.rows.keys() == many.rows.keys() == found.train.keys()
+    assert [*few.shares.values()] == pytest.approx([1 / 3] * 3)
+    passes = many.shares[OWN_ANSWERS] * 10**6 / sum(lengths(found.train[OWN_ANSWERS]))
+    assert passes == pytest.approx(4)
+    assert many.shares[TEXTS] == many.shares[ANSWERS]
+    assert sum(many.shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("repaired", [True, False])

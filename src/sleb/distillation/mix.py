@@ -35,29 +35,31 @@ BATCH = 16
 HELDOUT = 32
 MORE = 4
 """On a GPU, so many times the prompts are answered that a repair has, which sees each once."""
+PASSES = 4
 OWN = {"cpu": 256, "cuda": 1024}
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, of each as many."""
+    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, a run ``total``."""
 
     kinds: dict[str, Windows]
     tokens: int
+    total: int
     seed: int
 
     def step(self, step: int, at_once: int) -> Iterator[tuple[list[int], list[float]]]:
         """Passes of a step, counted from 0, of at most ``at_once`` tokens, padding included: which
         of ``windows``, and what each of their tokens counts, so that a step's loss is the mean of
-        the kinds' means per token."""
+        the kinds' means per token, by their shares."""
         taken: dict[int, float] = {}
         rows, first = [], 0
         for name, windows in self.kinds.items():
             picked = rows_of(step, self.rows[name], len(windows.ids), self.seed)
-            share = 1 / (len(self.kinds) * sum(self._scored[name][row] for row in picked))
+            each = self.shares[name] / sum(self._scored[name][row] for row in picked)
             rows += [first + row for row in picked]
-            taken |= {first + row: share for row in picked}
+            taken |= {first + row: each for row in picked}
             first += len(windows.ids)
         for group in passes(self.lengths, rows, at_once):
             yield group, [taken[row] for row in group]
@@ -73,11 +75,21 @@ class Mix:
         return lengths(self.windows)
 
     @functools.cached_property
+    def shares(self) -> dict[str, float]:
+        """Of the tokens, by kind: as many of each, but of answers to its own prompts not more than
+        go through these a few times, as more of them could be had."""
+        each = dict.fromkeys(self.kinds, 1 / len(self.kinds))
+        if own := self._lengths.get(OWN_ANSWERS):
+            least = min(each[OWN_ANSWERS], PASSES * sum(own) / self.total)
+            each = dict.fromkeys(self.kinds, (1 - least) / (len(self.kinds) - 1))
+            each[OWN_ANSWERS] = least
+        return each
+
+    @functools.cached_property
     def rows(self) -> dict[str, int]:
         """Windows of each kind in a step."""
-        share = self.tokens / len(self.kinds)
         return {
-            name: max(1, round(share * len(used) / sum(used)))
+            name: max(1, round(self.shares[name] * self.tokens * len(used) / sum(used)))
             for name, used in self._lengths.items()
         }
 
@@ -165,7 +177,7 @@ class Material:
     def mix(self, config: HealConfig, tokens: int, length: int) -> Mix:
         """The training windows in steps."""
         batch = config.batch or max(1, min(BATCH, tokens // (length * STEPS)))
-        return Mix(kinds=self.train, tokens=batch * length, seed=config.seed)
+        return Mix(kinds=self.train, tokens=batch * length, total=tokens, seed=config.seed)
 
 
 def window_length(dense: LoadedModel, tokens: int, length: int | None) -> int:
