@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,6 @@ from common import asked, main_of, measure, save, setting
 from texts import prepare
 
 import sleb
-from sleb.core.errors import SlebError
 from sleb.core.plan import Saving
 from sleb.core.units import named
 from sleb.models.load import LoadedModel
@@ -184,10 +184,12 @@ def main() -> None:
         for name in options.systems.split(","):
             try:
                 bench.run(name)
-            except SlebError as error:  # the other rows are worth having
-                bench.report["systems"].append({"system": name, "error": str(error)})
-                print(json.dumps(bench.report["systems"][-1]), flush=True)
-                if bench.speedup is None:
+            except Exception as error:  # of any type: the other rows are worth having
+                row = {"system": name, "error": f"{type(error).__name__}: {error}"[:2000]}
+                row["traceback"] = traceback.format_exc()[-4000:]
+                bench.report["systems"].append(row)
+                print(json.dumps(row), flush=True)
+                if bench.speedup is None:  # nothing says what the others should save
                     raise
             save(options.out, bench.report)
         bench.report["cases"] = speeds(bench.models, options)

@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sleb
 import zoo
+from conftest import tiny_llama
 from plan_tools import minimal, plan_of
 from reference import blocks_of
 from search_tools import split_of
@@ -507,3 +508,17 @@ def test_what_is_saved_is_of_parts_alone(tmp_path):
         sleb.search(tmp_path / "none", save="time", remove=1)
     with pytest.raises(InputError, match="--metric"):
         sleb.search(tmp_path / "none", unit="any", metric="repaired-loss", remove=1)
+
+
+def test_no_model_of_transformers_leaves_out_a_part_that_its_config_skips():
+    """Once this fails, a checkpoint of such a plan can be stock: write it, in docs/units.md too."""
+    config = tiny_llama(blocks=3).config
+    try:
+        config.per_layer_config = {1: {"skip": ["attention"]}}
+    except (AttributeError, TypeError, ValueError):
+        return
+    try:
+        model = LlamaForCausalLM(config)
+    except (AttributeError, TypeError, ValueError):
+        return
+    assert [*model.model.layers[1].self_attn.parameters()]

@@ -265,7 +265,7 @@ class SelectionOptions(Options):
     unit: UnitKind = option(
         "block",
         "What is removed: whole blocks, the attention or the MLP of blocks alone, or any of these. "
-        "See docs/method.md.",
+        "See docs/units.md.",
     )
     save: Literal["time", "memory", "kv"] | None = option(
         None,
