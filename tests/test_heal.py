@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import heal_tools
 import sleb
+import zoo
 from cli_tools import refused, run, tree
-from conftest import save_tiny
+from conftest import byte_tokenizer, save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
 from sleb.acceptance import Gate
 from sleb.calibration.answers import ANSWERS
@@ -445,6 +446,30 @@ def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeyp
     with pytest.raises(InputError, match="PEFT"):
         healed(home, out, lora=2)
     assert tree(tmp_path) == before
+
+
+STRUCTURES = ["mixtral", "qwen3_moe", "gemma2", "gpt2", "gpt_neox", "granitemoe", "olmo2"]
+STRUCTURES += ["stablelm", "falcon", "phi3"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in STRUCTURES[:2] else pytest.param(f, marks=pytest.mark.slow) for f in STRUCTURES],
+)
+def test_all_structures_heal_to_a_checkpoint_of_their_own_form(home, tmp_path, family):
+    """Experts that transformers stacks are stored one by one again."""
+    model, _ = zoo.tiny(family, vocab_size=259)
+    model.save_pretrained(tmp_path / "MODEL")
+    byte_tokenizer().save_pretrained(tmp_path / "MODEL")
+    plan = sleb.search(tmp_path / "MODEL", remove=1, windows=4, length=16, **CPU)
+    sleb.apply(plan, tmp_path / "MODEL", tmp_path / "OUT")
+    texts = [str(home / "mail.txt"), str(home / "code.txt")]
+    folders = (tmp_path / name for name in ("OUT", "MODEL", "H"))
+    done = heal(*folders, text=texts, **{**SMALL, "lr": None})
+    assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
+    assert sleb.verify(tmp_path / "H", model=tmp_path / "MODEL").passed
+    old, new = (Checkpoint.open(tmp_path / name).tensors for name in ("OUT", "H"))
+    assert old.keys() == new.keys()
 
 
 def test_weights_that_are_not_stored_as_such_are_refused(home):

@@ -34,7 +34,7 @@ from sleb.distillation.loss import Batch, SplitModel, Validation, backward_kl
 from sleb.distillation.mix import Mix
 from sleb.distillation.record import Reason
 from sleb.models.stack import BlockStack
-from sleb.models.stored_names import block_prefix
+from sleb.models.stored_names import block_prefix, pieces
 
 CHECKS = 10
 """Checks in a run of full length."""
@@ -88,7 +88,9 @@ class Student:
         stack = BlockStack(model)
         prefix = block_prefix(checkpoint, stack)
         parts = {name: p for name, p in model.named_parameters() if _trained(name, p, stack)}
-        self.stored = {name: self._stored(name, p, stack.path, prefix) for name, p in parts.items()}
+        there, here = (p.rstrip(".").rpartition(".")[0] for p in (prefix, stack.path))
+        self._homes = (f"{here}." if here else "", f"{there}." if there else "")
+        self.stored = {name: self._stored(name, p) for name, p in parts.items()}
         self._adapted: Any = None
         if rank is None:
             model.requires_grad_(False)
@@ -103,8 +105,10 @@ class Student:
         """The float32 copy of a parameter, in full precision; itself, if it is of float32."""
         if parameter.dtype == torch.float32:
             return parameter
-        stored = self.checkpoint.tensor(self.stored[name])
-        master = nn.Parameter(stored.to(parameter.device, torch.float32))
+        stored = parameter.detach()
+        if len(self.stored.get(name, ())) == 1:  # whose precision may be more
+            stored = self.checkpoint.tensor(self.stored[name][0])
+        master = nn.Parameter(stored.to(parameter.device, torch.float32, copy=True))
 
         def gather(computed: Tensor) -> None:
             assert computed.grad is not None
@@ -136,23 +140,29 @@ class Student:
         """Parameters that are trained."""
         return sum(p.numel() for p in self.trained.values())
 
-    def _stored(self, name: str, parameter: Tensor, path: str, prefix: str) -> str:
-        """The parameter's name in the checkpoint, whose modules may have other parents."""
-        there, here = (p.rstrip(".").rpartition(".")[0] for p in (prefix, path))
-        rest = name.removeprefix(here).lstrip(".") if here else name
-        candidates = (name, f"{there}.{rest}" if there else rest)
-        known = next((c for c in candidates if c in self.checkpoint.tensors), None)
-        if known is None:
-            raise UnsupportedModel(
-                f"{name} has another name in {self.checkpoint.path}, so it cannot be healed"
-            )
-        info = self.checkpoint.tensors[known]
-        if info.dtype not in TORCH_DTYPES or info.shape != tuple(parameter.shape):
-            raise UnsupportedModel(
-                f"{known} is stored as {info.dtype} {list(info.shape)}: heal a model before it is "
-                "quantized"
-            )
-        return known
+    def _pieces(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A parameter's tensor by names in the checkpoint, whose modules may have other parents."""
+        here, there = self._homes
+        for known in (name, there + name.removeprefix(here)):
+            if known in self.checkpoint.tensors:
+                return {known: tensor}
+        return pieces(self.model, name, tensor)
+
+    def _stored(self, name: str, parameter: Tensor) -> tuple[str, ...]:
+        """The names of a parameter's pieces."""
+        found = self._pieces(name, parameter.detach().to("meta"))
+        for known, piece in found.items():
+            if known not in self.checkpoint.tensors:
+                raise UnsupportedModel(
+                    f"{name} has another name in {self.checkpoint.path}, so it cannot be healed"
+                )
+            info = self.checkpoint.tensors[known]
+            if info.dtype not in TORCH_DTYPES or info.shape != tuple(piece.shape):
+                raise UnsupportedModel(
+                    f"{known} is stored as {info.dtype} {list(info.shape)}: heal a model before it "
+                    "is quantized"
+                )
+        return tuple(found)
 
     def finish(self) -> dict[str, Tensor]:
         """Merge adapters, round the weights to what they are stored as, in place, and return them
@@ -162,14 +172,15 @@ class Student:
             self.model.to("cpu", torch.float32)  # sums in float32, and where there is room
             self._adapted.merge_and_unload()
             self.model.to(device)
-        found = {}
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
             parameters = dict(self.model.named_parameters())
-            for name, known in self.stored.items():
+            for name, (known, *_) in self.stored.items():
                 dtype = getattr(torch, TORCH_DTYPES[self.checkpoint.tensors[known].dtype])
                 rounded = self.trained.get(name, parameters[name]).to(dtype)
                 parameters[name].copy_(rounded)
-                found[known] = rounded.cpu()
+                stored = self._pieces(name, rounded.cpu())
+                found |= {each: piece.contiguous() for each, piece in stored.items()}
         return found
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import DataError
@@ -41,6 +44,40 @@ def block_prefix(checkpoint: Checkpoint, stack: BlockStack) -> str:
             f"{stack.name}'s blocks 0..{len(stack) - 1}"
         )
     return found[0]
+
+
+def pieces(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter of ``model`` as a checkpoint has it: under one name, or in several tensors that
+    transformers stacks on loading, as it does experts."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return found
+
+
+def as_parameters(
+    stack: BlockStack, tensors: Mapping[str, Tensor], prefix: str
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Tensors of a checkpoint, whose blocks are named with ``prefix``, as blocks, paths in them and
+    values of the parameters there. What is stacked takes from the model what is not given."""
+    loaded = renaming(stack.model)
+    stacked: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        block, _, path = name.removeprefix(prefix).partition(".")
+        if path in dict(stack.blocks[int(block)].named_parameters()):
+            yield int(block), path, tensor
+        else:
+            stacked[loaded(name)][name] = tensor
+    for name, given in stacked.items():
+        block, _, path = name.removeprefix(f"{stack.path}.").partition(".")
+        old = stack.blocks[int(block)].get_parameter(path).detach()
+        new = old.to("cpu", copy=True)
+        # where a piece's elements are in the parameter shows by cutting up their numbers
+        numbers = torch.arange(new.numel()).view(new.shape)
+        for piece, at in pieces(stack.model, name, numbers).items():
+            if piece in given:
+                new.view(-1)[at.flatten()] = given[piece].to(new.dtype).flatten()
+        yield int(block), path, new
 
 
 def renaming(model: Any, own: Any = None) -> Callable[[str], str]:

@@ -33,7 +33,7 @@ from sleb.models.load import LoadedModel
 from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
-from sleb.models.stored_names import block_prefix
+from sleb.models.stored_names import as_parameters, block_prefix
 from sleb.repairs.answering import with_answers
 from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
@@ -215,9 +215,8 @@ def repaired(stack: BlockStack, tensors: Mapping[str, Tensor], prefix: str) -> I
     with ``prefix``; afterwards it is as it was, bit for bit."""
     changes = WeightOverrides(stack)
     try:
-        for name, tensor in tensors.items():
-            block, _, rest = name.removeprefix(prefix).partition(".")
-            changes.put(int(block), rest, tensor)
+        for block, path, value in as_parameters(stack, tensors, prefix):
+            changes.put(block, path, value)
         yield
     finally:
         changes.undo()
