@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-units bench-quantize check lint format types clean
+.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-units bench-quantize package check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-answers  right answers of the cuts: code that passes its tests, sums"
 	@echo "make bench-units    blocks, attention alone and both, at equal time"
 	@echo "make bench-quantize  what pruning and quantizing cost, each and together"
+	@echo "make package    wheel and source archive, each tried in a clean environment"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
 
@@ -134,6 +135,22 @@ bench-units: $(READY) $(MODEL)
 bench-quantize: $(QUANTIZE) $(MODEL)
 	$(QUANTIZE) benchmarks/quantize.py $(MODEL) --data $(DATA) --work $(WORK) $(BENCH) \
 		-o benchmarks/results/quantize-smollm2.json
+
+# Wheel and source archive, each installed alone into a clean environment and tried there.
+PACKED := .venv-package/bin
+package: $(READY) $(MODEL)
+	rm -rf dist .venv-package
+	$(PYTHON) -m venv .venv-package
+	$(PACKED)/python -m pip install --quiet --disable-pip-version-check build
+	$(PACKED)/python -m build --outdir dist .
+	for archive in dist/*.whl dist/*.tar.gz; do \
+		rm -rf .venv-package && $(PYTHON) -m venv .venv-package && \
+		$(PACKED)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$archive && \
+		(cd dist && ../$(PACKED)/sleb --version && ../$(PACKED)/sleb inspect ../$(MODEL) && \
+		../$(PACKED)/python -c 'import sleb; [getattr(sleb, name) for name in sleb.__all__]' && \
+		../$(PACKED)/sleb init -o try.toml && rm try.toml) || exit 1; \
+	done
+	rm -rf .venv-package
 
 check: lint types test
 

@@ -1,7 +1,6 @@
 """The report as a file: complete, self-contained, valid, harmless, and the same every time."""
 
 import re
-import sys
 from html.parser import HTMLParser
 
 import matplotlib as mpl
@@ -28,7 +27,6 @@ from report_tools import (
     seen,
     sparse,
 )
-from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.record import RunRecord
 from sleb.views.charts import draw
@@ -161,14 +159,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     said = refused(capsys, 2, "report", *arguments.split())
     assert all(noun in said for noun in nouns), said
     assert tree(tmp_path) == was
-
-
-@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_without_the_extra_the_message_says_what_to_install(tmp_path, monkeypatch, package):
-    folder = save(tmp_path / "smaller", complete(), plan())
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=r"sleb\[report\]"):
-        write_report(folder, tmp_path / "r.html")
 
 
 def test_a_real_run_can_be_reported(tiny_dir, text_file, tmp_path):

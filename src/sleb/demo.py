@@ -19,6 +19,7 @@ from sleb.pipeline import Pruned, prune
 
 PROMPT = "The most important thing about the ocean is"
 FETCHED = ".venv/share/SmolLM2-135M-Instruct.Q4_1.gguf"
+ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WINDOWS, HELDOUT, LENGTH, REPAIR = 8, 16, 128, 32_000
 PROMPTS, ANSWER = 24, 32  # prompts, and tokens of each answer
 
@@ -41,14 +42,14 @@ class Demo:
 def demo(
     model: str | None = None, out: str | Path = "sleb-demo", *, progress: Progress = silent
 ) -> Demo:
-    """Prune ``model`` by 20 % into ``out``, replacing an earlier demo's result.
+    """Prune ``model``, by default SmolLM2-135M-Instruct, by 20 % into ``out``, replacing an earlier
+    demo's result. Where ``make demo`` has not fetched that, it comes from the hub.
 
     Raises:
         InputError: there is no such model, or ``out`` is something else.
+        ResourceError: the hub cannot be reached.
     """
-    model, out = model or FETCHED, Path(out)
-    if not Path(model).exists():
-        raise InputError(f"no model at {model}: run `make demo`, or give one with --model")
+    model, out = model or (FETCHED if Path(FETCHED).exists() else ON_HUB), Path(out)
     if out.exists() and not (out / "run.json").is_file():
         raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
     options: dict[str, Any] = {

@@ -33,7 +33,7 @@ def _open(dataset: str, split: str) -> Any:
     try:
         from datasets import load_dataset  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        raise InputError("hub: needs the datasets library: pip install 'sleb[hub]'") from None
+        raise InputError("hub: needs the datasets library: pip install datasets") from None
     failures: list[OSError] = []
     for path, config in _readings(dataset):
         try:

@@ -442,7 +442,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
         import pyarrow  # type: ignore[import-untyped, unused-ignore]
         import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        raise InputError(f"{path} needs pyarrow: pip install 'sleb[hub]'") from None
+        raise InputError(f"{path} needs pyarrow: pip install pyarrow") from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:

@@ -385,7 +385,11 @@ VERBS = (
         help="Prune a small real model by 20 % and show what came of it.",
         example="sleb demo",
         arguments=(
-            _text("model", "The model; default: the SmolLM2 that make demo fetched.", "--model"),
+            _text(
+                "model",
+                "The model. Default: SmolLM2-135M-Instruct, from make demo or the hub.",
+                "--model",
+            ),
             _file("sleb-demo", "Folder to write."),
         ),
         drawn=_demonstrated,

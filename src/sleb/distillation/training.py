@@ -197,7 +197,7 @@ def check_adapters() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise InputError("--lora needs PEFT; install it with: pip install 'sleb[heal]'") from None
+        raise InputError("--lora needs PEFT; install it with: pip install peft") from None
 
 
 def _adapters(model: nn.Module, stack: BlockStack, rank: int, seed: int) -> Any:

@@ -62,7 +62,7 @@ def language(text: str) -> str:
 
 
 def tells_languages() -> bool:
-    """Whether languages are told apart: this needs the extra ``sleb[lang]``."""
+    """Whether languages are told apart: this needs the extra ``lang``."""
     return _identifier() is not None
 
 

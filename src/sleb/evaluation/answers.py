@@ -109,7 +109,7 @@ class Comparison:
 
     ``identical``, ``switched``: shares of prompts. ``agreed_median``: tokens. ``sha256`` is of the
     prompts, as JSON. ``languages``: whether languages of one writing system were told apart, which
-    needs the extra ``sleb[lang]``. ``seconds_per_token_ratio``: dense over pruned, geometric mean
+    needs the extra ``lang``. ``seconds_per_token_ratio``: dense over pruned, geometric mean
     over prompts, paired, so above 1 is faster; null if no prompt has two answers of two tokens or
     more. One model answers after the other, and reading the prompt counts, so `sleb bench` is the
     sounder measure.

@@ -1,6 +1,6 @@
 """lm-evaluation-harness as a library: finding tasks, and scoring a loaded model on them.
 
-Only imported where it is installed (extra ``sleb[eval]``).
+Only imported where it is installed (extra ``eval``).
 """
 
 from __future__ import annotations

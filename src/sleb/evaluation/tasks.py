@@ -1,6 +1,6 @@
 """Zero-shot tasks, dense and pruned on the same items: the harness's own and the user's JSONL.
 
-All scoring is lm-evaluation-harness's (extra ``sleb[eval]``); a user's JSONL becomes a task of it.
+All scoring is lm-evaluation-harness's (extra ``eval``); a user's JSONL becomes a task of it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_tasks(
         raise InputError("no task to score; name at least one")
     # the cheap mistakes first: looking a name up can take half a minute
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("tasks need lm-evaluation-harness: pip install 'sleb[eval]'")
+        raise InputError("tasks need lm-evaluation-harness: pip install lm-eval")
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"no folder of tasks at {folder}; give the one that has the .yaml files")
     questions = [read_questions(task) for task in tasks if task.endswith(".jsonl")]

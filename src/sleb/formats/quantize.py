@@ -107,7 +107,7 @@ def check_scheme(name: str) -> Scheme:
     if importlib.util.find_spec(scheme.library) is None:
         raise InputError(
             f"--scheme {name} needs {scheme.library}, which is not installed: "
-            "pip install 'sleb[quantize]'"
+            "pip install llmcompressor torchao compressed-tensors"
         )
     if scheme.gpu and not _has_gpu():
         raise InputError(f"--scheme {name} needs a CUDA GPU, and there is none; use w4a16")

@@ -283,7 +283,7 @@ def answers(t: Locale, c: Comparison) -> list[Item]:
         Listing(tuple(_together(t, c))),
     ]
     if not c.languages and not t.markup:
-        items.append(Text("to tell more languages apart: pip install 'sleb[lang]'"))
+        items.append(Text("to tell more languages apart: pip install py3langid"))
     if not shown:
         return [*items, Text(t("answers.same"))]
     items.append(Text(t("answers.shown", shown=len(shown), prompts=c.prompts)))

@@ -29,17 +29,10 @@ def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) ->
     ``lang`` is en or ja. The same record gives the same bytes.
 
     Raises:
-        InputError: the extra ``sleb[report]`` is not installed, no such language, ``out`` exists
-            and ``force`` is not given, or run.json and plan.json in ``run`` cannot be used.
+        InputError: no such language, ``out`` exists and ``force`` is not given, or run.json and
+            plan.json in ``run`` cannot be used.
         ResourceError: the disk is full.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "a report needs jinja2 and matplotlib: pip install 'sleb[report]'"
-        ) from None
     writable_target(out, force=force, folder=False)
     files = {
         "run.json": record_path(run),
