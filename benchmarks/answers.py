@@ -34,7 +34,6 @@ from sleb.core.progress import silent
 from sleb.core.statistics import flips, proportion
 from sleb.evaluation.grading import are_right, gradable
 from sleb.models.load import LoadedModel
-from sleb.repairs import self_generated
 from sleb.repairs.answering import answered, prompt_ids
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -126,20 +125,6 @@ class Measure:
         return min(measure(device, read)[1] for _ in range(8))
 
 
-def written_once() -> None:
-    """Have the text that the dense model writes to fit on made once, for all cuts of a run."""
-    real, kept = self_generated.write, dict[Any, Any]()
-
-    def write(model: LoadedModel, n: int, length: int, seed: int, progress: Any) -> torch.Tensor:
-        key = (n, length, seed)
-        if key not in kept:
-            kept[key] = real(model, n, length, seed, progress)
-        found: torch.Tensor = kept[key]
-        return found
-
-    self_generated.write = write
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -161,7 +146,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     given = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
-    written_once()
     with tempfile.TemporaryDirectory() as place:
         texts = prepare(options.data, Path(place), 0)
         measured = Measure(options, texts)

@@ -40,9 +40,10 @@ from sleb.core.progress import silent
 from sleb.core.statistics import Interval, exponential, flips, proportion, standard_error
 from sleb.evaluation.tasks import check_tasks
 from sleb.repairs import Repair, repair
+from sleb.repairs.answering import writer
 from sleb.repairs.regression import default_tokens
 from sleb.repairs.scoring import RepairedScores
-from sleb.repairs.self_generated import with_self_generated, writer
+from sleb.repairs.self_generated import with_self_generated
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.search import FINAL_TOKENS

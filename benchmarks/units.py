@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from answers import Measure, written_once
+from answers import Measure
 from common import asked, main_of, measure, save, setting
 from texts import prepare
 
@@ -178,7 +178,6 @@ class Bench:
 
 def main() -> None:
     options = parse()
-    written_once()
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(options, Path(place))
         for name in options.systems.split(","):

@@ -81,10 +81,10 @@ def save_tiny(path: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unhurried() -> Iterator[None]:
-    """A long text, such as the one that comes with sleb, is tokenized once for each tokenizer, not
-    for each command; transformers writes no config into its log; and a slow machine has no more to
-    say than a fast one."""
+def unhurried(tmp_path_factory) -> Iterator[None]:
+    """What is kept for later runs is not the user's own; a long text, such as the one that comes
+    with sleb, is tokenized once for each tokenizer, not for each command; transformers writes no
+    config into its log; and a slow machine has no more to say than a fast one."""
     from transformers import PreTrainedConfig
 
     from sleb.calibration import tokens
@@ -104,6 +104,10 @@ def unhurried() -> Iterator[None]:
 
     SHELL.set(True)  # tests read messages as they are written, see test_notebook.py
     with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:  # all workers convert the real model once
+            folder = folder.parent
+        patch.setenv("SLEB_CACHE", str(folder / "cache"))
         patch.setattr(tokens, "_encode", remembered)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         patch.setattr(progress, "QUIET_S", 600.0)

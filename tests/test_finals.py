@@ -17,6 +17,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.pipeline import prune
+from sleb.repairs import answering
 from sleb.repairs import self_generated as own
 from sleb.repairs.regression import Regression, gaps
 from sleb.selection.metrics import NLL
@@ -189,9 +190,11 @@ def pruned(model, learned, out, **options):
     return prune(model, out, text=text, **{**usual, **options}).plan
 
 
-def test_prune_compares_where_it_repairs(learned, plan, tmp_path, monkeypatch):
-    """What is fitted on and what judges are written in one go, and are not the same. The model is
-    let go of before the result is loaded: both at once would take twice the memory."""
+def test_prune_compares_where_it_repairs(learned, plan, tmp_path, tmp_path_factory, monkeypatch):
+    """What is fitted on and what judges are written in one go, and are not the same, and once for
+    all runs. The model is let go of before the result is loaded: both at once would take twice the
+    memory."""
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path_factory.mktemp("cache")))
     written, models, alive = [], [], []
     write, load, verify = own.write, pipeline.load, pipeline.verify
 
@@ -208,7 +211,7 @@ def test_prune_compares_where_it_repairs(learned, plan, tmp_path, monkeypatch):
         alive.append([model() is not None for model in models])
         return verify(*args, **options)
 
-    monkeypatch.setattr(own, "write", writing)
+    monkeypatch.setattr(answering, "write", writing)
     monkeypatch.setattr(pipeline, "load", loading)
     monkeypatch.setattr(pipeline, "verify", verifying)
     ours = pruned(learned / "model", learned, tmp_path / "out")
@@ -228,6 +231,8 @@ def test_prune_compares_where_it_repairs(learned, plan, tmp_path, monkeypatch):
     assert (only_fitted.strategy, only_fitted.final_comparison) == ("greedy", None)
     assert len(written) == 2
     assert len(written[1]) == fitted.windows
+    assert pruned(learned / "model", learned, tmp_path / "again", strategy="greedy") == only_fitted
+    assert len(written) == 2, "it is kept"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sleb.core.progress import silent
 from sleb.models.stack import BlockStack
 from sleb.repairs import given_tokens, regression, repair
 from sleb.repairs import self_generated as own
+from sleb.repairs.answering import writer
 from sleb.repairs.self_generated import with_self_generated
 from sleb.selection import resources
 from sleb.selection.metrics import NLL
@@ -42,7 +43,7 @@ def test_the_tokens_of_a_fit_count_it(learned, loaded):
     split = split_of(loaded.tokenizer, text, windows=8, seed=3)
     tokens = given_tokens(loaded.stack, 3200)
     assert tokens == pytest.approx(3200 * 2 / 3, abs=1)
-    fit = split.with_repair(tokens).with_self_generated(own.writer(loaded, silent)).repair_fit
+    fit = split.with_repair(tokens).with_self_generated(writer(loaded, silent)).repair_fit
     assert len(fit.ids) == pytest.approx(100, abs=3)
     assert fit.source.count(1) == pytest.approx(33, abs=1)
     assert torch.equal(fit.ids[:8], split.search.ids)

@@ -47,9 +47,9 @@ from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment, record_path
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
-from sleb.repairs.answering import with_answers
+from sleb.repairs.answering import with_answers, writer
 from sleb.repairs.search import search
-from sleb.repairs.self_generated import can_generate, writer
+from sleb.repairs.self_generated import can_generate
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import MISSED, NLL
 from sleb.selection.objective import DENSE, BlockSet

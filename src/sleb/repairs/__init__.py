@@ -34,10 +34,10 @@ from sleb.models.overrides import WeightOverrides
 from sleb.models.quantization_names import quant_method
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import as_parameters, block_prefix
-from sleb.repairs.answering import with_answers
+from sleb.repairs.answering import with_answers, writer
 from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
-from sleb.repairs.self_generated import can_generate, with_self_generated, writer
+from sleb.repairs.self_generated import can_generate, with_self_generated
 from sleb.selection.metrics import NLL
 from sleb.selection.objective import BlockSet
 from sleb.selection.sweep import Sweep

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sleb.calibration.answers import DEFAULT, Answers, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt, read_as
-from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.split import CalibrationSplit, Writer
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import MAX_PROMPTS, NEW_TOKENS, NO_PROMPTS, PromptOptions
@@ -169,6 +169,11 @@ def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progr
     """
     key = _key(model, "own text", n, length, seed)
     return torch.tensor(_cached(key, lambda: write(model, n, length, seed, progress).tolist()))
+
+
+def writer(model: LoadedModel, progress: Progress) -> Writer:
+    """Writes windows for a :class:`sleb.calibration.CalibrationSplit`."""
+    return lambda n, length, seed: own_text(model, n, length, seed, progress)
 
 
 def _cached(key: str, made: Callable[[], list[list[int]]]) -> list[list[int]]:

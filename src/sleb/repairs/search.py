@@ -9,9 +9,9 @@ from sleb.config import LoadOptions, SearchConfig, takes
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import LoadedModel, load
-from sleb.repairs.answering import with_answers
+from sleb.repairs.answering import with_answers, writer
 from sleb.repairs.scoring import repaired_scorer
-from sleb.repairs.self_generated import can_generate, writer
+from sleb.repairs.self_generated import can_generate
 from sleb.selection.metrics import METRICS
 from sleb.selection.request import check_options, check_request
 from sleb.selection.search import find_blocks

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.split import SHARE, Writer, joined
+from sleb.calibration.split import SHARE, joined
 from sleb.calibration.tokens import opening_tokens
 from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
@@ -59,11 +59,6 @@ def with_self_generated(model: LoadedModel, windows: Windows, progress: Progress
     n = len(windows.ids) // (SHARE - 1)
     record = windows.record
     return joined(windows, write(model, n, record.length, record.seed, progress)) if n else windows
-
-
-def writer(model: LoadedModel, progress: Progress) -> Writer:
-    """Writes windows for a :class:`sleb.calibration.CalibrationSplit`."""
-    return lambda n, length, seed: write(model, n, length, seed, progress)
 
 
 @torch.inference_mode()
