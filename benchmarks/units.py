@@ -104,6 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--repair-tokens", type=int, help="that repairs are fitted on")
+    parser.add_argument("--given", type=int, help="tokens of answers that cuts are made with")
     parser.add_argument("--test-windows", type=int, default=12, help="of each text")
     parser.add_argument("--limit", type=int, help="items of each set")
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
@@ -144,8 +145,9 @@ class Bench:
         how: dict[str, Any] = {"windows": options.windows, "length": options.length}
         how |= {"prompts": self.given, "run_code": True, "keep": False, "device": options.device}
         how |= {"text": tuple(self.texts.calibration.values()), **SYSTEMS[name]}
-        if options.repair_tokens:
-            how["repair_tokens"] = options.repair_tokens
+        for key, value in (("repair_tokens", options.repair_tokens), ("new_tokens", options.given)):
+            if value:
+                how[key] = value
         if self.speedup is None:
             how["remove"] = options.removed
         else:
