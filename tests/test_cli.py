@@ -102,7 +102,7 @@ def test_search_apply_verify_and_eval(place, capsys):
     assert (text.code, text.err) == (0, "")
     found = found.json
     assert (found["tokens"], found["removed"]) == (8 * 31, list(plan.removed))
-    assert f"{found['perplexity_ratio']['value']:.2f} (" in text.out
+    assert f"{found['perplexity_ratio']['value']:.3f} (" in text.out
     alone = run(capsys, "eval", "out3", "--length", "32", "--windows", "8", "--json").json
     assert alone["loss"]["value"] == pytest.approx(found["pruned_loss"]["value"], abs=2e-6)
     assert alone["removed"] == []

@@ -192,12 +192,13 @@ class Locale:
         return self._unit("times", shown) if self.markup else f"{shown}x"
 
     def ratio(self, ratio: float) -> str:
-        """A ratio of perplexities; on a page with the third digit, which may matter."""
-        return self.times(ratio, 3 if ratio < 10 else 1) if self.markup else self.number(ratio)
+        """A ratio of perplexities."""
+        digits = 3 if ratio < 10 else 1
+        return self.times(ratio, digits) if self.markup else self.number(ratio, digits)
 
     def nats(self, value: float) -> str:
-        """A loss or a score, without its unit."""
-        return self.number(value, 4)
+        """A loss or a score, without its unit: four digits."""
+        return self.number(value, 4 if abs(value) < 1 else 3)
 
     def seconds(self, value: float) -> str:
         """A duration."""
@@ -215,7 +216,10 @@ class Locale:
     def large(self, count: int) -> str:
         """A large count, such as that of parameters."""
         if not self.markup:
-            return f"{self.number(count / 1e6, 1)} M"
+            for unit, scale, digits in (("B", 1e9, 3), ("M", 1e6, 1), ("k", 1e3, 1)):
+                if count >= scale:
+                    return f"{self.number(count / scale, digits)} {unit}"
+            return self.count(count)
         for scale, digits, pattern in self.tables["format"]["large"]:
             if count >= scale:
                 return str(pattern).format(value=self.number(count / scale, digits))
@@ -227,7 +231,7 @@ class Locale:
             return self.percent(value)
         if unit == "MB":
             return f"{self.number(value, 1)}\u00a0MB"
-        shown = f"{value:,.5g}".replace("-", "−")
+        shown = f"{value:,.4g}".replace("-", "−")
         if unit == "x":
             return self._unit("times", shown) if self.markup else f"{shown}x"
         return f"{shown}\u00a0{unit}".rstrip()
