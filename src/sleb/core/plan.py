@@ -199,7 +199,7 @@ class Saving(_Record):
 
     def share(self, units: Collection[int]) -> float:
         """Of several units."""
-        return sum(self.shares[str(unit)] for unit in units)
+        return sum(self.shares[str(unit)] for unit in canonical(units))
 
 
 class SimilarityGate(_Record):

@@ -17,7 +17,7 @@ from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Curve, Point, Saving, Target, blocks_to_remove
 from sleb.core.statistics import Values, interval, standard_error
-from sleb.core.units import block_of, canonical, part_of
+from sleb.core.units import block_of, canonical, part_of, parts_in
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
 from sleb.selection.goal import Goal, parse_bytes
@@ -78,6 +78,11 @@ class Costs:
     def size(self, removed: Sequence[int]) -> int:
         """Bytes on disk without ``removed``."""
         return self.total - self.of_units(removed)
+
+    def saved(self, unit: int) -> float:
+        """What a unit saves: of time where that was measured, else bytes."""
+        timed = self.saving is not None and self.saving.of == "time"
+        return self.saving.share([unit]) if self.saving and timed else self.of_units([unit])
 
     def of_units(self, units: Sequence[int]) -> int:
         """Bytes of blocks and parts."""
@@ -196,10 +201,12 @@ class StoppingRule:
         goal, costs = self.goal, self._costs
         if goal.remove is not None:
             return blocks_to_remove(goal.remove, len(costs.blocks))
-        possible = min(len(candidates), len(costs.blocks) - 1)
+        possible = len(candidates)
+        if not parts_in(candidates):
+            possible = min(possible, len(costs.blocks) - 1)
         if goal.limit is not None:
             return possible
-        cheapest = sorted(candidates, key=lambda u: costs.of_units([u]))
+        cheapest = sorted(candidates, key=costs.saved)
         for n in range(1, possible + 1):
             if self.enough(cheapest[:n]):
                 return n
