@@ -443,7 +443,7 @@ def test_mistakes_are_refused_before_anything_is_written(home, tmp_path, monkeyp
         with pytest.raises(InputError, match=message):
             heal(*arguments, **{**SMALL, **text, **options})
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match="PEFT"):
+    with pytest.raises(InputError, match="peft"):
         healed(home, out, lora=2)
     assert tree(tmp_path) == before
 

@@ -188,3 +188,16 @@ def test_compiled_blocks_learn_the_same(home, tmp_path, unbroken, monkeypatch, c
     (tmp_path / "unbroken").write_bytes(unbroken(None))
     for name, tensor in load_file(tmp_path / "unbroken").items():
         assert torch.allclose(found[name], tensor, atol=0 if fails else 1e-4), name
+
+
+@pytest.mark.slow
+def test_states_of_eight_bits_on_the_model_s_own_weights_learn_and_go_on(home, tmp_path):
+    how = {**LONG, "optimizer": "adamw-8bit", "dtype": "bfloat16", "lr": None}
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", **how, progress=Stopping(15))
+    state = load_file(tmp_path / "H.heal")
+    assert {name.partition("/")[0] for name in state} == {"best", "weight"}
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    done = healed(home, tmp_path / "H", **how)
+    assert done.steps == 24
+    assert done.overall.healed_divergence.value < 0.9 * done.overall.cut_divergence.value

@@ -746,6 +746,7 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
+Optimizer = Literal["adamw", "adamw-8bit"]
 HEAL_TOKENS = {"cpu": 100_000, "cuda": 4_000_000}
 """Tokens that a healing trains on by default: a few minutes of a small model on a CPU, or of one
 with two billion parameters on a large GPU."""
@@ -790,6 +791,11 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     minutes: float | None = option(None, "Train for so long, or at most with --tokens.", gt=0)
     heldout: int | None = option(
         None, "Windows to set aside for validation. Default: 32, fewer in a short run.", ge=1
+    )
+    optimizer: Optimizer = option(
+        "adamw",
+        "AdamW on float32 copies of the weights, 16 bytes a parameter; or with states of 8 bits on "
+        "the bfloat16 weights themselves, rounded at random: 6.",
     )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")

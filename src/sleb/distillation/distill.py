@@ -41,7 +41,7 @@ from sleb.distillation.training import (
     Schedule,
     Student,
     Training,
-    check_adapters,
+    check_installed,
     forwards,
     product_teraflops,
     recomputed,
@@ -98,7 +98,7 @@ def heal(
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"out of memory on {job.device} with --at-once {job.at_once}; give a lower --at-once, "
-            "--recompute, or --lora 16"
+            "--recompute, --optimizer adamw-8bit, or --lora 16"
         ) from None
     job.state.unlink(missing_ok=True)
     return done
@@ -114,8 +114,7 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
         raise InputError(
             f"{cut} has no plan.json, so it is not known what was cut from which model"
         )
-    if config.lora:
-        check_adapters()
+    check_installed(config.lora, config.optimizer)
     check_sources(config.text)
     return Plan.load(cut / "plan.json")
 
@@ -172,7 +171,7 @@ class Healing:
             steps=math.ceil(tokens / self.mix.step_tokens) if limited else None,
             seconds=None if config.minutes is None else 60 * config.minutes,
         )
-        chosen = {"tokens", "lr", "minutes", "lora", "recompute", "seed"}
+        chosen = {"tokens", "lr", "minutes", "optimizer", "lora", "recompute", "seed"}
         self.settings = {
             "model": plan.model.weights_sha256,
             "cut": fingerprint(self.checkpoint, self.blocks).weights_sha256,
@@ -217,7 +216,13 @@ class Healing:
         dense = self.dense.stack.dtype
         dtype = dense if dense == torch.float32 else torch.bfloat16  # float16's gradients vanish
         model = self._load(self.cut, dtype)
-        student = Student(model, self.checkpoint, rank=self.config.lora, seed=self.config.seed)
+        student = Student(
+            model,
+            self.checkpoint,
+            rank=self.config.lora,
+            seed=self.config.seed,
+            copies=self.config.optimizer == "adamw",
+        )
         # of float32: weights, best, and two moments; and room to replace the file as a whole
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * 16 * student.count)
         training = Training(

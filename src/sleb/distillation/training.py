@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from operator import le
 from pathlib import Path
 from statistics import fmean as mean
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from sleb.calibration.windows import Windows
 from sleb.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint
+from sleb.config import Optimizer
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.core.files import staged_files
 from sleb.core.progress import Progress
@@ -75,14 +77,21 @@ class Student:
 
     ``trained``: what the optimizer changes, float32. Where the model computes in another dtype
     these are copies, which gather the gradients of its parameters (mixed precision, 1710.03740);
-    :meth:`rounded` hands what they became back to the model.
+    :meth:`rounded` hands what they became back to the model. Without ``copies`` it changes the
+    model's own, in their dtype.
 
     Raises:
         UnsupportedModel: a weight is quantized, or stored under a name that is not its own.
     """
 
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, *, rank: int | None, seed: int
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        rank: int | None,
+        seed: int,
+        copies: bool = True,
     ) -> None:
         self.model, self.checkpoint, self.rank = model, checkpoint, rank
         stack = BlockStack(model)
@@ -99,7 +108,9 @@ class Student:
         else:
             self._adapted = _adapters(model, stack, rank, seed)
         self._computing = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.trained = {name: self._master(name, p) for name, p in self._computing.items()}
+        self.trained = dict(self._computing)
+        if copies:
+            self.trained = {name: self._master(name, p) for name, p in self._computing.items()}
 
     def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """The float32 copy of a parameter, in full precision; itself, if it is of float32."""
@@ -192,12 +203,12 @@ def _trained(name: str, parameter: Tensor, stack: BlockStack) -> bool:
     return True
 
 
-def check_adapters() -> None:
-    """Raise InputError unless LoRA is installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise InputError("--lora needs PEFT; install it with: pip install peft") from None
+def check_installed(lora: int | None, optimizer: Optimizer) -> None:
+    """Raise InputError unless what these need is installed."""
+    needed = {"peft": lora and "--lora", "torchao": optimizer != "adamw" and "--optimizer"}
+    for package, option in needed.items():
+        if option and not find_spec(package):
+            raise InputError(f"{option} needs {package}; install it with: pip install {package}")
 
 
 def _adapters(model: nn.Module, stack: BlockStack, rank: int, seed: int) -> Any:
@@ -484,11 +495,16 @@ class Training:
 
     def _anew(self) -> None:
         """An optimizer that has seen nothing."""
+        how: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
         weights = [*self.trained.values()]
         self.fused = weights[0].device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            weights, betas=(0.9, 0.95), weight_decay=0.0, fused=self.fused or None
-        )
+        if self.settings["optimizer"] == "adamw":
+            self.optimizer = torch.optim.AdamW(weights, fused=self.fused or None, **how)
+            return
+        from torchao.optim import AdamW8bit
+
+        rounding = weights[0].dtype == torch.bfloat16
+        self.optimizer = AdamW8bit(weights, bf16_stochastic_round=rounding, **how)
 
     def _snapshot(self) -> dict[str, Tensor]:
         """A copy of all that is trained, where it was if there is plenty of memory."""
@@ -581,7 +597,10 @@ class Training:
                 return False
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         self.optimizer.step()
         self.student.rounded()
         return True
@@ -653,8 +672,9 @@ class Training:
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.trained.items():
             tensors[f"weight/{name}"] = parameter
-            for kind, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{kind}/{name}"] = value
+            if self.settings["optimizer"] == "adamw":  # states of 8 bits begin anew
+                for kind, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"{kind}/{name}"] = value
         self.where.save(self.path, self.settings, tensors)
 
     @torch.no_grad()
