@@ -792,6 +792,12 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     heldout: int | None = option(
         None, "Windows to set aside for validation. Default: 32, fewer in a short run.", ge=1
     )
+    max_prompts: int | None = like(
+        PromptOptions,
+        "max_prompts",
+        None,
+        "Answer so many at most. Default: {cpu}, on a GPU four times {cuda}.".format(**MAX_PROMPTS),
+    )
     optimizer: Optimizer = option(
         "adamw",
         "AdamW on float32 copies of the weights, 16 bytes a parameter; or with states of 8 bits on "
