@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := .venv/share/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-units bench-quantize package check lint format types clean
+.PHONY: help demo test test-zoo test-rest test-all test-random compare-builds site test-llama-cpp test-mergekit test-quantize test-runtimes bench-search bench-quality bench-answers bench-units bench-quantize package check lint format types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-answers  right answers of the cuts: code that passes its tests, sums"
 	@echo "make bench-units    blocks, attention alone and both, at equal time"
 	@echo "make bench-quantize  what pruning and quantizing cost, each and together"
+	@echo "make site       the pages and a reference made from the code, as a site in build/site"
 	@echo "make package    wheel and source archive, each tried in a clean environment"
 	@echo "make check      lint, format, types and tests, as CI runs them"
 	@echo "make format     rewrite the code in the project's format"
@@ -151,6 +152,16 @@ package: $(READY) $(MODEL)
 		../$(PACKED)/sleb init -o try.toml && rm try.toml) || exit 1; \
 	done
 	rm -rf .venv-package
+
+# The site, with strict links, in build/site. Reading it needs no network.
+SITE := .venv-site/bin
+site: $(READY) $(SITE)/mkdocs
+	$(BIN)/python tools/site.py
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --quiet --strict
+
+$(SITE)/mkdocs:
+	$(PYTHON) -m venv .venv-site
+	$(SITE)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2
 
 check: lint types test
 

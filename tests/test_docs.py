@@ -1,5 +1,6 @@
 """What the documentation shows works: its commands and examples are run here."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -169,6 +170,23 @@ def test_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not re.match(r"[a-z]+:", link):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_reference_has_every_verb_option_and_public_name():
+    spec = importlib.util.spec_from_file_location("site_tool", ROOT / "tools" / "site.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    found = tool.reference()
+    for name in sleb.__all__:
+        assert f"### sleb.{name}\n" in found
+    for verb, command in VERBS.items():
+        own = found[found.index(f"### sleb {verb}\n") :].split("\n### ")[0]
+        assert all(option in own for p in command.params for option in p.opts if "-" in option)
+
+
+def test_every_page_is_in_the_site():
+    named = set(re.findall(r": (docs/\S+\.md)$", read("mkdocs.yml"), re.MULTILINE))
+    assert named - {"docs/reference.md"} == {f"docs/{p.name}" for p in ROOT.glob("docs/*.md")}
 
 
 @guides

@@ -127,7 +127,7 @@ class Verb:
     @property
     def model(self) -> str | None:
         """The name of the argument that is MODEL; None too where --revision means another thing."""
-        if self.name == "push":
+        if self.name in ("push", "demo"):
             return None
         names = {argument.name for argument in self.arguments}
         return next((name for name in ("model", "ref") if name in names), None)
