@@ -95,6 +95,7 @@ COMMAND = typer.main.get_command(app)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code instead of raising."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; the process is ours
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # the search for some takes time
     if logging.lastResort:
         logging.lastResort.setFormatter(_PrintableFormatter())
     for name in _CHATTY:
