@@ -536,3 +536,14 @@ def test_as_many_rounds_as_a_measured_target_may_take(monkeypatch, loaded, tmp_p
     options = {"text": (str(tmp_path / "t.txt"),), "windows": 4, "length": 16, "unit": "any"}
     plan = sleb.search(loaded, prompt_length=32, speedup=1.15, protect="0", **options)
     assert plan.target.reached >= 1.15
+
+
+def test_answers_kept_of_a_pruned_plan_are_measured(pruned, learned, tmp_path):
+    rows = [{"prompt": f"the block of a model {i}", "answer": "passes"} for i in range(4)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = str(pruned.path / "plan.json")
+    asked = {"prompts": (str(tmp_path / "p.jsonl"),), "new_tokens": 6}
+    found = sleb.evaluate(learned / "model", plan=plan, **asked)
+    assert (found.prompts, found.right.judged) == (4, 4)
+    assert 0 < found.agreement.value <= 1
+    assert found.unrepaired is not None
