@@ -7,7 +7,8 @@
 FOLDER holds the texts of texts.py, on whose calibration part cuts are made; prompts that are given
 to them, ``answers/*_fit.jsonl``; and others of the same kinds that are asked in the end,
 ``answers/code_dev.jsonl`` (``prompt``, ``tests``) and ``math_dev.jsonl`` (``prompt``, ``answer``).
-Perplexity is over the dense model's, on all test texts. The code that a model writes is run: see
+Perplexity is over the dense model's, on all test texts. Rows that are in out.json already are not
+made again. The code that a model writes is run: see
 `sleb eval --run-code`.
 """
 
@@ -143,62 +144,102 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse()
-    given = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
-    with tempfile.TemporaryDirectory() as place:
-        texts = prepare(options.data, Path(place), 0)
-        measured = Measure(options, texts)
-        model = sleb.load(options.model, device=options.device)
-        report: dict[str, Any] = {
+class Bench:
+    """The report, to which rows are added; those of an earlier run stay."""
+
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
+        self.options, self.place = options, place
+        texts = prepare(options.data, place, 0)
+        self.measured = Measure(options, texts)
+        prompts = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
+        specs = tuple(texts.calibration.values())
+        self.given: dict[str, Any] = {"text": specs, "prompts": prompts, "device": options.device}
+        self.searched = {"windows": options.windows, "length": options.length}
+        self.model = sleb.load(options.model, device=options.device)
+        if options.out.is_file():
+            self.report: dict[str, Any] = json.loads(options.out.read_text())
+            self.measured.dense = self.report["dense"]
+            return
+        self.report = {
             "model": Path(options.model).name,
-            "blocks": len(model.stack),
-            **setting(model.stack.input_device, model.stack.dtype),
+            "blocks": len(self.model.stack),
+            **setting(self.model.stack.input_device, self.model.stack.dtype),
             "what": asked(options, "model", "data", "cuts", "out"),
-            "dense": measured.of(model),
+            "dense": self.measured.of(self.model),
             "cuts": [],
         }
-        source = model.source.path
-        del model
+        save(options.out, self.report)
 
-        def add(system: str, folder: str | Path, **more: Any) -> None:
-            cut = sleb.load(folder, device=options.device)
-            row = {"system": system, "blocks": len(cut.stack), **more, **measured.of(cut)}
-            report["cuts"].append(row)
-            save(options.out, report)
-            kept = {kind: row[kind]["kept"] for kind in measured.prompts}
-            said = {key: row[key] for key in ("system", "perplexity_ratio", "speedup")}
-            print(json.dumps({**said, **kept, **more}), flush=True)
+    def has(self, system: str, depth: int) -> bool:
+        """Whether a row is there."""
+        rows = self.report["cuts"]
+        return any((row["system"], len(row.get("removed", ()))) == (system, depth) for row in rows)
 
-        save(options.out, report)
+    def add(self, system: str, cut: LoadedModel, **more: Any) -> None:
+        """Measure a cut."""
+        row = {"system": system, **more, **self.measured.of(cut)}
+        self.report["cuts"].append(row)
+        save(self.options.out, self.report)
+        kept = {kind: row[kind]["kept"] for kind in self.measured.prompts}
+        said = {key: row[key] for key in ("system", "perplexity_ratio", "speedup")}
+        print(json.dumps({**said, **kept, **more}), flush=True)
+
+    def load(self, folder: str | Path) -> LoadedModel:
+        return sleb.load(folder, device=self.options.device)
+
+    def plain(self, name: str, depth: int) -> None:
+        """A cut without a repair: the blocks are bypassed, which is the cut to the bit."""
+        asked_for = {key: value for key, value in SYSTEMS[name].items() if key != "repair"}
+        start = time.perf_counter()
+        text = {key: self.given[key] for key in ("text", "device")}
+        source = self.model.source.path
+        found = sleb.search(source, remove=depth, **self.searched, **text, **asked_for)
+        seconds = round(time.perf_counter() - start, 1)
+        with self.model.stack.bypassed(found.removed):
+            self.add(name, self.model, removed=found.removed, seconds=seconds)
+
+    def pruned(self, name: str, depth: int) -> None:
+        """What `sleb prune` leaves."""
+        out, start = self.place / f"{name}-{depth}", time.perf_counter()
+        asked_for = {**self.searched, **self.given, "keep": False, "run_code": True}
+        asked_for |= {"remove": depth, **SYSTEMS[name]}
+        done = sleb.prune(self.model.source.path, out, **asked_for)
+        more: dict[str, Any] = {"removed": done.plan.removed}
+        more["seconds"] = round(time.perf_counter() - start, 1)
+        more["phases"] = done.record.seconds
+        if finals := done.plan.final_comparison:
+            more["compared"] = [f.model_dump(mode="json") for f in finals.sets]
+        self.add(name, self.load(out), **more)
+        if self.options.heal:
+            self.healed(name, depth, done.plan.removed)
+
+    def healed(self, name: str, depth: int, removed: tuple[int, ...]) -> None:
+        """The same, healed."""
+        cut, out = self.place / f"{name}-{depth}", self.place / f"healed {name}-{depth}"
+        start, system = time.perf_counter(), f"{name}, healed"
+        try:
+            sleb.heal(cut, self.model.source.path, out, minutes=self.options.heal, **self.given)
+        except SlebError as error:  # the other rows are worth having
+            self.report["cuts"].append({"system": system, "error": str(error)})
+            return
+        seconds = round(time.perf_counter() - start, 1)
+        ran = json.loads((out / "heal.json").read_text())
+        told = {key: ran[key] for key in HEALING}
+        self.add(system, self.load(out), removed=removed, seconds=seconds, healing=told)
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(options, Path(place))
         for cut in options.cuts:
-            add(*cut.split("=", 1))
-        common = {"device": options.device, "text": tuple(texts.calibration.values())}
-        for depth in (int(n) for n in options.removed.split(",") if n):
-            for name in options.systems.split(","):
-                out, start = Path(place) / f"{name}-{depth}", time.perf_counter()
-                asked_for = {"windows": options.windows, "length": options.length, "remove": depth}
-                asked_for |= {"keep": False, "prompts": given, "run_code": True, **common}
-                done = sleb.prune(source, out, **{**asked_for, **SYSTEMS[name]})
-                more = {"removed": done.plan.removed}
-                more["seconds"] = round(time.perf_counter() - start, 1)
-                more["phases"] = done.record.seconds
-                if finals := done.plan.final_comparison:
-                    more["compared"] = [f.model_dump(mode="json") for f in finals.sets]
-                add(name, out, **more)
-                if options.heal and SYSTEMS[name].get("repair", True):
-                    healed = Path(place) / f"healed {name}-{depth}"
-                    asked_for = {"prompts": given, "minutes": options.heal, **common}
-                    start = time.perf_counter()
-                    try:
-                        sleb.heal(out, source, healed, **asked_for)
-                    except SlebError as error:  # the other rows are worth having
-                        report["cuts"].append({"system": f"{name}, healed", "error": str(error)})
-                        continue
-                    ran = json.loads((healed / "heal.json").read_text())
-                    at: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1)}
-                    at["healing"] = {key: ran[key] for key in HEALING}
-                    add(f"{name}, healed", healed, removed=done.plan.removed, **at)
+            name, folder = cut.split("=", 1)
+            bench.add(name, bench.load(folder))
+        for name in options.systems.split(","):
+            for depth in (int(n) for n in options.removed.split(",") if n):
+                if not bench.has(name, depth):
+                    plain = SYSTEMS[name].get("repair") is False
+                    (bench.plain if plain else bench.pruned)(name, depth)
 
 
 if __name__ == "__main__":

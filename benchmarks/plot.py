@@ -219,7 +219,8 @@ def main() -> None:
     if options.out and "systems" in reports[0]:
         draw(reports, options.out)
     elif options.out and "cuts" in reports[0]:
-        draw_answers(reports[0], options.out)
+        cuts = [cut for report in reports for cut in report["cuts"]]
+        draw_answers({**reports[0], "cuts": cuts}, options.out)
     elif options.out:
         draw_growth(reports[0], options.out)
 

@@ -135,18 +135,22 @@ def test_what_calibrates_does_not_test(data, tmp_path):
 
 @pytest.mark.slow
 def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
-    asked = ["--new", 4, "--removed", 1, "--systems", "default", "--heal", 0.05, *SIZES[:4]]
-    asked += ["--test-windows", 2, "--device", "cpu"]
-    report = run("answers", learned / "model", "--data", data, *asked, "-o", tmp_path / "o.json")
-    assert [cut["system"] for cut in report["cuts"]] == ["default", "default, healed"]
+    asked = ["--new", 4, "--removed", 1, "--heal", 0.05, *SIZES[:4]]
+    asked += ["--test-windows", 2, "--device", "cpu", "-o", tmp_path / "o.json"]
+    asked = [learned / "model", "--data", data, *asked, "--systems"]
+    run("answers", *asked, "window")
+    report = run("answers", *asked, "window,default")
+    systems = ["window", "default", "default, healed"]
+    assert [cut["system"] for cut in report["cuts"]] == systems, "what was there stays"
     for cut in report["cuts"]:
-        assert cut["blocks"] == report["blocks"] - 1
+        assert len(cut["removed"]) == 1
         assert (cut["code"]["items"], cut["math"]["items"], cut["math"]["kept"]) == ("0", "1", 1)
         assert set(cut["loss"]) == {*DOMAINS, *UNSEEN}
     plot.draw_answers(report, tmp_path / "plot.svg")
     assert "default, healed" in (tmp_path / "plot.svg").read_text()
-    default, healed = (cut["perplexity_ratio"] for cut in report["cuts"])
+    window, default, healed = (cut["perplexity_ratio"] for cut in report["cuts"])
     assert healed < default * 1.01
+    assert window > default
 
 
 @pytest.mark.slow

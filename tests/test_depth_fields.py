@@ -155,6 +155,14 @@ def test_an_empty_list_says_what_transformers_makes_of_it(depth):
     assert reindex_written(nothing, nothing, kept, n, {}) == nothing
 
 
+def test_of_two_names_of_one_field_each_keeps_a_value_of_its_own():
+    """As Hunyuan's: a list, and a number under the name that transformers gives it."""
+    written = {"num_experts_per_tok": 2, "moe_topk": [2, 2, 3, 2]}
+    for order in (written, dict(reversed(written.items()))):
+        new = reindex_written(order, {}, [0, 2, 3], 4, {"num_experts_per_tok": "moe_topk"})
+        assert new == {"num_experts_per_tok": 2, "moe_topk": [2, 3, 2]}
+
+
 COUNTS = ["first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers"]
 
 

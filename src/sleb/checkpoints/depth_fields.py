@@ -506,8 +506,13 @@ def reindex_written(
         known = aliases.get(name, name)
         if value == n and {name, known} & NUMBER_OF_BLOCKS:
             new[name] = len(kept)
-        elif known in rules:
-            new[name] = rules[known].apply(meant, known, kept, n)
+            continue
+        # of two names of one field each may have a value of its own
+        alone = value != [] and meant.get(known) != value
+        own = {**meant, known: value} if alone else meant
+        found = dict(_applying(own, n)) if alone else rules
+        if known in found:
+            new[name] = found[known].apply(own, known, kept, n)
     if "decoder_sparse_step" in written and (dense := _mlp_only(meant, "mlp_only_layers", kept, n)):
         new["mlp_only_layers"] = dense
     return new
