@@ -268,13 +268,12 @@ def test_a_plan_of_parts_is_applied_while_the_model_is_loaded(family, tmp_path):
 @pytest.mark.parametrize(
     ("removed", "expected"),
     [
-        ([ATTENTION[3]], [((ATTENTION[3],), (2, 3, 4))]),
-        ([ATTENTION[3], 4], [((ATTENTION[3],), (2,)), ((4,), (3, 5, 6))]),
-        ([ATTENTION[3], 2], [((2,), (1,)), ((ATTENTION[3],), (3, 4, 5))]),
-        ([ATTENTION[3], ATTENTION[4]], [((ATTENTION[3],), (2,)), ((ATTENTION[4],), (3, 4, 5))]),
-        ([ATTENTION[3], MLP[4]], [((ATTENTION[3],), (2, 3)), ((MLP[4],), (4, 5, 6))]),
+        ([ATTENTION[3]], [((ATTENTION[3],), (3, 4, 5))]),
+        ([ATTENTION[3], 4], [((ATTENTION[3], 4), (3, 5, 6))]),
+        ([ATTENTION[3], ATTENTION[4]], [((ATTENTION[3],), (3,)), ((ATTENTION[4],), (4, 5, 6))]),
+        ([ATTENTION[3], MLP[4]], [((ATTENTION[3],), (3,)), ((MLP[4],), (4, 5, 6))]),
         ([ATTENTION[3], MLP[3]], [((3,), (2, 4, 5))]),
-        ([2, ATTENTION[6]], [((2,), (1, 3, 4)), ((ATTENTION[6],), (5, 6, 7))]),
+        ([2, ATTENTION[5]], [((2,), (1, 3, 4)), ((ATTENTION[5],), (5, 6, 7))]),
     ],
 )
 def test_a_missing_part_is_a_gap_of_its_own(removed, expected):
@@ -306,23 +305,6 @@ def test_a_repair_of_parts_brings_the_model_nearer_on_new_text(family, units):
         assert distance(stack, units, ids[80:]) < 0.98 * plain
         fitter.restore()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
-def test_the_block_before_missing_attention_is_fitted_to_what_the_mlp_would_read():
-    model, _ = zoo.tiny("llama")
-    stack, removed = BlockStack(model), [ATTENTION[3]]
-    ids, read = torch.randint(3, 90, (40, 20), generator=torch.Generator().manual_seed(3)), []
-    block = stack.blocks[3]
-    block.post_attention_layernorm.register_forward_pre_hook(lambda m, args: read.append(args[0]))
-
-    def seen(without=()) -> torch.Tensor:
-        with torch.inference_mode(), stack.bypassed(without):
-            model(input_ids=ids, use_cache=False)
-        return read[-1].clone()
-
-    wanted, before = seen(), seen(removed)
-    Regression(stack, removed, ids, 40).fit(Gap(removed=(), blocks=(2,)), (0.01,))
-    assert (seen(removed) - wanted).norm() < 0.9 * (before - wanted).norm()
 
 
 def test_the_mlp_of_a_block_without_attention_is_fitted_by_weighted_ridge_regression():

@@ -34,7 +34,7 @@ from sleb.calibration.windows import unpadded, used_length
 from sleb.checkpoints.cut import consecutive_runs
 from sleb.core.process_group import group
 from sleb.core.progress import Tick
-from sleb.core.units import ATTENTION, block_of, canonical, part_of, parts_in
+from sleb.core.units import block_of, canonical, part_of, parts_in
 from sleb.models.overrides import WeightOverrides, whole
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.residual_writers import (
@@ -69,25 +69,21 @@ class Gap:
 
 
 def gaps(removed: Collection[int], n_blocks: int, reach: int = REACH) -> tuple[Gap, ...]:
-    """The gaps of a cut. A run of blocks or the attention of one is made up for from the last block
-    before it on, an MLP from its own block on. A kept block is of the gap right behind it, else of
-    one before."""
+    """The gaps of a cut. A run of blocks is made up for from the last block before it on, a part of
+    a block from that block on. A kept block belongs to the gap right behind it, else to one before.
+    """
     gone = canonical(removed)
     runs = consecutive_runs(unit for unit in gone if not part_of(unit))
     kept = [b for b in range(n_blocks) if b not in gone]
     begun: dict[int, list[int]] = {}  # units by the first block that makes up for them
     for unit in parts_in(gone):
-        first = block_of(unit) - 1 if part_of(unit) == ATTENTION else block_of(unit)
-        if first in gone:
-            first = block_of(unit)
-        begun.setdefault(first, []).append(unit)
+        begun.setdefault(block_of(unit), []).append(unit)
     for start, stop in runs:
         begun.setdefault(start - 1, []).extend(range(start, stop))
     found = []
     for first, units in sorted(begun.items()):
         before = [first] if first >= 0 else []
-        last = max(u if not part_of(u) else block_of(u) - 1 for u in units)
-        after = [b for b in kept if b > max(first, last)][:reach]
+        after = [b for b in kept if b > block_of(units[-1])][:reach]
         nearer = takewhile(lambda b: b not in begun, after)  # the rest is the next gap's
         found.append(Gap(removed=tuple(units), blocks=(*before, *nearer)))
     return tuple(found)
@@ -254,30 +250,17 @@ class Regression:
             for gone in range(block + 1, self._behind(block)):
                 with self._held(gone):
                     self.dense = list(self.run(gone, self.dense))
-            targets = self._before_mlp(self._behind(block))
             if writers.inner and not (self.same and writers.final):  # nothing is lost yet
                 if not writers.final:  # attention has to make up for the gap as well
                     before_last = [
                         mid + (target.to(out.device) - out)
-                        for mid, target, out in zip(before_last, targets, after, strict=True)
+                        for mid, target, out in zip(before_last, self.dense, after, strict=True)
                     ]
                 self._solve(block, writers.inner, before_last, ridge)
             if writers.final:
-                self._solve(block, writers.final, targets, ridge)
+                self._solve(block, writers.final, self.dense, ridge)
             self.cut = list(self.run_cut(block))
         self.at, self.same = self._behind(block), False
-
-    def _before_mlp(self, block: int) -> list[Tensor]:
-        """What the dense stream should be when a kept block begins: as it is; but where the block
-        is without its attention, with that added, for the MLP reads it so."""
-        if all(part_of(unit) != ATTENTION for unit in self._parts.get(block, ())):
-            return self.dense
-        if (block,) not in self._writers:
-            self._writers[block,] = find_residual_writers(self.stack, block)
-        last = self._writers[block,].last
-        seen = Outputs(self.stack.blocks[block], [*last])
-        with self._held(block), seen.recorded():
-            return [stream_before(out, seen, last) for out in self.run(block, self.dense)]
 
     def _solve(
         self,
