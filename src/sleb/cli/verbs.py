@@ -235,6 +235,12 @@ def _check_report(given: Given) -> None:
         raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
 
 
+def _check_project(given: Given) -> None:
+    from sleb.core.toml import read_toml
+
+    read_toml(given["path"], "make one with: sleb init")
+
+
 def _described(found: Any) -> Any:
     from sleb.views.description import description
     from sleb.views.locale import Locale
@@ -621,6 +627,7 @@ VERBS = (
         example="sleb run sleb.toml --set search.remove=3",
         arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
         config="RunConfig",
+        check=_check_project,
         drawn=lambda record: (record, record.gate) if record.gate else record,
         notes=_reports,
         code=lambda record: _require(record.gate),

@@ -42,7 +42,7 @@ def estimated(e: Estimate) -> list[str]:
         f"about {e.memory / 1e9:.2g} GB of memory, {_size(e.disk)} on disk",
     ]
     if e.shorter:
-        lines.append(f"that is long; a GPU takes minutes, and here: {'; '.join(e.shorter)}")
+        lines.append(f"that is long for a CPU; it would be shorter with {'; '.join(e.shorter)}")
     return lines
 
 
