@@ -62,6 +62,24 @@ def test_scaled_positions_are_those_of_the_model_that_was_read(tmp_path, kind):
     assert model.model.config.rope_parameters["rope_type"] == kind
 
 
+@pytest.mark.usefixtures("readable")
+def test_inspecting_a_file_says_in_advance_what_converting_it_would(tmp_path):
+    """From its header: nothing is converted."""
+    whole = sleb.describe(write_tiny(tmp_path / "m.gguf"))
+    assert (whole.supported, whole.block_class) == (True, "LlamaDecoderLayer")
+    freqs = {"rope_freqs.weight": llama3_divisors()}
+    scaled = sleb.describe(write_tiny(tmp_path / "r.gguf", extra=freqs))
+    assert dict(scaled.carried)["rope_parameters"]["rope_type"] == "llama3"
+    lost = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    with pytest.raises(UnsupportedModel, match=r"rope\.scaling"):
+        sleb.describe(write_tiny(tmp_path / "f.gguf", fields=lost))
+    with pytest.raises(UnsupportedModel, match="glm4moe"):
+        sleb.describe(write_tiny(tmp_path / "g.gguf", "glm4moe"))
+    with pytest.raises(DataError, match=r"blk\.3\.ffn_up"):
+        sleb.describe(write_tiny(tmp_path / "l.gguf", extra={"blk.3.ffn_up.weight": None}))
+    assert not (tmp_path / "cache/gguf").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

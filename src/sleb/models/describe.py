@@ -46,7 +46,8 @@ class Description:
     """A model's facts. Parameter counts are stored elements, sizes are bytes on disk; both per
     block in ``block_parameters`` and ``block_bytes``. ``supported`` is null where only files were
     looked at, and nothing in them is against it; ``reason`` says why it is not. ``gguf``: what
-    stands against cutting the file itself, empty where nothing does; null for a folder."""
+    stands against cutting the file itself, empty where nothing does; null for a folder.
+    ``carried``: what of the config sleb takes from it, since transformers does not."""
 
     model: str
     model_type: str
@@ -65,6 +66,7 @@ class Description:
     depth_fields: tuple[DepthField, ...] = ()
     savings: tuple[Saving, ...] = ()
     gguf: str | None = None
+    carried: tuple[tuple[str, Any], ...] = ()
 
 
 @takes(InspectConfig)
@@ -78,7 +80,13 @@ def describe(ref: str | Path, config: InspectConfig, *, progress: Progress = sil
     """
     path = find(str(ref))
     gguf = isinstance(path, Path) and path.is_file()
-    found = _of_gguf(str(ref), Path(str(path))) if gguf else None
+    found = None
+    if gguf:
+        from sleb.models.structure import gguf_structure
+
+        file = Path(str(path))
+        facts = gguf_structure(file)  # refuses what could not be converted
+        found = replace(_of_gguf(str(ref), file), **facts)
     if found is None or config.full:
         source = resolve(ref, progress)
         checkpoint = Checkpoint.open(source.path)

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -203,21 +203,24 @@ def _dequantized(path: Path, progress: Progress) -> Path:
     return out
 
 
+def read_by_transformers(path: Path) -> AbstractContextManager[None]:
+    """Says what it means that transformers cannot read a .gguf file that is sound itself."""
+    needs = f"reading {path.name} needs the gguf package: pip install gguf ({SAID})"
+    unread = (
+        f"{path}: transformers {version('transformers')} does not convert this file ({SAID}); give "
+        "the model as a Hugging Face checkpoint"
+    )
+    return map_exceptions((ImportError, InputError, needs), (Exception, UnsupportedModel, unread))
+
+
 def _convert(path: Path, out: Path) -> None:
     import torch
     from huggingface_hub import ModelCardData
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": path.name}
-    needs = f"reading {path.name} needs the gguf package: pip install gguf ({SAID})"
-    unread = (  # the file itself is sound, as was checked
-        f"{path}: transformers {version('transformers')} does not convert this file ({SAID}); give "
-        "the model as a Hugging Face checkpoint"
-    )
     with quiet_transformers(), quiet_tqdm(), parsed_once():  # 5.17 draws a bar of its own
-        with map_exceptions(
-            (ImportError, InputError, needs), (Exception, UnsupportedModel, unread)
-        ):
+        with read_by_transformers(path):
             file = GGUFFile.open(path)  # its errors say more than those of transformers
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,

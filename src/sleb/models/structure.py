@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.depth_fields import depth_fields, refuse_unsupported
+from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import UnsupportedModel
+from sleb.models.gguf_source import check_tensors, corrections, parsed_once
 from sleb.models.load import empty_model, load_config, refuse_unread
+from sleb.models.source import quiet_transformers, read_by_transformers
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.models.stored_names import block_prefix
 
@@ -35,4 +39,28 @@ def structure(checkpoint: Checkpoint, *, trust_remote_code: bool) -> dict[str, A
         "blocks": len(stack),
         "tied_weights": bool(getattr(config, "tie_word_embeddings", False)),
         "depth_fields": tuple(depth_fields(text.to_dict(), len(stack))),
+    }
+
+
+def gguf_structure(path: Path) -> dict[str, Any]:
+    """The same of a .gguf file, from its header: what transformers would make of it, every tensor
+    accounted for, and under ``carried`` what of its config sleb takes from the file itself.
+
+    Raises:
+        UnsupportedModel: transformers does not convert it.
+        DataError: it is damaged, or lacks tensors.
+    """
+    from transformers import AutoConfig
+
+    with quiet_transformers(), parsed_once(), read_by_transformers(path):
+        file = GGUFFile.open(path)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = empty_model(config)
+    check_tensors(file, model)
+    carried = corrections(file, config)
+    stack = BlockStack(model)
+    return {
+        "supported": True,
+        "block_class": ", ".join(sorted({type(block).__name__ for block in stack.blocks})),
+        "carried": tuple(carried.items()),
     }

@@ -30,6 +30,7 @@ def description(t: Locale, d: Description) -> list[Item]:
     rows["parameters"] = f"{t.large(d.parameters or 0)} {stored}"
     rows["tied weights"] = "yes: the head is the embedding" if d.tied_weights else "no"
     rows |= {f"config {field.name}": field.kind for field in d.depth_fields}
+    rows |= {f"the file's {name}": str(value) for name, value in d.carried}
     if not d.depth_fields and d.gguf is None:
         rows["config"] = "nothing depends on depth but the number of blocks"
     as_gguf = d.gguf is not None
