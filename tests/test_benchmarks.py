@@ -136,10 +136,10 @@ def test_what_calibrates_does_not_test(data, tmp_path):
 @pytest.mark.slow
 def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data, tmp_path):
     asked = ["--new", 4, "--removed", 1, "--heal", 0.05, *SIZES[:4]]
-    asked += ["--test-windows", 2, "--device", "cpu", "-o", tmp_path / "o.json"]
+    asked += ["--test-windows", 2, "--device", "cpu"]
     asked = [learned / "model", "--data", data, *asked, "--systems"]
-    run("answers", *asked, "window")
-    report = run("answers", *asked, "window,default")
+    run("answers", *asked, "window", "-o", tmp_path / "o.json")
+    report = run("answers", *asked, "window,default", "-o", tmp_path / "o.json")
     systems = ["window", "default", "default, healed"]
     assert [cut["system"] for cut in report["cuts"]] == systems, "what was there stays"
     for cut in report["cuts"]:
@@ -150,7 +150,7 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
     assert "default, healed" in (tmp_path / "plot.svg").read_text()
     window, default, healed = (cut["perplexity_ratio"] for cut in report["cuts"])
     assert healed < default * 1.01
-    assert window > default
+    assert window >= default, "the same block, bypassed or cut"
 
 
 @pytest.mark.slow
