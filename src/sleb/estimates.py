@@ -28,7 +28,7 @@ TIMED, TIMES = 128, 4  # tokens of the pass that is timed, and how often
 LONG_S = 3600.0
 """A run that takes longer on a CPU is told how to be shorter."""
 
-# Counted in runs, in passes of the whole model: docs/performance.md, search and repair.
+# In passes of the whole model: rough, from docs/performance.md and a few runs of small models.
 RACE = 1.6
 """A candidate costs half a pass over the windows, times this over the root of their number: most
 are given up early, and sooner the more windows there are."""
