@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from statistics import median
 
 import torch
 from torch import nn
@@ -98,7 +97,7 @@ def _timed(
             kinds.setdefault((part, *_shape(stack.blocks[block])), []).append(unit)
     variants = [(stack, units) for units in ((), *kinds.values())]
     seconds = step_seconds(variants, saving, progress)
-    dense, *without = (median(each) for each in seconds)
+    dense, *without = map(min, seconds)  # what else runs on the machine only adds
     shares = dict.fromkeys(units, 0.0)
     for same, one in zip(kinds.values(), without, strict=True):
         shares |= dict.fromkeys(same, max(0.0, (dense - one) / len(same) / dense))
