@@ -10,7 +10,9 @@ import sleb
 from cli_tools import refused, run, tree
 from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from sleb.calibration.split import CalibrationSplit
+from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import VerificationFailed
+from sleb.core.units import block_of
 from sleb.record import RunRecord
 from sleb.surgery import gguf_prune
 
@@ -97,3 +99,16 @@ def test_a_file_that_is_not_the_cut_does_not_appear(here, monkeypatch):
     left = {p.name for p in here.iterdir() if p.is_file()}
     assert left == {"m.gguf", "s.gguf.journal"}
     assert json.loads(Path("s.gguf.journal").read_text().splitlines()[0])
+
+
+def test_attention_alone_goes_from_a_file_to_a_file_of_another_architecture(here, capsys):
+    ran = run(
+        capsys, "prune", "m.gguf", "--unit", "attention", "--remove", 2, "-o", "s.gguf", *WORDS
+    )
+    assert ran.code == 0, ran.err
+    plan, written = sleb.Plan.load("s.plan.json"), GGUFFile.open("s.gguf")
+    assert len(plan.parts) == 2
+    assert written.value("general.architecture") == "deci"
+    gone = [i for i, n in enumerate(written.value("deci.attention.head_count")) if not n]
+    assert gone == [block_of(unit) for unit in plan.removed]
+    assert RunRecord.load("s.gguf").removed == plan.removed
