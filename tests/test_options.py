@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch, tiny_plan):
     """A folder with a plan and a checkpoint's name, and no model: nothing is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "OUT").mkdir()
-    for name in ("OUT/run.json", "prompts.txt"):
+    for name in ("OUT/run.json", "prompts.txt", "sleb.toml"):
         (tmp_path / name).touch()
     for name in ("plan.json", "OUT/plan.json"):
         tiny_plan.save(tmp_path / name)

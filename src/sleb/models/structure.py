@@ -54,7 +54,9 @@ def gguf_structure(path: Path) -> dict[str, Any]:
 
     with quiet_transformers(), parsed_once(), read_by_transformers(path):
         file = GGUFFile.open(path)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         model = empty_model(config)
     check_tensors(file, model)
     carried = corrections(file, config)
