@@ -112,3 +112,14 @@ def test_attention_alone_goes_from_a_file_to_a_file_of_another_architecture(here
     gone = [i for i, n in enumerate(written.value("deci.attention.head_count")) if not n]
     assert gone == [block_of(unit) for unit in plan.removed]
     assert RunRecord.load("s.gguf").removed == plan.removed
+
+
+def test_sizes_of_a_folder_from_a_file_are_of_one_kind(here, capsys):
+    """A file of few bits, beside the folder of 16 that was made from it, is no larger result."""
+    ran = run(capsys, "prune", "m.gguf", "--remove", 2, "--no-repair", "-o", "s", *WORDS)
+    assert ran.code == 0, ran.err
+    record = RunRecord.load("s")
+    assert record.file_nbytes == Path("m.gguf").stat().st_size
+    ratio = record.nbytes[1] / record.nbytes[0]
+    assert ratio == pytest.approx(record.parameters[1] / record.parameters[0])
+    assert any(line.startswith("the .gguf file") for line in ran.out.splitlines())

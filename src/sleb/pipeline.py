@@ -217,7 +217,8 @@ def heal(
             stages=stages or {},
             verification=_verified(stage, out, model, healing.healed, watch, **trust),
             parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
-            nbytes=(size_on_disk(model, checkpoint), Checkpoint.open(stage).nbytes),
+            nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
+            file_nbytes=file_size(model),
             seconds=dict(watch.seconds),
             healed=done,
             **facts,
@@ -470,7 +471,8 @@ def _write(
             RunRecord(
                 seconds=dict(watch.seconds),
                 parameters=(_elements(before), _elements(after)),
-                nbytes=(size_on_disk(model, before), after.nbytes),
+                nbytes=(before.nbytes, after.nbytes),
+                file_nbytes=file_size(model),
                 verification=checked,
                 **found.facts,
             )
@@ -652,10 +654,10 @@ def _fitted(
     )
 
 
-def size_on_disk(model: str | Path, checkpoint: Checkpoint) -> int:
-    """Bytes of the weights as the user has them: of a .gguf file, not of what it is turned into."""
+def file_size(model: str | Path) -> int | None:
+    """Of the GGUF file that was given; None for another model."""
     path = Path(model).expanduser()
-    return path.stat().st_size if path.suffix == ".gguf" and path.is_file() else checkpoint.nbytes
+    return path.stat().st_size if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _elements(checkpoint: Checkpoint) -> int:

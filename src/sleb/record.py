@@ -162,6 +162,7 @@ class RunRecord:
     from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
     ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
     dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    ``file_nbytes``: of the GGUF file that a folder was made from, whose weights ``nbytes`` are.
     ``requantized``: of a GGUF file, the repaired tensors, which were quantized again.
     ``healed``: what a training after the cut did, of which all else here is the result.
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
@@ -175,6 +176,7 @@ class RunRecord:
     seconds: dict[str, float]
     parameters: tuple[int, int]
     nbytes: tuple[int, int]
+    file_nbytes: int | None = None
     evaluation: Evaluation | None
     evaluation_text: EvaluationText | None
     verification: Verification

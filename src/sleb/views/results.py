@@ -141,6 +141,8 @@ def sizes(t: Locale, r: RunRecord) -> Table:
         ("parameters", t.large(r.parameters[0]), *[t.large(r.parameters[1])] * n),
         ("weights", t.size(r.nbytes[0]), *[t.size(r.nbytes[1])] * n),
     ]
+    if r.file_nbytes is not None:  # what the 16-bit weights were made from
+        rows.append(("the .gguf file", t.size(r.file_nbytes), *["–"] * n))
     if e and e.pruned_perplexity:
         levels = (t.interval(cut.pruned_perplexity, t.level) for cut in cuts if cut)
         ratios = (t.interval(cut.perplexity_ratio, t.ratio) for cut in cuts if cut)
