@@ -82,6 +82,7 @@ class Study:
             "answers": self.split.answers.measured.windows,
         }
         self.fit = self.split.candidate_fit(options.fitted)
+        self.dense: dict[str, float] = {}
 
     def sweep(self, windows: Windows, metric: Any = NLL) -> Sweep:
         return Sweep(self.stack, windows.ids, metric, scored=windows.scored)
@@ -102,9 +103,10 @@ class Study:
                 sweep, n = self.sweep(windows, metric), len(windows.ids)
                 fitted = RepairedScores(sweep, self.fit.ids, self.fit.scored)
                 scores = (fitted if repaired else sweep).values([blocks], 0, n)
-                dense = sweep.values([DENSE], 0, n)
-                increase = round(float(scores.mean() - dense.mean()), 4)
-                found["missed" if metric is MISSED else name] = increase
+                key = "missed" if metric is MISSED else name
+                if key not in self.dense:  # before weights are changed
+                    self.dense[key] = float(sweep.values([DENSE], 0, n).mean())
+                found[key] = round(float(scores.mean()) - self.dense[key], 4)
         return found
 
 
