@@ -61,6 +61,7 @@ MISTAKES = {  # the nouns that matter of what is said
     "eval MODEL --windows 0": "--windows.*1",
     "eval MODEL --length 1": "--length.*2",
     "search MODEL --remove 2 --seed x": "--seed.*integer",
+    "search MODEL --remove 2 --unit blok -o p": "--unit': 'blok'.*'attention'",
     # found before the model is looked for
     "similarity ./nowhere --measure cosin": "measure 'cosin'.*'cosine'",
     "search ./nowhere --remove 2 --metric los -o p": "metric 'los'.*'loss'",

@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(error: Exception) -> int:
     """click's errors, known by their shape: some versions of typer carry a copy of click."""
     text = str(error.format_message())  # type: ignore[attr-defined]
+    text = text.replace(": Value error, ", ": ")  # pydantic's, by which typer checks values
     if "\n" in text:  # `sleb` alone: the help
         print(text, file=sys.stderr)  # noqa: T201
         return 2
