@@ -1,7 +1,7 @@
 """What `sleb inspect` knows: structure and sizes of a model, from its config and file headers.
 
-Nothing here needs torch. Only a ``full`` description builds the model's structure, without weights:
-that is in :mod:`sleb.models.structure`.
+Nothing here needs torch. A ``full`` description, and that of a .gguf file, which transformers has
+to convert, builds the model's structure, without weights: that is in :mod:`sleb.models.structure`.
 """
 
 from __future__ import annotations
@@ -78,13 +78,11 @@ def describe(ref: str | Path, config: InspectConfig, *, progress: Progress = sil
     Raises:
         InputError, DataError: there is no such model, or its files are damaged.
     """
-    path = find(str(ref))
-    gguf = isinstance(path, Path) and path.is_file()
-    found = None
-    if gguf:
+    path, found = find(str(ref)), None
+    if isinstance(path, Path) and path.is_file():
         from sleb.models.structure import gguf_structure
 
-        file = Path(str(path))
+        file = GGUFFile.open(path)
         facts = gguf_structure(file)  # refuses what could not be converted
         found = replace(_of_gguf(str(ref), file), **facts)
     if found is None or config.full:
@@ -200,25 +198,25 @@ def _with_sizes(
     )
 
 
-def _of_gguf(ref: str, path: Path) -> Description:
+def _of_gguf(ref: str, file: GGUFFile) -> Description:
     """A .gguf file's description, from its header."""
-    model = GGUFModel.of(GGUFFile.open(path))
+    model = GGUFModel.of(file)
     try:
         architecture_of(model)
         against = ""
     except UnsupportedModel as error:
         against = str(error)
-    kinds = {type_name(tensor.kind) for tensor in model.file.tensors.values()}
+    kinds = {type_name(tensor.kind) for tensor in file.tensors.values()}
     found = Description(
         model=ref,
         model_type=model.name,
-        architecture=str(model.file.value("general.name") or model.name),
+        architecture=str(file.value("general.name") or model.name),
         supported=None,
         reason=None,
         block_path="blk",
         blocks=model.blocks,
-        tied_weights="output.weight" not in model.file.tensors,
+        tied_weights="output.weight" not in file.tensors,
         gguf=against,
     )
-    total, nbytes = parameters(model.file), path.stat().st_size
+    total, nbytes = parameters(file), file.path.stat().st_size
     return _with_sizes(found, model.block_sizes(), total, nbytes, kinds)

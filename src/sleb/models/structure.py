@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -35,34 +34,38 @@ def structure(checkpoint: Checkpoint, *, trust_remote_code: bool) -> dict[str, A
     return {
         "supported": True,
         "block_path": block_prefix(checkpoint, stack).removesuffix("."),
-        "block_class": ", ".join(sorted({type(block).__name__ for block in stack.blocks})),
+        "block_class": _classes(stack),
         "blocks": len(stack),
         "tied_weights": bool(getattr(config, "tie_word_embeddings", False)),
         "depth_fields": tuple(depth_fields(text.to_dict(), len(stack))),
     }
 
 
-def gguf_structure(path: Path) -> dict[str, Any]:
+def gguf_structure(file: GGUFFile) -> dict[str, Any]:
     """The same of a .gguf file, from its header: what transformers would make of it, every tensor
     accounted for, and under ``carried`` what of its config sleb takes from the file itself.
 
     Raises:
         UnsupportedModel: transformers does not convert it.
-        DataError: it is damaged, or lacks tensors.
+        DataError: it lacks tensors.
     """
     from transformers import AutoConfig
 
+    path = file.path
     with quiet_transformers(), parsed_once(), read_by_transformers(path):
-        file = GGUFFile.open(path)
         config = AutoConfig.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
         model = empty_model(config)
     check_tensors(file, model)
     carried = corrections(file, config)
-    stack = BlockStack(model)
     return {
         "supported": True,
-        "block_class": ", ".join(sorted({type(block).__name__ for block in stack.blocks})),
+        "block_class": _classes(BlockStack(model)),
         "carried": tuple(carried.items()),
     }
+
+
+def _classes(stack: BlockStack) -> str:
+    """The classes of the blocks."""
+    return ", ".join(sorted({type(block).__name__ for block in stack.blocks}))
