@@ -126,14 +126,10 @@ class Measure:
         return min(measure(device, read)[1] for _ in range(8))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(parser: argparse.ArgumentParser) -> None:
+    """Options of a benchmark that makes cuts and counts right answers: on what, and by what."""
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="folder of prompts and texts")
-    parser.add_argument("--cuts", nargs="*", default=[], help="NAME=FOLDER of cuts that are there")
-    parser.add_argument("--removed", default="", help="cut so many blocks, in every system")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--heal", type=float, help="heal all but plain cuts, for so many minutes")
     parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--test-windows", type=int, default=12, help="of each text")
@@ -141,6 +137,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--out", type=Path, required=True)
+
+
+def prompts_given(data: Path) -> tuple[str, ...]:
+    """Files of prompts that cuts are made with."""
+    return tuple(sorted(map(str, (data / "answers").glob("*_fit.jsonl"))))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options_of(parser)
+    parser.add_argument("--cuts", nargs="*", default=[], help="NAME=FOLDER of cuts that are there")
+    parser.add_argument("--removed", default="", help="cut so many blocks, in every system")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--heal", type=float, help="heal all but plain cuts, for so many minutes")
     return parser.parse_args()
 
 
@@ -151,9 +161,11 @@ class Bench:
         self.options, self.place = options, place
         texts = prepare(options.data, place, 0)
         self.measured = Measure(options, texts)
-        prompts = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
-        specs = tuple(texts.calibration.values())
-        self.given: dict[str, Any] = {"text": specs, "prompts": prompts, "device": options.device}
+        self.given: dict[str, Any] = {
+            "text": tuple(texts.calibration.values()),
+            "prompts": prompts_given(options.data),
+            "device": options.device,
+        }
         self.searched = {"windows": options.windows, "length": options.length}
         self.model = sleb.load(options.model, device=options.device)
         if options.out.is_file():

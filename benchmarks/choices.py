@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from answers import prompts_given
 from common import asked, main_of, measure, save, setting
 from texts import prepare
 from torch import Tensor
@@ -61,9 +62,10 @@ class Study:
 
     def __init__(self, model: LoadedModel, options: argparse.Namespace, specs: Sequence[str]):
         self.model, self.stack = model, model.stack
-        prompts = sorted(map(str, (options.data / "answers").glob("*_fit.jsonl")))
         given = {"max_prompts": options.max_prompts, "new_tokens": options.new_tokens}
-        config = PruneConfig(text=tuple(specs), prompts=tuple(prompts), remove=1, **given)
+        config = PruneConfig(
+            text=tuple(specs), prompts=prompts_given(options.data), remove=1, **given
+        )
         split = CalibrationSplit.of(
             model.tokenizer,
             tuple(specs),

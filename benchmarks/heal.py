@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import Measure
+from answers import Measure, prompts_given
 from common import asked, main_of, save, setting
 from texts import prepare
 
@@ -73,7 +73,7 @@ def healed(options: argparse.Namespace, texts: Any, mix: str, tokens: int, out: 
     """One run, and what it took."""
     prompts = options.prompts
     if prompts is None:
-        prompts = sorted(str(path) for path in (options.data / "answers").glob("*_fit.jsonl"))
+        prompts = prompts_given(options.data)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from answers import Measure
+from answers import Measure, options_of, prompts_given
 from common import asked, main_of, measure, save, setting
 from texts import prepare
 
@@ -94,23 +94,15 @@ def speeds(models: dict[str, LoadedModel], options: argparse.Namespace) -> list[
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True, help="folder of prompts and texts")
+    options_of(parser)
     parser.add_argument("--removed", type=int, default=3, help="blocks of the first system")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--prompt-length", type=int, default=2048, help="where time is equal")
     parser.add_argument("--sequences", type=int, default=16, help="texts at once there")
     parser.add_argument("--prompts", type=int, nargs="*", default=[256, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
-    parser.add_argument("--windows", type=int, default=64, help="that cuts are calibrated on")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--repair-tokens", type=int, help="that repairs are fitted on")
     parser.add_argument("--given", type=int, help="tokens of answers that cuts are made with")
-    parser.add_argument("--test-windows", type=int, default=12, help="of each text")
-    parser.add_argument("--limit", type=int, help="items of each set")
-    parser.add_argument("--new", type=int, default=384, help="tokens of an answer, at most")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("-o", "--out", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -121,7 +113,7 @@ class Bench:
         self.options, self.place = options, place
         self.texts = prepare(options.data, place, 0)
         self.measured = Measure(options, self.texts)
-        self.given = tuple(sorted(map(str, (options.data / "answers").glob("*_fit.jsonl"))))
+        self.given = prompts_given(options.data)
         self.models = {"dense": sleb.load(options.model, device=options.device)}
         self.speedup: float | None = None
         dense = self.models["dense"]
