@@ -239,6 +239,8 @@ def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monke
     assert {text[3:].partition("</s>")[0] for text in asked} <= {
         *write_prompts(dense, 120, 0, silent)
     }
+    monkeypatch.setattr(answering, "OWN_PROMPTS", 1)  # too few to learn from and to validate on
+    assert [*Material.of(dense, config, 3072, 32, silent).train] == [TEXTS, ANSWERS]
     few, many = (found.mix(config, tokens, 32) for tokens in (300, 10**6))
     assert few.rows.keys() == many.rows.keys() == found.train.keys()
     assert [*few.shares.values()] == pytest.approx([1 / 3] * 3)

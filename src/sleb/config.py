@@ -750,6 +750,10 @@ Optimizer = Literal["adamw", "adamw-8bit"]
 HEAL_TOKENS = {"cpu": 100_000, "cuda": 4_000_000}
 """Tokens that a healing trains on by default: a few minutes of a small model on a CPU, or of one
 with two billion parameters on a large GPU."""
+HEAL_PROMPTS = {"cpu": 64, "cuda": 4096}
+"""Prompts that are answered for it: on a GPU more than for a repair, which sees each once."""
+HEAL_BATCH, HEAL_AT_ONCE = 16, {"cpu": 1024, "cuda": 16384}
+"""Windows of a step, and tokens of a pass, by default."""
 AS_CUT = {"text", "seed"}.union(
     *(group.model_fields for group in (PromptOptions, OutputOptions, DeviceOptions))
 )
@@ -779,13 +783,14 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     batch: int | None = option(
         None,
-        "Windows per optimizer step, or as many tokens. Default: 16, fewer in a short run.",
+        f"Windows per optimizer step, or as many tokens. Default: {HEAL_BATCH}, fewer in a short "
+        "run.",
         ge=1,
     )
     at_once: int | None = option(
         None,
-        "Windows per pass; fewer need less memory. Default: 16384 tokens, on a CPU 1024; half as "
-        "many where these do not fit.",
+        "Windows per pass; fewer need less memory. Default: {cuda} tokens, on a CPU {cpu}; half as "
+        "many where these do not fit.".format(**HEAL_AT_ONCE),
         ge=1,
     )
     minutes: float | None = option(None, "Train for so long, or at most with --tokens.", gt=0)
@@ -796,7 +801,7 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
         PromptOptions,
         "max_prompts",
         None,
-        "Answer so many at most. Default: {cpu}, on a GPU four times {cuda}.".format(**MAX_PROMPTS),
+        "Answer so many at most. Default: {cpu}, on a GPU {cuda}.".format(**HEAL_PROMPTS),
     )
     optimizer: Optimizer = option(
         "adamw",

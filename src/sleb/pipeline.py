@@ -358,7 +358,7 @@ def _find(
     if split.repair_given is not None and can_generate(stack):
         compare = config.strategy == GREEDY_OR_WINDOW
         split = split.with_self_generated(writer(loaded, watch), compare=compare)
-        _ = split.repair_fit  # written now, in a phase of its own
+        split.generate()  # in a phase of its own
     tell(watch, Begins(estimates.SEARCH))
     plan = search(
         loaded,

@@ -157,6 +157,11 @@ class CalibrationSplit:
         made = _Generated(write, fitted, validation, self._length, seed)
         return replace(self, generated=made)
 
+    def generate(self) -> None:
+        """Write the self-generated windows now, not once they are first asked for."""
+        if self.generated:
+            _ = self.generated.validation
+
     @property
     def final_comparison(self) -> Windows:
         """Windows that compare what a search ends with: its own, self-generated ones, and

@@ -27,7 +27,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut, block_prefix_of, consecutive_runs
-from sleb.config import HEAL_TOKENS, HealConfig, takes
+from sleb.config import HEAL_AT_ONCE, HEAL_TOKENS, HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
@@ -51,8 +51,6 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
 from sleb.surgery.verification import probe_ids
-
-TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 1024}
 
 
 @takes(HealConfig)
@@ -163,8 +161,8 @@ class Healing:
         limited = config.tokens is not None or config.minutes is None
         self.config = config = config.replaced({"tokens": tokens})
         length = window_length(dense, tokens, config.length)
-        fitting = TOKENS_AT_ONCE.get(self.device.type, 1024)
-        self.at_once = config.at_once or max(1, fitting // length)
+        self.at_once = config.at_once or max(1, HEAL_AT_ONCE[on] // length)
+        self.tokens_at_once = self.at_once * length
         self.material = Material.of(dense, config, tokens, length, progress)
         self.mix = self.material.mix(config, tokens, length)
         self.schedule = Schedule(
@@ -199,9 +197,8 @@ class Healing:
     def _validated(self, path: Path) -> dict[str, Values]:
         """A checkpoint on the validation windows, in the dtype of the dense model."""
         student = SplitModel(self._load(path, self.dense.stack.dtype))
-        tokens = self.at_once * self.settings["length"]
         return {
-            kind: Validation(self.teacher, windows, tokens)(student)
+            kind: Validation(self.teacher, windows, self.tokens_at_once)(student)
             for kind, windows in self.material.validation.items()
         }
 
@@ -230,7 +227,7 @@ class Healing:
             split=SplitModel(model),
             teacher=self.teacher,
             mix=self.mix,
-            at_once=self.at_once * self.settings["length"],
+            at_once=self.tokens_at_once,
             validation=self.material.validation,
             schedule=self.schedule,
             lr=self.config.lr,

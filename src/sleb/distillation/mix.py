@@ -8,6 +8,7 @@ it writes fast, answers to prompts that the dense model writes itself, which are
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit
 from sleb.calibration.split import SHARE, CalibrationSplit, joined
 from sleb.calibration.windows import Windows
-from sleb.config import HealConfig
+from sleb.config import HEAL_BATCH, HEAL_PROMPTS, HealConfig
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.distillation.loss import lengths, passes
@@ -31,11 +32,9 @@ WINDOWS = 100
 """Windows that a run has at least, by which those of a short run are shorter."""
 STEPS = 32
 """Steps that a run has at least, by which those of a short run are smaller."""
-BATCH = 16
 HELDOUT = 32
-MORE = 4
-"""On a GPU, so many times the prompts are answered that a repair has, which sees each once."""
 PASSES = 4
+"""How often a run goes through the answers to its own prompts, at most."""
 OWN = {"cpu": 256, "cuda": 1024}
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
@@ -72,12 +71,11 @@ class Mix:
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Tokens of each of ``windows``."""
-        return lengths(self.windows)
+        return [*itertools.chain.from_iterable(self._lengths.values())]
 
     @functools.cached_property
     def shares(self) -> dict[str, float]:
-        """Of the tokens, by kind: as many of each, but of answers to its own prompts not more than
-        go through these a few times, as more of them could be had."""
+        """Of the tokens, by kind: as many of each, but for ``PASSES``."""
         each = dict.fromkeys(self.kinds, 1 / len(self.kinds))
         if own := self._lengths.get(OWN_ANSWERS):
             least = min(each[OWN_ANSWERS], PASSES * sum(own) / self.total)
@@ -155,8 +153,8 @@ class Material:
         wanted = -(-tokens // (share * length))
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
         given = len(texts.ids)
-        on_gpu = dense.stack.input_device.type == "cuda"
-        own = min(OWN["cuda" if on_gpu else "cpu"], max(given // (SHARE - 1), wanted - given))
+        on = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
+        own = min(OWN[on], max(given // (SHARE - 1), wanted - given))
         if own and can_generate(dense.stack):
             texts = joined(texts, own_text(dense, own, length, config.seed, progress))
         train, held = {TEXTS: texts}, {TEXTS: validation}
@@ -164,19 +162,22 @@ class Material:
             return cls(train=train, validation=held, measured=None)
         seed = config.seed
         answers = answers_to(
-            dense, specs, config, seed=seed, most=MORE if on_gpu else 1, progress=progress
+            dense, specs, config, seed=seed, most=HEAL_PROMPTS[on], progress=progress
         )
         split = AnswerSplit.of(answers, seed=seed)
         train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
-        if others := own_answers(dense, config, seed=seed, progress=progress):
-            rows = range(len(others.ids))
-            held[OWN_ANSWERS] = others.take(rows[:VALIDATION])
-            train[OWN_ANSWERS] = others.take(rows[VALIDATION:])
+        others = own_answers(dense, config, seed=seed, progress=progress)
+        rows = range(len(others.ids) if others else 0)
+        if others and (kept := min(VALIDATION, len(rows) // 2)):
+            held[OWN_ANSWERS], train[OWN_ANSWERS] = (
+                others.take(rows[:kept]),
+                others.take(rows[kept:]),
+            )
         return cls(train=train, validation=held, measured=split.measured)
 
     def mix(self, config: HealConfig, tokens: int, length: int) -> Mix:
         """The training windows in steps."""
-        batch = config.batch or max(1, min(BATCH, tokens // (length * STEPS)))
+        batch = config.batch or max(1, min(HEAL_BATCH, tokens // (length * STEPS)))
         return Mix(kinds=self.train, tokens=batch * length, total=tokens, seed=config.seed)
 
 

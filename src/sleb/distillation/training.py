@@ -469,9 +469,8 @@ class Training:
         """Run blocks compiled from here on; False, and as they are, where that fails."""
         from torch._dynamo.exc import TorchDynamoException
 
-        trial = contextlib.ExitStack()
         try:
-            with trial:
+            with contextlib.ExitStack() as trial:
                 # a graph with and without gradients, of the input, of weights, of one window
                 trial.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
                 trial.enter_context(forwards([self.split.stack, self.teacher.stack], compiled))

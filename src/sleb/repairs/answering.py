@@ -87,21 +87,18 @@ def answers_to(
     config: PromptOptions,
     *,
     seed: int = 0,
-    most: float = 1,
+    most: float | None = None,
     progress: Progress,
 ) -> Answers:
     """The model's answers to the prompts of ``specs``. Of many, to some that are spread evenly over
-    all: ``most`` times as many as by default, if no number is given. Raises as
-    :func:`with_answers`."""
+    all: to so many as the config says, or else to ``most``, by default as many as a repair has.
+    Raises as :func:`with_answers`."""
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
     new_tokens = config.new_tokens or NEW_TOKENS[kind]
     prompts = prompts_of(specs)
-    most = config.max_prompts or most * MAX_PROMPTS[kind]
-    if len(prompts) > most:
-        prompts = tuple(prompts[i * len(prompts) // int(most)] for i in range(int(most)))
-    ids = prompt_ids(model, prompts, new_tokens)
-    answers = written(model, ids, new_tokens, progress)
-    windows = answer_windows(ids, answers, specs=specs, seed=seed)
+    n = int(min(len(prompts), config.max_prompts or most or MAX_PROMPTS[kind]))
+    prompts = tuple(prompts[i * len(prompts) // n] for i in range(n))
+    windows = _answered(model, prompts, new_tokens, specs, seed, progress)
     source = ", ".join(specs)
     return Answers(
         prompts=prompts,
@@ -121,14 +118,25 @@ def own_answers(
     if not (model.tokenizer.chat_template and capturable(model.model, device)):
         return None
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
+    if not texts:
+        return None
     prompts = [Prompt(id=f"own {i}", text=text, messages=None) for i, text in enumerate(texts)]
     new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
-    ids = prompt_ids(model, prompts, new_tokens)
-    if not ids:
-        return None
-    answers = written(model, ids, new_tokens, progress)
-    found = answer_windows(ids, answers, specs=["its own prompts"], seed=seed)
+    found = _answered(model, prompts, new_tokens, ["its own prompts"], seed, progress)
     return replace(found, names=(OWN_ANSWERS,))
+
+
+def _answered(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    specs: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> Windows:
+    """Prompts and the model's answers to them."""
+    ids = prompt_ids(model, prompts, new_tokens)
+    return answer_windows(ids, written(model, ids, new_tokens, progress), specs=specs, seed=seed)
 
 
 def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
