@@ -85,6 +85,7 @@ class Study:
         }
         self.fit = self.split.candidate_fit(options.fitted)
         self.dense: dict[str, float] = {}
+        self.known: dict[tuple[str, BlockSet], float] = {}
 
     def sweep(self, windows: Windows, metric: Any = NLL) -> Sweep:
         return Sweep(self.stack, windows.ids, metric, scored=windows.scored)
@@ -93,9 +94,12 @@ class Study:
         """Of the loss on what sets are chosen on; "both" is the sum."""
         if name == "both":
             return self.increases(sets, "texts") + self.increases(sets, "answers")
-        windows = self.chosen_on[name]
-        found = self.sweep(windows).values([DENSE, *sets], 0, len(windows.ids)).mean(1)
-        return found[1:] - found[0]
+        windows, wanted = self.chosen_on[name], [DENSE, *sets]
+        if new := [s for s in wanted if (name, s) not in self.known]:
+            found = self.sweep(windows).values(new, 0, len(windows.ids)).mean(1)
+            self.known |= {(name, s): loss for s, loss in zip(new, found, strict=True)}
+        losses = np.array([self.known[name, s] for s in wanted])
+        return losses[1:] - losses[0]
 
     def costs(self, blocks: BlockSet, *, repaired: bool) -> dict[str, float]:
         """Of one set, where it was not chosen."""
