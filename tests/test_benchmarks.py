@@ -272,7 +272,7 @@ def test_examples_for_clusters_start_the_search_with_torchrun():
 
 
 @pytest.mark.slow
-def test_healing_is_measured_by_mix_and_what_is_done_is_kept(
+def test_variants_of_healing_are_measured_and_what_is_done_is_kept(
     run, learned, data, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
@@ -283,11 +283,18 @@ def test_healing_is_measured_by_mix_and_what_is_done_is_kept(
     sleb.prune(model, cut, remove=1, windows=4, length=16, prompts=["none"], device="cpu")
     asked = ["--data", data, "--device", "cpu", "--tokens", "4000", "--limit", 1, "--new", 4]
     asked += ["--test-windows", 2, "--length", 48]
-    report = run("heal", model, cut, *asked, "--mixes", "both,texts", "-o", out)
-    assert [row["mix"] for row in report["healed"]] == ["both", "texts"]
-    assert [[*row["passes"]] for row in report["healed"]] == [["texts", "answers"], ["texts"]]
-    for row in report["healed"]:
+    three = ["--variant", "as it is", "--variant", "texts: mix=texts, lr=1e-3"]
+    three += ["--variant", "wrong: lr=1e9", "-o", out]
+    report = run("heal", model, cut, *asked, *three)
+    assert [row["name"] for row in report["healed"]] == ["as it is", "texts", "wrong"]
+    *done, wrong = report["healed"]
+    assert [[*row["healing"]["passes"]] for row in done] == [["texts", "answers"], ["texts"]]
+    assert done[1]["healing"]["lr"] == 1e-3
+    for row in done:
         assert row["perplexity_ratio"] < report["cut"]["perplexity_ratio"]
-        assert row["tokens_per_second"] > 0
-    again = run("heal", model, cut, *asked, "--mixes", "both,texts", "-o", out)
-    assert again["healed"] == report["healed"], "no run is done twice"
+        assert row["healing"]["tokens_per_second"] > 0
+        assert row["phases"]["healing"] > 0
+    assert "nothing was written" in wrong["error"]
+    assert run("heal", model, cut, *asked, *three) == report, "no run is done twice"
+    late = run("heal", model, cut, *asked, "--budget", 0, "-o", tmp_path / "other.json")
+    assert late["healed"] == [], "none is begun that would not be done in time"

@@ -1,6 +1,8 @@
 """The chunked loss of healing: gradients are those of one pass."""
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -80,12 +82,32 @@ def test_passes_hold_all_windows_by_length_and_no_more_tokens_than_wanted():
     found = passes(lengths, [0, 1, 3, 4, 5], 10)
     assert found == [[1, 3, 4], [5], [0]]
     assert passes(lengths, range(6), 1) == [[1], [3], [4], [2], [5], [0]], "one at least"
+    assert passes([], [], 10) == []
     batch = batch_of(torch.ones(2, 6, dtype=torch.long), torch.tensor([[0, 1, 0, 1, 0, 0]] * 2) > 0)
     assert batch.ids.shape == (2, 4), "without the padding"
     assert batch.tokens == 8
     assert batch.rows.tolist() == [0, 2, 4, 6]
     assert batch.owner.tolist() == [0, 0, 1, 1]
     assert batch.weights.tolist() == [1, 1, 1, 1]
+
+
+def test_passes_are_those_that_take_least_padding_and_launches():
+    draw = random.Random(0)
+    for rows in (1, 2, 7, 8):
+        lengths = [draw.choice((3, 40, 400, 1000)) + draw.randrange(300) for _ in range(rows)]
+        order = sorted(range(rows), key=lengths.__getitem__)
+
+        def taken(groups, lengths=lengths):
+            return sum(len(g) * max(lengths[r] for r in g) + loss.PASS for g in groups)
+
+        def allowed(groups, lengths=lengths):
+            return all(len(g) == 1 or len(g) * max(lengths[r] for r in g) <= 2500 for g in groups)
+
+        cuts = (c for n in range(rows) for c in itertools.combinations(range(1, rows), n))
+        every = ([order[a:b] for a, b in itertools.pairwise((0, *c, rows))] for c in cuts)
+        found = passes(lengths, range(rows), 2500)
+        assert allowed(found)
+        assert taken(found) == min(taken(groups) for groups in every if allowed(groups))
 
 
 def test_recomputing_changes_no_gradient(home):

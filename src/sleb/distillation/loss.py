@@ -23,6 +23,8 @@ from sleb.surgery.gates import logit_tolerance
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Float32 logits of one chunk, at most. Three or four tensors of that size exist at a time."""
+PASS = 512
+"""What a pass takes beside its tokens, in tokens: kernels to be launched, gradients added up."""
 
 
 class _Reached(Exception):
@@ -159,14 +161,19 @@ def lengths(windows: Windows) -> list[int]:
 
 
 def passes(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> list[list[int]]:
-    """``rows`` by length, in groups that hold at most ``tokens`` tokens, padding included."""
-    found: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        if found and (len(found[-1]) + 1) * lengths[row] <= tokens:
-            found[-1].append(row)
-        else:
-            found.append([row])
-    return found
+    """``rows`` by length, in groups of at most ``tokens`` tokens, padding included, or of one row:
+    those that hold the fewest in all, with ``PASS`` for each group."""
+    rows = sorted(rows, key=lambda row: lengths[row])
+    least = [(0, 0)]  # of the first rows: tokens, and where their last group begins
+    for end in range(1, len(rows) + 1):
+        longest = lengths[rows[end - 1]]
+        starts = range(min(end - 1, max(0, end - tokens // max(1, longest))), end)
+        least.append(min((least[at][0] + (end - at) * longest + PASS, at) for at in starts))
+    found, end = [], len(rows)
+    while end:
+        found.append(rows[least[end][1] : end])
+        end = least[end][1]
+    return found[::-1]
 
 
 def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit
@@ -41,12 +41,14 @@ OWN = {"cpu": 256, "cuda": 1024}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, a run ``total``."""
+    """Windows to train on, by kind, of which a step takes ``tokens`` tokens, a run ``total``.
+    ``parts``: how much of the tokens each kind is, beside the others; by default all alike."""
 
     kinds: dict[str, Windows]
     tokens: int
     total: int
     seed: int
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def step(self, step: int, at_once: int) -> Iterator[tuple[list[int], list[float]]]:
         """Passes of a step, counted from 0, of at most ``at_once`` tokens, padding included: which
@@ -75,12 +77,13 @@ class Mix:
 
     @functools.cached_property
     def shares(self) -> dict[str, float]:
-        """Of the tokens, by kind: as many of each, but for ``PASSES``."""
-        each = dict.fromkeys(self.kinds, 1 / len(self.kinds))
-        if own := self._lengths.get(OWN_ANSWERS):
-            least = min(each[OWN_ANSWERS], PASSES * sum(own) / self.total)
-            each = dict.fromkeys(self.kinds, (1 - least) / (len(self.kinds) - 1))
-            each[OWN_ANSWERS] = least
+        """Of the tokens, by kind: by ``parts``, but for ``PASSES``."""
+        parts = {name: self.parts.get(name, 1.0) for name in self.kinds}
+        each = {name: part / sum(parts.values()) for name, part in parts.items()}
+        most = PASSES * sum(self._lengths.get(OWN_ANSWERS, [])) / self.total
+        if len(each) > 1 and each.get(OWN_ANSWERS, 0.0) > most:
+            more = (1 - most) / (1 - each[OWN_ANSWERS])
+            each = {n: most if n == OWN_ANSWERS else more * part for n, part in each.items()}
         return each
 
     @functools.cached_property
