@@ -230,14 +230,16 @@ class Bench:
         cut, out = self.place / f"{name}-{depth}", self.place / f"healed {name}-{depth}"
         start, system = time.perf_counter(), f"{name}, healed"
         try:
-            sleb.heal(cut, self.model.source.path, out, minutes=self.options.heal, **self.given)
+            how = {"minutes": self.options.heal, **self.given}
+            done = sleb.heal(cut, self.model.source.path, out, **how)
         except SlebError as error:  # the other rows are worth having
             self.report["cuts"].append({"system": system, "error": str(error)})
             return
         seconds = round(time.perf_counter() - start, 1)
         ran = json.loads((out / "heal.json").read_text())
-        told = {key: ran[key] for key in HEALING}
-        self.add(system, self.load(out), removed=removed, seconds=seconds, healing=told)
+        told: dict[str, Any] = {"healing": {key: ran[key] for key in HEALING}}
+        told["phases"] = done.record.seconds
+        self.add(system, self.load(out), removed=removed, seconds=seconds, **told)
 
 
 def main() -> None:

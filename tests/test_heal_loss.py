@@ -18,6 +18,7 @@ from sleb.core.plan import Calibration
 from sleb.distillation import loss
 from sleb.distillation.loss import (
     Batch,
+    Remembered,
     SplitModel,
     Validation,
     backward_kl,
@@ -126,6 +127,40 @@ def test_recomputing_changes_no_gradient(home):
         found.append([p.grad.clone() for p in cut.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert "forward" not in vars(cut.model.layers[0])
+
+
+def test_what_the_dense_model_made_of_windows_is_remembered(home):
+    """As far as there is room; gradients are the same, and what is known is not read again."""
+    dense, cut = (AutoModelForCausalLM.from_pretrained(home / n) for n in ("MODEL", "OUT"))
+    student, teacher = SplitModel(cut), SplitModel(dense)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 90, (5, 16), generator=draw)
+    windows = windows_of(ids, torch.rand(5, 16, generator=draw) < 0.5)
+    each = 4 * dense.config.hidden_size * windows.counts
+    read = []
+    dense.model.layers[0].register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
+    for room, expected in ((10**6, [3, 1, 2]), (int(each[:3].sum()), [3, 1, 3]), (0, [3, 3, 3])):
+        known = Remembered(teacher, windows, room)
+        for rows, wanted in zip(([0, 1, 2], [3, 0, 2], [3, 4, 4]), expected, strict=True):
+            batch = Batch.of(windows, rows, torch.device("cpu"), [0.1, 0.2, 0.3])
+            read.clear()
+            features, found = known(rows, batch), []
+            assert read == [wanted]
+            for given in (features, None):
+                cut.zero_grad()
+                backward_kl(student, teacher, batch, given)
+                found.append([p.grad.clone() for p in cut.parameters()])
+            for a, b in zip(*found, strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+        assert sum(f.nbytes for f in known.kept.values()) <= room
+    known = Remembered(teacher, windows, 10**6)
+    batch = Batch.of(windows, [0, 1], torch.device("cpu"))
+    known([0, 1], batch)
+    known.forget()
+    read.clear()
+    known([0, 1], batch)
+    assert read == [2]
+    assert not known.kept
 
 
 def test_a_model_whose_parts_are_not_the_whole_is_refused(home):

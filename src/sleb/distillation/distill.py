@@ -183,7 +183,7 @@ class Healing:
             "dtype": dense.dtype,
         }
         self.state = out.with_name(out.name + ".heal")
-        self.teacher = SplitModel(dense.model.requires_grad_(False))
+        self.teacher = SplitModel(dense.model)
 
     def release(self) -> None:
         """Let go of the dense model."""

@@ -183,11 +183,48 @@ def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def backward_kl(student: SplitModel, teacher: SplitModel, batch: Batch) -> None:
+class Remembered:
+    """What the dense model makes of windows before its head, of which it need not read those again
+    that have a place in ``nbytes`` of its device."""
+
+    def __init__(self, teacher: SplitModel, windows: Windows, nbytes: int) -> None:
+        self.teacher, self.windows = teacher, windows
+        self.left, self.kept = nbytes, dict[int, Tensor]()
+        self.counts = windows.counts.tolist()
+
+    @torch.no_grad()
+    def __call__(self, picked: Sequence[int], batch: Batch) -> Tensor:
+        """Of the batch of the windows ``picked`` [P, D]."""
+        missing = [row for row in picked if row not in self.kept]
+        found = dict[int, Tensor]()
+        if missing:
+            if len(missing) < len(picked):
+                batch = Batch.of(self.windows, missing, self.teacher.device)
+            known = batch.scored(self.teacher.features(batch.ids))
+            parts = known.split([self.counts[row] for row in missing])
+            found = dict(zip(missing, parts, strict=True))
+        out = torch.cat([self.kept[row] if row in self.kept else found[row] for row in picked])
+        for row, features in found.items():
+            if features.nbytes <= self.left:
+                self.left -= features.nbytes
+                self.kept[row] = features.clone()  # else all of the pass would be kept
+        return out
+
+    def forget(self) -> None:
+        """From here on nothing is kept."""
+        self.left = 0
+        self.kept.clear()
+
+
+def backward_kl(
+    student: SplitModel, teacher: SplitModel, batch: Batch, known: Tensor | None = None
+) -> None:
     """Add the gradients of a batch's weighted sum of KL(teacher || student), nats, to the student's
-    parameters. By the student's logits it is the difference of the probabilities."""
-    with torch.no_grad():
-        known = batch.scored(teacher.features(batch.ids))
+    parameters. By the student's logits it is the difference of the probabilities. ``known``: what
+    the teacher makes of the batch before its head, where that is known already."""
+    if known is None:
+        with torch.no_grad():
+            known = batch.scored(teacher.features(batch.ids))
     features = batch.scored(student.features(batch.ids))
     gradient = torch.empty_like(features)
     for rows in chunks(len(known), teacher.vocabulary, known.device):

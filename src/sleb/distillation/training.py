@@ -32,7 +32,7 @@ from sleb.config import Optimizer
 from sleb.core.errors import DataError, InputError, ResourceError, UnsupportedModel
 from sleb.core.files import staged_files
 from sleb.core.progress import Progress
-from sleb.distillation.loss import Batch, SplitModel, Validation, backward_kl
+from sleb.distillation.loss import Batch, Remembered, SplitModel, Validation, backward_kl
 from sleb.distillation.mix import Mix
 from sleb.distillation.record import Reason
 from sleb.models.stack import BlockStack
@@ -61,8 +61,12 @@ SAVING = 20
 BYTES_PER_SECOND = 1e9
 COMPILING, LARGE_GPU = 90.0, 3e14
 """Compiling pays in a run of more seconds, at so many operations a second."""
+KEPT = 8
+"""Of the memory that is left on a GPU, one part in so many holds what the dense model made of
+windows that are gone through again."""
 GRAPHS = 32
-"""Of the blocks of both models, at most; torch's own limit of 8 would leave some as they are."""
+"""Of the blocks of both models, at most: with gradients and without, for each kind of block. The
+limit of torch, 8, would leave some as they are."""
 KEY = "sleb.heal"
 
 logger = logging.getLogger(__name__)
@@ -253,9 +257,33 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward whose norms, rotations and gates are fused, which are half of a block's time on a
-    GPU. One graph for shapes of any size serves all blocks of a kind."""
-    found: Callable[..., Any] = torch.compile(forward, dynamic=True)
-    return found
+    GPU. One graph for shapes of any size serves all blocks of a kind; a window alone would need
+    another, so it runs as it is."""
+    fused = fuse(forward)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        alone = bool(args) and isinstance(args[0], Tensor) and len(args[0]) == 1
+        return (forward if alone else fused)(*args, **kwargs)
+
+    return run
+
+
+fuse = functools.partial(torch.compile, dynamic=True)
+
+
+@contextlib.contextmanager
+def differentiable(embeddings: nn.Module) -> Iterator[None]:
+    """While this is open, the input of the first block has a gradient as that of the others has,
+    so that one graph serves them all."""
+
+    def mark(_: nn.Module, given: object, out: Tensor) -> Tensor:
+        return out.requires_grad_() if torch.is_grad_enabled() else out
+
+    handle = embeddings.register_forward_hook(mark)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(kw_only=True)
@@ -405,7 +433,7 @@ class Training:
         self.trained = self.student.trained
         with contextlib.ExitStack() as while_running:
             begun = time.monotonic()
-            self.compiled = self.compiling and self._compile(while_running)
+            self.compiled = self.compiling and self._compile(while_running, progress)
             self.where = TrainingState(seconds=time.monotonic() - begun)
             return self._run(save_every, progress)
 
@@ -415,6 +443,7 @@ class Training:
         ]
         self._anew()
         self.best = self._snapshot()
+        self.known = Remembered(self.teacher, self.mix.windows, self._room())
         if found := TrainingState.load(self.path, self.settings):
             self._restore(*found)
         else:
@@ -465,14 +494,14 @@ class Training:
         most = self.schedule.seconds or math.inf
         return plain and self.split.device.type == "cuda" and min(seconds, most) > COMPILING
 
-    def _compile(self, while_running: contextlib.ExitStack) -> bool:
+    def _compile(self, while_running: contextlib.ExitStack, progress: Progress) -> bool:
         """Run blocks compiled from here on; False, and as they are, where that fails."""
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            with contextlib.ExitStack() as trial:
-                # a graph with and without gradients, of the input, of weights, of one window
+            with progress.stage("compiling blocks", None), contextlib.ExitStack() as trial:
                 trial.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
+                trial.enter_context(differentiable(self.split.model.get_input_embeddings()))  # type: ignore[operator]
                 trial.enter_context(forwards([self.split.stack, self.teacher.stack], compiled))
                 some = range(min(2, len(self.mix.windows.ids)))
                 backward_kl(
@@ -511,6 +540,12 @@ class Training:
         roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * nbytes
         place = device if roomy else torch.device("cpu")
         return {name: p.detach().to(place, copy=True) for name, p in self.trained.items()}
+
+    def _room(self) -> int:
+        """Bytes for what the dense model made of windows. None on a CPU, where it would round
+        otherwise after a stop, with other windows in the pass."""
+        device = self.split.device
+        return torch.cuda.mem_get_info(device)[0] // KEPT if device.type == "cuda" else 0
 
     def _steps(
         self, stopped: Callable[[], bool], tick: Callable[..., None], save_every: float
@@ -615,13 +650,14 @@ class Training:
                 if stopped():
                     return False
                 batch = Batch.of(mix.windows, rows, self.split.device, weights)
-                backward_kl(self.split, self.teacher, batch)
+                backward_kl(self.split, self.teacher, batch, self.known(rows, batch))
                 tick(batch.tokens, note=self._note())
             return True
         except torch.OutOfMemoryError:
             if self.at_once < 2 * max(mix.lengths):
                 raise
         self.at_once //= 2  # here, where nothing holds what the pass had made
+        self.known.forget()
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
