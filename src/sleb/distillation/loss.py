@@ -201,7 +201,7 @@ class Remembered:
             if len(missing) < len(picked):
                 batch = Batch.of(self.windows, missing, self.teacher.device)
             known = batch.scored(self.teacher.features(batch.ids))
-            parts = known.split([self.counts[row] for row in missing])
+            parts = torch.split(known, [self.counts[row] for row in missing])
             found = dict(zip(missing, parts, strict=True))
         out = torch.cat([self.kept[row] if row in self.kept else found[row] for row in picked])
         for row, features in found.items():
