@@ -178,20 +178,20 @@ def test_a_long_text_has_the_tokens_of_the_whole(monkeypatch, kind):
     text = "\n\n".join([prose[0][:6000], "\n".join(lines), prose[-1][:6000]])
     family = trained(kind, text)
     whole = family(text, add_special_tokens=False)["input_ids"]
-    lengths, encode = [], tokens._encode
+    lengths, encode = [], tokens._encoded
 
-    def spy(tokenizer, text, **options):
-        lengths.append(len(text))
-        return encode(tokenizer, text, **options)
+    def spy(tokenizer, texts, **options):
+        lengths.extend(map(len, texts))
+        return encode(tokenizer, texts, **options)
 
-    monkeypatch.setattr(tokens, "_encode", spy)
+    monkeypatch.setattr(tokens, "_encoded", spy)
     monkeypatch.setattr(tokens, "PIECE", 700)
     assert tokens.encode_text(family, text).tolist() == whole
     assert max(lengths) < LONGEST[kind]
     # Without white space there is no seam, and the text stays whole.
     lengths.clear()
     solid = "abc" * 2000
-    assert tokens.encode_text(family, solid).tolist() == encode(family, solid)
+    assert tokens.encode_text(family, solid).tolist() == encode(family, [solid])[0]
     assert lengths == [6000]
 
 

@@ -296,6 +296,12 @@ def test_a_cache_that_goes_wrong_is_noticed(tiny_dir):
     assert not gates.cache_agrees(loaded.model, ids, 16)
 
 
+def test_tokens_alone_are_written_on_another_device(tiny_dir, plan, out):
+    nowhere = torch.device("meta")  # no token comes from there
+    found = verification.verify(out, model=tiny_dir, plan=plan, generate_on=nowhere)
+    assert failed(found) == [GENERATION]
+
+
 def test_in_float32_on_the_cpu_nothing_but_zero_will_do():
     logits = torch.linspace(-3, 3, 12).reshape(1, 3, 4)
     other = logits.clone()

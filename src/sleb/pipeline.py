@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 
 from sleb import estimates
@@ -208,14 +209,15 @@ def heal(
 
     def finish(stage: Path, healing: Healing, done: Healed) -> None:
         facts = _healed_facts(healing, stage, config, watch)
-        source, trust = healing.dense.source.path, {"trust_remote_code": config.trust_remote_code}
+        source, device = healing.dense.source.path, healing.dense.stack.input_device
+        how = {"generate_on": device, "trust_remote_code": config.trust_remote_code}
         checkpoint = Checkpoint.open(source)
         healing.release()  # the model's memory is needed for the verification
         record = RunRecord(
             command=command,
             started=watch.started,
             stages=stages or {},
-            verification=_verified(stage, out, model, healing.healed, watch, **trust),
+            verification=_verified(stage, out, model, healing.healed, watch, **how),
             parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
             nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
             file_nbytes=file_size(model),
@@ -321,6 +323,7 @@ class _Found:
     plan: Plan
     repair: Repair | None
     source: Path
+    device: torch.device
     streamed: bool
     facts: dict[str, Any]
 
@@ -390,7 +393,7 @@ def _find(
         patch = partial(fixed.patch, stack) if fixed else None
         measured = split.answers.measured
         facts["prompts"] = measure_answers(loaded, measured, plan.removed, patch, watch)
-    return _Found(plan, exact, source.path, stack.streamed, facts)
+    return _Found(plan, exact, source.path, stack.input_device, stack.streamed, facts)
 
 
 def _measured(
@@ -465,7 +468,7 @@ def _write(
 
     def finish(stage: Path) -> None:
         how = {"stream": found.streamed, "trust_remote_code": config.trust_remote_code}
-        checked = _verified(stage, out, model, found.plan, watch, **how)
+        checked = _verified(stage, out, model, found.plan, watch, generate_on=found.device, **how)
         before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
         record.append(
             RunRecord(

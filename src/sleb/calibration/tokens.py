@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,7 +15,10 @@ from sleb.core.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE = 2**20  # characters; tokenizers need about half a kilobyte a token while they work
+PIECE = 2**16  # characters
+TOGETHER = (
+    16  # pieces: as many cores; tokenizers need about half a kilobyte a token while they work
+)
 MARGIN = 256  # characters on both sides of a seam that must agree
 TRIES = 64
 
@@ -34,8 +38,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     same; a stretch without such a place is encoded in one. Tokenizers that split text into words
     first, which nearly all do, thus give the tokens of the whole.
     """
-    pieces = (_encode(tokenizer, text[a:b]) for a, b in _pieces(tokenizer, text))
-    return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in pieces])
+    pieces = _pieces(tokenizer, text)
+    parts = []
+    while some := [text[a:b] for a, b in islice(pieces, TOGETHER)]:
+        parts += [torch.tensor(ids, dtype=torch.int64) for ids in _encoded(tokenizer, some)]
+    return torch.cat(parts)
 
 
 def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -88,11 +95,18 @@ def _seam(tokenizer: PreTrainedTokenizerBase, text: str, near: int) -> tuple[int
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    return _encoded(tokenizer, [text], special=special)[0]
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = False
+) -> list[list[int]]:
+    """The ids of each text, encoded side by side where the tokenizer can."""
     encoded = tokenizer(
-        text,
+        texts,
         add_special_tokens=special,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # a text longer than the model's context is what is wanted here
     )
-    return cast("list[int]", encoded["input_ids"])
+    return cast("list[list[int]]", encoded["input_ids"])

@@ -293,8 +293,9 @@ class Regression:
             for out, target, real in outs:
                 value = stream_before(out, seen, writers.last) if inner else out
                 for x, y in _weighted(seen, names, target, value, real):
-                    gram += (x.T @ x).to(gram)
-                    cross += (y.T @ x).to(gram)
+                    with tensor_cores(self.stack):
+                        gram += (x.T @ x).to(gram)
+                        cross += (y.T @ x).to(gram)
         group().sum_(gram, cross)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T  # [D, inputs + 1]
@@ -343,8 +344,9 @@ class Regression:
             )
             cross = gram.new_zeros(weight.shape)
             for x, _, residual in rows():
-                gram += (x.T @ x).to(gram)
-                cross += (residual.T @ x).to(gram)
+                with tensor_cores(self.stack):
+                    gram += (x.T @ x).to(gram)
+                    cross += (residual.T @ x).to(gram)
             group().sum_(gram, cross)
             gram.diagonal().add_(ridge * gram.diagonal().mean())
             change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.contiguous()
@@ -388,6 +390,18 @@ def _weighted(
 def gain_weight(wanted: Tensor) -> Tensor:
     """Root of a token's weight [R, 1]: the inverse root mean square of what the stream is to be."""
     return wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+@contextmanager
+def tensor_cores(stack: BlockStack) -> Iterator[None]:
+    """Products of float32 matrices in TF32 on a GPU, where they are of what a model in 16 bits
+    computes: a product's sums are float32 all the same."""
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = stack.dtype.itemsize == 2
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def float64_device(x: Tensor) -> torch.device:

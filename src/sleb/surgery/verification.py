@@ -90,11 +90,15 @@ def verify(
     *,
     model: str | Path,
     plan: Plan,
+    generate_on: torch.device | None = None,
     progress: Progress = silent,
 ) -> Verification:
     """Check the checkpoint ``out`` against ``model`` with the plan's blocks bypassed and, where the
     plan records a repair, with the repaired tensors of ``out``, whose hashes must be the plan's. A
     plan of parts of blocks is checked as ``sleb.load(model, plan=...)`` applies it.
+
+    ``generate_on``: the device that writes a few tokens, if the checkpoint fits there; all else is
+    computed on the device of the options.
 
     The two models are in memory one after the other, never together. In float32 on the CPU logits
     must be equal bit for bit; elsewhere within 1e-4 (float32) or 2e-2 of the largest logit.
@@ -150,6 +154,8 @@ def verify(
         logits = probe_logits(pruned, both.fields)
         checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
     with progress.stage("generating", None):
+        if generate_on and not (both.streams or _too_large(checkpoint, both.dtype, generate_on)):
+            pruned = pruned.to(generate_on)
         tokens, probe = 2 if both.streams else NEW_TOKENS, probe_ids(both.fields)
         checks.append(gates.check_generation(pruned, probe, both.original, tokens))
     return found()
