@@ -39,7 +39,8 @@ def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def render(paths: Sequence[Path]) -> str:
     """docs/performance.md; see :func:`merged`."""
-    reports = [json.loads(path.read_text()) for path in paths]
+    given = [json.loads(path.read_text()) for path in paths]
+    reports = [report for report in given if "sections" in report]
     sections = merged(reports)
 
     def of(part: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -61,7 +62,32 @@ def render(paths: Sequence[Path]) -> str:
             row for name, row in sections.items() if name == "70b.stream" and "compute" in row
         ],
         missing=[*_missing(sections)],
+        ran=[(report, _commands(report)) for report in given if "commands" in report],
     )
+
+
+def _commands(report: Mapping[str, Any]) -> list[list[str]]:
+    """By command: what the first build took, the last one, the ratio, what of that is in no phase,
+    and the peak of memory (of the GPU's, where there is one) of both."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in report["commands"]:
+        found.setdefault(row["task"], []).append(row)
+    table = []
+    for task, rows in found.items():
+        old, new = rows[0], rows[-1]
+        seconds = [
+            f"over {row['over_s']:.0f}" if "over_s" in row else f"{row['wall_s']:.1f}"
+            for row in (old, new)
+        ]
+        ratio, rest = "", ""
+        if "wall_s" in new:
+            least = old.get("wall_s", old.get("over_s"))
+            ratio = f"{'over ' if 'over_s' in old else ''}{least / new['wall_s']:.1f}x"
+        if "wall_s" in new and (phases := new.get("phases")):
+            rest = f"{new['wall_s'] - sum(phases.values()):.1f}"
+        memory = [f"{row.get('gpu_gb', row.get('rss_gb', 0)):.1f}" for row in (old, new)]
+        table.append([task, *seconds, ratio, rest, *memory])
+    return table
 
 
 def _about(about: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/performance.py -o benchmarks/results/performance.json --model MODEL
     python benchmarks/performance.py --shape tiny -o tiny.json      # every path, on a CPU
-    python benchmarks/performance.py --render benchmarks/results/performance*.json
+    python benchmarks/performance.py --render benchmarks/results/{performance,end-to-end}*.json
 
 Sections, most important first; ``--sections 7b,real`` runs those whose names begin so:
 

@@ -223,9 +223,23 @@ def test_performance_runs_and_its_page_shows_it(run, tmp_path, sections, shown):
     assert all(f"### {part}" in page for part in shown)
 
 
+def test_commands_of_two_builds_are_timed_side_by_side(run, learned, tmp_path):
+    source, out = ROOT / "src", tmp_path / "end-to-end.json"
+    builds = ["--build", f"old={source}", "--build", f"new={source}"]
+    report = run("end_to_end", learned / "model", *builds, "--tasks", "refused,help", "-o", out)
+    rows = report["commands"]
+    assert [(row["task"], row["build"]) for row in rows] == [
+        (task, build) for task in ("refused", "help") for build in ("old", "new")
+    ]
+    assert [row["code"] for row in rows] == [2, 2, 0, 0]
+    assert all(row["wall_s"] > 0 and row["rss_gb"] > 0 for row in rows)
+    assert "| help |" in render([out])
+
+
 def test_the_committed_page_is_the_rendered_one():
     """Nothing on it is written by hand."""
-    results = sorted((ROOT / "benchmarks/results").glob("performance*.json"))
+    found = (ROOT / "benchmarks/results").glob("*.json")
+    results = sorted(p for p in found if p.name.startswith(("performance", "end-to-end")))
     assert (ROOT / "docs/performance.md").read_text() == render(results)
 
 
