@@ -56,7 +56,8 @@ def fit(model: str, removed: str, tokens: str, *texts: str) -> dict[str, Any]:
     assert heldout
     own = {"own", "self_generated"} & inspect.signature(repair).parameters.keys()
     start = time.perf_counter()
-    blocks, alone: Any = [int(b) for b in removed.split(",")], dict.fromkeys(own, False)
+    blocks: Any = [int(b) for b in removed.split(",")]
+    alone: Any = dict.fromkeys(own, False)
     found = repair(loaded, blocks, windows, heldout, **alone)
     seconds = round(time.perf_counter() - start, 1)
     return {"phases": {"repairing": seconds}, "kept": [gap.ridge for gap in found.record.gaps]}
