@@ -20,7 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ def variant(given: str) -> tuple[str, dict[str, Any], dict[str, float]]:
                 pairs = (part.partition(":") for part in value.split("+"))
                 parts = {kind: float(part or 1) for kind, _, part in pairs}
             else:
-                options[option] = json.loads(value) if value[:1] in "0123456789tf" else value
+                options[option] = value
+                with suppress(ValueError):  # a word
+                    options[option] = json.loads(value)
     except ValueError as error:
         raise InputError(f"variant '{given}': {error}; see the head of heal.py") from None
     return name, options, parts

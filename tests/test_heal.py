@@ -25,7 +25,8 @@ from sleb.core.progress import silent
 from sleb.distillation import heal, training
 from sleb.distillation.loss import Batch, lengths
 from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
-from sleb.distillation.training import Schedule, Student, TrainingState
+from sleb.distillation.state import LOWERED, Schedule, TrainingState
+from sleb.distillation.student import Student
 from sleb.evaluation.perplexity import evaluate
 from sleb.repairs import answering
 from sleb.repairs.answering import OWN_ANSWERS
@@ -162,7 +163,7 @@ def test_no_rate_is_too_high_and_none_has_to_be_given(home, tmp_path):
     # the test leaves no trace: the same run with the rate that it found
     given = healed(home, tmp_path / "G", lr=none.lr)
     assert given.checks == none.checks
-    wild = Schedule(steps=9).over(TrainingState(step=3, lowered=training.LOWERED + 1))
+    wild = Schedule(steps=9).over(TrainingState(step=3, lowered=LOWERED + 1))
     assert wild == "no-gain"
 
 

@@ -16,8 +16,10 @@ from sleb.calibration.windows import Windows, load_windows, written_source
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Calibration
 from sleb.distillation import loss
+from sleb.distillation.computing import forwards, recomputed
 from sleb.distillation.loss import (
     Batch,
+    HiddenLoss,
     Remembered,
     SplitModel,
     Validation,
@@ -25,7 +27,6 @@ from sleb.distillation.loss import (
     chunks,
     passes,
 )
-from sleb.distillation.training import forwards, recomputed
 from sleb.models.stack import BlockStack
 
 home = heal_tools.home
@@ -161,6 +162,26 @@ def test_what_the_dense_model_made_of_windows_is_remembered(home):
     known([0, 1], batch)
     assert read == [2]
     assert not known.kept
+
+
+def test_hidden_states_are_learned_beside_the_predictions(home):
+    dense, cut = (AutoModelForCausalLM.from_pretrained(home / n) for n in ("MODEL", "OUT"))
+    draw = torch.Generator().manual_seed(1)
+    ids, some = torch.randint(3, 90, (2, 12), generator=draw), torch.rand(2, 12, generator=draw)
+    batch = batch_of(ids, some < 0.5, [0.1, 0.2])
+    halves = SplitModel(cut), SplitModel(dense)
+    backward_kl(*halves, batch)
+    wanted = [p.grad.clone() for p in cut.parameters()]
+    cut.zero_grad()
+    own, its = (m(ids, output_hidden_states=True).hidden_states for m in (cut, dense))
+    far = (own[2] - its[4]).square().sum(-1) / its[4].square().sum(-1)
+    (0.7 * (far.flatten()[batch.rows] * batch.weights).sum()).backward()
+    for gradient, parameter in zip(wanted, cut.parameters(), strict=True):
+        gradient += 0 if parameter.grad is None else parameter.grad
+    cut.zero_grad()
+    backward_kl(*halves, batch, hidden=HiddenLoss(weight=0.7, blocks={1: 3}))
+    for gradient, parameter in zip(wanted, cut.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_a_model_whose_parts_are_not_the_whole_is_refused(home):

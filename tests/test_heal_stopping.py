@@ -14,8 +14,8 @@ import heal_tools
 from cli_tools import tree
 from heal_tools import Stopping, healed, scripted
 from sleb.core.errors import DataError, InputError, ResourceError
-from sleb.distillation import training
-from sleb.distillation.training import TrainingState
+from sleb.distillation import computing, training
+from sleb.distillation.state import TrainingState
 
 home = heal_tools.home
 
@@ -146,11 +146,11 @@ def test_a_full_disk_leaves_nothing_half_written(home, tmp_path, monkeypatch):
 def test_where_memory_does_not_suffice_passes_are_half_as_large(home, tmp_path, monkeypatch):
     real, sizes = training.backward_kl, []
 
-    def small(student, teacher, batch, known):
+    def small(student, teacher, batch, known, hidden):
         sizes.append(batch.ids.numel())
         if batch.ids.numel() > 2 * 32:
             raise torch.OutOfMemoryError
-        real(student, teacher, batch, known)
+        real(student, teacher, batch, known, hidden)
 
     healed(home, tmp_path / "A", **LONG | {"at_once": 2})
     monkeypatch.setattr(training, "backward_kl", small)
@@ -177,7 +177,7 @@ def test_compiled_blocks_learn_the_same(home, tmp_path, unbroken, monkeypatch, c
         return graph.forward
 
     fused = functools.partial(torch.compile, dynamic=True, backend=backend)
-    monkeypatch.setattr(training, "fuse", fused)
+    monkeypatch.setattr(computing, "fuse", fused)
     monkeypatch.setattr(training.Training, "compiling", True)
     torch._dynamo.reset()
     done = healed(home, tmp_path / "H", **LONG)

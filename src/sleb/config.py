@@ -810,6 +810,17 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
+    local_first: bool = option(
+        False,
+        "First train the blocks beside gaps alone, on the original's hidden states.",
+        flag="--local-first",
+    )
+    hidden_loss: float | None = option(
+        None,
+        "Learn the original's hidden states behind gaps too, with this weight beside that of its "
+        "predictions.",
+        gt=0,
+    )
 
     @classmethod
     def after(cls, cut: PruneConfig, own: Mapping[str, Any], where: str = "") -> HealConfig:

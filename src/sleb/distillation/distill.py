@@ -33,19 +33,14 @@ from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
-from sleb.distillation.loss import SplitModel, Validation, agree
+from sleb.distillation.computing import forwards, product_teraflops, recomputed
+from sleb.distillation.local import segments
+from sleb.distillation.loss import HiddenLoss, SplitModel, Validation, agree
 from sleb.distillation.mix import TEXTS, Material, window_length
 from sleb.distillation.record import Healed, HealedText, Reason, by_text
-from sleb.distillation.training import (
-    LOWER,
-    Schedule,
-    Student,
-    Training,
-    check_installed,
-    forwards,
-    product_teraflops,
-    recomputed,
-)
+from sleb.distillation.state import LOWER, Schedule
+from sleb.distillation.student import Student, check_installed
+from sleb.distillation.training import Training
 from sleb.models.load import LoadedModel, load, load_config, strict_model
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
@@ -170,6 +165,7 @@ class Healing:
             seconds=None if config.minutes is None else 60 * config.minutes,
         )
         chosen = {"tokens", "lr", "minutes", "optimizer", "lora", "recompute", "seed"}
+        chosen |= {"local_first", "hidden_loss"}
         self.settings = {
             "model": plan.model.weights_sha256,
             "cut": fingerprint(self.checkpoint, self.blocks).weights_sha256,
@@ -222,6 +218,8 @@ class Healing:
         )
         # of float32: weights, best, and two moments; and room to replace the file as a whole
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * 16 * student.count)
+        cut, weight = Cut.of(self.plan), self.config.hidden_loss
+        beside = segments(cut.kept, cut.blocks)
         training = Training(
             student=student,
             split=SplitModel(model),
@@ -233,11 +231,15 @@ class Healing:
             lr=self.config.lr,
             settings=self.settings,
             path=self.state,
+            segments=beside if self.config.local_first else (),
+            hidden=HiddenLoss(weight=weight, blocks={s.last: s.target for s in beside})
+            if weight
+            else None,
         )
         stacks = [training.split.stack] if self.config.recompute else []
         with forwards(stacks, recomputed):
             stopped = training.run(save_every, self.progress)
-        if training.where.best_step == 0:
+        if not training.where.gained:
             self.state.unlink(missing_ok=True)
             raise VerificationFailed(
                 f"healing did not bring {self.cut} nearer to the dense model on held-out text in "

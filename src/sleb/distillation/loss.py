@@ -7,7 +7,8 @@ before the head then gets all these gradients at once. The result is that of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,43 @@ PASS = 512
 """What a pass takes beside its tokens, in tokens: kernels to be launched, gradients added up."""
 
 
-class _Reached(Exception):
-    """Ends a forward pass before the head; never leaves this module."""
+class Reached(Exception):
+    """Ends a forward pass where all that is wanted is known; :func:`run_until` takes it."""
+
+
+def run_until(model: nn.Module, ids: Tensor) -> None:
+    """A forward pass up to where a hook raises :class:`Reached`."""
+    with contextlib.suppress(Reached):
+        model(input_ids=ids, use_cache=False)
+
+
+@contextlib.contextmanager
+def outputs(
+    stack: BlockStack, blocks: Collection[int], *, end: bool = False
+) -> Iterator[dict[int, Tensor]]:
+    """While this is open, the last hidden states [B, T, D] that each of ``blocks`` gave, by block.
+    With ``end`` a forward pass ends behind them, see :func:`run_until`."""
+    found: dict[int, Tensor] = {}
+
+    def note(i: int, out: Tensor | tuple[Tensor, ...]) -> None:
+        found[i] = out if isinstance(out, Tensor) else out[0]
+        if end and i == max(blocks):
+            raise Reached
+
+    handles = [
+        stack.blocks[i].register_forward_hook(lambda _, __, out, i=i: note(i, out)) for i in blocks
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def distance(own: Tensor, dense: Tensor) -> Tensor:
+    """Squared distance of hidden states [..., D] over the dense model's squared length [...]."""
+    own, dense = own.float(), dense.float()
+    return (own - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-12)
 
 
 class SplitModel:
@@ -61,13 +97,11 @@ class SplitModel:
 
         def reach(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             found.append(given[0])
-            raise _Reached
+            raise Reached
 
         handle = self.head.register_forward_pre_hook(reach)
         try:
-            self.model(input_ids=ids, use_cache=False)
-        except _Reached:
-            pass
+            run_until(self.model, ids)
         finally:
             handle.remove()
         return found[0]
@@ -216,16 +250,32 @@ class Remembered:
         self.kept.clear()
 
 
+@dataclass(frozen=True, kw_only=True)
+class HiddenLoss:
+    """Hidden states that are learned beside the predictions: of which block of the dense model each
+    of ``blocks`` of the cut should give, with what ``weight``."""
+
+    weight: float
+    blocks: Mapping[int, int]
+
+
 def backward_kl(
-    student: SplitModel, teacher: SplitModel, batch: Batch, known: Tensor | None = None
+    student: SplitModel,
+    teacher: SplitModel,
+    batch: Batch,
+    known: Tensor | None = None,
+    hidden: HiddenLoss | None = None,
 ) -> None:
     """Add the gradients of a batch's weighted sum of KL(teacher || student), nats, to the student's
     parameters. By the student's logits it is the difference of the probabilities. ``known``: what
-    the teacher makes of the batch before its head, where that is known already."""
-    if known is None:
-        with torch.no_grad():
+    the teacher makes of the batch before its head, where that is known already, and there is no
+    loss of hidden states."""
+    blocks = hidden.blocks if hidden else {}
+    with torch.no_grad(), outputs(teacher.stack, {*blocks.values()}) as dense:
+        if known is None or hidden:
             known = batch.scored(teacher.features(batch.ids))
-    features = batch.scored(student.features(batch.ids))
+    with outputs(student.stack, blocks) as own:
+        features = batch.scored(student.features(batch.ids))
     gradient = torch.empty_like(features)
     for rows in chunks(len(known), teacher.vocabulary, known.device):
         chunk = features[rows].detach().requires_grad_()
@@ -237,7 +287,13 @@ def backward_kl(
         logits.backward(slope.to(logits.dtype))  # type: ignore[no-untyped-call]
         assert chunk.grad is not None
         gradient[rows] = chunk.grad
-    features.backward(gradient)  # type: ignore[no-untyped-call]
+    losses, gradients = [features], [gradient]
+    if hidden:
+        for mine, its in blocks.items():
+            far = distance(batch.scored(own[mine]), batch.scored(dense[its]))
+            losses.append((batch.weights * far).sum())
+            gradients.append(torch.tensor(hidden.weight, device=far.device))
+    torch.autograd.backward(losses, gradients)
 
 
 class Validation:
