@@ -552,6 +552,7 @@ def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, R
         seed=config.seed,
         heldout=config.heldout,
         loss_on=config.loss_on,
+        images=model.stack.images,
     )
     if config.repair is False:
         return split, RepairStatus(status="not-asked")

@@ -336,6 +336,7 @@ class _Session:
             length=search.length,
             seed=search.seed,
             heldout=search.heldout,
+            images=self.dense.stack.images,
         )
         found = measure_similarity(self.dense, windows, batch=search.batch, progress=self.progress)
         return tuple(tuple(spread.mean for spread in row) for row in found.pairs)

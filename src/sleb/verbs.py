@@ -126,6 +126,7 @@ def similarity(
         windows=config.windows,
         length=config.length,
         seed=config.seed,
+        images=loaded.stack.images,
     )
     return measure_similarity(
         loaded, windows, measure=config.measure, batch=config.batch, progress=progress
@@ -598,6 +599,7 @@ def evaluate(
         length=config.length or min(2048, loaded.stack.max_length or 2048),
         seed=config.seed,
         loss_on=config.loss_on,
+        images=loaded.stack.images,
     )
     return perplexity.evaluate(
         loaded, scored, removed=removed, patch=patch, batch=config.batch, progress=progress

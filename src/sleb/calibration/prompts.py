@@ -128,6 +128,8 @@ def _prompt(name: str, asked: Row, row: dict[str, Any], where: str) -> Prompt:
             raise InputError(f"{where}: there is no `{key}`; did you mean `json`?")
     if asked.text is not None and not asked.text.strip():
         raise InputError(f"{where}: the prompt is empty; write one or remove the row")
+    if asked.images:
+        raise InputError(f"{where} shows an image, and prompts are text alone; remove the row")
     if asked.text is None and not asked.messages:
         raise InputError(f"{where}: no turn asks for anything; give a user's, or remove the row")
     prompt = Prompt(

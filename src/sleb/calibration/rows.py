@@ -9,7 +9,8 @@ A row is of the first of these forms that it fits; a null is a field that is not
     prompt, completion                      plain text and what follows it, or turns of both
 
 Beside a chat, ``system`` is its first turn, ``history`` are pairs of turns before it, and ``tools``
-are the definitions that a chat template shows. Needs no torch.
+are the definitions that a chat template shows. Parts of turns may be images: see
+:mod:`sleb.calibration.pictures`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from sleb.calibration.pictures import COLUMNS, Picture, Pictures
 from sleb.core.errors import DataError, InputError, did_you_mean, said
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ ANSWERS = {
 }
 FIELDS = (
     *("id", "json", "text", *CHATS, "prompt", "completion", "tools", "history"),
-    *("system", "system_prompt", *ANSWERS, "output", "response", "answer"),
+    *("system", "system_prompt", *ANSWERS, "output", "response", "answer", *COLUMNS),
 )
 """All that :func:`parse_row` looks at, and what names a prompt."""
 SHAREGPT = {
@@ -60,8 +62,8 @@ SHAREGPT = {
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Plain ``text`` with the ``completion`` that follows it, or a chat of ``messages``, each a
-    turn with its role, its content as one string, and whatever else a template may want of it.
-    Arguments of tool calls are objects."""
+    turn with its role, its content, and whatever else a template may want of it. A content is one
+    string, or, with images in it, a list of parts. Arguments of tool calls are objects."""
 
     text: str | None = None
     completion: str = ""
@@ -76,20 +78,31 @@ class Row:
             turns.pop()
         return replace(self, completion="", messages=tuple(turns))
 
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        """The images of all turns, in order."""
+        contents = [turn["content"] for turn in self.messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return tuple(part["image"] for part in parts if part["type"] == "image")
+
 
 class Chat(str):
     """The text of a chat. ``answers``: where in it the assistant speaks, [start, stop) in
-    characters; with what ends its turn, where the chat template opens and closes one alike."""
+    characters; with what ends its turn, where the chat template opens and closes one alike.
+    ``images`` are shown in it, and it stands in the row ``where``."""
 
-    __slots__ = ("answers",)
+    __slots__ = ("answers", "images", "where")
     answers: tuple[tuple[int, int], ...]
+    images: tuple[Picture, ...]
+    where: str
 
 
 # -- what a row means ------------------------------------------------------------------------------
 
 
-def parse_row(row: Any, where: str) -> Row:
-    """What a row of a file or of the hub means; a string alone is its text.
+def parse_row(row: Any, where: str, folder: str | Path = "") -> Row:
+    """What a row of a file or of the hub means; a string alone is its text. ``folder``: what paths
+    of images are relative to.
 
     Raises:
         InputError: it is of no known form, or a turn of it is not; starts with ``where``.
@@ -99,7 +112,8 @@ def parse_row(row: Any, where: str) -> Row:
     row = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
     if isinstance(row.get("text"), str):
         return Row(text=row["text"])
-    turns = _turns(row, where)
+    pictures = Pictures(row, folder, where)
+    turns = _turns(row, where, pictures)
     if turns is None:
         prompt, completion = row.get("prompt"), row.get("completion", "")
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -112,20 +126,23 @@ def parse_row(row: Any, where: str) -> Row:
     system = row.get("system", row.get("system_prompt"))
     if isinstance(system, str) and system and turns[0].get("role") != "system":
         turns.insert(0, {"role": "system", "content": system})
+    if shown := pictures.first():
+        asking = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+        asking["content"] = [*shown, *_parts(asking["content"])]
     return Row(messages=tuple(turns), tools=_tools(row.get("tools"), where))
 
 
-def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+def _turns(row: Mapping[str, Any], where: str, pictures: Pictures) -> list[dict[str, Any]] | None:
     """The turns of a chat; None if the row is none."""
     for field in CHATS:
         if field in row:
-            return _chat(row[field], f"{where}: `{field}`")
+            return _chat(row[field], f"{where}: `{field}`", pictures)
     prompt, completion = row.get("prompt"), row.get("completion", [])
     if isinstance(prompt, list):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         answered = _list(completion, f"{where}: `completion`")
-        return _chat([*prompt, *answered], f"{where}: `prompt`")
+        return _chat([*prompt, *answered], f"{where}: `prompt`", pictures)
     for asked, answers in ANSWERS.items():
         answer = next((row[name] for name in answers if isinstance(row.get(name), str)), None)
         # a task without its answer is a prompt; of other fields that would be a guess
@@ -136,7 +153,7 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
                 raise InputError(f"{where}: `history` is no list of pairs of texts; correct it")
             pairs = [*turns, ("\n".join(filter(None, task)), answer)]
             return [
-                {"role": role, "content": _content(said, where)}
+                {"role": role, "content": _content(said, where, pictures)}
                 for pair in pairs
                 for role, said in zip(("user", "assistant"), pair, strict=True)
                 if said is not None
@@ -144,11 +161,11 @@ def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     return None
 
 
-def _chat(value: Any, where: str) -> list[dict[str, Any]]:
+def _chat(value: Any, where: str, pictures: Pictures) -> list[dict[str, Any]]:
     turns = _list(value, where)
     if not turns:
         raise InputError(f"{where} is no list of turns; give each its `role` and `content`")
-    return [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, 1)]
+    return [_turn(turn, f"{where}, turn {n}", pictures) for n, turn in enumerate(turns, 1)]
 
 
 def _parsed(value: Any) -> Any:
@@ -166,7 +183,7 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _turn(turn: Any, where: str) -> dict[str, Any]:
+def _turn(turn: Any, where: str, pictures: Pictures) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise InputError(f"{where} is no object; give it a `role` and its `content`")
     nothing_said = not {"content", "value", "text"} & turn.keys()
@@ -183,7 +200,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     elif nothing_said:
         raise InputError(f"{where} has no `content`; give it, or null for nothing")
     said = next((turn[key] for key in ("content", "value", "text") if key in turn), "")
-    return {**turn, "content": _content(said, where)}
+    return {**turn, "content": _content(said, where, pictures)}
 
 
 def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
@@ -199,22 +216,35 @@ def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
     return {**turn, "role": SHAREGPT[speaker], **spoken}
 
 
-def _content(content: Any, where: str) -> str:
-    """A turn's text: a string, or all of its parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _content(content: Any, where: str, pictures: Pictures) -> str | list[dict[str, Any]]:
+    """What a turn says: a string, or all of its parts if images are among them."""
+    if not isinstance(content, (str, list)):
         raise InputError(f"{where}: `content` is neither text nor a list of parts; correct it")
-    texts = []
-    for part in content:
-        kind = str(part.get("type", "text")) if isinstance(part, dict) else "text"
-        text = part.get("text") or "" if isinstance(part, dict) else part
+    parts: list[dict[str, Any]] = []
+    for part in [content] if isinstance(content, str) else content:
+        given = part if isinstance(part, dict) else {"text": part}
+        if (image := pictures.of(given, where)) is not None:
+            parts.append({"type": "image", "image": image})
+            continue
+        kind, text = str(given.get("type", "text")), given.get("text") or ""
         if not isinstance(text, str) or not kind.endswith("text"):
             raise InputError(
-                f"{where} has a part of type {kind[:40]!a}, and sleb reads text alone; leave it out"
+                f"{where} has a part of type {kind[:40]!a}, and sleb reads text and images; leave "
+                "it out"
             )
-        texts.append(text)
-    return "".join(texts)
+        parts.extend(pictures.between(text, where))
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """The text of a turn."""
+    return "".join(part.get("text", "") for part in _parts(turn["content"])).strip()
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -238,7 +268,9 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 # -- what a model reads ----------------------------------------------------------------------------
 
 
-def read_document(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def read_document(
+    row: Any, tokenizer: PreTrainedTokenizerBase, where: str, folder: str | Path = ""
+) -> str:
     """A row's whole text, through the chat template if it is a chat.
 
     A leading BOS of the template is dropped: windows get theirs, and plain text has none between
@@ -247,11 +279,12 @@ def read_document(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> s
     Raises:
         InputError: see :func:`parse_row` and :func:`render`.
     """
-    parsed = parse_row(row, where)
+    parsed = parse_row(row, where, folder)
     text = render(parsed, tokenizer, where)
     if parsed.text is not None:
         return text
     chat = Chat(text.removeprefix(str(tokenizer.bos_token or "")))
+    chat.images, chat.where = parsed.images, where
     opening = len(text) - len(chat)
     chat.answers = tuple((a - opening, b - opening) for a, b in _spoken(parsed, text, tokenizer))
     return chat
@@ -264,7 +297,7 @@ def _spoken(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator
     for n, turn in enumerate(row.messages):
         if turn["role"] != "assistant":
             continue
-        asked, said = replace(row, messages=row.messages[:n]), turn["content"].strip()
+        asked, said = replace(row, messages=row.messages[:n]), _said(turn)
         before = _rendered(asked, tokenizer, generate=True)
         through = _rendered(replace(row, messages=row.messages[: n + 1]), tokenizer)
         if before and through and text.startswith(before) and text.startswith(through):
@@ -308,9 +341,11 @@ def render(
             f"{where} is a chat, but the model's tokenizer has no chat template; "
             "give rows of plain text"
         )
-    spoken = [turn["content"].strip() for turn in row.messages if turn["content"].strip()]
+    spoken = [words for turn in row.messages if (words := _said(turn))]
     silent, wrong = None, None
-    for parts, encoded in itertools.product((False, True), repeat=2):
+    # a template that takes strings alone would write parts with images out as they are
+    forms = (True, False) if row.images else (False, True)
+    for parts, encoded in itertools.product(forms, (False, True)):
         turns = [_formed(turn, parts, encoded) for turn in row.messages]
         try:
             text = str(
@@ -338,8 +373,9 @@ def render(
 
 def _formed(turn: Mapping[str, Any], parts: bool, encoded: bool) -> dict[str, Any]:
     formed = dict(turn)
-    if parts:
-        formed["content"] = [{"type": "text", "text": turn["content"]}]
+    if parts or isinstance(turn["content"], list):
+        shown = _parts(turn["content"])
+        formed["content"] = [{k: v for k, v in part.items() if k != "image"} for part in shown]
     if encoded and "tool_calls" in turn:
         formed["tool_calls"] = [
             {

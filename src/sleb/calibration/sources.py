@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from sleb.calibration.hub import hub_rows
 from sleb.calibration.rows import (
     ROW_FILES,
+    Chat,
     decode,
     existing_file,
     file_rows,
@@ -94,8 +95,9 @@ def parse_source(spec: str) -> Source:
 def read_documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The source's documents, verbatim and in order, empty rows included.
 
-    At most the first ``MAX_BYTES`` (64 MiB of UTF-8) are read, and the last document is cut to
-    fit; this is logged, and everything recorded about the source is about what was read.
+    At most the first ``MAX_BYTES`` (64 MiB of UTF-8, and of images that are in the rows) are read,
+    and the last document is cut to fit; this is logged, and everything recorded about the source is
+    about what was read.
     ``tokenizer`` only serves its chat template, for rows that are chats.
 
     Raises:
@@ -108,12 +110,14 @@ def read_documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[s
     try:
         for document in SOURCES[source.kind](source.location, tokenizer):
             raw = document.encode()
-            if len(raw) > room:
+            shown = document.images if isinstance(document, Chat) else ()
+            size = len(raw) + sum(len(image) for image in shown if isinstance(image, bytes))
+            if size > room:
                 logger.warning("%s: only its first %d MiB are read", source.spec, MAX_BYTES >> 20)
-                documents.append(raw[:room].decode(errors="ignore"))
+                documents += [] if shown else [raw[:room].decode(errors="ignore")]
                 break
             documents.append(document)
-            room -= len(raw)
+            room -= size
     except UnicodeEncodeError as error:
         raise InputError(
             f"{source.spec} document {len(documents) + 1} is not text: it has half of a surrogate "
@@ -165,7 +169,7 @@ def _kind(location: str, spec: str) -> str:
 
 def _read_rows(location: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for row, where in file_rows(location):
-        yield read_document(row, tokenizer, where)
+        yield read_document(row, tokenizer, where, Path(location).parent)
 
 
 for _suffix in ROW_FILES:

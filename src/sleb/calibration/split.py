@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from sleb.calibration.answers import AnswerSplit
+from sleb.calibration.images import Images
 from sleb.calibration.windows import Texts, Windows, written_source
 from sleb.config import LossOn
 from sleb.core.errors import InputError
@@ -62,10 +63,13 @@ class CalibrationSplit:
         seed: int,
         heldout: int = 0,
         loss_on: LossOn = "all",
+        images: Images | None = None,
     ) -> CalibrationSplit:
         """Read the texts, and set aside windows to search on and up to ``heldout`` others; see
         :func:`sleb.calibration.load_windows`, which raises the same errors."""
-        texts = Texts.read(tokenizer, text, length=length, seed=seed, loss_on=loss_on)
+        texts = Texts.read(
+            tokenizer, text, length=length, seed=seed, loss_on=loss_on, images=images
+        )
         search, others = texts.windows(windows, heldout)
         return cls(search=search, heldout=others, texts=texts)
 
@@ -246,4 +250,5 @@ def _spread(rows: Sequence[int], n: int) -> list[int]:
 
 
 def _bytes(row: Tensor) -> bytes:
-    return row.numpy().tobytes()
+    """What tells windows apart, however they are padded."""
+    return row.numpy().astype("<i8").tobytes().rstrip(b"\0")

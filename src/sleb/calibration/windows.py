@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
+from sleb.calibration.images import Images, row_key
 from sleb.calibration.rows import Chat
 from sleb.calibration.sources import Source, parse_source, read_documents
 from sleb.calibration.tokens import encode_text, opening_tokens, token_starts
@@ -32,7 +35,8 @@ class Windows:
     """N windows of T token ids. ``source`` gives each window's index into ``names``.
 
     ``scored`` [N, T] says which tokens count, as the prediction of a model; by default all but the
-    first. Behind a window's last one there may be padding.
+    first. Behind a window's last one there may be padding. Where an image is, there are negative
+    numbers in place of ids: see :mod:`sleb.calibration.images`.
     """
 
     ids: Tensor  # [N, T] int64
@@ -74,7 +78,14 @@ class Windows:
     @property
     def tokens(self) -> int:
         """Tokens of all windows, without padding."""
-        return self.ids.numel() if self.scored is None else int(unpadded(self.scored).sum())
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each window, without padding."""
+        if self.scored is None:
+            return [self.ids.shape[1]] * len(self.ids)
+        return [int(n) for n in unpadded(self.scored).sum(1)]
 
     @property
     def counts(self) -> Tensor:
@@ -94,9 +105,8 @@ class Windows:
 
     def __add__(self, other: Windows) -> Windows:
         """These and then the windows of ``other``, which are from the same sources."""
-        (ids, scored), (more, too) = _as_wide(self, other)
-        both = None if scored is None or too is None else torch.cat((scored, too))
-        return self._with(torch.cat((ids, more)), self.source + other.source, both)
+        ids, scored = _together([(self.ids, self.scored), (other.ids, other.scored)])
+        return self._with(ids, self.source + other.source, scored)
 
     def beside(self, other: Windows) -> Windows:
         """These and then the windows of ``other``, which are from other sources."""
@@ -112,14 +122,18 @@ class Windows:
         return replace(self, ids=ids, source=source, scored=scored, record=record)
 
 
-def _as_wide(*several: Windows) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Ids and what is scored of each, padded to the widest; None where all is scored of all."""
-    wide = max(w.ids.shape[1] for w in several)
-    every = all(w.scored is None and w.ids.shape[1] == wide for w in several)
-    for w in several:
-        missing = wide - w.ids.shape[1]
-        scored = torch.ones_like(w.ids, dtype=torch.bool) if w.scored is None else w.scored
-        yield pad(w.ids, (0, missing)), None if every else pad(scored, (0, missing))
+def _together(several: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Ids [N, T] and what is scored of all, padded to the widest; None where all is scored."""
+    wide = max(ids.shape[1] for ids, _ in several)
+    every = all(scored is None and ids.shape[1] == wide for ids, scored in several)
+    rows, marks = [], []
+    for ids, scored in several:
+        missing = (0, wide - ids.shape[1])
+        if scored is None:
+            scored = torch.ones_like(ids, dtype=torch.bool)
+        rows.append(pad(ids, missing))
+        marks.append(pad(scored, missing))
+    return torch.cat(rows), None if every else torch.cat(marks)
 
 
 def unpadded(scored: Tensor) -> Tensor:
@@ -149,12 +163,64 @@ class _Text:
         """How many windows it has."""
         return len(self.rows)
 
+    def cut(self, pick: Sequence[int], opening: Tensor, body: int) -> tuple[Tensor, Tensor | None]:
+        """Windows [N, T], each ``opening`` and ``body`` tokens, and which of these count."""
+        rows = self.rows[torch.tensor(pick, dtype=torch.int64)]
+        ids = self.tokens.unfold(0, body, body)[rows]
+        scored = None
+        if self.scored is not None:
+            scored = _opened(torch.zeros_like(opening) > 0, self.scored.unfold(0, body, body)[rows])
+        return _opened(opening, ids), scored
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """A source of rows with images: each that has something to score is a window."""
+
+    source: Source
+    sha256: str
+    documents: int
+    tokens: Tensor  # [L] int64, of all rows, without what stands for images
+    rows: Sequence[str]
+    images: Images
+    tokenizer: PreTrainedTokenizerBase
+    loss_on: LossOn
+
+    @property
+    def windows(self) -> int:
+        """How many windows it has."""
+        return len(self.rows)
+
+    def cut(self, pick: Sequence[int], opening: Tensor, body: int) -> tuple[Tensor, Tensor | None]:
+        """Windows [N, T], the rest of shorter ones padding, and which tokens count."""
+        found = [self._window(self.rows[i], opening) for i in pick]
+        ids = pad_sequence([row for row, _ in found] or [opening], batch_first=True)[: len(pick)]
+        scored = pad_sequence([row for _, row in found] or [opening > 0], batch_first=True)
+        return ids, scored[: len(pick)]
+
+    def _window(self, row: str, opening: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(row, Chat) and row.images:
+            ids, said = self.images.read(row)
+        else:
+            tokens, said = encode_text(self.tokenizer, row), torch.zeros_like(opening) > 0
+            starts = token_starts(self.tokenizer, row)
+            ids, said = torch.cat((opening, tokens)), torch.cat((said, _answered([row], starts)))
+        scored = said if self.loss_on == "answers" else ids >= 0
+        scored[0] = False  # nothing predicts it
+        if not scored.any():
+            raise InputError(f"{self.source.spec} has a row in which nothing is to be scored")
+        return ids, scored
+
+
+def _opened(opening: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat((opening.to(rows.dtype).expand(len(rows), -1), rows), dim=1)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
     """Sources read and tokenized, from which windows of ``length`` are taken in a seeded order."""
 
-    texts: tuple[_Text, ...]
+    texts: tuple[_Text | _Rows, ...]
     opening: tuple[int, ...]
     length: int
     seed: int
@@ -168,13 +234,15 @@ class Texts:
         length: int,
         seed: int,
         loss_on: LossOn = "all",
+        images: Images | None = None,
     ) -> Texts:
         """Read and tokenize; see :func:`load_windows`."""
         opening = opening_tokens(tokenizer)
         if length < (shortest := max(2, len(opening) + 1)):
             raise InputError(f"--length {length} is too short; give at least {shortest}")
         sources = [parse_source(spec) for spec in specs or ("default",)]
-        texts = tuple(_text(tokenizer, source, opening, length, loss_on) for source in sources)
+        read = partial(_text, tokenizer, opening=opening, length=length, loss_on=loss_on)
+        texts = tuple(read(source, images=images) for source in sources)
         _check_distinct(texts)
         return cls(texts=texts, opening=tuple(opening), length=length, seed=seed)
 
@@ -196,16 +264,11 @@ class Texts:
         return self._cut(scored), self._cut(others) if any(others) else None
 
     def _cut(self, picks: list[list[int]]) -> Windows:
-        ids = self._rows([text.tokens for text in self.texts], picks, torch.tensor(self.opening))
-        scored = None
-        if any(text.scored is not None for text in self.texts):
-            marks = [
-                torch.ones_like(text.tokens, dtype=torch.bool)
-                if text.scored is None
-                else text.scored
-                for text in self.texts
-            ]
-            scored = self._rows(marks, picks, torch.zeros(len(self.opening)))
+        opening = torch.tensor(self.opening, dtype=torch.int64)
+        body = self.length - len(opening)
+        cut = [text.cut(pick, opening, body) for text, pick in zip(self.texts, picks, strict=True)]
+        ids, scored = _together(cut)
+        if scored is not None:
             scored[:, 0] = False  # nothing predicts it
         records = tuple(
             SourceRecord(
@@ -231,17 +294,6 @@ class Texts:
             scored=scored,
         )
 
-    def _rows(self, of: list[Tensor], picks: list[list[int]], opening: Tensor) -> Tensor:
-        """Windows [N, T] of what each text has per token, each begun with ``opening``."""
-        body = self.length - len(opening)
-        rows = torch.cat(
-            [
-                row.unfold(0, body, body)[text.rows[torch.tensor(pick, dtype=torch.int64)]]
-                for row, text, pick in zip(of, self.texts, picks, strict=True)
-            ]
-        )
-        return torch.cat((opening.to(rows.dtype).expand(len(rows), -1), rows), dim=1)
-
 
 def load_windows(
     tokenizer: PreTrainedTokenizerBase,
@@ -252,6 +304,7 @@ def load_windows(
     seed: int,
     heldout: int = 0,
     loss_on: LossOn = "all",
+    images: Images | None = None,
 ) -> tuple[Windows, Windows | None]:
     """Windows to score, and up to ``heldout`` others that share no token of the text with them.
 
@@ -260,6 +313,8 @@ def load_windows(
     (BOS, where it does), which count towards ``length``. A seeded choice picks among more windows
     than are wanted; the chosen stay in text order, and asking for more adds to them. Sources
     share by weight, every one with at least one window.
+
+    Of a source with images in it, each row is a window, whatever its length; images are not scored.
 
     Args:
         tokenizer: the model's own.
@@ -271,15 +326,17 @@ def load_windows(
         heldout: how many others are wanted. There may be fewer, and None if there are none.
         loss_on: with ``"answers"`` only what assistants say in chats is scored of them, and windows
             without such a token are none.
+        images: what reads rows with images, of the loaded model that they are for.
 
     Raises:
+        UnsupportedModel: there are images, and they cannot go into the model.
         InputError: bad numbers, text that is unusable, too short or given twice, or two sources of
             one name.
         DataError: a corrupt file.
         ResourceError: the hub cannot be reached.
     """
     _check_numbers(windows, heldout)
-    texts = Texts.read(tokenizer, specs, length=length, seed=seed, loss_on=loss_on)
+    texts = Texts.read(tokenizer, specs, length=length, seed=seed, loss_on=loss_on, images=images)
     return texts.windows(windows, heldout)
 
 
@@ -293,13 +350,18 @@ def _check_numbers(windows: int | str | None, heldout: int) -> None:
 def _text(
     tokenizer: PreTrainedTokenizerBase,
     source: Source,
+    *,
     opening: list[int],
     length: int,
     loss_on: LossOn,
-) -> _Text:
+    images: Images | None,
+) -> _Text | _Rows:
     documents = read_documents(source, tokenizer)
     text = "\n\n".join(documents)
     tokens = encode_text(tokenizer, text)
+    shown = [document for document in documents if isinstance(document, Chat) and document.images]
+    if shown:
+        return _rows(tokenizer, source, documents, tokens, loss_on, images)
     body = length - len(opening)
     scored, rows = None, torch.arange(len(tokens) // body)
     if loss_on == "answers" and any(isinstance(document, Chat) for document in documents):
@@ -326,6 +388,46 @@ def _text(
     )
 
 
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    documents: Sequence[str],
+    tokens: Tensor,
+    loss_on: LossOn,
+    images: Images | None,
+) -> _Rows:
+    """A source with images in it.
+
+    Raises:
+        InputError: images are not read here, or there is nothing to score.
+    """
+    if images is None:
+        raise InputError(
+            f"{source.spec} has rows with images, and here only text is read: leave them out"
+        )
+    _ = images.processor  # says why not before rows are looked at
+    said = [d for d in documents if d.strip() and (not isinstance(d, Chat) or d.answers)]
+    rows = said if loss_on == "answers" else [d for d in documents if d.strip()]
+    if not rows:
+        raise InputError(
+            f"{source.spec} has no row in which an assistant speaks: give --loss-on all"
+        )
+    found = hashlib.sha256("\n\n".join(documents).encode())
+    for document in documents:
+        if isinstance(document, Chat) and document.images:
+            found.update(str(row_key(document)).encode())
+    return _Rows(
+        source=source,
+        sha256=found.hexdigest(),
+        documents=len(documents),
+        tokens=tokens,
+        rows=rows,
+        images=images,
+        tokenizer=tokenizer,
+        loss_on=loss_on,
+    )
+
+
 def _answered(documents: Sequence[str], starts: Tensor) -> Tensor:
     """Which tokens, that begin at ``starts`` [L] in the joined documents, an assistant says, or are
     of a document that is no chat. [L]"""
@@ -339,7 +441,7 @@ def _answered(documents: Sequence[str], starts: Tensor) -> Tensor:
     return scored
 
 
-def _check_distinct(texts: Sequence[_Text]) -> None:
+def _check_distinct(texts: Sequence[_Text | _Rows]) -> None:
     """One text under two sources would be held out and scored at once."""
     for i, text in enumerate(texts):
         for other in texts[:i]:
@@ -355,7 +457,7 @@ def _check_distinct(texts: Sequence[_Text]) -> None:
                 )
 
 
-def _shares(texts: Sequence[_Text], total: int) -> list[int]:
+def _shares(texts: Sequence[_Text | _Rows], total: int) -> list[int]:
     """``total`` windows by weight, rounded by largest remainder; earlier sources win ties."""
     weights = [Fraction(text.source.weight) for text in texts]
     exact = [total * weight / sum(weights) for weight in weights]
@@ -366,7 +468,7 @@ def _shares(texts: Sequence[_Text], total: int) -> list[int]:
 
 
 def _scoring_shares(
-    texts: Sequence[_Text], wanted: int | Literal["all"] | None, length: int
+    texts: Sequence[_Text | _Rows], wanted: int | Literal["all"] | None, length: int
 ) -> list[int]:
     if wanted == "all":
         return [text.windows for text in texts]
@@ -387,7 +489,7 @@ def _scoring_shares(
     raise InputError(f"--windows {total} leaves none for {unused}; raise --windows or its @weight")
 
 
-def _fits(texts: Sequence[_Text], shares: list[int]) -> bool:
+def _fits(texts: Sequence[_Text | _Rows], shares: list[int]) -> bool:
     return all(0 < n <= s.windows for s, n in zip(texts, shares, strict=True))
 
 

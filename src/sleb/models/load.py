@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +42,7 @@ from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.core.units import MAX_BLOCKS
 from sleb.models.auto_classes import auto_class
+from sleb.models.images import images_of
 from sleb.models.in_memory import source_of, unwrapped
 from sleb.models.offload import misshapen
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
@@ -85,7 +87,8 @@ def load(
     progress: Progress = silent,
 ) -> LoadedModel:
     """Load MODEL (a folder, hub id or .gguf file) for scoring; or take a transformers model that is
-    in memory, with its ``tokenizer``: where it is, in its dtype, in evaluation mode from now on.
+    in memory, with its ``tokenizer``, or its processor if that is of images too: where it is, in
+    its dtype, in evaluation mode from now on.
     A PEFT adapter, merged or not, computes along; see :mod:`sleb.models.in_memory`.
 
     ``dtype`` is float32, bfloat16, float16 or auto: the checkpoint's own, except that a CPU
@@ -169,15 +172,28 @@ def load(
                 raise ResourceError(
                     f"{ref} does not fit on {target}; try --stream, or --dtype bfloat16"
                 ) from None
+    tokenizer, processor = _told_apart(tokenizer)
     tokenizer = tokenizer or load_tokenizer(source.path, trust_remote_code=trust)
     _refuse_tokens_without_embedding(model, tokenizer, source.ref)
+    stack = BlockStack(model)
+    stack.images = images_of(stack, source, processor)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        stack=BlockStack(model),
+        stack=stack,
         source=source,
         removed=cut.removed if cut else (),
     )
+
+
+def _told_apart(tokenizer: Any) -> tuple[Any, Any]:
+    """A tokenizer and the processor that it was given as, if it was: of texts and images."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        return tokenizer, None
+    inner = copy(inner)
+    inner.chat_template = inner.chat_template or tokenizer.chat_template
+    return inner, tokenizer
 
 
 def _taken(given: nn.Module, tokenizer: Any, *, as_it_is: bool) -> LoadedModel:
@@ -193,12 +209,14 @@ def _taken(given: nn.Module, tokenizer: Any, *, as_it_is: bool) -> LoadedModel:
     text = decoder_config(model.config)
     refuse_unsupported(text.to_dict(), text.num_hidden_layers)
     source = source_of(model, adapted, tokenizer)
+    tokenizer, processor = _told_apart(tokenizer)
     if tokenizer is None:
         if source.ref != str(model.config._name_or_path):
             raise InputError("the tokenizer of a model in memory is not known: give tokenizer=")
         tokenizer = load_tokenizer(source.path, trust_remote_code=False)
     _refuse_tokens_without_embedding(model, tokenizer, source.ref)
     stack = BlockStack(model.eval())
+    stack.images = images_of(stack, source, processor)
     return LoadedModel(
         model=model, tokenizer=tokenizer, stack=stack, source=source, adapted=adapted
     )
@@ -445,7 +463,11 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     failure = f"{path} has no tokenizer that loads: {_lacking_packages(path) or SAID}"
     failures = map_exceptions((Exception, InputError, failure))
     with quiet_transformers(), failures:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    beside = path / "chat_template.json"  # a processor's, as it was written before .jinja
+    if tokenizer.chat_template is None and beside.is_file():
+        tokenizer.chat_template = read_json(beside).get("chat_template")
+    return tokenizer
 
 
 def _refuse_tokens_without_embedding(model: Any, tokenizer: Any, ref: str) -> None:

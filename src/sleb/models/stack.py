@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sleb.calibration.images import Images
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
 from sleb.models.offload import Reader, fetch, offloading
@@ -100,7 +101,9 @@ class BlockStack:
         self._width: dict[int, int | None] | None = None
         self._parts: dict[int, dict[str, Part]] = {}
         self.reader = Reader()
-        self.checked = False  # that blocks run one by one are the model's own forward pass
+        self.images: Images | None = None  # what windows with images are given by
+        # that blocks run one by one are the model's own forward pass: of texts, of images
+        self.checked: set[bool] = set()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -110,7 +113,8 @@ class BlockStack:
     @torch.inference_mode()
     def enter(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Everything before the first block. ids [B, T] -> hidden [B, T, D] and, per block, the
-        further arguments (masks, positions) that the model would hand it for this batch.
+        further arguments (masks, positions) that the model would hand it for this batch. Of windows
+        with images there is one at a time.
 
         Raises:
             InputError: T is more than the model reads.
@@ -138,8 +142,14 @@ class BlockStack:
 
         with self._shadowed({self.blocks[i]: recorder(i) for i in self.used}):
             with contextlib.suppress(_Entered):
-                self.model(input_ids=ids.to(self.input_device), use_cache=False)
+                self.model(**self.inputs(ids), use_cache=False)
         return entry[0], calls
+
+    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """Windows [B, T] as arguments of the model, with the images of a window that has some."""
+        given = {"input_ids": ids} if self.images is None else self.images.inputs(ids)
+        to, dtype = self.input_device, self.dtype
+        return {k: v.to(to, dtype if v.is_floating_point() else None) for k, v in given.items()}
 
     @torch.inference_mode()
     def run(self, i: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

@@ -146,6 +146,7 @@ def fit_repair(
         length=config.length,
         seed=0,
         loss_on=config.loss_on,
+        images=model.stack.images,
     )
     given = given_tokens(model.stack, config.repair_tokens)
     split = split.with_repair(given, beside_search=True)

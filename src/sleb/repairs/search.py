@@ -63,6 +63,7 @@ def search(
             seed=config.seed,
             heldout=config.heldout if measures_heldout else 0,
             loss_on=config.loss_on,
+            images=model.stack.images,
         )
         of_answers = METRICS[config.metric].answers or goal.keep_answers is not None
         split = with_answers(model, split, config, progress, embedded=of_answers)

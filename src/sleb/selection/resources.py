@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import Tensor
 
 from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
@@ -24,6 +25,11 @@ def default_batch(stack: BlockStack, length: int) -> int:
     width = int(decoder_config(stack.model.config).hidden_size)
     tokens = min(65_536, 2**31 // (2 * width * len(stack)))
     return max(1, tokens // length)
+
+
+def batch_for(stack: BlockStack, ids: Tensor, batch: int | None = None) -> int:
+    """``batch`` windows of ids [N, T] at once, by default see above; one where some have images."""
+    return 1 if (ids < 0).any() else batch or default_batch(stack, ids.shape[1])
 
 
 def room_bytes(stack: BlockStack) -> int:

@@ -51,7 +51,7 @@ from sleb.selection.request import (
     check_options,
     removals,
 )
-from sleb.selection.resources import default_batch, on_threads
+from sleb.selection.resources import batch_for, on_threads
 from sleb.selection.savings import default_length, measure_savings
 from sleb.selection.similarity import Similarity, measure_similarity
 from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES, SearchResult
@@ -173,8 +173,9 @@ class _Search:
             file = GGUFFile.open(Path(model.source.ref).expanduser())
             self.costs = self.costs.in_file(GGUFModel.of(file))
         self._weigh()
-        self.batch = config.batch or default_batch(stack, self.windows.ids.shape[1])
+        self.batch = batch_for(stack, self.windows.ids, config.batch)
         self.stack = CompiledStack(stack.model, self.batch) if config.compile else stack
+        self.stack.images = stack.images
 
     def _weigh(self) -> None:
         """Measure what each candidate saves, if they are weighed by that; what saves nothing is no

@@ -22,7 +22,7 @@ from sleb.core.registry import Registry
 from sleb.core.statistics import Values
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
-from sleb.selection.resources import default_batch
+from sleb.selection.resources import batch_for
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """``measure(a [A, N, D], b [B, N, D]) -> float32 [A, B, N]`` per token, or [A, B, 1] per window."""
@@ -118,15 +118,16 @@ def measure_similarity(
         DataError: a hidden state is NaN or infinite; the message names block and window.
     """
     compare = MEASURES[measure]
-    stack, (n, length) = model.stack, windows.ids.shape
-    batch = batch or default_batch(stack, length)
+    stack, n = model.stack, len(windows.ids)
+    batch = batch_for(stack, windows.ids, batch)
     per_token: list[Tensor] = []  # each [S, S]: sums of squares over a window's tokens
     per_window: list[Tensor] = []  # each [S, S]: means over a window's tokens
     with progress.stage("measuring similarity", n) as tick:
         for start in range(0, n, batch):
             states = _states(stack, windows.ids[start : start + batch], start)  # [S, B, T, D]
             for w in range(states.shape[1]):
-                values = compare(states[:, w], states[:, w]).double()
+                real = states[:, w, : windows.lengths[start + w]]
+                values = compare(real, real).double()
                 per_window.append(values.mean(-1).cpu())
                 per_token.append(values.square().mean(-1).cpu())
                 tick()

@@ -47,7 +47,7 @@ from sleb.core.units import block_of, whole
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.metrics import TokenMetric
 from sleb.selection.objective import DENSE, BlockSet, Call, Scorer
-from sleb.selection.resources import busy_tokens, default_batch, free_bytes, logit_bytes
+from sleb.selection.resources import batch_for, busy_tokens, free_bytes, logit_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,10 @@ class Sweep:
         patch: Patch | None = None,
         scored: Tensor | None = None,
     ) -> None:
+        if scored is None and (ids < 0).any():
+            raise ValueError("places of images are not scored: say which tokens are")
         self.stack, self.ids, self.metric, self.scored = stack, ids, metric, scored
-        self.batch = batch or default_batch(stack, ids.shape[1])
+        self.batch = batch_for(stack, ids, batch)
         self.max_bytes = max_bytes or free_bytes(stack) // 2
         if stack.streamed:  # decides how windows are sharded
             self.max_bytes = min(map(int, group().exchange(b"%d" % self.max_bytes)))
@@ -247,7 +249,7 @@ class Sweep:
             parts = self.walk(wanted, ids, users)
         else:
             parts = self._walk_patched(wanted, ids, users)
-        if not self.stack.checked:
+        if bool((parts[0].ids < 0).any()) not in self.stack.checked:
             self._check(parts[0].hidden, parts[0].ids)
         columns = []
         which = iter(torch.split(counted, self.batch) if counted is not None else ())
@@ -324,7 +326,7 @@ class Sweep:
         # whole windows at a time, or slices of one window: never more positions than it has,
         # so that learned position tables are long enough
         high, wide = max(1, rows // predicted), min(rows, predicted)
-        following = ids[:, 1:].to(hidden.device)
+        following = ids[:, 1:].clamp_min(0).to(hidden.device)  # no place of an image is scored
         values: Tensor | None = None
         for a in range(0, len(hidden), high):
             window = torch.arange(a, min(a + high, len(hidden)), device=hidden.device) % batch
@@ -351,7 +353,7 @@ class Sweep:
         streamed, that reads all of them once more."""
         removed, hidden = next(iter(final.items()))
         with self.stack.bypassed(removed):
-            own = self.stack.model(input_ids=ids[:1].to(self.stack.input_device), use_cache=False)
+            own = self.stack.model(**self.stack.inputs(ids[:1]), use_cache=False)
         walked, own = self.stack.exit(hidden[:1]).float(), own.logits.float()
         gap = (walked - own).abs().max().item()
         off, most = gap / max(own.abs().max().item(), 1e-6), 1e-3
@@ -364,7 +366,7 @@ class Sweep:
                 f"{self.stack.name}: running its blocks one by one differs from its own forward "
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
-        self.stack.checked = True
+        self.stack.checked.add(bool((ids < 0).any()))
 
 
 # -- several processes -------------------------------------------------------------------------
