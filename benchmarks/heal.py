@@ -6,8 +6,8 @@
 CUT is a folder from `sleb prune` or `sleb apply` on MODEL, and made first where it is not there, of
 ``--removed`` blocks; FOLDER is laid out as texts.py and answers.py say, with prompts to learn from
 in ``answers/*_fit.jsonl``. The cut is healed once for each variant: a name, and behind a colon what
-it has of its own: options of `sleb heal`, and ``mix``, the kinds of windows that are learned from
-with their parts. Of the result, of the cut and of MODEL are measured right answers to
+it has of its own: options of `sleb heal`; ``mix``, the kinds of windows that are learned from, with
+their parts; and ``own_text``, how many windows the model writes at most. Of the result, of the cut and of MODEL are measured right answers to
 ``answers/*_dev.jsonl`` (as answers.py does) and perplexity on test texts of texts.py, none of which
 was learned from. The file is written after each variant; those that are in it are not done again,
 and none is begun that would not be done within ``--budget`` seconds. Answers need a GPU.
@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from answers import HEALING, Measure, prompts_given
@@ -33,7 +34,7 @@ from texts import prepare
 import sleb
 from sleb.core.errors import InputError, SlebError
 from sleb.core.progress import silent
-from sleb.distillation import heal
+from sleb.distillation import heal, mix
 from sleb.distillation.mix import Material, Mix
 from sleb.record import Stopwatch
 
@@ -106,9 +107,9 @@ def healed(options: argparse.Namespace, given: dict[str, Any], one: str, out: Pa
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
     amount = {"minutes": options.minutes, "tokens": options.tokens}
-    with learning_from(parts):
+    with learning_from(parts), patch.object(mix, "OWN", own.pop("own_text", mix.OWN)):
         done = heal(options.cut, options.model, out, progress=watch, **{**given, **amount, **own})
-    row = {"name": name, "options": own, "mix": parts}
+    row = {"name": name, "asked": one}
     row |= {"seconds": round(time.monotonic() - start, 1), "phases": watch.seconds}
     row["healing"] = {key: getattr(done, key) for key in HEALING}
     if torch.cuda.is_available():
@@ -169,7 +170,7 @@ def main() -> None:
                 row = healed(options, given, one, out)
                 row |= measured(out)
             except SlebError as error:  # the other variants are worth having
-                row = {"name": variant(one)[0], "options": one, "error": str(error)}
+                row = {"name": variant(one)[0], "asked": one, "error": str(error)}
             report["healed"].append(row)
             save(options.out, report)
             longest = max(longest, time.monotonic() - begun)

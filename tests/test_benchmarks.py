@@ -312,3 +312,24 @@ def test_variants_of_healing_are_measured_and_what_is_done_is_kept(
     assert run("heal", model, cut, *asked, *three) == report, "no run is done twice"
     late = run("heal", model, cut, *asked, "--budget", 0, "-o", tmp_path / "other.json")
     assert late["healed"] == [], "none is begun that would not be done in time"
+
+
+@pytest.mark.slow
+def test_steps_of_healing_are_timed_at_a_model_s_size(run, tmp_path, monkeypatch):
+    asked = ["--shape", "tiny", "--batch", 2, "--length", 32, "--steps", 2, "--device", "cpu"]
+    report = run("heal_size", *asked, "--ways", "adamw,lora+recompute", "-o", tmp_path / "o.json")
+    assert report["product_teraflops"] > 0
+    for row in report["ways"].values():
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"], rel=0.01)
+        assert row["blocks"] == 6
+    shape = SHAPES["tiny"]
+    whole, adapters = (row["trained"] for row in report["ways"].values())
+    assert whole == 6 * (shape.block_parameters + 2 * shape.width)
+    assert adapters < whole
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory\nin many lines")
+
+    monkeypatch.setattr("heal_size.random_llama", full)
+    report = run("heal_size", *asked, "--ways", "adamw", "-o", tmp_path / "o.json")
+    assert report["ways"] == {"adamw": {"error": "out of memory"}}

@@ -209,15 +209,13 @@ class Healing:
         dense = self.dense.stack.dtype
         dtype = dense if dense == torch.float32 else torch.bfloat16  # float16's gradients vanish
         model = self._load(self.cut, dtype)
+        moments = self.config.optimizer == "adamw"
         student = Student(
-            model,
-            self.checkpoint,
-            rank=self.config.lora,
-            seed=self.config.seed,
-            copies=self.config.optimizer == "adamw",
+            model, self.checkpoint, rank=self.config.lora, seed=self.config.seed, copies=moments
         )
-        # of float32: weights, best, and two moments; and room to replace the file as a whole
-        enough_space(self.out.parent, self.checkpoint.nbytes + 2 * 16 * student.count)
+        # weights and best ones, of float32 with two moments; and room to replace the file
+        state = (16 if moments else 2 * dtype.itemsize) * student.count
+        enough_space(self.out.parent, self.checkpoint.nbytes + 2 * state)
         cut, weight = Cut.of(self.plan), self.config.hidden_loss
         beside = segments(cut.kept, cut.blocks)
         training = Training(

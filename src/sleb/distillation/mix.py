@@ -35,7 +35,7 @@ STEPS = 32
 HELDOUT = 32
 PASSES = 4
 """How often a run goes through the answers to its own prompts, at most."""
-OWN = {"cpu": 256, "cuda": 1024}
+OWN = 256
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
 
@@ -157,7 +157,7 @@ class Material:
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
         given = len(texts.ids)
         on = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
-        own = min(OWN[on], max(given // (SHARE - 1), wanted - given))
+        own = min(OWN, max(given // (SHARE - 1), wanted - given))
         if own and can_generate(dense.stack):
             texts = joined(texts, own_text(dense, own, length, config.seed, progress))
         train, held = {TEXTS: texts}, {TEXTS: validation}
