@@ -7,10 +7,11 @@ CUT is a folder from `sleb prune` or `sleb apply` on MODEL, and made first where
 ``--removed`` blocks; FOLDER is laid out as texts.py and answers.py say, with prompts to learn from
 in ``answers/*_fit.jsonl``. The cut is healed once for each variant: a name, and behind a colon what
 it has of its own: options of `sleb heal`; ``mix``, the kinds of windows that are learned from, with
-their parts; and ``own_text``, how many windows the model writes at most. Of the result, of the cut and of MODEL are measured right answers to
-``answers/*_dev.jsonl`` (as answers.py does) and perplexity on test texts of texts.py, none of which
-was learned from. The file is written after each variant; those that are in it are not done again,
-and none is begun that would not be done within ``--budget`` seconds. Answers need a GPU.
+their parts; and ``own_text``, how many windows the model writes at most. Of the result, of the cut
+and of MODEL are measured right answers to ``answers/*_dev.jsonl`` (as answers.py does) and
+perplexity on test texts of texts.py, none of which was learned from. The file is written after each
+variant; those that are in it are not done again, and none is begun that would not be done within
+``--budget`` seconds. Answers need a GPU.
 """
 
 from __future__ import annotations
