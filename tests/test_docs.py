@@ -172,11 +172,37 @@ def test_links_lead_somewhere():
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_reference_has_every_verb_option_and_public_name():
+@pytest.fixture(scope="module")
+def site_tool():
     spec = importlib.util.spec_from_file_location("site_tool", ROOT / "tools" / "site.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    found = tool.reference()
+    return tool
+
+
+def test_messages_that_are_explained_are_those_of_the_code(site_tool):
+    page, known = read("docs/troubleshooting.md"), site_tool.messages()
+    quoted = 0
+    for section in page.split("\n## Exit code ")[1:]:
+        code = int(section.split(":")[0])
+        for line in re.findall(r"^\|? ?`([^`]+)`(?: \||: Ctrl)", section, re.MULTILINE):
+            # what the message itself has in backticks is left out of a quotation
+            said = [text.replace("`…`", "…") for text in known[code]]
+            assert any(line in text for text in said), f"{code}: {line}"
+            quoted += 1
+    assert quoted > 45
+    assert {code for code in known if f"## Exit code {code}:" in page} == {*known}
+
+
+def test_messages_of_every_exit_code_are_in_the_list(site_tool):
+    assert {*site_tool.messages()} == {2, 3, 4, 5, 6, 130}
+    page = site_tool.message_page()
+    for text in ("no plan at …; make one with: sleb search MODEL -o …", "disk full; free some"):
+        assert f"\n{text}" in page
+
+
+def test_the_reference_has_every_verb_option_and_public_name(site_tool):
+    found = site_tool.reference()
     for name in sleb.__all__:
         assert f"### sleb.{name}\n" in found
     for verb, command in VERBS.items():
@@ -186,7 +212,8 @@ def test_the_reference_has_every_verb_option_and_public_name():
 
 def test_every_page_is_in_the_site():
     named = set(re.findall(r": (docs/\S+\.md)$", read("mkdocs.yml"), re.MULTILINE))
-    assert named - {"docs/reference.md"} == {f"docs/{p.name}" for p in ROOT.glob("docs/*.md")}
+    made = {"docs/reference.md", "docs/messages.md"}
+    assert named - made == {f"docs/{p.name}" for p in ROOT.glob("docs/*.md")}
 
 
 @guides

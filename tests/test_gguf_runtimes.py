@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gguf_tools import (
 )
 from runtime_tools import next_logprobs
 from sleb.checkpoints.gguf_fields import ARCHITECTURES
-from sleb.checkpoints.gguf_file import GGUFFile, NewTensor, write_gguf
+from sleb.checkpoints.gguf_file import GGUFFile, GGUFTensor, NewTensor, write_gguf
 from sleb.core.units import block_of, parse_unit, part_of
 from sleb.surgery.gguf_cut import cut_gguf
 
@@ -95,6 +95,32 @@ def silenced(model: Path, out: Path, removed: tuple[int, ...]) -> Path:
     return rewritten(model, out, lambda name, raw: bytes(len(raw)) if name in off else raw)
 
 
+def without(model: Path, out: Path, units: Sequence[int]) -> Path:
+    """The whole file, with zeros where these blocks, or parts of them, would write."""
+    off = {
+        f"blk.{block_of(unit)}.{name}.weight"
+        for unit in units
+        for name, part in (("attn_output", "attention"), ("ffn_down", "mlp"))
+        if part_of(unit) in ("", part)
+    }
+    return rewritten(model, out, lambda name, raw: bytes(len(raw)) if name in off else raw)
+
+
+def in_f32(model: Path, out: Path) -> Path:
+    """The same file with every tensor as 32-bit floats."""
+    file = GGUFFile.open(model)
+
+    def widened(tensor: GGUFTensor) -> NewTensor:
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        content = gguf.dequantize(np.frombuffer(file.content(tensor), np.uint8), kind)
+        raw = content.astype(np.float32).tobytes()
+        return NewTensor(name=tensor.name, source=tensor, kind=F32["kind"], content=raw)
+
+    tensors = [widened(tensor) for tensor in file.tensors.values()]
+    write_gguf(file, out, values={}, tensors=tensors, tick=lambda _: None)
+    return out
+
+
 def rounded(name: str, raw: bytes) -> bytes:
     """Weights that bfloat16 can hold, to which sleb dequantizes a file."""
     if name.startswith("rope_freqs"):
@@ -151,21 +177,43 @@ def test_blocks_without_a_part_are_the_file_with_it_silenced(
     model = write_tiny(tmp_path / "m.gguf", architecture, **how)
     plan = plan_of(architecture, 8, *map(parse_unit, units))
     cut = cut_gguf(plan, model, tmp_path / "cut.gguf", other_weights=True).out
-    off = {
-        f"blk.{block_of(unit)}.{name}.weight"
-        for unit in plan.removed
-        for name, part in (("attn_output", "attention"), ("ffn_down", "mlp"))
-        if part_of(unit) in ("", part)
-    }
-    silent = rewritten(
-        model, tmp_path / "0.gguf", lambda name, raw: bytes(len(raw)) if name in off else raw
-    )
+    silent = without(model, tmp_path / "0.gguf", plan.removed)
     whole, expected, found = run(model, silent, cut)
     assert np.abs(whole - expected).max() > 0.1
     if architecture == "llama":
         np.testing.assert_array_equal(found, expected)
     else:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if kind == "F32" else 0.2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "kind", "mean", "worst"),
+    [
+        ("SLEB_TEST_MODEL", "own", 0, 0),
+        ("SLEB_TEST_MODEL", "F32", 0, 0),
+        ("SLEB_TEST_QWEN", "own", 0.1, 0.5),
+        ("SLEB_TEST_QWEN", "F32", 1e-5, 1e-3),
+    ],
+)
+def test_a_real_file_without_attentions_is_the_file_with_them_silenced(
+    variable, kind, mean, worst, run, tmp_path
+):
+    """SLEB_TEST_QWEN: a Qwen2 GGUF file, quantized or not; three times its size in 32 bits must
+    fit on the disk. Bounds are in nats, of the 50 likeliest next tokens."""
+    if not (path := os.environ.get(variable)):
+        pytest.skip(f"{variable} is not set")
+    model = Path(path) if kind == "own" else in_f32(Path(path), tmp_path / "m.gguf")
+    file = GGUFFile.open(model)
+    name = str(file.value("general.architecture"))
+    units = [parse_unit(f"{block}.attention") for block in (3, 7, 8, 12, 18, 23)]
+    plan = plan_of(name, file.value(f"{name}.block_count"), *units)
+    cut = cut_gguf(plan, model, tmp_path / "cut.gguf", other_weights=True).out
+    whole, expected, found = run(model, without(model, tmp_path / "0.gguf", units), cut)
+    assert np.abs(whole - expected).max() > 1
+    likeliest = np.argsort(-expected, axis=1)[:, :50]
+    off = np.abs(np.take_along_axis(found - expected, likeliest, 1))
+    assert off.mean() <= mean, (off.mean(), off.max())
+    assert off.max() <= worst, (off.mean(), off.max())
 
 
 @pytest.mark.usefixtures("readable")
