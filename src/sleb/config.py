@@ -810,6 +810,12 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")
+    stages: int = option(
+        1,
+        "Heal shallower cuts first: so many stages in all, each with as large a part of the "
+        "training.",
+        ge=1,
+    )
     local_first: bool = option(
         False,
         "First train the blocks beside gaps alone, on the original's hidden states.",

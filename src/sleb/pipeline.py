@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ from sleb.distillation import distill
 from sleb.distillation.distill import Healing
 from sleb.distillation.mix import TEXTS
 from sleb.distillation.record import Healed
+from sleb.distillation.stages import first_stages, stages_folder
 from sleb.evaluation.agreement import agreement_of, measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
@@ -192,7 +194,7 @@ def heal(
     config: HealConfig,
     *,
     command: str = "sleb.heal",
-    stages: dict[str, str] | None = None,
+    stage_keys: dict[str, str] | None = None,
     save_every: float = 60.0,
     progress: Progress = silent,
 ) -> Pruned:
@@ -216,7 +218,7 @@ def heal(
         record = RunRecord(
             command=command,
             started=watch.started,
-            stages=stages or {},
+            stages=stage_keys or {},
             verification=_verified(stage, out, model, healing.healed, watch, **how),
             parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
             nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
@@ -230,7 +232,14 @@ def heal(
         (stage / "README.md").write_text(card, encoding="utf-8")
         found.append(record)
 
-    distill.heal(cut, model, out, config, save_every=save_every, finish=finish, progress=watch)
+    start, last = Path(cut), config
+    writable_target(out, force=config.force)
+    if config.stages > 1:
+        start, last = first_stages(start, model, out, config, watch)
+    how: dict[str, Any] = {"save_every": save_every, "finish": finish, "progress": watch}
+    distill.heal(start, model, out, last, stage_of=Path(cut), **how)
+    if config.stages > 1:
+        shutil.rmtree(stages_folder(out))
     return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=found[0])
 
 
@@ -263,7 +272,8 @@ def prune_and_heal(
     model = _place(model)
     if not leave_group():
         return done
-    return heal(cut, model, out, healing, command=command, stages=stages, progress=progress)
+    how: dict[str, Any] = {"command": command, "stage_keys": stages, "progress": progress}
+    return heal(cut, model, out, healing, **how)
 
 
 def _healed_facts(

@@ -55,6 +55,7 @@ def heal(
     out: str | Path,
     config: HealConfig,
     *,
+    stage_of: Path | None = None,
     save_every: float = 60.0,
     finish: Callable[[Path, Healing, Healed], None] | None = None,
     progress: Progress = silent,
@@ -68,7 +69,8 @@ def heal(
     only adapters of that rank. The learning rate is found by a range test. The divergence of
     windows that are not trained on is measured ten times in a run; one that is worse goes on from
     its best weights with a lower rate, and these are taken in the end. Options: see
-    :class:`HealConfig`. ``finish`` gets the folder before it is named ``out``.
+    :class:`HealConfig`, of which ``stages`` are for :mod:`sleb.distillation.stages`; ``stage_of``:
+    the cut that is healed in these. ``finish`` gets the folder before it is named ``out``.
 
     What a stopped run needs to go on is in the file ``out``.heal, written every ``save_every``
     seconds and at Ctrl-C; the same call again goes on, on a CPU to the same bits.
@@ -87,7 +89,7 @@ def heal(
     job = Healing(cut, out, plan, _dense(model, out, config, progress), config, progress)
     try:
         training, stopped = job.train(save_every)
-        done = job.write(training, stopped, finish)
+        done = job.write(training, stopped, stage_of or cut, finish)
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"out of memory on {job.device} with --at-once {job.at_once}; give a lower --at-once, "
@@ -165,7 +167,7 @@ class Healing:
             seconds=None if config.minutes is None else 60 * config.minutes,
         )
         chosen = {"tokens", "lr", "minutes", "optimizer", "lora", "recompute", "seed"}
-        chosen |= {"local_first", "hidden_loss"}
+        chosen |= {"stages", "local_first", "hidden_loss"}
         self.settings = {
             "model": plan.model.weights_sha256,
             "cut": fingerprint(self.checkpoint, self.blocks).weights_sha256,
@@ -250,6 +252,7 @@ class Healing:
         self,
         training: Training,
         stopped: Reason,
+        cut: Path,
         finish: Callable[[Path, Healing, Healed], None] | None,
     ) -> Healed:
         """Write the trained weights as a checkpoint, and load and validate it."""
@@ -276,7 +279,7 @@ class Healing:
             done = Healed(
                 path=str(self.out),
                 model=self.dense.source.ref,
-                cut=str(self.cut),
+                cut=str(cut),
                 removed=self.plan.removed,
                 repaired=self.plan.repair is not None,
                 texts=by_text(self.before, after, heldout),
@@ -316,14 +319,12 @@ class Healing:
             digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
             known = f"{prefix}{cut.kept[int(block)]}.{rest}"
             healed.append(RepairedTensor(name=known, sha256=digest))
-        gaps = tuple(
-            RepairedGap(removed=tuple(range(*run)), ridge=None, tensors=(), before={}, after={})
-            for run in consecutive_runs(self.plan.removed)
-        )
         texts, heldout = (
             part[TEXTS].record for part in (self.material.train, self.material.validation)
         )
-        plain = RepairRecord(gaps=gaps, reach=0, calibration=texts, heldout=heldout)
+        plain = RepairRecord(
+            gaps=gaps_of(self.plan.removed), reach=0, calibration=texts, heldout=heldout
+        )
         repair = (self.plan.repair or plain).model_copy(update={"healed": tuple(healed)})
         return self.plan.model_copy(update={"repair": repair})
 
@@ -347,6 +348,14 @@ class Healing:
             raise VerificationFailed(
                 "the healed checkpoint computes other logits than it was trained to"
             )
+
+
+def gaps_of(removed: tuple[int, ...]) -> tuple[RepairedGap, ...]:
+    """The gaps of a cut, at which nothing is fitted."""
+    return tuple(
+        RepairedGap(removed=tuple(range(*run)), ridge=None, tensors=(), before={}, after={})
+        for run in consecutive_runs(removed)
+    )
 
 
 @torch.no_grad()
