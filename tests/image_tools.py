@@ -82,12 +82,30 @@ def _qwen() -> Any:
     )
 
 
+class _OfImages3(transformers.Qwen3VLProcessor):
+    """Likewise."""
+
+    get_attributes = _OfImages.get_attributes
+    __init__ = _OfImages.__init__
+
+
+def _qwen3() -> Any:
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 8 * 28 * 28}
+    return _OfImages3(
+        transformers.Qwen2VLImageProcessorPil(size=pixels),
+        _tokenizer(image_token="<|image_pad|>"),
+        TEMPLATE.replace("IMAGE", "(<|image_pad|>)"),
+    )
+
+
 _INDEX = {"image_token_index": FIRST, "text_config": VOCABULARY}
+_TOKENS = ("image_token_id", "video_token_id")
 _QWEN = {**VOCABULARY, "image_token_id": FIRST, "video_token_id": 263}
 SEEING: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "gemma3": (_gemma3, _INDEX),
     "llava": (_llava, _INDEX),
     "qwen2_5_vl": (_qwen, _QWEN),
+    "qwen3_vl": (_qwen3, {"text_config": VOCABULARY, **{k: _QWEN[k] for k in _TOKENS}}),
 }
 """By name of ``wrappers.WRAPPERS``: the processor, and what its model's file says otherwise."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb.core.errors import SAID, InputError, ResourceError, map_exceptions
-from sleb.models.stack import BlockStack
+from sleb.models.stack import BlockStack, Call
 
 
 class CompiledStack(BlockStack):
@@ -36,7 +36,7 @@ class CompiledStack(BlockStack):
         self._forward: Callable[..., Any] = torch.compile(_forward, dynamic=False)
 
     @torch.inference_mode()
-    def run(self, i: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    def run(self, i: int, hidden: Tensor, call: Call) -> Tensor:
         """Block ``i`` alone; see :meth:`BlockStack.run`.
 
         Raises:
@@ -47,10 +47,9 @@ class CompiledStack(BlockStack):
         from torch._dynamo.exc import BackendCompilerFailed
 
         why = f"{self.name}: its blocks do not compile here: {SAID}; leave out --compile"
-        args, kwargs = call
         with map_exceptions((BackendCompilerFailed, ResourceError, why)):
-            out = self._forward(self.blocks[i], hidden, args, kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+            out = self._forward(self.blocks[i], hidden, call.args, call.kwargs)
+        return self.skip(out if isinstance(out, Tensor) else out[0], call)
 
 
 def _forward(block: nn.Module, hidden: Tensor, args: Any, kwargs: Any) -> Any:

@@ -44,15 +44,6 @@ def refuse_fixed(config: Any, removed: Collection[int]) -> None:
         )
 
 
-def images_between(config: Any) -> str:
-    """Why what images add to the stream is not all there before the first block; empty if it is."""
-    if getattr(decoder_config(config), "cross_attention_layers", None):
-        return "blocks of their own attend to images"
-    if n := _visual(config):
-        return f"features of images are added between the first {n} blocks"
-    return ""
-
-
 def refuse_parts(config: Any) -> None:
     """
     Raises:

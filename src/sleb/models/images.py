@@ -8,9 +8,8 @@ from typing import Any
 
 from sleb.calibration.images import Images
 from sleb.core.errors import SAID, InputError, UnsupportedModel, map_exceptions
-from sleb.models.fixed_blocks import images_between
 from sleb.models.source import ModelSource, quiet_transformers
-from sleb.models.stack import BlockStack
+from sleb.models.stack import BlockStack, decoder_config
 
 
 def images_of(stack: BlockStack, source: ModelSource, processor: Any = None) -> Images:
@@ -36,7 +35,7 @@ def images_of(stack: BlockStack, source: ModelSource, processor: Any = None) -> 
 def _refuse_images(stack: BlockStack, source: ModelSource, placeholder: int) -> None:
     """
     Raises:
-        UnsupportedModel: the model takes no images, or not before its blocks alone.
+        UnsupportedModel: the model takes no images, or in blocks of their own.
     """
     advice = "leave out rows with images"
     if source.is_gguf:
@@ -49,9 +48,10 @@ def _refuse_images(stack: BlockStack, source: ModelSource, placeholder: int) -> 
             f"{source.ref} is a {stack.name}, which reads text alone: {advice}, or give a "
             "vision-language model"
         )
-    if why := images_between(stack.model.config):
+    if getattr(decoder_config(stack.model.config), "cross_attention_layers", None):
         raise UnsupportedModel(
-            f"{source.ref}: {why}, so blocks cannot be scored one by one with them: {advice}"
+            f"{source.ref}: blocks of their own attend to images, and sleb runs the others alone: "
+            f"{advice}"
         )
 
 

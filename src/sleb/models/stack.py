@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ PROBE_TOKENS = 8
 
 class _Entered(Exception):
     """Ends a forward pass once every block's call is recorded; never leaves this module."""
+
+
+class Call(NamedTuple):
+    """What the model hands a block besides the hidden state, and what it adds to the stream behind
+    that block: features of images [B, T, D], in some models."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    added: Tensor | None = None
 
 
 def decoder_config(config: Any) -> Any:
@@ -111,7 +121,7 @@ class BlockStack:
     # -- running the three parts -------------------------------------------------------------
 
     @torch.inference_mode()
-    def enter(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Everything before the first block. ids [B, T] -> hidden [B, T, D] and, per block, the
         further arguments (masks, positions) that the model would hand it for this batch. Of windows
         with images there is one at a time.
@@ -125,18 +135,24 @@ class BlockStack:
                 f"{self.name} reads: use --length {self.max_length}"
             )
         *_, last = self.used
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {}) for _ in self.blocks]
+        calls = [Call() for _ in self.blocks]
         entry: list[Tensor] = []
+        run: list[int] = []
+        seen = bool((ids < 0).any())
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = _split(args, kwargs)
-                calls[i] = args, kwargs
+                calls[i] = Call(args, kwargs)
                 if not entry:
                     entry.append(hidden)
+                elif seen and hidden.any():
+                    calls[run[-1]] = calls[run[-1]]._replace(added=hidden)
                 if i == last:
                     raise _Entered
-                return self._wrap(i, hidden)
+                run.append(i)
+                # after nothing, what the next block gets is what is added in between
+                return self._wrap(i, torch.zeros_like(hidden) if seen else hidden)
 
             return forward
 
@@ -152,14 +168,18 @@ class BlockStack:
         return {k: v.to(to, dtype if v.is_floating_point() else None) for k, v in given.items()}
 
     @torch.inference_mode()
-    def run(self, i: int, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """Block ``i`` alone. hidden [B, T, D] -> [B, T, D]; ``call`` comes from :meth:`enter`. A
-        block that text does not run through gives back what it is given."""
+    def run(self, i: int, hidden: Tensor, call: Call) -> Tensor:
+        """Block ``i`` alone, and what the model adds behind it. hidden [B, T, D] -> [B, T, D];
+        ``call`` comes from :meth:`enter`. A block that text does not run through gives back what it
+        is given."""
         if i not in self.used:
             return hidden
-        args, kwargs = call
-        out = self.blocks[i](hidden, *args, **kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+        out = self.blocks[i](hidden, *call.args, **call.kwargs)
+        return self.skip(out if isinstance(out, Tensor) else out[0], call)
+
+    def skip(self, hidden: Tensor, call: Call) -> Tensor:
+        """What comes behind a block that passes on ``hidden`` [B, T, D]."""
+        return hidden if call.added is None else hidden + call.added.to(hidden.device)
 
     @torch.inference_mode()
     def exit(self, hidden: Tensor) -> Tensor:

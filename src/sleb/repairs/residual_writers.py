@@ -136,7 +136,7 @@ def find_residual_writers(
     hidden, calls = stack.enter(ids)
     bypassed = stack.bypassed(without)  # asks for the block's parts in its own dtype
     with bypassed, stack.holding(i), _computing_in_float32(stack.blocks[i]):
-        return _probed(stack.blocks[i], hidden.float(), _in_float32(calls[i]), generator)
+        return _probed(stack.blocks[i], hidden.float(), _in_float32(calls[i][:2]), generator)
 
 
 def _probed(

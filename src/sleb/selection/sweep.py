@@ -82,7 +82,8 @@ class Part:
         """Take the prefixes through block i that become each of ``runs``, which leave out the same
         parts of it, at most ``most`` in one call, and those past it that become ``skips``; drop all
         others."""
-        after = {prefix: self.hidden[below(prefix, i)] for prefix in skips}
+        stack, call = self.stack, self._calls[1][i]
+        after = {prefix: stack.skip(self.hidden[below(prefix, i)], call) for prefix in skips}
         uses = Counter(below(prefix, i) for together in runs for prefix in together)
         for share in chain.from_iterable(groups(together, most) for together in runs):
             if len(share) not in self._calls:
