@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import sys
 from math import log
 from pathlib import Path
@@ -19,6 +20,7 @@ from sleb.selection.objective import BlockSet
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import choosing  # noqa: E402
 import plot  # noqa: E402
 import quality  # noqa: E402
 import scale  # noqa: E402
@@ -115,6 +117,14 @@ def test_quality_scores_every_system_and_its_page_shows_it(run, learned, data, t
     late = run("quality", *common, "--minutes", 0.0001, "-o", tmp_path / "late.json")
     assert late["systems"] == []
     assert "Not begun for lack of time: cosine" in capsys.readouterr().out
+
+
+def test_the_page_of_methods_is_made_of_the_results():
+    """After a new result: python benchmarks/choosing.py -o docs/choosing.md"""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert choosing.render() == page
+    for file in re.findall(r"`([\w.-]+\.json)`", page):
+        assert (ROOT / "benchmarks" / "results" / file).is_file()
 
 
 def test_what_calibrates_does_not_test(data, tmp_path):

@@ -1,0 +1,234 @@
+"""The page docs/choosing.md: which method when, and the models that were run, from the results.
+
+python benchmarks/choosing.py -o docs/choosing.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from common import RESULTS
+from pages import page
+
+from sleb.core.files import write_text
+
+__all__ = ["render"]
+
+QUALITY = ("quality-h200-smollm2.json", "quality-h200-gemma-3-270m.json")
+HEALED = "heal-h200-window.json"
+UNITS = "units-h200-qwen2.5-coder-1.5b.json"
+ROUNDED = ("quantize-smollm2.json", "quantize-gemma-3-270m.json")
+NAMES = {
+    "qwen.gguf": "Qwen2.5-Coder-1.5B-Instruct",
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct",
+    "gemma-3-270m": "Gemma-3-270M",
+}
+SYSTEMS = {
+    "cosine": "cosine (ShortGPT)",
+    "sleb": "SLEB, as published",
+    "greedy": "greedy: SLEB on all texts",
+    "window": "best window",
+    "beam": "beam of 4",
+    "repair-aware": "loss after a repair",
+}
+
+
+def read(file: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    return found
+
+
+def name(model: str) -> str:
+    """A model by its own name, where a result has that of its file."""
+    return NAMES.get(model, model)
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def seconds(value: float) -> str:
+    return (
+        f"{value:.1f} s"
+        if value < 10
+        else f"{value:.0f} s"
+        if value < 600
+        else f"{value / 60:.0f} min"
+    )
+
+
+def trained_for(report: dict[str, Any]) -> str:
+    """Of a result of answers.py, as it was asked for."""
+    return f"{report['what']['heal']:g} min"
+
+
+def quality_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every choice of blocks, the smaller cuts first."""
+    rows = []
+    right = report["dense"]["tasks"]["mean"]
+    every = [*report["domains"], *report["unseen"]]
+    for system in report["systems"]:
+        times = {search["removed"]: search["seconds"] for search in system["searches"]}
+        for cut in system["sets"]:
+            after = cut["repaired"]
+            took = times.get(cut["removed"])
+            rows.append(
+                {
+                    "system": system["system"],
+                    "removed": cut["removed"],
+                    "plain": cut["plain"]["geo"]["value"],
+                    "repaired": after["geo"]["value"],
+                    "unseen": after["unseen_geo"]["value"],
+                    "answers": after["tasks"]["mean"] / right,
+                    "all": geometric_mean(after["domains"][n]["ratio"]["value"] for n in every),
+                    "search": "" if took is None else seconds(took),
+                    "seconds": max(times.values()) + cut["repair"]["seconds"],
+                }
+            )
+    order = [*SYSTEMS]
+    return sorted(rows, key=lambda row: (row["removed"], order.index(row["system"])))
+
+
+def sizes() -> dict[str, tuple[float, float]]:
+    """Bytes of the weights in 16 bit, and of a block of them, by model."""
+    units = read(UNITS)
+    blocks = next(s for s in units["systems"] if s["system"] == "blocks")
+    dense = units["dense"]["weight_bytes"]
+    found = {
+        name(units["model"]): (dense, (dense - blocks["weight_bytes"]) / len(blocks["removed"]))
+    }
+    for report in map(read, ROUNDED):
+        whole, cut = (
+            next(row["disk_bytes"] for row in report["rows"] if row["name"] == of)
+            for of in ("dense", "pruned")
+        )
+        found[name(report["model"])] = (whole, (whole - cut) / len(report["removed"]))
+    return found
+
+
+def answer_cuts() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """File, report and cut of each result of answers.py, with the cut's number of blocks gone."""
+    for path in sorted(RESULTS.glob("answers-h200-*.json")):
+        report = read(path.name)
+        for cut in report["cuts"]:
+            yield path.name, report, cut
+
+
+def heal_rows() -> Iterator[dict[str, Any]]:
+    healed = {
+        (file, tuple(cut["removed"])) for file, _, cut in answer_cuts() if "healed" in cut["system"]
+    }
+    for file, report, cut in answer_cuts():
+        if (file, tuple(cut["removed"])) in healed:
+            trained = "healed" in cut["system"]
+            yield {
+                "model": name(report["model"]),
+                "removed": f"{len(cut['removed'])} of {report['blocks']}",
+                "how": "healed" if trained else "repaired",
+                "tasks": cut["code"]["kept"],
+                "sums": cut["math"]["kept"],
+                "perplexity": cut["perplexity_ratio"],
+                "time": trained_for(report) if trained else "",
+            }
+    report = read(HEALED)
+    for how in ("cut", "healed"):
+        yield {
+            "model": name(report["model"]),
+            "removed": "6 of 30",
+            "how": "repaired" if how == "cut" else "healed, on texts alone",
+            "tasks": None,
+            "sums": None,
+            "perplexity": (report[how]["geo"] ** 5 * report[how]["unseen_geo"] ** 3) ** (1 / 8),
+            "time": "" if how == "cut" else seconds(report["training_seconds"]),
+        }
+
+
+def model_rows(
+    qualities: list[tuple[dict[str, Any], list[dict[str, Any]]]],
+) -> Iterator[dict[str, Any]]:
+    """What `prune` chose by itself, and healed: of every model and depth."""
+    weights = sizes()
+
+    def size(model: str, removed: int) -> str:
+        whole, block = weights[model]
+        return f"{whole / 1e6:,.0f} → {(whole - removed * block) / 1e6:,.0f} MB"
+
+    for report, rows in qualities:
+        for removed in sorted({row["removed"] for row in rows}):
+            taken = taken_of(report, removed)
+            row = next(r for r in rows if (r["removed"], r["system"]) == (removed, taken))
+            model = name(report["model"])
+            yield {
+                "model": model,
+                "machine": report["machine"],
+                "removed": removed,
+                "blocks": report["blocks"],
+                "how": f"repaired ({taken})",
+                "size": size(model, removed),
+                "tasks": None,
+                "sums": None,
+                "questions": row["answers"],
+                "perplexity": row["all"],
+                "time": seconds(row["seconds"]),
+            }
+    for _, report, cut in answer_cuts():
+        model, removed = name(report["model"]), len(cut["removed"])
+        yield {
+            "model": model,
+            "machine": report["machine"],
+            "removed": removed,
+            "blocks": report["blocks"],
+            "how": "healed" if "healed" in cut["system"] else "repaired",
+            "size": size(model, removed),
+            "tasks": cut["code"]["kept"],
+            "sums": cut["math"]["kept"],
+            "questions": None,
+            "perplexity": cut["perplexity_ratio"],
+            "time": trained_for(report) if "healed" in cut["system"] else seconds(cut["seconds"]),
+        }
+
+
+def taken_of(report: dict[str, Any], removed: int) -> str:
+    """Which of greedy and window `prune` takes, by the comparison that it makes."""
+    file = next(p for p in sorted(RESULTS.glob("finals-*.json")) if is_of(p.name, report))
+    row = next(row for row in read(file.name)["depths"] if row["removed"] == removed)
+    return min(("greedy", "window"), key=lambda system: row["sets"][system]["increase"])
+
+
+def is_of(file: str, report: dict[str, Any]) -> bool:
+    return name(read(file)["model"]) == name(report["model"])
+
+
+def render() -> str:
+    """The page."""
+    qualities = [(report, quality_rows(report)) for report in map(read, QUALITY)]
+    answers = dict.fromkeys(file for file, _, _ in answer_cuts())
+    finals = [path.name for path in sorted(RESULTS.glob("finals-*.json"))]
+    return page(
+        "choosing.md.j2",
+        name=name,
+        share=share,
+        systems=SYSTEMS,
+        qualities=qualities,
+        heals=[*heal_rows()],
+        units=read(UNITS),
+        quantized=[*map(read, ROUNDED)],
+        blocks={name(report["model"]): report["blocks"] for report, _ in qualities},
+        models=[*model_rows(qualities)],
+        files=[*QUALITY, *finals, *answers, HEALED, UNITS, *ROUNDED],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    write_text(parser.parse_args().out, render())
+
+
+if __name__ == "__main__":
+    main()
