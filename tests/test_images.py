@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sleb
 from image_tools import (
@@ -190,7 +191,27 @@ def test_padding_counts_neither_for_similarity_nor_for_a_repair(seeing, tmp_path
         torch.testing.assert_close(tensor, fits[1].tensors[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in SEEING if "qwen" not in n])
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_verification_looks_at_an_image_too(name, tmp_path):
+    """A tower that was changed shows in nothing else that is computed."""
+    folder, _ = seeing_folder(name, tmp_path / "M")
+    out, gate = sleb.apply(plan_of(folder, 3, 5), folder, tmp_path / "cut"), "logits-of-image"
+    checks = {c.key: c for c in sleb.verify(out, model=folder).checks}
+    assert checks[gate].passed
+    assert checks[gate].found.values["gap"] == 0
+    tensors = load_file(out / "model.safetensors")
+    tower = next(t for key, t in tensors.items() if "vision" in key and t.dim() > 1)
+    tower += 0.1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "SHA256SUMS").unlink(missing_ok=True)
+    checks = {c.key: c for c in sleb.verify(out, model=folder).checks}
+    assert checks["logits"].passed
+    assert not checks[gate].passed
+    (folder / "processor_config.json").unlink()
+    assert gate not in {c.key for c in sleb.verify(out, model=folder).checks}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
 def test_prune_with_images(name, tmp_path):
     """Text and images together, from the files alone: chosen, repaired, measured and proven."""
     folder, _ = seeing_folder(name, tmp_path / "M")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sleb.calibration.pictures import Picture
 from sleb.calibration.rows import Chat
-from sleb.core.errors import SAID, InputError, map_exceptions
+from sleb.core.errors import SAID, InputError, UnsupportedModel, map_exceptions
 
 
 class Images:
@@ -71,6 +71,17 @@ class Images:
         self._rows[key := row_key(chat)] = chat
         return ids.masked_fill(seen, key), said & ~seen
 
+    def probe(self) -> Tensor | None:
+        """A window [1, T] of a text around an image of noise; None where nothing makes one."""
+        try:
+            text = f"This is {self.processor.image_token} what I saw there."
+            probe, content = Chat(text), io.BytesIO()
+            _noise().save(content, "PNG")
+            probe.answers, probe.images, probe.where = (), (content.getvalue(),), "the probe"
+            return self.read(probe)[0][None]
+        except (InputError, UnsupportedModel):  # no processor, say; that text goes in is known
+            return None
+
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """Arguments of the model's forward pass for windows. ids [B, T]; of windows with images,
         one at a time, and cut or padded behind as it may be.
@@ -111,6 +122,16 @@ class Images:
             return self.processor(
                 text=[str(text)], images=[pixels] if pixels else None, return_tensors="pt"
             )
+
+
+def _noise() -> Any:
+    """An image of noise, always the same."""
+    from PIL import Image
+
+    numbers = torch.randint(
+        0, 256, (224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    return Image.fromarray(numbers.numpy())
 
 
 def row_key(chat: Chat) -> int:

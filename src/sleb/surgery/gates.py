@@ -32,6 +32,7 @@ GATES = (
     "weights",
     "weights-but-repaired",
     "logits",
+    "logits-of-image",
     "generation",
 )
 """Keys of the gates, in the order in which they are asked."""
@@ -134,14 +135,16 @@ def logit_tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 2e-2
 
 
-def check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool) -> Check:
+def check_logits(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, exact: bool, *, key: str = "logits"
+) -> Check:
     """Whether logits are equal: bit for bit if ``exact``, else within :func:`logit_tolerance`."""
     if found.shape != expected.shape:
         shapes = {"shape": str(tuple(found.shape)), "expected": str(tuple(expected.shape))}
-        return Check(key="logits", passed=False, found=finding("shape", **shapes))
+        return Check(key=key, passed=False, found=finding("shape", **shapes))
     gap = (found - expected).abs().max().item()
     limit = 0.0 if exact else expected.abs().max().item() * logit_tolerance(dtype)
-    return Check(key="logits", passed=gap <= limit, found=finding("gap", gap=gap, limit=limit))
+    return Check(key=key, passed=gap <= limit, found=finding("gap", gap=gap, limit=limit))
 
 
 def check_generation(

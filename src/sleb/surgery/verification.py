@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -153,6 +153,7 @@ def verify(
     if len(BlockStack(pruned)) == len(cut.kept):
         logits = probe_logits(pruned, both.fields)
         checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
+        checks.extend(_of_image(wanted.image, pruned, both.dtype, both.exact))
     with progress.stage("generating", None):
         if generate_on and not (both.streams or _too_large(checkpoint, both.dtype, generate_on)):
             pruned = pruned.to(generate_on)
@@ -179,6 +180,7 @@ def _verify_loaded(
         prefix = block_prefix(Checkpoint.open(dense.source.path), dense.stack)
         with repaired(dense.stack, cut.repair or {}, prefix), dense.stack.bypassed(cut.removed):
             wanted = probe_logits(dense.model, fields)
+            image = _image_probe(dense.stack)
         exact = dense.stack.dtype == torch.float32 and dense.stack.input_device.type == "cpu"
         del dense
         gc.collect()
@@ -189,6 +191,7 @@ def _verify_loaded(
         checks.append(gates.check_blocks(len(made.stack), len(cut.kept)))
         found = probe_logits(made.model, fields)
         checks.append(gates.check_logits(found, wanted, made.stack.dtype, exact))
+        checks.extend(_of_image(image, made.model, made.stack.dtype, exact))
         with progress.stage("generating", None):
             ids = probe_ids(fields)
             again = partial(load, model, **how)
@@ -263,12 +266,13 @@ class _Loading:
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
     """What the checkpoint must be: config.json, what transformers reads of it, digests of tensors
-    by name, and logits [1, T, V] on :func:`probe_ids`."""
+    by name, logits [1, T, V] on :func:`probe_ids`, and what :func:`_image_probe` gives."""
 
     config: dict[str, Any]
     expected: Any
     weights: dict[str, str]
     logits: Tensor
+    image: _Image | None
 
 
 def _bypassed(both: _Loading, cut: Cut, lines: Mapping[str, str]) -> _Wanted:
@@ -285,11 +289,13 @@ def _bypassed(both: _Loading, cut: Cut, lines: Mapping[str, str]) -> _Wanted:
             weights = _digests(original.model, cut, f"{stack.path}.")
         with stack.bypassed(cut.removed):
             logits = probe_logits(original.model, both.fields)
+            image = _image_probe(stack)
         return _Wanted(
             config=cut_config(both.given, stack, cut, both.fields, expected),
             expected=expected,
             weights=weights,
             logits=logits,
+            image=image,
         )
 
 
@@ -310,6 +316,31 @@ def probe_logits(model: nn.Module, config: Any) -> Tensor:
     ids = probe_ids(config).to(entry(model))
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float().cpu()
+
+
+_Image = tuple[dict[str, Tensor], Tensor]
+"""What a model is given of a text with an image, and its logits [1, T, V] for it."""
+
+
+@torch.inference_mode()
+def _image_probe(stack: BlockStack) -> _Image | None:
+    """Of a model that images go into, if its checkpoint has a processor that loads."""
+    ids = stack.images.probe() if stack.images else None
+    if ids is None:
+        return None
+    given = stack.inputs(ids)
+    return given, stack.model(**given, use_cache=False).logits.float().cpu()
+
+
+@torch.inference_mode()
+def _of_image(
+    wanted: _Image | None, model: nn.Module, dtype: torch.dtype, exact: bool
+) -> Iterator[Check]:
+    """The gate of an image, where there is one."""
+    if wanted is not None:
+        given, expected = wanted
+        found = model(**given, use_cache=False).logits.float().cpu()
+        yield gates.check_logits(found, expected, dtype, exact, key="logits-of-image")
 
 
 def _align(model: nn.Module) -> None:
