@@ -23,7 +23,7 @@ from sleb.views.report import Report
 
 HERE = Path(__file__).parent
 EVIL = "<script>alert(1)</script>"
-PANELS = ["removed", "quality", "saved", "servers", "untested", "rollback"]
+PANELS = ["removed", "quality", "worst", "servers", "untested", "rollback"]
 SECTIONS = [
     *("map", "why", "rounds", "similarity", "curve", "texts", "tasks", "answers", "speed"),
     *("draft", "transfer", "exact", "runtimes", "gate", "provenance"),
@@ -206,7 +206,7 @@ def hostile(evil=EVIL, image='"><img src=x onerror=alert(1)>'):
         "answers.pairs.3.pruned.script": evil,
         "speed.skipped": tuple(Skipped(reason="note", detail=x) for x in (evil, image)),
         "speed.device": evil,
-        "draft.drafts.0.path": evil,
+        "draft.drafts.0.path": image,
         "runtimes.verdicts.1.why": finding("error", error=evil),
         "runtimes.verdicts.0.why": finding(image, listed=(evil,)),
         "runtimes.verdicts.2.runtime": image,

@@ -10,7 +10,7 @@ import pytest
 from report_tools import put
 from sleb.acceptance import LIMITS, Gate
 from sleb.core.errors import InputError, VerificationFailed
-from sleb.core.statistics import Flips, Interval
+from sleb.core.statistics import Flips, Interval, proportion
 from sleb.core.toml import read_toml
 from sleb.evaluation.answers import Answers, Comparison
 from sleb.evaluation.perplexity import Evaluation, Quality
@@ -54,12 +54,13 @@ def task(name, low, dense=0.5):
 
 
 def answers(**shares):
-    found = {name: share and span(share, 0.0, 1.0) for name, share in shares.items()}
+    found = {name: share and span(share, share, share) for name, share in shares.items()}
     return made(Answers, **found)
 
 
 def model(path, blocks, peak):
-    return made(Measured, path=path, runtime="transformers", blocks=blocks, peak_bytes=peak)
+    same = {"path": path, "runtime": "transformers", "runs": ()}
+    return made(Measured, **same, blocks=blocks, peak_bytes=peak)
 
 
 def ratio(case, low, path="smaller"):
@@ -76,7 +77,7 @@ FULL = made(
         Comparison,
         dense=answers(ended=0.1, empty=0.9, repetitive=0.9, json_valid=0.1),
         pruned=answers(ended=0.7, empty=0.1, repetitive=0.2, json_valid=0.8),
-        switched=span(0.4, 0.0, 1.0),
+        switched=span(0.4, 0.4, 0.4),
     ),
     speed=made(
         Speed,
@@ -128,9 +129,9 @@ def test_a_limit_holds_at_the_boundary_and_not_beyond(path, stands):
     at_most = ".max" in key
     for factor in (0.999, 1, 1.001):
         (row,) = check(nested(path, stands * factor))
-        assert row.passed == (factor == 1 or at_most == (factor > 1))
+        assert (row.verdict == "kept") == (factor == 1 or at_most == (factor > 1))
         assert (row.name, row.at_most, row.limit) == (key, at_most, stands * factor)
-        assert row.measured == pytest.approx(stands)
+        assert row.worst == pytest.approx(stands)
         assert not row.missing
 
 
@@ -145,10 +146,10 @@ def test_a_limit_holds_at_the_boundary_and_not_beyond(path, stands):
 def test_a_limit_for_all_is_held_against_each(path, stands):
     for limit in stands.values():
         rows = {row.of: row for row in check(nested(path, limit))}
-        assert {name: row.measured for name, row in rows.items()} == stands
+        assert {name: row.worst for name, row in rows.items()} == stands
         for name, row in rows.items():
             worse = stands[name] > limit if row.at_most else stands[name] < limit
-            assert row.passed != worse
+            assert (row.verdict == "kept") != worse
 
 
 def test_a_limit_by_name_goes_before_the_one_for_all():
@@ -160,7 +161,7 @@ def test_a_limit_by_name_goes_before_the_one_for_all():
         }
     )
     assert [row.limit for row in rows] == [1.5, 1.5, 1.75, 0.75, 0.5, 1.5, 1.25]
-    assert all(row.passed for row in rows)
+    assert all(row.verdict == "kept" for row in rows)
 
 
 def test_one_text_alone_is_all_texts():
@@ -175,7 +176,7 @@ def test_what_was_not_measured_fails_and_says_what_measures_it(path):
     if path == "size.max_mb":  # is always known
         return
     (row,) = check(nested(path, 1), EMPTY)
-    assert (row.passed, row.measured, row.missing) == (False, None, "not-measured")
+    assert (row.verdict, row.measured, row.missing) == ("unclear", None, "not-measured")
     table = row.name.partition(".")[0]
     with pytest.raises(VerificationFailed, match=re.escape(COMMANDS[table])):
         GateResult(rows=(row,)).require()
@@ -184,10 +185,12 @@ def test_what_was_not_measured_fails_and_says_what_measures_it(path):
 def test_a_dense_evaluation_is_no_measure_of_the_pruned_model():
     dense = made(Evaluation)
     gate = {"perplexity": {"max_ratio": 9}, "divergence": {"max": 9}, "agreement": {"min": 0}}
-    assert [row.passed for row in check(gate, replace(FULL, evaluation=dense))] == [False] * 3
+    rows = check(gate, replace(FULL, evaluation=dense))
+    assert [row.verdict for row in rows] == ["unclear"] * 3
     only = replace(FULL.speed, models=FULL.speed.models[:1], ratios=())
     gate = {"memory": {"max_mb": 10_000}, "speed": {"min_speedup": 0.1}}
-    assert [row.passed for row in check(gate, replace(FULL, speed=only))] == [False] * 2
+    rows = check(gate, replace(FULL, speed=only))
+    assert [row.verdict for row in rows] == ["unclear"] * 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_a_dense_evaluation_is_no_measure_of_the_pruned_model():
 )
 def test_a_name_that_the_record_lacks_fails(path, near):
     (row,) = check(nested(path, 0.1))
-    assert (row.passed, row.missing, row.near) == (False, "unknown-name", near)
+    assert (row.verdict, row.missing, row.near) == ("unclear", "unknown-name", near)
     assert row.of == path.rpartition(".")[2]
 
 
@@ -210,7 +213,8 @@ def test_without_an_interval_there_is_nothing_to_judge_by():
     record = replace(FULL, evaluation=replace(whole, domains={}), speed=slow)
     gate = {"perplexity": {"max_ratio": 9}, "divergence": {"max": 9}, "agreement": {"min": 0}}
     for row in check({**gate, "speed": {"min_speedup": 0.1}}, record):
-        assert (row.passed, row.measured, row.missing) == (False, None, "no-interval")
+        assert (row.verdict, row.worst, row.missing) == ("unclear", None, "no-interval")
+        assert row.measured is not None
 
 
 def test_tasks_and_answers_that_give_no_figure_say_why():
@@ -219,16 +223,47 @@ def test_tasks_and_answers_that_give_no_figure_say_why():
 
     assert kept(replace(task("sums", -0.1), flips=None)).missing == "not-paired"
     assert kept(task("sums", 0.0, dense=0.0)).missing == "dense-zero"
-    assert kept(task("sums", -0.9)).measured == 0  # no less than nothing is kept
+    assert kept(task("sums", -0.9)).worst == 0  # no less than nothing is kept
     silent = replace(FULL.answers, pruned=answers(ended=1.0, empty=0.1, repetitive=0.1))
     (row,) = check(nested("answers.min_json_valid", 0), replace(FULL, answers=silent))
-    assert (row.passed, row.missing) == (False, "no-json-prompt")
+    assert (row.verdict, row.missing) == ("unclear", "no-json-prompt")
 
 
 def test_nan_keeps_no_limit():
     sick = replace(FULL.evaluation, divergence=span(math.nan, math.nan, math.nan))
     (row,) = check(nested("divergence.max", 1e9), replace(FULL, evaluation=sick))
-    assert not row.passed
+    assert row.verdict == "unclear"
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9])
+@pytest.mark.parametrize("key", ["divergence.max", "agreement.min"])
+def test_there_are_three_verdicts_and_the_interval_alone_decides(key, limit):
+    """Kept by the worst case, not kept by the best, else unclear; wherever the value lies."""
+    table, name = key.split(".")
+    for value in (0.25, 0.5, 0.75):
+        whole = replace(FULL.evaluation, windows=20, **{table: span(value, 0.25, 0.75)})
+        (row,) = check({table: {name: limit}}, replace(FULL, evaluation=whole))
+        kept = limit >= 0.75 if name == "max" else limit <= 0.25
+        lost = limit < 0.25 if name == "max" else limit > 0.75
+        assert row.verdict == ("kept" if kept else "not-kept" if lost else "unclear")
+        assert (row.measured, row.worst) == (value, 0.75 if name == "max" else 0.25)
+        assert (row.needed is not None) <= (row.verdict == "unclear")
+        assert row.needed is None or row.needed >= 20
+
+
+def test_so_many_prompts_as_are_named_would_tell():
+    """None of 20 answers is empty: that 5 % are cannot be excluded yet, but with more of them."""
+
+    def of(prompts):
+        empty = replace(FULL.answers.pruned, empty=proportion(0, prompts))
+        return replace(FULL, answers=replace(FULL.answers, prompts=prompts, pruned=empty))
+
+    gate = {"answers": {"max_empty": 0.05}}
+    (row,) = check(gate, of(20))
+    assert (row.verdict, row.measured) == ("unclear", 0.0)
+    assert check(gate, of(row.needed))[0].verdict == "kept"
+    assert check(gate, of(row.needed - 1))[0].verdict == "unclear"
+    assert check({"answers": {"max_empty": 0}}, of(20))[0].needed is None  # nothing shows that
 
 
 def test_several_pruned_models_are_held_to_the_limit_each():
@@ -240,11 +275,11 @@ def test_several_pruned_models_are_held_to_the_limit_each():
     rows = check(
         {"speed": {"min_speedup": 1.5}, "memory": {"max_mb": 450}}, replace(FULL, speed=speed)
     )
-    assert [(row.of, row.path, row.passed) for row in rows] == [
-        ("decode", "smaller", False),
-        ("decode", "tiny", True),
-        ("", "smaller", False),
-        ("", "tiny", True),
+    assert [(row.of, row.path, row.verdict) for row in rows] == [
+        ("decode", "smaller", "unclear"),
+        ("decode", "tiny", "kept"),
+        ("", "smaller", "not-kept"),
+        ("", "tiny", "kept"),
     ]
 
 
@@ -297,6 +332,7 @@ def test_the_example_names_every_limit_and_is_right(tmp_path):
 
 def test_the_result_is_required():
     found = Gate.parse({"divergence": {"max": 0.2}, "agreement": {"min": 0.7}}, "g").check(FULL)
-    with pytest.raises(VerificationFailed, match=r"divergence.max: 0.25 .* 0.2 .*1 of 2 limits"):
+    said = r"divergence.max: 0.1 .* at worst 0.25 .* 0.2 .*of 2 limits 0 not kept, 1 cannot be told"
+    with pytest.raises(VerificationFailed, match=said):
         found.require()
     GateResult(rows=found.rows[1:]).require()

@@ -17,7 +17,7 @@ from sleb.config import PromptOptions
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.progress import silent
 from sleb.evaluation import run_code
-from sleb.evaluation.agreement import agreement_of
+from sleb.evaluation.agreement import agreement_of, measure_answers
 from sleb.evaluation.grading import are_right, gradable
 from sleb.repairs import repair
 from sleb.repairs.answering import answered, answers_to, prompt_ids, written
@@ -108,6 +108,20 @@ def test_only_the_answer_is_scored(loaded, split):
     for row, counts, prompt in zip(windows.ids, windows.scored, ids, strict=True):
         assert row[: len(prompt)].tolist() == prompt
         assert row[counts].tolist() == alone(loaded, prompt)
+
+
+def test_the_worst_answers_are_the_cuts_own_and_of_the_prompts_that_keep_least(loaded, split):
+    answers = split.measured
+    kept = measure_answers(loaded, answers, [1, 3])
+    shares = agreement_of(loaded, answers, [1, 3])[:, 1]
+    assert [one.agreement for one in kept.worst] == sorted(shares)[:3]
+    by_id = {prompt.id: prompt for prompt in answers.prompts}
+    for one in kept.worst:
+        prompt = by_id[one.id]
+        (ids,) = prompt_ids(loaded, [prompt], NEW)
+        said = [alone(loaded, ids, removed) for removed in ((), (1, 3))]
+        decoded = loaded.tokenizer.batch_decode(said, skip_special_tokens=True)
+        assert (one.turns, [one.dense, one.pruned]) == ((("", prompt.text),), decoded)
 
 
 @pytest.mark.parametrize("metric", [NLL, KL])

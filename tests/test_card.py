@@ -8,8 +8,11 @@ from huggingface_hub import ModelCard, metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from report_plan import plan
+from report_tools import complete
 from sleb.core.card import cut_card, front_matter, inherited, with_section
 from sleb.core.printable import printable
+from sleb.views.card import model_card
 
 HOSTILE = [
     "---\nlicense: !!python/object/apply:os.system ['touch /tmp/owned']\n---\n",
@@ -111,3 +114,21 @@ def test_a_section_says_that_what_stands_above_is_of_before(tmp_path):
     card = with_section(tmp_path, "Healed", ["done"])
     assert card.startswith("# cut\n\n## Healed\n\nWhat is said above")
     assert card.endswith("done\n")
+
+
+def test_what_was_measured_is_the_model_index_of_the_card_alone(tmp_path):
+    """The hub's own reader gets every figure of the record back; a section on what was done since
+    takes them out."""
+    record = complete(model="a/clerk-1b")
+    (tmp_path / "README.md").write_text(model_card(plan(), record, tmp_path), encoding="utf-8")
+    read = ModelCard.load(tmp_path / "README.md").data.eval_results
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in read}
+    domains = record.evaluation.domains.items()
+    expected = {(name, "perplexity"): q.pruned_perplexity.value for name, q in domains}
+    expected[f"prompts: {record.prompts.source}", "agreement"] = record.prompts.agreement.value
+    expected |= {(task.name, task.metric): task.pruned.value for task in record.tasks}
+    assert found == {key: round(value, 4) for key, value in expected.items()}
+    text = with_section(tmp_path, "Quantized", ["it was"])
+    assert ModelCard(text).data.eval_results is None
+    assert ModelCard(text).data.base_model == "a/clerk-1b"
+    assert "\n## Quantized\n" in text

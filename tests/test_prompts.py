@@ -76,3 +76,18 @@ def test_a_file_without_prompts_is_refused(write):
     ]:
         with pytest.raises(InputError, match=said):
             read_prompts(path)
+
+
+def test_turns_are_what_was_said_by_role():
+    call = {"function": {"name": "find", "arguments": "{}"}}
+    picture = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "What is it?"}]
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": picture},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    )
+    found = Prompt(id="a", text=None, messages=turns).turns
+    assert found[0] == ("system", "Be brief.")
+    assert found[1] == ("user", "[image]\nWhat is it?")
+    assert found[2] == ("assistant", json.dumps([call]))
+    assert Prompt(id="b", text="plain", messages=None).turns == (("", "plain"),)

@@ -7,7 +7,7 @@ import pytest
 from report_plan import plan
 from report_tools import HERE, complete, repaired, save, seen, sparse
 from sleb.core.errors import InputError
-from sleb.record import RepairStatus, RunRecord, upgrade
+from sleb.record import SCHEMA, RepairStatus, RunRecord, upgrade
 
 EXAMPLE = HERE.parent / "docs" / "example"
 
@@ -16,7 +16,7 @@ EXAMPLE = HERE.parent / "docs" / "example"
 def test_what_is_written_is_what_is_read(tmp_path, record):
     save(tmp_path, record, plan())
     assert RunRecord.load(tmp_path) == record
-    assert json.loads((tmp_path / "run.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "run.json").read_text())["schema_version"] == SCHEMA
 
 
 def test_sections_are_replaced_and_nothing_else(tmp_path):
@@ -95,6 +95,17 @@ def test_rows_of_a_gate_become_keys(name, missing, facts):
     assert {key: row.get(key, "") for key in facts} == facts
 
 
+def test_a_gate_of_old_had_the_worst_case_alone():
+    row = {"name": "perplexity.max_ratio", "measured": 1.27, "passed": False}
+    rows = [row, {**row, "passed": True}, {**row, "measured": None, "missing": "not-measured"}]
+    new = upgrade({"schema_version": 2, "gate": {"rows": rows}})["gate"]["rows"]
+    assert [(r["measured"], r["worst"], r["verdict"]) for r in new] == [
+        (None, 1.27, "not-kept"),
+        (None, 1.27, "kept"),
+        (None, None, "unclear"),
+    ]
+
+
 @pytest.mark.parametrize("schema", [1, 2])
 def test_sentences_of_checks_and_verdicts_are_kept_as_they_were(tmp_path, schema):
     old = json.loads((HERE / "data" / "run.json").read_text())
@@ -122,7 +133,7 @@ def test_what_was_not_timed_and_the_names_of_runtimes_become_keys():
 
 def test_an_old_example_is_read_and_shown_in_full():
     record = RunRecord.load(EXAMPLE)
-    assert record.schema_version == 2
+    assert record.schema_version == SCHEMA
     assert record.evaluation_text.source == "held-out"
     assert (record.repair.status, record.repair.self_generated) == ("repaired", True)
     assert {row.name.partition(".")[0] for row in record.gate.rows} == {"perplexity", "speed"}
@@ -137,7 +148,7 @@ def test_an_old_example_is_read_and_shown_in_full():
         (b"[" * 10_000, ("not a run record",)),
         (b"[1]", ("not a run record",)),
         (b'{"command": 1}', ("not a run record", "command")),
-        (b'{"schema_version": 3}', ("schema 3", "upgrade")),
+        (b'{"schema_version": 99}', ("schema 99", "upgrade")),
         (b'{"schema_version": "x"}', ("not a run record",)),
         (b'{"gate": {"rows": [3]}, "verification": 4}', ("not a run record",)),
         (b'{"evaluation_note": [1], "repair_note": {}}', ("not a run record",)),

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sleb.core.statistics import exponential, flips, interval, proportion, standard_error
+from sleb.core.statistics import (
+    Interval,
+    exponential,
+    flips,
+    interval,
+    items_to_tell,
+    proportion,
+    standard_error,
+)
 
 
 def test_an_interval_is_students():
@@ -80,6 +88,29 @@ def test_intervals_of_a_difference_cover_it(lose, win):
         found = flips(before.tolist(), ((before & ~lost) | won).tolist()).difference
         held += found.low <= win - lose <= found.high
     assert 0.93 < held / 800 < 0.995
+
+
+def test_the_interval_ends_at_the_limit_with_so_many_items():
+    values = np.random.default_rng(0).normal(0.5, 0.2, 40)
+    found = interval(values)
+    for limit in (0.45, 0.53, 0.56):
+        needed = items_to_tell(found, limit, 40)
+        half = (found.high - found.low) / 2 * (40 / needed) ** 0.5
+        assert half == pytest.approx(abs(limit - found.value), rel=0.1)
+    for right, limit in ((0, 0.05), (90, 0.8), (50, 0.6)):
+        needed = items_to_tell(proportion(right, 100), limit, 100, share=True)
+        for items in (needed - 1, needed + 1):
+            z, p = 1.959964, right / 100  # Wilson's interval, also of what is no whole count
+            half = z * (p * (1 - p) / items + z * z / (4 * items * items)) ** 0.5
+            ends = [(p + z * z / (2 * items) + s * half) / (1 + z * z / items) for s in (-1, 1)]
+            assert (ends[0] <= limit <= ends[1]) == (items < needed)
+    assert items_to_tell(found, found.value, 40) is None
+
+
+def test_an_interval_that_holds_what_means_no_change_is_noise():
+    found = Interval(value=1.2, low=1.0, high=1.5)
+    assert [found.holds(x) for x in (0.99, 1.0, 1.5, 1.51)] == [False, True, True, False]
+    assert Interval(value=9.0, low=None, high=None).holds(1.0)
 
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])

@@ -13,6 +13,7 @@ from report_plan import bare_plan, plan, repaired_plan, run_plan
 from report_tools import (
     INVISIBLE,
     SECTIONS,
+    Seen,
     complete,
     healed,
     hostile,
@@ -21,6 +22,7 @@ from report_tools import (
     passed_gate,
     put,
     repaired,
+    save,
     seen,
     snapshot,
     sparse,
@@ -35,7 +37,9 @@ from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
 from sleb.views.card import model_card
-from sleb.views.locale import LANGUAGES, LINK, Locale
+from sleb.views.compare import comparison
+from sleb.views.locale import LANGUAGES, LINK, Locale, names
+from sleb.views.report import write_report
 from sleb.views.results import items
 from sleb.views.terminal import draw
 
@@ -89,7 +93,7 @@ UNSHOWN = {
         r"|evaluation\.unrepaired\.(?!.*perplexity_ratio).*"
         r"|speed\.skipped\..*|answers\.pairs\.[027]\..*|answers\.pairs\..*\.repetition"
         r"|speed\.models\..*\.(seconds\.\d|1\.tokens_per_second)|draft\.(blocks|threads|seconds).*"
-        r"|draft\.drafts\.0\.(blocks|tallies|seconds).*"
+        r"|draft\.drafts\.0\.(blocks|tallies|seconds).*|tasks\.\d\.flips\.p_value"
     ),
     "plan": re.compile(
         r"(removed|order|model\.blocks|schema_version)\b.*|rounds\..*(se|removed\.\d|block|windows)"
@@ -130,7 +134,8 @@ def test_a_record_without_sections_says_how_to_measure_each():
     [
         (complete(gate=None), "none", "does not judge"),
         (complete(gate=passed_gate()), "good", "2 of 2"),
-        (complete(), "bad", "2 of 4"),
+        (complete(), "bad", "kept 2, not kept 1, cannot be told yet 1"),
+        (put(complete(), "gate.rows.2.verdict", "unclear"), "unclear", "cannot be told yet 2"),
         (put(complete(gate=None), "verification.checks.4.passed", False), "bad", "1 of 6"),
         (put(complete(gate=passed_gate()), "verification.checks.0.passed", False), "bad", "1 of 6"),
     ],
@@ -139,8 +144,99 @@ def test_the_verdict_is_the_gates_unless_the_checkpoint_is_not_exact(record, ton
     verdict = page(record).verdict
     assert verdict.tone == tone
     assert text in verdict.text
-    failed = record.gate and not record.gate.passed
-    assert (verdict.table is not None) == bool(failed)
+    shown = [row[0] for row in verdict.table.rows]
+    assert len(shown) == len({*shown}) == len(verdict.table.meters)
+    for name in ("perplexity ratio, all texts", "peak memory", "weights on disk"):
+        assert name in shown  # with a limit or without
+    for row in record.gate.rows if record.gate else ():
+        assert any(EN.tables["limits"][row.name] in name for name in shown)
+
+
+def test_a_row_s_bar_is_as_long_as_its_figure_and_marks_its_limit():
+    table = page(complete()).verdict.table
+    meters = dict(zip((row[0] for row in table.rows), table.meters, strict=True))
+    ratio = meters["perplexity ratio, all texts"]  # begins at 1, where nothing is lost
+    assert ratio.value / ratio.limit == pytest.approx(0.0812 / 0.2)
+    assert ratio.worst / ratio.limit == pytest.approx(0.1234 / 0.2)
+    assert ratio.tone == "kept"
+    size, (before, after) = meters["weights on disk"], complete().nbytes
+    assert size.value / size.dense == pytest.approx(after / before)
+    assert size.limit is None
+    share = meters["answers, the same next token"]
+    assert (share.value, share.worst, share.dense) == (0.9021, 0.8853, 1.0)
+    assert meters["score kept, law"] is None  # was not measured
+    assert all(0 <= x <= 1 for m in meters.values() if m for x in (m.value, m.worst))
+
+
+def test_what_cannot_be_told_says_what_would_tell():
+    record = complete()
+    for needed, told in ((None, "no number of measurements"), (73, "about 73"), (1234, "1,300")):
+        row = replace(record.gate.rows[0], verdict="unclear", needed=needed)
+        gate = replace(record.gate, rows=(row,))
+        assert told in page(replace(record, gate=gate)).verdict.table.rows[0][-1]
+
+
+def test_this_model_stands_in_the_curve_where_it_is():
+    """A repaired one below the plain cut of its depth; on other text than the curve's, nowhere."""
+    record, chosen = repaired(), repaired_plan()
+    e, heldout = record.evaluation, chosen.curve.heldout
+    record = put(record, "evaluation.windows", heldout.windows)
+    record = put(record, "evaluation.length", heldout.length)
+    own = Interval(value=0.05, low=0.04, high=0.06)
+    record = put(record, "evaluation.loss_increase", own)
+
+    def marked(record, chosen):
+        (curve,) = (s for s in page(record, chosen).sections if s.name == "curve")
+        chart = next(i.chart for i in curve.items if i.kind == "figure")
+        return chart.chosen, chart.chosen_label
+
+    depth = len(chosen.order)
+    assert marked(record, chosen) == ((depth, 0.05, 0.04, 0.06), "this model, repaired")
+    assert marked(put(record, "evaluation_text.source", "given"), chosen)[0] is None
+    point = next(p for p in chosen.curve.points if p.depth == depth)
+    plain = put(complete(), "evaluation.windows", e.windows + 1)
+    assert marked(plain, plan()) == (
+        (depth, point.increase, point.low, point.high),
+        "this model",
+    )
+
+
+def test_runs_stand_side_by_side_and_what_differs_is_said(tmp_path):
+    other = replace(complete(), answers=None, model="models/other")
+    other = put(other, "evaluation_text.source", "given")
+    runs = [("a", complete(), plan()), ("b", other, plan())]
+    made = comparison(EN, runs, {})
+    rows = {row[0]: row[1:] for row in made.verdict.table.rows}
+    assert made.verdict.table.columns[1:] == ("a", "b")
+    one = complete().evaluation.perplexity_ratio
+    shown = f"{EN.figure(one.value, 'x')} (at worst {EN.figure(one.high, 'x')})"
+    assert [x.translate(INVISIBLE) for x in rows["perplexity ratio, all texts"]] == [shown] * 2
+    assert rows["answers, repetitive"][1] == "–"
+    said = str(made.summary)
+    for told in ("The originals are the same", "on different text", "The tasks and their items"):
+        assert told in said
+    assert "prompts in every run" in said
+    same = str(comparison(EN, runs[:1] * 2, {}).summary)
+    assert "different" not in same
+    folders = [save(tmp_path / name, record, p) for name, record, p in runs]
+    found = Seen(write_report(folders, tmp_path / "r.html", "ja").read_text(encoding="utf-8"))
+    assert len(found.ids) == len({*found.ids})
+    assert all(link.removeprefix("#") in found.ids for link in found.links)
+    assert {"worst-0", "worst-1", "provenance"} <= {*found.ids}
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    assert names(["a/b/c"]) == {"a/b/c": "c"}
+    assert names(["a/x/c", "a/y/c", "d"]) == {"a/x/c": "x/c", "a/y/c": "y/c", "d": "d"}
+    assert names(["c", "b/c"]) == {"c": "c", "b/c": "b/c"}
+    assert names(["/", ""]) == {"/": "/", "": ""}
+
+
+def test_how_to_go_back_names_restore_where_its_side_car_is():
+    assert "sleb restore" not in seen().text("sum-rollback")
+    text = seen(complete(kept=True)).text("sum-rollback")
+    assert "sleb restore OUT -o ORIGINAL" in text.replace(complete().verification.checkpoint, "OUT")
+    assert "--depth D" in text
 
 
 @pytest.mark.parametrize("nothing", [None, NAN])
@@ -150,7 +246,8 @@ def test_one_measurement_has_no_interval_and_says_so(nothing):
     for i in range(4):
         record = put(record, f"speed.ratios.{i}.ratio", alone)
     found = seen(put(record, "similarity.3", (NAN,) * 13), charts=True)
-    assert "1.500× too few measurements" in found.text("sum-quality")
+    rows = [row for row in found.rows["summary"] if row[0].startswith(("speed", "perplexity"))]
+    assert ("1.5×", "–") in {tuple(row[1:3]) for row in rows}
     assert "about 6.7 busy; no interval" in found.text("sum-servers")
     assert "nan" not in found.text("summary").lower()
     assert "None" not in found.source
@@ -168,7 +265,13 @@ def test_more_texts_than_page_one_has_room_for_are_the_worst_ones():
     values = {"a": 1.5, "b": 1.1, "c": 1.9, "d": 1.2, "e": 1.7, "f": 1.3, "g": 1.6}
     domains = {name: put(mail, "perplexity_ratio.value", v) for name, v in values.items()}
     found = seen(put(complete(), "evaluation.domains", domains))
-    assert [row[0] for row in found.rows["sum-quality"][1:6]] == ["c", "e", "g", "a", "all texts"]
+    shown = [row[0] for row in found.rows["summary"] if row[0].startswith("perplexity ratio")]
+    assert len(shown) == 5
+    ungated = put(complete(gate=None), "evaluation.domains", domains)
+    table = page(ungated).verdict.table
+    shown = [row[0] for row in table.rows if row[0].startswith("perplexity ratio")]
+    assert len(shown) == 5
+    assert "3" in table.note
     assert len(found.rows["texts"]) == 1 + 7 + 1
 
 
@@ -176,7 +279,7 @@ def test_text_that_was_not_held_out_is_not_called_so():
     given = {"source": "given", "texts": ("mail.jsonl", "b.txt")}
     other = seen(complete(evaluation_text=replace(complete().evaluation_text, **given)))
     assert "held-out" in seen().text("texts")
-    assert "held-out" not in other.text("sum-quality") + other.text("texts")
+    assert "held-out" not in other.text("texts")
     assert "mail.jsonl, b.txt" in other.text("texts")
 
 
@@ -217,9 +320,9 @@ def test_the_summary_of_a_run_says_what_became_of_the_repair(repair, told):
 
 
 def test_the_worst_answers_come_first_and_equal_ones_are_not_shown():
-    assert re.findall(r"Prompt (q\d)", seen().text("answers")) == [
-        *("q5", "q2", "q4", "q6", "q7", "q3")
-    ]
+    found = re.findall(r"Prompt (q\d)(?!:)", seen().text("answers"))
+    assert found == ["q5", "q2", "q4", "q6", "q7", "q3", "q8", "q1"]
+    assert re.findall(r"Prompt (q\d):", seen().text("answers")) == ["q8", "q1"]  # to be opened
     same = tuple(p for p in complete().answers.pairs if p.identical)
     assert "All answers are identical" in seen(put(complete(), "answers.pairs", same)).text(
         "answers"
@@ -276,6 +379,10 @@ def variety():
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
     yield healed(), chosen
+    heldout = chosen.curve.heldout
+    own = replace(repaired().evaluation, windows=heldout.windows, length=heldout.length)
+    yield repaired(evaluation=own), repaired_plan()
+    yield replace(healed(), evaluation=own), chosen
     about = {"runtime": "vllm", "models": ("a",), "others": ("b",)}
     by = SimilarityGate(measure="cosine", threshold=0.9, candidates=(4, 7, 8))
     yield full, plan(similarity=by)
@@ -293,6 +400,19 @@ def variety():
     )
     for path, new in {
         "gate": passed_gate(),
+        "gate.rows.2.verdict": "unclear",
+        "gate.rows": tuple(
+            replace(full.gate.rows[0], name=name, verdict="unclear", needed=9)
+            for name in (
+                "perplexity.max_ratio",
+                "tasks.min_retention",
+                "answers.max_empty",
+                "speed.min_speedup",
+                "draft.min_acceptance",
+            )
+        ),
+        "kept": True,
+        "file_nbytes": 9,
         "speed.skipped": tuple(
             Skipped(reason=key, **about) for key in [*EN.tables["skipped"]][:-2]
         ),
@@ -304,6 +424,8 @@ def variety():
         "evaluation.domains": dict.fromkeys("abcdefg", full.evaluation.domains["mail"]),
         "evaluation_text.source": "given",
         "answers.pairs": same,
+        "answers.pairs.0": replace(full.answers.pairs[4], id="again"),
+        "tasks": full.tasks * 3,
         "answers.languages": False,
         "answers.pairs.4.pruned.text": "",
         "speed.ratios.3.ratio": Interval(value=0.9, low=0.8, high=1.1),
@@ -319,6 +441,23 @@ def variety():
     yield put(put(full, "tasks.0.flips.won", 0), "tasks.0.flips.lost", 0), chosen
 
 
+def side_by_side():
+    """Pairs of runs that have all in common, nothing, or nothing measured."""
+    full, chosen = complete(), plan()
+    yield (full, chosen), (full, chosen)
+    yield (sparse(), bare_plan()), (healed(), repaired_plan())
+    other = put(full, "evaluation_text.source", "given")
+    for path, new in {
+        "prompts.tokens": 9,
+        "answers.sha256": "0",
+        "tasks.0.items": 9,
+        "environment": {"cpus": 1},
+    }.items():
+        other = put(other, path, new)
+    yield (full, chosen), (other, put(chosen, "model.weights_sha256", "a" * 64))
+    yield (full, chosen), (repaired(), repaired_plan())
+
+
 def test_every_sentence_is_said_sometimes_and_none_is_missing():
     said = set()
 
@@ -329,12 +468,15 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
     plain = Locale.raw
     with patch.object(Locale, "raw", raw):
         for record, chosen in variety():
-            found = put(record, "tasks.0.flips.p_value", 1.0) if record.tasks else record
+            noise = Interval(value=0.0, low=-0.1, high=0.1)
+            found = put(record, "tasks.0.flips.difference", noise) if record.tasks else record
             page(found, chosen)
             page(record, chosen)
         drawn(complete().tasks)
+        for one, two in side_by_side():
+            comparison(EN, [("a", *one), ("b", *two)], {})
     by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
-    by_name |= {"found", "must", "rules"}
+    by_name |= {"found", "must", "rules", "roles"}
     known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}
     assert known - said == {"format.large"}
 
@@ -382,7 +524,6 @@ SPAN = Interval(value=0.5, low=0.4, high=0.6)
         (lambda t: t.size(999), "999 B", "999 B"),
         (lambda t: t.large(1_200_000_000), "1.20 billion", "12.00億"),
         (lambda t: t.large(95_000), "95,000", "10万"),
-        (lambda t: t.p_value(0.0004), "p < 0.001", "p < 0.001"),
         (lambda t: t.figure(0.93, "%"), "93.0 %", "93.0%"),
         (lambda t: t.figure(1.25, "x"), "1.25×", "1.25倍"),
         (lambda t: t.figure(512.25, "MB"), "512.2 MB", "512.2 MB"),

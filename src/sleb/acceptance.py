@@ -1,16 +1,17 @@
 """Limits that a pruned model must keep, read from a TOML file and held against a run record.
 
-A measured figure is judged by the end of its 95 % interval that is worse for the pruned model, so
-too little evidence fails rather than passes. A limit on what was not measured fails too. Figures
-without an interval (memory, size) and shares of answers are judged as they are, even where the
-dense model does no better.
+One rule holds for every figure: it is judged by its worst case, the end of its 95 % interval that
+is worse for the pruned model. A limit is kept if the worst case keeps it, not kept if the best case
+does not, and else nobody can tell yet; so it is where nothing was measured. Only kept passes. A
+figure that has no interval because it is exact (memory, size) is its own worst case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import isnan, log
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,13 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, did_you_mean
-from sleb.core.statistics import Interval
+from sleb.core.statistics import Interval, items_to_tell
 from sleb.core.toml import read_toml
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
+from sleb.evaluation.perplexity import Quality
 from sleb.evaluation.tasks import TaskResult
-from sleb.record import GateResult, GateRow, RunRecord
+from sleb.record import GateResult, GateRow, RunRecord, Verdict
 
 # strict: a number in quotes is a mistake
 Positive = Annotated[float, Field(gt=0, strict=True)]
@@ -34,14 +36,18 @@ Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of a record. ``of``: the text, task or case, empty for all; ``missing``: why there
-    is none."""
+    """A figure of a record, measured on so many ``items``; ``share``: of them. ``of``: the text,
+    task or case, empty for all; ``dense``: the same of the dense model, or what means no change;
+    ``missing``: why there is none."""
 
     value: Interval | float | None
     of: str = ""
     missing: str = "not-measured"
     path: str = ""
     runtime: str = ""
+    items: int = 0
+    share: bool = False
+    dense: float | None = None
 
 
 Getter = Callable[[RunRecord], list[_Figure]]
@@ -64,6 +70,10 @@ class Limit:
         """Whether it is an upper bound."""
         return self.key.partition(".")[2].startswith("max")
 
+    def measured(self, record: RunRecord) -> tuple[GateRow, ...]:
+        """What the record has of it, held against nothing."""
+        return tuple(self._row(figure, None) for figure in self.figures(record))
+
     def rows(
         self, record: RunRecord, every: float | None, own: Mapping[str, float]
     ) -> Iterator[GateRow]:
@@ -82,11 +92,20 @@ class Limit:
                 missing = "unknown-name" if names else "not-measured"
                 yield replace(self._row(_Figure(None, name, missing), own[name]), near=near)
 
-    def _row(self, figure: _Figure, limit: float) -> GateRow:
-        value, missing = figure.value, figure.missing
-        if isinstance(value, Interval):
-            value, missing = value.high if self.at_most else value.low, "no-interval"
-        kept = value is not None and (value <= limit if self.at_most else value >= limit)
+    def _row(self, figure: _Figure, limit: float | None) -> GateRow:
+        found = figure.value
+        if isinstance(found, float):
+            found = Interval(value=found, low=found, high=found)
+        if found and (found.low is None or found.high is None or isnan(found.low + found.high)):
+            found = Interval(value=found.value, low=None, high=None)
+        ends = (found.low, found.high) if found else (None, None)
+        best, worst = ends if self.at_most else ends[::-1]
+        verdict: Verdict = ""
+        needed = None
+        if limit is not None:
+            verdict = _judged(best, worst, limit, self.at_most)
+        if found and limit is not None and verdict == "unclear" and figure.items:
+            needed = self._needed(found, limit, figure)
         return GateRow(
             name=self.key,
             of=figure.of,
@@ -94,11 +113,28 @@ class Limit:
             runtime=figure.runtime,
             limit=limit,
             at_most=self.at_most,
-            measured=value,
+            measured=found.value if found else None,
+            worst=worst,
+            dense=figure.dense,
             unit=self.unit,
-            passed=kept,
-            missing=missing if value is None else "",
+            verdict=verdict,
+            needed=needed,
+            missing=figure.missing if found is None else "" if worst is not None else "no-interval",
         )
+
+    def _needed(self, found: Interval, limit: float, figure: _Figure) -> int | None:
+        """How many items would tell; the intervals of ratios narrow as logarithms."""
+        if self.unit == "x" and min(limit, found.low or 0.0) > 0:
+            found, limit = found.mapped(log), log(limit)
+        return items_to_tell(found, limit, figure.items, share=figure.share)
+
+
+def _judged(best: float | None, worst: float | None, limit: float, at_most: bool) -> Verdict:
+    if best is None or worst is None:
+        return "unclear"
+    if worst <= limit if at_most else worst >= limit:
+        return "kept"
+    return "not-kept" if (best > limit if at_most else best < limit) else "unclear"
 
 
 def _ratios(record: RunRecord) -> list[_Figure]:
@@ -106,35 +142,43 @@ def _ratios(record: RunRecord) -> list[_Figure]:
     whole = record.evaluation
     if whole is None:
         return [_Figure(None)]
-    texts = [_Figure(text.perplexity_ratio, name) for name, text in whole.domains.items()]
-    return [_Figure(whole.perplexity_ratio), *texts]
+    every: dict[str, Quality] = {"": whole, **whole.domains}
+    return [
+        _Figure(q.perplexity_ratio, name, items=q.windows, dense=1.0) for name, q in every.items()
+    ]
 
 
 def _evaluated(name: str) -> Getter:
-    return lambda record: [_Figure(getattr(record.evaluation, name, None))]
+    def figures(record: RunRecord) -> list[_Figure]:
+        found = record.evaluation
+        return [_Figure(getattr(found, name), items=found.windows) if found else _Figure(None)]
+
+    return figures
 
 
 def _retentions(record: RunRecord) -> list[_Figure]:
-    """Share of the dense model's score that the pruned one keeps, by task: 1 + d / s, of the lower
-    bound d of the paired difference and the dense score s. The plain share would let luck decide:
-    with 100 items, a few flips either way are noise."""
+    """Share of the dense model's score that the pruned one keeps, by task: 1 + d / s, of the paired
+    difference d and the dense score s."""
 
     def retention(task: TaskResult) -> _Figure:
-        if task.flips is None or task.flips.difference.low is None:
+        if task.flips is None:
             return _Figure(None, task.name, "not-paired")
         if not task.dense.value:
             return _Figure(None, task.name, "dense-zero")
-        return _Figure(max(0.0, 1 + task.flips.difference.low / task.dense.value), task.name)
+        kept = task.flips.difference.mapped(lambda d: max(0.0, 1 + d / task.dense.value))
+        return _Figure(kept, task.name, items=task.items, dense=1.0)
 
     return [*map(retention, record.tasks or ())] or [_Figure(None)]
 
 
-def _answered(share: Callable[[Comparison], float | None]) -> Getter:
+def _answered(share: Callable[[Comparison], Interval | None]) -> Getter:
     """A share of the pruned model's answers to the prompts of `sleb compare`."""
 
     def figures(record: RunRecord) -> list[_Figure]:
         both = record.answers
-        return [_Figure(share(both), missing="no-json-prompt") if both else _Figure(None)]
+        if both is None:
+            return [_Figure(None)]
+        return [_Figure(share(both), missing="no-json-prompt", items=both.prompts, share=True)]
 
     return figures
 
@@ -143,25 +187,38 @@ def _of_answers(figure: Callable[[AnswersKept], Interval | None]) -> Getter:
     """What the pruned model keeps of the dense one's answers to prompts."""
 
     def figures(record: RunRecord) -> list[_Figure]:
-        return [_Figure(figure(record.prompts) if record.prompts else None)]
+        kept = record.prompts
+        return [_Figure(figure(kept), items=kept.prompts, dense=1.0) if kept else _Figure(None)]
 
     return figures
 
 
-def _unfinished(both: Comparison) -> float:
-    return round(1 - both.pruned.ended.value, 12)  # 1 - 0.7 is a little above 0.3
-
-
-def _json_valid(both: Comparison) -> float | None:
-    return both.pruned.json_valid.value if both.pruned.json_valid else None
+def _unfinished(both: Comparison) -> Interval:
+    return both.pruned.ended.mapped(lambda x: round(1 - x, 12))  # 1 - 0.7 is a little above 0.3
 
 
 def _speedups(record: RunRecord) -> list[_Figure]:
     """Times as fast as the dense model, by case of `sleb bench`."""
-    ratios = record.speed.ratios if record.speed else ()
+    if record.speed is None or not record.speed.ratios:
+        return [_Figure(None)]
+    ratios = record.speed.ratios
     several = len({(r.path, r.runtime) for r in ratios}) > 1
-    named = [(r, (r.path, r.runtime) if several else ("", "")) for r in ratios]
-    return [_Figure(r.ratio, r.case, "", *model) for r, model in named] or [_Figure(None)]
+    runs = {
+        (model.path, model.runtime, run.case): len(run.seconds)
+        for model in record.speed.models
+        for run in model.runs
+    }
+    return [
+        _Figure(
+            r.ratio,
+            r.case,
+            "",
+            *((r.path, r.runtime) if several else ("", "")),
+            items=runs.get((r.path, r.runtime, r.case), 0),
+            dense=1.0,
+        )
+        for r in ratios
+    ]
 
 
 def _memory(record: RunRecord) -> list[_Figure]:
@@ -169,16 +226,21 @@ def _memory(record: RunRecord) -> list[_Figure]:
     models = record.speed.models if record.speed else ()
     pruned = [model for model in models if model.blocks < models[0].blocks]
     named = [(m, (m.path, m.runtime) if len(pruned) > 1 else ("", "")) for m in pruned]
-    return [_Figure(m.peak_bytes / 1e6, "", "", *model) for m, model in named] or [_Figure(None)]
+    dense = {m.runtime: m.peak_bytes / 1e6 for m in models if m.path == models[0].path}
+    return [
+        _Figure(m.peak_bytes / 1e6, "", "", *model, dense=dense.get(m.runtime))
+        for m, model in named
+    ] or [_Figure(None)]
 
 
-def _drafts(name: str) -> Getter:
-    """A figure of each pruned model as a draft of the dense one."""
+def _drafts(name: str, counted: str) -> Getter:
+    """A figure of each pruned model as a draft of the dense one, of what is ``counted``."""
 
     def figures(record: RunRecord) -> list[_Figure]:
         drafts = record.draft.drafts if record.draft else ()
-        paths = [d.path if len(drafts) > 1 else "" for d in drafts]
-        found = [_Figure(getattr(d, name), "", "", p) for d, p in zip(drafts, paths, strict=True)]
+        items = getattr(record.draft, counted, 0)
+        named = [(d, d.path if len(drafts) > 1 else "") for d in drafts]
+        found = [_Figure(getattr(d, name), "", "", p, items=items) for d, p in named]
         return found or [_Figure(None)]
 
     return figures
@@ -190,31 +252,46 @@ def _deviations(record: RunRecord) -> list[_Figure]:
     return [_Figure(v.pruned, v.runtime) for v in verdicts] or [_Figure(None)]
 
 
+def _size(record: RunRecord) -> list[_Figure]:
+    dense, pruned = record.nbytes
+    return [_Figure(pruned / 1e6, dense=dense / 1e6)]
+
+
+_KEPT = {
+    "agreement": _of_answers(lambda kept: kept.agreement),
+    "right": _of_answers(lambda kept: kept.right.kept if kept.right else None),
+}
 LIMITS = (
     Limit("perplexity.max_ratio", _ratios, "x", by_name="domains"),
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
     Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("tasks.min_retention", _retentions, "%", by_name="each"),
-    Limit("answers.min_agreement", _of_answers(lambda kept: kept.agreement), "%", Share),
-    Limit(
-        "answers.min_right",
-        _of_answers(lambda kept: kept.right.kept if kept.right else None),
-        "%",
-        Share,
-    ),
-    Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive.value), "%", Share),
-    Limit("answers.max_empty", _answered(lambda a: a.pruned.empty.value), "%", Share),
+    Limit("answers.min_agreement", _KEPT["agreement"], "%", Share),
+    Limit("answers.min_right", _KEPT["right"], "%", Share),
+    Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive), "%", Share),
+    Limit("answers.max_empty", _answered(lambda a: a.pruned.empty), "%", Share),
     Limit("answers.max_unfinished", _answered(_unfinished), "%", Share),
-    Limit("answers.max_switched", _answered(lambda a: a.switched.value), "%", Share),
-    Limit("answers.min_json_valid", _answered(_json_valid), "%", Share),
+    Limit("answers.max_switched", _answered(lambda a: a.switched), "%", Share),
+    Limit("answers.min_json_valid", _answered(lambda a: a.pruned.json_valid), "%", Share),
     Limit("speed.min_speedup", _speedups, "x", by_name="cases"),
-    Limit("draft.min_speedup", _drafts("ratio"), "x"),
-    Limit("draft.min_acceptance", _drafts("acceptance"), "%", Share),
+    Limit("draft.min_speedup", _drafts("ratio", "runs"), "x"),
+    Limit("draft.min_acceptance", _drafts("acceptance", "prompts"), "%", Share),
     Limit("runtimes.max_deviation", _deviations, "nats/token", NotNegative, by_name="each"),
     Limit("memory.max_mb", _memory, "MB"),
-    Limit("size.max_mb", lambda record: [_Figure(record.nbytes[1] / 1e6)], "MB"),
+    Limit("size.max_mb", _size, "MB"),
 )
 """Every limit, in the order of the tables of a gate file."""
+
+
+def ungated(record: RunRecord, keys: Collection[str]) -> tuple[GateRow, ...]:
+    """What the record has of the limits ``keys`` and its gate does not limit."""
+
+    def place(row: GateRow) -> tuple[str, ...]:
+        return row.name, row.of, row.path, row.runtime
+
+    gated = {*map(place, record.gate.rows)} if record.gate else set()
+    rows = (row for limit in LIMITS if limit.key in keys for row in limit.measured(record))
+    return tuple(row for row in rows if row.measured is not None and place(row) not in gated)
 
 
 def _form() -> type[BaseModel]:

@@ -486,6 +486,7 @@ def _write(
                 parameters=(_elements(before), _elements(after)),
                 nbytes=(before.nbytes, after.nbytes),
                 file_nbytes=file_size(model),
+                kept=config.keep,
                 verification=checked,
                 **found.facts,
             )

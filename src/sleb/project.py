@@ -259,7 +259,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
         gate = Gate.parse(project.gate, f"{path}: gate").check(record)
         record = RunRecord.update(out, gate=gate)
     for lang in project.measure.reports:
-        write_report(out, out / f"report.{lang}.html", lang, force=True)
+        write_report([out], out / f"report.{lang}.html", lang, force=True)
     return record
 
 

@@ -38,8 +38,9 @@ from sleb.runtimes.speculative import Drafting
 from sleb.surgery.gguf_repair import Stored
 from sleb.surgery.verification import Verification
 
+Verdict = Literal["kept", "not-kept", "unclear", ""]
 MAX_BYTES = 256 * 2**20
-SCHEMA = 2
+SCHEMA = 3
 
 COMMANDS = {
     "perplexity": "sleb eval MODEL --plan OUT/plan.json --text FILE --record OUT",
@@ -55,7 +56,12 @@ COMMANDS |= dict.fromkeys(
     ("answers.min_agreement", "answers.min_right"),
     "sleb eval MODEL --plan OUT/plan.json --prompts FILE --record OUT",
 )
-"""The command that measures what a table of limits is about."""
+"""The command that measures what a limit, or a table of limits, is about."""
+
+
+def measured_by(limit: str) -> str:
+    """The command that measures what ``limit`` is about; empty if every run does."""
+    return COMMANDS.get(limit) or COMMANDS.get(limit.partition(".")[0], "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +109,26 @@ class GateRow:
     task or case that it is held against, empty for all together; ``path`` and ``runtime``: the
     model, where there are several.
 
-    ``measured`` is null where nothing was measured, which fails; ``missing`` is then
-    ``not-measured``, ``no-interval``, ``not-paired``, ``dense-zero``, ``no-json-prompt`` or
-    ``unknown-name``, of which ``near`` is a name that the record has. ``unit``: x, %, MB,
-    nats/token; figures in % are shares in 0..1."""
+    ``measured``, and ``worst``, the end of its 95 % interval that is worse for the pruned model;
+    ``dense``: the dense model's, or what means no change. ``verdict``: kept by the worst case, not
+    kept by the best case either, or unclear; then about ``needed`` windows, items, prompts or runs
+    would tell. Where there is no figure or no interval, ``missing`` is ``not-measured``,
+    ``no-interval``, ``not-paired``, ``dense-zero``, ``no-json-prompt`` or ``unknown-name``, of
+    which ``near`` is a name that the record has. ``unit``: x, %, MB, nats/token; figures in % are
+    shares in 0..1. Without a ``limit`` there is no verdict; no gate has such a row."""
 
     name: str
     of: str = ""
     path: str = ""
     runtime: str = ""
-    limit: float
+    limit: float | None
     at_most: bool
     measured: float | None
+    worst: float | None
+    dense: float | None = None
     unit: str
-    passed: bool
+    verdict: Verdict
+    needed: int | None = None
     missing: str = ""
     near: str = ""
 
@@ -130,25 +142,32 @@ class GateResult:
     @property
     def passed(self) -> bool:
         """Whether every limit is kept."""
-        return all(row.passed for row in self.rows)
+        return all(row.verdict == "kept" for row in self.rows)
+
+    def of(self, verdict: Verdict) -> tuple[GateRow, ...]:
+        """The rows with this verdict."""
+        return tuple(row for row in self.rows if row.verdict == verdict)
 
     def require(self) -> None:
-        """Raise VerificationFailed, naming the first limit that failed, and how many did."""
-        failed = [row for row in self.rows if not row.passed]
-        if not failed:
+        """Raise VerificationFailed, naming the first limit that is not kept, or cannot be told to
+        be, and how many there are."""
+        if self.passed:
             return
-        row = failed[0]
+        broken, unclear = self.of("not-kept"), self.of("unclear")
+        row = (broken or unclear)[0]
         name = f"{row.name}, {row.of}" if row.of else row.name
-        if row.measured is None:
+        if row.worst is None:
             why = row.missing.replace("-", " ")
-            table = COMMANDS.get(row.name.partition(".")[0], "sleb prune")
-            why += f"; run: {COMMANDS.get(row.name, table)}"
+            why += f"; run: {measured_by(row.name) or 'sleb prune'}"
         else:
             bound = "most" if row.at_most else "least"
             unit = "" if row.unit == "%" else f" {row.unit}"
-            why = f"{row.measured:.5g}{unit}, allowed is at {bound} {row.limit:.5g}{unit}"
+            shown = "" if row.measured is None else f"{row.measured:.5g}{unit}, "
+            worst = f"at worst {row.worst:.5g}{unit}"
+            why = f"{shown}{worst}; allowed is at {bound} {row.limit:.5g}{unit}"
         raise VerificationFailed(
-            f"the gate failed: {name}: {why} ({len(failed)} of {len(self.rows)} limits failed)"
+            f"the gate failed: {name}: {why} (of {len(self.rows)} limits {len(broken)} not kept, "
+            f"{len(unclear)} cannot be told yet)"
         )
 
 
@@ -163,6 +182,7 @@ class RunRecord:
     ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
     dense model's states i and j (0 is the embedding, i + 1 the output of block i).
     ``file_nbytes``: of the GGUF file that a folder was made from, whose weights ``nbytes`` are.
+    ``kept``: the folder holds what `sleb restore` needs.
     ``requantized``: of a GGUF file, the repaired tensors, which were quantized again.
     ``healed``: what a training after the cut did, of which all else here is the result.
     ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
@@ -177,6 +197,7 @@ class RunRecord:
     parameters: tuple[int, int]
     nbytes: tuple[int, int]
     file_nbytes: int | None = None
+    kept: bool = False
     evaluation: Evaluation | None
     evaluation_text: EvaluationText | None
     verification: Verification
@@ -294,7 +315,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     }
 
 
-# -- records of schema 1, which held sentences ---------------------------------------------------
+# -- records of earlier schemas: the first held sentences ----------------------------------------
 
 _CHECKS = {
     "config.json keeps the original's fields": "config-kept",
@@ -334,7 +355,7 @@ _MISSING = {
 def upgrade(record: Any) -> Any:
     """A run record of any schema, as JSON gives it, in this one's form; what is no record, and what
     has another form than it ever had, is left as it is, for the validation to find."""
-    if not isinstance(record, dict) or record.get("schema_version", 1) not in (1, SCHEMA):
+    if not isinstance(record, dict) or record.get("schema_version", 1) not in (1, 2, SCHEMA):
         return record
     new, changed = {**record, "schema_version": SCHEMA}, _SENTENCES
     if record.get("schema_version", 1) == 1:
@@ -342,6 +363,7 @@ def upgrade(record: Any) -> Any:
         new["evaluation_text"] = _evaluation_text(text)
         new["repair"] = _repair_status(repair) if repair else None
         changed = (*_SENTENCES, *_NAMES)
+    changed = (*changed, *_ROWS)
     status = new.get("repair")
     if isinstance(status, dict) and "reason" in status:  # a message, until there were findings
         rest = {name: value for name, value in status.items() if name != "reason"}
@@ -423,6 +445,14 @@ def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a gate until schema 2, which had the worst case alone."""
+    if "passed" not in row:
+        return row
+    verdict = "kept" if row["passed"] else "unclear" if row.get("missing") else "not-kept"
+    return {**row, "measured": None, "worst": row.get("measured"), "verdict": verdict}
+
+
 def _verdict(row: dict[str, Any]) -> dict[str, Any]:
     new = {**row, "runtime": str(row.get("runtime", "")).replace("llama-cpp", "llama.cpp")}
     if isinstance(why := row.get("why"), str):
@@ -440,5 +470,6 @@ _SENTENCES: _Changes = (
     ("runtimes", "verdicts", dict, _verdict),
 )
 _NAMES: _Changes = (("gate", "rows", dict, _gate_row), ("speed", "skipped", str, _skipped))
+_ROWS: _Changes = (("gate", "rows", dict, _judged),)
 """Sections, their lists, and how an entry becomes one of today: where it held sentences, and by the
 names of schema 1."""

@@ -634,15 +634,17 @@ def bench(
 
 @takes(OutputOptions)
 def report(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     out: str | Path = "report.html",
     config: OutputOptions = _OUTPUT,
     *,
     lang: str = "en",
 ) -> Path:
-    """Write what the run in folder ``run`` measured as one HTML page.
+    """Write what the run in folder ``run`` measured as one HTML page; or, of several folders, their
+    figures side by side.
 
     Raises:
         InputError: no run there, no such language, or ``out`` cannot be written.
     """
-    return write_report(Path(run), Path(out), lang, force=config.force)
+    runs = [run] if isinstance(run, (str, Path)) else run
+    return write_report([*map(Path, runs)], Path(out), lang, force=config.force)

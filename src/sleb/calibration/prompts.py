@@ -46,6 +46,21 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
     expected: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """What was said, as (role, text); a plain text has no role."""
+        if self.messages is None:
+            return (("", self.text or ""),)
+        return tuple((str(turn.get("role", "")), _said(turn)) for turn in self.messages)
+
+
+def _said(turn: dict[str, Any]) -> str:
+    """A turn as text: what is none of it, such as an image or a call of a tool, by its name."""
+    content, calls = turn.get("content"), turn.get("tool_calls")
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    texts = [str(part.get("text", f"[{part.get('type')}]")) for part in parts]
+    return "\n".join([*texts, *([json.dumps(calls, ensure_ascii=False)] if calls else [])]).strip()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Read:

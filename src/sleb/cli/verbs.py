@@ -229,10 +229,10 @@ def _check_prune(given: Given) -> None:
 
 def _check_report(given: Given) -> None:
     _new_file(given)
-    run = Path(given["run"])
-    record = run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
-    if not record.is_file():
-        raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
+    for run in map(Path, given["run"]):
+        record = run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
+        if not record.is_file():
+            raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
 
 
 def _check_project(given: Given) -> None:
@@ -635,10 +635,10 @@ VERBS = (
     Verb(
         name="report",
         group=PROJECT,
-        help="Write what a run measured as one HTML page.",
+        help="Write what a run measured as one HTML page; of several runs, side by side.",
         example="sleb report ./smaller -o report.html --lang ja",
         arguments=(
-            Argument("run", "Folder from sleb prune or sleb run.", metavar="RUN"),
+            Argument("run", "Folders from sleb prune or sleb run.", "", "RUN...", list[str]),
             _file("report.html"),
             Argument("lang", "en or ja.", "--lang", "LANG", default="en", choices=("en", "ja")),
         ),

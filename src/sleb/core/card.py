@@ -11,10 +11,13 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sleb.core.plan import Origin, Plan
 from sleb.core.printable import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
 _LINK = re.compile(r"https?://[^\s<>\"'`]{1,500}|[A-Za-z0-9][\w.-]{0,127}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f\u0085\u2028\u2029]{1,128}")
+_RESULTS = re.compile(r"^model-index:\n(?:(?:- |  ).*\n)*", re.MULTILINE)
 _LICENCE_FILE = re.compile(r"(LICEN[CS]E|COPYING)(\.(txt|md))?", re.IGNORECASE)
 
 _CARD = """{front}
@@ -77,14 +81,19 @@ def cut_card(
     command: str = "",
     measured: Sequence[str] = (),
     kept: bool = False,
+    results: Sequence[EvalResult] = (),
 ) -> str:
     """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
     as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
-    ``measured``: lines of Markdown on what it costs; ``kept``: it has a side-car."""
+    ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it;
+    ``kept``: it has a side-car."""
     of = plan.model
+    listed: dict[str, Any] = {}
+    if results:
+        listed = {"model_name": _title(model, of.architecture), "eval_results": [*results]}
     told = "\n".join(measured) or "It was not measured: do so before you rely on it."
     return _CARD.format(
-        front=front_matter(source, model, images=_reads_images(of.architecture)),
+        front=front_matter(source, model, images=_reads_images(of.architecture), **listed),
         loader=f"AutoModelFor{'ImageTextToText' if _reads_images(of.architecture) else 'CausalLM'}",
         name=_title(model, of.architecture or of.model_type),
         gone=len(plan.removed),
@@ -101,9 +110,10 @@ def cut_card(
 
 def with_section(folder: Path, title: str, lines: Iterable[str]) -> str:
     """The card in ``folder``, if there is one, and below it a section on what was done since, of
-    which what is said above is not true."""
+    which what is said above is not true. The metadata's results are left out."""
     card = folder / "README.md"
-    above = [card.read_text(encoding="utf-8").rstrip(), ""] if card.is_file() else []
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    above = [_RESULTS.sub("", before, count=1).rstrip(), ""] if before else []
     since = ["What is said above is of the checkpoint before that, weights and figures alike.", ""]
     parts = [*above, f"## {title}", "", *(since if above else []), *lines]
     return "\n".join(parts) + "\n"
@@ -115,10 +125,13 @@ def _reads_images(architecture: str) -> bool:
     return architecture.endswith("ForConditionalGeneration")
 
 
-def front_matter(source: Path, model: str | None = None, *, images: bool = False) -> str:
+def front_matter(
+    source: Path, model: str | None = None, *, images: bool = False, **results: Any
+) -> str:
     """Lines from ``---`` to ``---``, valid YAML. ``source`` is the original's folder, ``model``
     the original as the user named it: it becomes the base model if it is an id on the hub;
-    ``images``: the model reads images too.
+    ``images``: the model reads images too; ``results``: ``model_name`` and ``eval_results`` of
+    huggingface_hub, the list that a hub shows beside the card.
 
     The hub knows four relations to a base model (adapter, finetune, merge, quantized); a cut is
     shown under the second, which is the one for changed weights.
@@ -130,6 +143,7 @@ def front_matter(source: Path, model: str | None = None, *, images: bool = False
         "pipeline_tag": "image-text-to-text" if images else "text-generation",
         "tags": ["sleb", "pruned", "block-pruning"],
         **inherited(source),
+        **results,
     }
     if base := _hub_id(model, source):
         fields |= {"base_model": base, "base_model_relation": "finetune"}

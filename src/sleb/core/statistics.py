@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Values = NDArray[np.float64]
+Z95 = 1.959964
+"""Standard errors of a normal figure to each end of its 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,20 @@ class Interval:
     value: float
     low: float | None
     high: float | None
+
+    def holds(self, value: float) -> bool:
+        """Whether the figure cannot be told from ``value``, as that is in its interval, or there is
+        none. With 0 or 1 as what means no change, this is "within noise" everywhere."""
+        if self.low is None or self.high is None:
+            return True
+        return not (value < self.low or value > self.high)
+
+    def mapped(self, change: Callable[[float], float]) -> Interval:
+        """The figure and its ends through a monotonic function."""
+        if self.low is None or self.high is None:
+            return Interval(value=change(self.value), low=None, high=None)
+        low, high = sorted((change(self.low), change(self.high)))
+        return Interval(value=change(self.value), low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +54,8 @@ class Flips:
 
     @property
     def within_noise(self) -> bool:
-        """Whether so many flips one way would often come by chance (p >= 0.05)."""
-        return self.p_value >= 0.05
+        """Whether the difference cannot be told from none."""
+        return self.difference.holds(0.0)
 
 
 def standard_error(values: Values) -> float | None:
@@ -58,16 +75,27 @@ def interval(values: Values) -> Interval:
 def exponential(logs: Interval) -> Interval:
     """From nats/token to perplexity, or from a difference of logs to a ratio; bounds included."""
 
-    def exp(x: float | None) -> float | None:
-        return None if x is None else float(np.exp(x))
-
-    return Interval(value=float(np.exp(logs.value)), low=exp(logs.low), high=exp(logs.high))
+    return logs.mapped(lambda x: float(np.exp(x)))
 
 
 def proportion(successes: int, items: int) -> Interval:
     """A share of ``items`` with Wilson's 95 % interval, which is sound at 0 and 1 too."""
     found = stats.binomtest(successes, items).proportion_ci(0.95, method="wilson")
     return Interval(value=successes / items, low=float(found.low), high=float(found.high))
+
+
+def items_to_tell(found: Interval, limit: float, items: int, *, share: bool = False) -> int | None:
+    """About how many items would tell a figure, measured on ``items``, from ``limit``, if its value
+    stayed: those at which its interval would end there. ``share``: it is a :func:`proportion`,
+    whose interval ends at L where (value - L)^2 = z^2 L (1 - L) / n; others narrow with the root
+    of the number. None where no number would do."""
+    gap = abs(limit - found.value)
+    end = found.high if limit > found.value else found.low
+    if not gap > 0 or end is None:
+        return None
+    if share:
+        return ceil(Z95**2 * limit * (1 - limit) / gap**2) or None
+    return ceil(items * ((end - found.value) / gap) ** 2)
 
 
 def flips(before: Sequence[bool], after: Sequence[bool]) -> Flips:
@@ -86,7 +114,7 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Flips:
     won = sum(a and not b for b, a in zip(before, after, strict=True))
     more = n + 2
     p, q = (won + 0.5) / more, (lost + 0.5) / more
-    half = 1.959964 * float(np.sqrt((p + q - (p - q) ** 2) / more))
+    half = Z95 * float(np.sqrt((p + q - (p - q) ** 2) / more))
     return Flips(
         items=n,
         lost=lost,

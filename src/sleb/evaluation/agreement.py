@@ -8,9 +8,10 @@ place of that, and whether there is none, hold for greedy answers too. Over 33 c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from sleb.selection.sweep import Patch, Sweep
 FLOOR = 0.93
 """Agreement below which, of the cuts in docs/quality.md, all lost a third or more of their right
 answers, and most two thirds."""
+WORST = 3
+"""Examples that a record has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,18 @@ class RightAnswers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt by its turns, as (role, text), and both models' own greedy answers to it, of which
+    ``agreement`` is kept."""
+
+    id: str
+    turns: tuple[tuple[str, str], ...]
+    agreement: float
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswersKept:
     """What a cut keeps of the dense model's greedy answers of at most ``new_tokens`` tokens, to
     ``prompts`` prompts of ``source``, ``tokens`` tokens in all.
@@ -53,7 +68,7 @@ class AnswersKept:
     on the dense model's; ``divergence``: KL from the dense model there, nats/token;
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
     any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
-    ``unhealed``: of the cut as it was before its healing.
+    ``unhealed``: of the cut as it was before its healing. ``worst``: those of which least is kept.
     """
 
     source: str
@@ -67,6 +82,7 @@ class AnswersKept:
     unrepaired: Interval | None = None
     unhealed: Interval | None = None
     right: RightAnswers | None = None
+    worst: tuple[Example, ...] = ()
 
 
 def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
@@ -121,8 +137,8 @@ def measure_answers(
     patch: Patch | None = None,
     progress: Progress = silent,
 ) -> AnswersKept:
-    """What the cut keeps of the dense model's ``answers``, with ``patch`` as of a repair. Where
-    rows tell what is right, the cut answers them itself.
+    """What the cut keeps of the dense model's ``answers``, with ``patch`` as of a repair. Prompts
+    whose rows tell what is right, and those of which least is kept, the cut answers itself.
 
     Raises:
         DataError: a figure is NaN or infinite.
@@ -132,6 +148,10 @@ def measure_answers(
     windows = answers.windows
     assert windows.scored is not None
     divergence, agreement, first, reproduced = found.T
+    known, prompts = gradable(answers.run_code), answers.prompts
+    judged = [i for i, prompt in enumerate(prompts) if prompt.expected.keys() & known]
+    worst = agreement.argsort(kind="stable")[:WORST].tolist()
+    said = _said(model, answers, sorted({*judged, *worst}), removed, patch, progress)
     return AnswersKept(
         source=answers.source,
         prompts=len(windows.ids),
@@ -142,31 +162,55 @@ def measure_answers(
         until_first=interval(first),
         reproduced=proportion(int(reproduced.sum()), len(reproduced)),
         unrepaired=None if plain is None else interval(plain[:, 1]),
-        right=right_answers(model, answers, removed, patch, progress),
+        right=_right(
+            [prompts[i].expected for i in judged],
+            [said[i][0] for i in judged],
+            [said[i][1] for i in judged],
+            known,
+        )
+        if judged
+        else None,
+        worst=tuple(
+            Example(
+                id=prompts[i].id,
+                turns=prompts[i].turns,
+                agreement=float(agreement[i]),
+                dense=said[i][0],
+                pruned=said[i][1],
+            )
+            for i in worst
+        ),
     )
 
 
-def right_answers(
+def _said(
     model: LoadedModel,
     answers: Answers,
+    which: list[int],
     removed: Collection[int],
     patch: Patch | None,
     progress: Progress,
-) -> RightAnswers | None:
-    """Right answers of both models to prompts whose rows tell; None without such."""
-    known = gradable(answers.run_code)
-    judged = [(i, p) for i, p in enumerate(answers.prompts) if p.expected.keys() & known]
-    if not judged:
-        return None
-    windows = answers.windows.take([i for i, _ in judged])
+) -> dict[int, tuple[str, str]]:
+    """What the dense model has answered to ``which`` of the prompts, and what the cut answers."""
+    windows = answers.windows.take(which)
     assert windows.scored is not None
     rows = [*zip(windows.ids, windows.scored, strict=True)]
     before = [ids[counts].tolist() for ids, counts in rows]
     asked = [ids[: int(counts.nonzero()[0])].tolist() for ids, counts in rows]
     with patch() if patch else nullcontext(), model.stack.bypassed(removed):
         after = answered(model, asked, answers.new_tokens, progress, "answering without the blocks")
-    expected = [prompt.expected for _, prompt in judged]
-    dense, pruned = (are_right(expected, _texts(model, said), known) for said in (before, after))
+    both = zip(_texts(model, before), _texts(model, after), strict=True)
+    return dict(zip(which, both, strict=True))
+
+
+def _right(
+    expected: Sequence[dict[str, Any]],
+    before: Sequence[str],
+    after: Sequence[str],
+    known: Collection[str],
+) -> RightAnswers:
+    """Right answers of both models."""
+    dense, pruned = (are_right(expected, said, known) for said in (before, after))
     both = [*zip(dense, pruned, strict=True)]
     kept = [after for before, after in both if before]
     return RightAnswers(

@@ -67,8 +67,8 @@ class Answer:
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Both answers to one prompt. ``agreed``: tokens until they part. ``prompt``: as the model
-    read it. ``switched``: the pruned model answered in another writing system or language than the
-    dense one."""
+    read it; ``turns``: what was said in it, as (role, text). ``switched``: the pruned model
+    answered in another writing system or language than the dense one."""
 
     id: str
     prompt: str
@@ -76,6 +76,7 @@ class Pair:
     pruned: Answer
     agreed: int
     switched: bool
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -127,10 +128,10 @@ class Comparison:
     seconds_per_token_ratio: Interval | None
     pairs: tuple[Pair, ...]
 
-    def worst(self, n: int) -> tuple[Pair, ...]:
-        """At most ``n`` pairs that differ: most faults first, then those that part earliest."""
-        differing = [pair for pair in self.pairs if not pair.identical]
-        return tuple(sorted(differing, key=lambda p: (-len(p.faults), p.agreed))[:n])
+    @property
+    def worst_first(self) -> tuple[Pair, ...]:
+        """All pairs: most faults first, then those that part earliest; identical ones last."""
+        return tuple(sorted(self.pairs, key=lambda p: (p.identical, -len(p.faults), p.agreed)))
 
 
 @takes(CompareConfig)
@@ -194,6 +195,7 @@ def _compared(
             pruned=pruned,
             agreed=check.first_difference(before, after),
             switched=check.switched(dense.text, pruned.text),
+            turns=prompt.turns,
         )
         for prompt, one, (before, dense), (after, pruned) in zip(
             prompts, read, *answered, strict=True

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sleb.core.card import cut_card
 from sleb.core.plan import Plan
+from sleb.core.printable import printable
 from sleb.record import RunRecord
 from sleb.views.locale import Locale
 from sleb.views.model import Item, Listing, Text
 from sleb.views.quality import prompt_words, warning
 from sleb.views.results import evaluated_on, items, sizes
 from sleb.views.terminal import markdown
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 
 def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = False) -> str:
@@ -25,7 +30,39 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         command=record.command,
         measured=markdown(_measured(Locale("en"), record)),
         kept=kept,
+        results=results(record),
     )
+
+
+def results(r: RunRecord) -> list[EvalResult]:
+    """What was measured, as the model-index of a hub lists it: perplexity by text, what is kept of
+    the original's answers, and tasks. Texts and prompts are the user's own."""
+    from huggingface_hub import EvalResult
+
+    def one(of: str, metric: str, value: float, name: str) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type="custom",
+            dataset_name=printable(of),
+            dataset_config=printable(of),  # by which a hub tells them apart
+            metric_type=metric,
+            metric_value=round(value, 4),
+            metric_name=name,
+        )
+
+    found = []
+    for text, q in r.evaluation.domains.items() if r.evaluation else ():
+        if q.pruned_perplexity:
+            dense = f"perplexity (the original's: {round(q.perplexity.value, 4)})"
+            found.append(one(text, "perplexity", q.pruned_perplexity.value, dense))
+    if k := r.prompts:
+        same = "share of the tokens of the original's answers that are kept"
+        found.append(one(f"prompts: {k.source}", "agreement", k.agreement.value, same))
+    for task in r.tasks or ():
+        if task.pruned:
+            dense = f"{task.metric} (the original's: {round(task.dense.value, 4)})"
+            found.append(one(task.name, task.metric, task.pruned.value, printable(dense)))
+    return found
 
 
 def _measured(t: Locale, r: RunRecord) -> Iterator[Item]:

@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, BLUE, ORANGE, EMPTY = "#1b1d21", "#d5d8dd", "#0b5c7a", "#b5541c", "#ececef"
+PALE, GREY, WHITE = "#8fb4c4", "#8a9099", "#ffffff"
+THEME = {
+    INK: "ink",
+    FAINT: "rule",
+    BLUE: "accent",
+    ORANGE: "mark",
+    EMPTY: "plain-back",
+    PALE: "pale",
+    GREY: "muted",
+    WHITE: "card",
+}
+"""Colours of a chart that are the page's own, light or dark, by the name of its CSS variable."""
+LIGHT, DARK = "#fdfdfd", "#111111"  # over cells, whose colours are the same on any page
 COLOURS = "YlGnBu"  # readable in grey and with any colour vision
 NARROW, WIDE = 5.4, 10.0  # inches; a unit of the SVG is 1/72
 LABELS = 32  # along a wide axis
 
-BEHIND: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # of text over lines
+BEHIND: Any = {"facecolor": WHITE, "edgecolor": "none", "pad": 1.5}  # of text over lines
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -36,7 +49,9 @@ STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11.0,
-    "axes.edgecolor": "#8a9099",
+    "axes.edgecolor": GREY,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "text.color": INK,
     "xtick.color": INK,
@@ -59,19 +74,24 @@ def draw(chart: Chart, name: str, alt: str) -> Markup:
         matplotlib.rcdefaults()  # not the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
         figure = _figure(chart)
+        figure.draw_without_rendering()  # constrained layout moves the axes
+        titles = _titles(chart, figure) if isinstance(chart, Heat) else ""
         file = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=empty)
-    return _inline(file.getvalue(), name, alt)
+    return _inline(file.getvalue(), name, alt, titles)
 
 
-def _inline(svg: str, name: str, alt: str) -> Markup:
-    """Only the element, without fixed size, fonts, styles and ids that the page may have too."""
+def _inline(svg: str, name: str, alt: str, more: str = "") -> Markup:
+    """Only the element, with ``more`` inside; without fixed size, fonts, styles and ids that the
+    page may have too, and in its colours."""
     svg = svg[svg.index("<svg") :].rstrip()
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*(?:; )?", "", svg)
     svg = re.sub(r"\bxlink:href=", "href=", svg)
     svg = re.sub(r"(\bid=\"|\bhref=\"#|url\(#)", rf"\1{name}-", svg)
+    svg = re.sub("#[0-9a-f]{6}", lambda m: f"var(--{THEME[m[0]]})" if m[0] in THEME else m[0], svg)
+    svg = svg.removesuffix("</svg>") + more + "</svg>"
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box
     head = f'<svg {view_box[0]} role="img" aria-label="{escape(alt)}">'
@@ -126,9 +146,9 @@ def _heat(chart: Heat) -> Figure:
         axis.set_tick_params(length=0)
     axes.set_title(chart.row_label)
     axes.set_xlabel(chart.column_label)
-    dot: Any = {"marker": "o", "ms": 3, "mfc": "white", "mec": "#555555", "mew": 0.5}
-    halo: Any = {"marker": "x", "ms": 8, "mew": 3.5, "color": "white"}
-    cross: Any = {"marker": "x", "ms": 7, "mew": 1.5, "color": INK}
+    dot: Any = {"marker": "o", "ms": 3, "mfc": LIGHT, "mec": "#555555", "mew": 0.5}
+    halo: Any = {"marker": "x", "ms": 8, "mew": 3.5, "color": LIGHT}
+    cross: Any = {"marker": "x", "ms": 7, "mew": 1.5, "color": DARK}
     for marks, style in ((chart.dots, dot), (chart.crosses, halo), (chart.crosses, cross)):
         if marks:
             rows, columns = zip(*marks, strict=True)
@@ -141,6 +161,25 @@ def _heat(chart: Heat) -> Figure:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     bar.ax.set_title(chart.unit, fontsize=10, loc="left" if chart.square else "right")
     return figure
+
+
+def _titles(chart: Heat, figure: Figure) -> str:
+    """What a pointer over a cell shows: its row, its column and its value."""
+    axes, height = figure.axes[0], figure.bbox.height
+    (left, top), (right, bottom) = axes.transData.transform(
+        [(-0.5, -0.5), (len(chart.columns) - 0.5, len(chart.rows) - 0.5)]
+    )
+    wide, high = (right - left) / len(chart.columns), (top - bottom) / len(chart.rows)
+    scale = 72 / figure.dpi
+    found = []
+    for i, (row, values) in enumerate(zip(chart.rows, chart.values, strict=True)):
+        for j, (column, value) in enumerate(zip(chart.columns, values, strict=True)):
+            if value == value:
+                x, y = scale * (left + j * wide), scale * (height - top + i * high)
+                box = f"M{x:.1f} {y:.1f}h{scale * wide:.1f}v{scale * high:.1f}H{x:.1f}z"
+                said = f"{chart.row_label} {row}, {chart.column_label} {column}: {_plain(value)}"
+                found.append(f'<path d="{box}"><title>{escape(said)}</title></path>')
+    return f'<g fill="none" pointer-events="all">{"".join(found)}</g>'
 
 
 def _ticks(labels: tuple[str, ...], most: int) -> list[int]:
@@ -162,16 +201,18 @@ def _line(chart: Line) -> Figure:
     if all(low is not None for low in chart.low):
         low, high = np.array(chart.low, dtype=float), np.array(chart.high, dtype=float)
         axes.fill_between(chart.x, low, high, color=BLUE, alpha=0.18, linewidth=0)
-    axes.axhline(0, color="#8a9099", linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.plot(chart.x, chart.y, color=BLUE, marker="o", markersize=4)
-    if chart.chosen in chart.x:
-        at = chart.x.index(chart.chosen)
-        axes.plot(chart.chosen, chart.y[at], "o", color=ORANGE, markersize=8)
-        right = chart.chosen > (chart.x[0] + chart.x[-1]) / 2
-        place: Any = {"xytext": (-8, 8) if right else (8, -14), "textcoords": "offset points"}
-        where = (chart.chosen, chart.y[at])
-        place |= {"ha": "right" if right else "left", "color": ORANGE}
-        axes.annotate(chart.chosen_label, where, **place)
+    if chart.chosen:
+        x, y, low_end, high_end = chart.chosen
+        if low_end is not None and high_end is not None:
+            axes.plot([x, x], [low_end, high_end], color=ORANGE, linewidth=3)
+        axes.plot(x, y, "o", color=ORANGE, markersize=8)
+        right = x > (chart.x[0] + chart.x[-1]) / 2
+        below = chart.below
+        place: Any = {"xytext": (-8 if right else 8, -14 if below else 8)}
+        place |= {"textcoords": "offset points", "ha": "right" if right else "left"}
+        axes.annotate(chart.chosen_label, (x, y), color=ORANGE, **place)
     _numbers(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -186,7 +227,7 @@ def _dots(chart: Dots) -> Figure:
     rows = len(chart.rows)
     figure, axes = _axes(NARROW, 1.5 + 0.52 * rows)
     at = np.arange(rows)
-    axes.axvline(1, color="#8a9099", linewidth=0.8)
+    axes.axvline(1, color=GREY, linewidth=0.8)
     for i, (value, low, high) in enumerate(zip(chart.values, chart.low, chart.high, strict=True)):
         axes.plot([1, value], [i, i], color=FAINT, linewidth=1.2, zorder=1)
         if low is not None and high is not None:
@@ -216,7 +257,7 @@ def _bars(chart: Bars) -> Figure:
     marked = False
     for s, (name, values) in enumerate(chart.series):
         at = [g * pitch + s + 0.75 for g in range(groups)]
-        colour = (BLUE, "#8fb4c4")[s % 2]
+        colour = (BLUE, PALE)[s % 2]
         axes.barh(at, [v / 1e6 for v in values], height=0.82, color=colour, label=name)
         for y, value, text, mark in zip(at, values, chart.shown[s], chart.marks[s], strict=True):
             end = max(value, mark or 0.0)

@@ -33,7 +33,11 @@ def render(page: Page) -> str:
 
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("template.html.j2")
-    return template.render(page=page, style=style, chart=chart, split=split)
+    return template.render(page=page, style=style, chart=chart, split=split, percent=_percent)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
 
 
 def _visible(value: object) -> object:

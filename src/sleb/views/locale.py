@@ -44,6 +44,19 @@ def check_language(lang: str) -> None:
         raise InputError(f"--lang {lang!r} is not known{hint}; give {' or '.join(LANGUAGES)}")
 
 
+def names(paths: Iterable[str]) -> dict[str, str]:
+    """What each path is called: its last part, or as many as tell it from the others."""
+    given = {path: Path(path).parts for path in paths}
+
+    def told(path: str, of: tuple[str, ...]) -> str:
+        for n in range(1, len(of) + 1):
+            if all(other[-n:] != of[-n:] for name, other in given.items() if name != path):
+                return "/".join(of[-n:])
+        return path
+
+    return {path: told(path, of) for path, of in given.items()}
+
+
 def bounds(found: Interval) -> tuple[float, float] | None:
     """The ends of an interval that has them."""
     if found.low is None or found.high is None or isnan(found.low) or isnan(found.high):
@@ -231,7 +244,7 @@ class Locale:
             return self.percent(value)
         if unit == "MB":
             return f"{self.number(value, 1)}\u00a0MB"
-        shown = f"{value:,.4g}".replace("-", "−")
+        shown = f"{value:,.4g}".replace("-", "−") if isfinite(value) else self.number(value)
         if unit == "x":
             return self._unit("times", shown) if self.markup else f"{shown}x"
         return f"{shown}\u00a0{unit}".rstrip()
@@ -250,10 +263,6 @@ class Locale:
         low, high = low.removesuffix(unit), high.removesuffix(unit)
         return self.raw("format.interval").format(value=shown, low=low, high=high)
 
-    def p_value(self, p: float) -> str:
-        """A p-value."""
-        return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
-
     def moment(self, iso: str) -> str:
         """A moment of a record, in UTC; what is no date is shown as it is."""
         try:
@@ -264,10 +273,9 @@ class Locale:
 
     def reading(self, found: Interval, neutral: float, better: str) -> str:
         """In words, whether ``found`` can be told from ``neutral``; ``better`` is high or low."""
-        ends = bounds(found)
-        if ends is None:
+        if bounds(found) is None:
             return self.plain("reading.single")
-        if ends[0] <= neutral <= ends[1]:
+        if found.holds(neutral):
             return self.plain("reading.noise")
         good = (found.value > neutral) == (better == "high")
         return self.plain("reading.better" if good else "reading.worse")

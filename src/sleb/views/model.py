@@ -32,14 +32,16 @@ class Heat:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A value by depth, with its interval where there is one; ``chosen`` is marked."""
+    """A value by depth, with its interval where there is one. ``chosen`` is marked: its x, y, and
+    the ends of its interval if it has one. ``below``: it lies, with its label, below the line."""
 
     x: tuple[int, ...]
     y: tuple[float, ...]
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
-    chosen: int
+    chosen: tuple[float, float, float | None, float | None] | None
     chosen_label: str
+    below: bool = False
     x_label: str
     y_label: str
 
@@ -102,9 +104,22 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meter:
+    """A bar in 0..1 of its width: up to ``value`` or ``worst``, thin between both, with marks at
+    ``limit`` and at ``dense``. ``tone``: kept, not-kept, unclear or empty."""
+
+    value: float
+    worst: float
+    limit: float | None
+    dense: float | None
+    tone: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A table; the first cell of a row is its header. ``words``: columns that are not figures.
-    ``bad``: rows to point out. ``note``: a line below."""
+    ``bad``: rows to point out. ``meters``: a bar below each row's name, or None. ``stacked``: where
+    there is no room, a row's cells stand below its name. ``note``: a line below."""
 
     kind: ClassVar[str] = "table"
     caption: str = ""
@@ -112,6 +127,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset({0})
     bad: frozenset[int] = frozenset()
+    meters: tuple[Meter | None, ...] = ()
+    stacked: bool = False
     note: str = ""
 
 
@@ -158,7 +175,7 @@ class BlockMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A prompt or an answer as it is, with remarks about it."""
+    """A turn of a prompt, or an answer, as it is, with remarks about it."""
 
     name: str
     text: str
@@ -167,12 +184,13 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """A prompt with both answers. ``more`` opens what is too long, ``nothing`` stands for an empty
-    text, and ``cut`` for what is far too long, with its length in the place of {characters}."""
+    """A prompt, by its turns, with both answers. ``more`` opens what is too long, ``nothing``
+    stands for an empty text, and ``cut`` for what is far too long, with its length in the place of
+    {characters}."""
 
     kind: ClassVar[str] = "answers"
     title: str
-    prompt: Answered
+    prompt: tuple[Answered, ...]
     dense: Answered
     pruned: Answered
     note: str
@@ -181,26 +199,38 @@ class SideBySide:
     cut: str
 
 
-Item = Text | Listing | Facts | Table | Figure | Missing | BlockMap | SideBySide
+@dataclass(frozen=True)
+class Folded:
+    """What a click opens."""
+
+    kind: ClassVar[str] = "folded"
+    title: str
+    item: SideBySide
+
+
+Item = Text | Listing | Facts | Table | Figure | Missing | BlockMap | SideBySide | Folded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A heading with what is below it; ``name`` is the target of links to it."""
+    """A heading with what is below it; ``name`` is the target of links to it. ``wide``: across page
+    one."""
 
     name: str
     title: str
     items: tuple[Item, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The gate's, on top of the report. ``tone``: good, bad or none."""
+    """The gate's, on top of the report, with the first page's picture. ``tone``: good, bad, unclear
+    or none."""
 
     tone: str
     headline: str
     text: str
-    table: Table | None
+    table: Table
 
 
 @dataclass(frozen=True, kw_only=True)

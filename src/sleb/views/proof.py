@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from sleb.core.plan import Calibration, Plan
-from sleb.record import COMMANDS, GateRow, RunRecord
+from sleb.record import GateRow, RunRecord, measured_by
 from sleb.runtimes.bench import Speed
 from sleb.surgery.gates import Check
 from sleb.surgery.verification import Verification
-from sleb.views.locale import Locale
-from sleb.views.model import Facts, Item, Table, Text
+from sleb.views.locale import DASH, Locale, names
+from sleb.views.model import Facts, Item, Meter, Table, Text
 from sleb.views.speed import case
+
+COUNTED = {
+    "tasks": "items",
+    "answers": "prompts",
+    "draft": "prompts",
+    "draft.min_speedup": "runs",
+    "speed": "runs",
+}
+"""What figures are measured on, by limit or by table; else on windows."""
 
 Columns = dict[str, Callable[[Any], str]]
 
@@ -54,18 +65,25 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
 
 
 def gate(t: Locale, rows: Sequence[GateRow]) -> list[Item]:
-    """Every limit on a terminal, and then why figures are missing."""
+    """Every limit on a terminal, and then what would tell of those that cannot be told."""
     lacking: dict[str, list[str]] = {}
+    called = names(row.path for row in rows if row.path)
     for row in rows:
-        if row.missing:
-            command = COMMANDS.get(row.name.partition(".")[0], "")
-            why = _missing(t, row, command)
-            lacking.setdefault(why, []).append(_limit_name(t, row, None))
-    kept = sum(row.passed for row in rows)
+        if why := _open(t, row, measured_by(row.name)):
+            lacking.setdefault(why, []).append(_limit_name(t, row, None, called))
     items: list[Item] = [gate_table(t, rows, short=True)]
     items += [Text(f"{'; '.join(names)}: {why}") for why, names in lacking.items()]
-    verdict = f"gate: {kept} of {len(rows)} limits kept"
-    return [*items, Text(f"{verdict}; of a 95 % interval the worse end counts")]
+    counts = counted(rows)
+    key = "passed" if counts["kept"] == len(rows) else "failed"
+    return [*items, Text(f"gate: {t(f'verdict.{key}_text', **counts)}")]
+
+
+def counted(rows: Sequence[GateRow]) -> dict[str, int]:
+    """How many limits there are, and how many have which verdict."""
+    verdicts = [row.verdict for row in rows]
+    names = ("kept", "not-kept", "unclear")
+    found = {name.replace("-", "_"): verdicts.count(name) for name in names}  # type: ignore[arg-type]
+    return {"total": len(rows), **found}
 
 
 def gate_table(
@@ -74,53 +92,100 @@ def gate_table(
     *,
     speed: Speed | None = None,
     fill: Callable[[str], str] = str,
-    told: bool = True,
     short: bool = False,
+    note: str = "",
 ) -> Table:
-    """Limits, what was measured, and, if ``told``, whether it is kept. ``speed`` has the cases,
-    ``fill`` puts names into a command. ``short``: nothing of commands and notes."""
+    """What was measured, its worst case, the limit, and whether it is kept. ``speed`` has the
+    cases, ``fill`` puts names into a command. ``short``: nothing of what would tell."""
 
     def measured(row: GateRow) -> str:
-        if row.measured is not None:
-            return t.figure(row.measured, row.unit)
-        if short:
-            return "-"
-        command = COMMANDS.get(row.name.partition(".")[0], "")
-        return _missing(t, row, fill(command) if command else "")
+        if row.measured is None:
+            return DASH
+        shown = t.figure(row.measured, row.unit)
+        if row.unit == "MB" and row.dense is not None:
+            return t("gate.of", value=shown, dense=t.figure(row.dense, row.unit))
+        return shown
 
     def allowed(row: GateRow) -> str:
         bound = "gate.at_most" if row.at_most else "gate.at_least"
-        return t(bound, value=t.figure(row.limit, row.unit))
+        return DASH if row.limit is None else t(bound, value=t.figure(row.limit, row.unit))
 
+    def verdict(row: GateRow) -> str:
+        if not row.verdict:
+            return ""
+        said = t(f"gate.{row.verdict.replace('-', '_')}")
+        why = "" if short else _open(t, row, fill(measured_by(row.name)))
+        return t("gate.open", verdict=said, why=why) if why else said
+
+    called = names(row.path for row in rows if row.path)
     columns: Columns = {
-        "limit_of": lambda row: _limit_name(t, row, speed),
+        "limit_of": lambda row: _limit_name(t, row, speed, called),
         "measured": measured,
+        "worst": lambda row: DASH if row.worst is None else t.figure(row.worst, row.unit),
         "limit": allowed,
+        "verdict": verdict,
     }
-    if told:
-        columns["kept"] = lambda row: t("gate.yes" if row.passed else "gate.no")
-    plain = short or all(row.measured is not None for row in rows)  # else there are commands
-    words = [*columns][3:] if plain else [*columns][1:]
-    note = "" if short else t("gate.note")
-    return t.table("gate", columns, rows, words=words, bad=lambda row: not row.passed, note=note)
+    table = t.table("gate", columns, rows, words=["verdict"], bad=lambda r: r.verdict == "not-kept")
+    meters = tuple(map(_meter, rows)) if t.markup else ()
+    return replace(table, note=note, meters=meters, stacked=True)
 
 
-def _limit_name(t: Locale, row: GateRow, speed: Speed | None) -> str:
-    rest = case(t, speed, row.of) if row.name.startswith("speed.") else row.of
-    if not row.of and row.name == "perplexity.max_ratio":
+def _meter(row: GateRow) -> Meter | None:
+    """A row as a bar. Shares are of 1, a ratio of perplexities begins where nothing is lost, and
+    what has a dense figure has room for it."""
+    if row.measured is None or row.worst is None:
+        return None
+    marks = [row.measured, row.worst, row.limit, row.dense]
+    known = [x for x in marks if x is not None]
+    first = 1.0 if row.unit == "x" and row.at_most else 0.0
+    width = 1.0 if row.unit == "%" else 1.04 * (max(known) - first)
+    if not (all(map(isfinite, known)) and width > 0):
+        return None
+    value, worst, limit, dense = (
+        None if x is None else min(1.0, max(0.0, (x - first) / width)) for x in marks
+    )
+    assert value is not None
+    assert worst is not None
+    return Meter(value=value, worst=worst, limit=limit, dense=dense, tone=row.verdict)
+
+
+def _limit_name(t: Locale, row: GateRow, speed: Speed | None, called: Mapping[str, str]) -> str:
+    model = called.get(row.path, "")
+    if model and row.runtime:
+        model = t.plain("saved.under", case=model, runtime=row.runtime)
+    return limit_name(t, row.name, row.of, speed, model)
+
+
+def limit_name(t: Locale, key: str, of: str, speed: Speed | None, model: str = "") -> str:
+    """A limit, and the text, task, case or model that it is held against."""
+    rest = case(t, speed, of) if key.startswith("speed.") else of
+    if not of and key == "perplexity.max_ratio":
         rest = t.plain("limits.all")
-    if row.path:
-        of = f"{rest}, {row.path}" if rest else row.path
-        rest = t.plain("saved.under", case=of, runtime=row.runtime) if row.runtime else of
-    first = t.named("limits", row.name)
+    rest = f"{rest}, {model}" if rest and model else rest or model
+    first = t.named("limits", key)
     return t.plain("format.part", head=first, rest=rest) if rest else first
 
 
-def _missing(t: Locale, row: GateRow, command: str) -> str:
-    reason = t(f"reasons.{row.missing or 'not-measured'}", name=row.of)
+def _open(t: Locale, row: GateRow, command: str) -> str:
+    """What would tell whether a limit is kept, where that cannot be told; else nothing."""
+    if row.verdict != "unclear":
+        return ""
+    if row.needed is not None:
+        table = row.name.partition(".")[0]
+        kind = COUNTED.get(row.name, COUNTED.get(table, "windows"))
+        return t("gate.needed", count=t(f"counted.{kind}", count=t.count(_about(row.needed))))
+    if not row.missing:
+        return t("gate.never")
+    reason = t(f"reasons.{row.missing}", name=row.of)
     if row.near:
         reason += t("reasons.near", name=row.near)
     return t("gate.missing", reason=reason, command=command) if command else reason
+
+
+def _about(count: int) -> int:
+    """Up to two digits that mean something."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def provenance(

@@ -9,7 +9,7 @@ from typing import Any
 from sleb.core.plan import RepairedGap, RepairRecord
 from sleb.core.statistics import Flips, Interval
 from sleb.distillation.record import Healed
-from sleb.evaluation.agreement import FLOOR, AnswersKept, RightAnswers
+from sleb.evaluation.agreement import FLOOR, AnswersKept, Example, RightAnswers
 from sleb.evaluation.answers import Answer, Comparison, Pair
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
@@ -19,6 +19,7 @@ from sleb.views.model import (
     Answered,
     Facts,
     Figure,
+    Folded,
     Item,
     Line,
     Listing,
@@ -80,24 +81,6 @@ def by_text(t: Locale, e: Evaluation) -> Table:
     return t.table("texts", columns, rows)
 
 
-def worst_texts(t: Locale, e: Evaluation, caption: str) -> Table:
-    """The ratio by text, of the worst texts and of all together."""
-    ratios = [(n, q.perplexity_ratio) for n, q in e.domains.items() if q.perplexity_ratio]
-    every = ratios if len(ratios) > 1 else []
-    shown = every
-    if len(every) >= ROWS:
-        shown = sorted(every, key=lambda r: -r[1].value)[: ROWS - 1]
-    left = len(every) - len(shown)
-    rows = [*shown, (t("quality.all"), e.perplexity_ratio)]
-    columns: Columns = {
-        "text": lambda r: r[0],
-        "ratio": lambda r: t.interval(r[1], t.ratio),
-        "reading": lambda r: t.reading(r[1], 1.0, "low"),
-    }
-    note = t("quality.more", count=left) if left else ""
-    return t.table("quality", columns, rows, words=["reading"], caption=caption, note=note)
-
-
 # -- repair --------------------------------------------------------------------------------------
 
 
@@ -153,7 +136,6 @@ def tasks(t: Locale, results: Sequence[TaskResult]) -> list[Item]:
         "lost_won": lambda r: (
             t("tasks.counts", lost=r.flips.lost, won=r.flips.won) if r.flips else DASH
         ),
-        "p": lambda r: t.p_value(r.flips.p_value) if r.flips else DASH,
         "reading": lambda r: change(t, r.flips),
     }
     guesses = [
@@ -174,10 +156,7 @@ def tasks(t: Locale, results: Sequence[TaskResult]) -> list[Item]:
         ]
     if any(r.flips and r.flips.within_noise for r in results):
         items.append(
-            Text(
-                "within noise (p >= 0.05): these items cannot tell whether anything was lost or "
-                "won; use more"
-            )
+            Text("within noise: these items cannot tell whether anything was lost or won; use more")
         )
     return [*items, *guesses]
 
@@ -275,8 +254,10 @@ def _right(t: Locale, right: RightAnswers) -> str:
 
 
 def answers(t: Locale, c: Comparison) -> list[Item]:
-    """Both models' answers in sum, and the worst of them side by side."""
-    shown = c.worst(PAIRS if t.markup else PAIRS // 2)
+    """Both models' answers in sum, the worst of them side by side, and on a page all others to be
+    opened."""
+    ordered = c.worst_first
+    shown = [p for p in ordered[: PAIRS if t.markup else PAIRS // 2] if not p.identical]
     items: list[Item] = [
         Text(t("answers.text", prompts=c.prompts, tokens=c.max_new_tokens)),
         _answer_table(t, c),
@@ -285,9 +266,28 @@ def answers(t: Locale, c: Comparison) -> list[Item]:
     if not c.languages and not t.markup:
         items.append(Text("to tell more languages apart: pip install py3langid"))
     if not shown:
-        return [*items, Text(t("answers.same"))]
-    items.append(Text(t("answers.shown", shown=len(shown), prompts=c.prompts)))
-    return [*items, *(_pair(t, pair) for pair in shown)]
+        items.append(Text(t("answers.same")))
+    else:
+        items.append(Text(t("answers.shown", shown=len(shown), prompts=c.prompts)))
+    items += [_pair(t, pair) for pair in shown]
+    rest = ordered[len(shown) :] if t.markup else ()
+    items += [Text(t("answers.rest"))] if rest else []
+    return [*items, *(Folded(_title(t, pair), _pair(t, pair)) for pair in rest)]
+
+
+def worst_pair(t: Locale, c: Comparison | None, k: AnswersKept | None) -> list[Item]:
+    """The answer that went most wrong, beside the original's: of all that were compared, or of
+    those by which the result was measured."""
+    if c and c.pairs and not c.worst_first[0].identical:
+        return [Text(t("answers.worst", prompts=c.prompts)), _pair(t, c.worst_first[0])]
+    return examples(t, k)[:2]
+
+
+def examples(t: Locale, k: AnswersKept | None) -> list[Item]:
+    """The answers of which least is kept, side by side."""
+    if k is None or not k.worst:
+        return []
+    return [Text(t("kept.worst", prompts=k.prompts)), *(_example(t, one) for one in k.worst)]
 
 
 def _together(t: Locale, c: Comparison) -> Iterator[str]:
@@ -324,15 +324,42 @@ def _pair(t: Locale, pair: Pair) -> SideBySide:
         moved = pair.pruned.script != pair.dense.script
         other = (pair.pruned.script if moved else pair.pruned.language) or DASH
         note += t("answers.switched", other=other)
+    turns = pair.turns or (("", pair.prompt),)
+    dense, pruned = ((a.text, _remarks(t, a)) for a in (pair.dense, pair.pruned))
+    return _side_by_side(t, pair.id, turns, dense, pruned, note)
+
+
+def _title(t: Locale, pair: Pair) -> str:
+    said = t("answers.prompt", id=pair.id)
+    if pair.identical:
+        return t.plain("answers.folded_same", prompt=said)
+    return t.plain("answers.folded", prompt=said, agreed=pair.agreed)
+
+
+def _example(t: Locale, e: Example) -> SideBySide:
+    note = t("kept.example", share=t.percent(e.agreement))
+    return _side_by_side(t, e.id, e.turns, (e.dense, ()), (e.pruned, ()), note)
+
+
+Said = tuple[str, tuple[str, ...]]
+"""An answer, and remarks about it."""
+
+
+def _side_by_side(
+    t: Locale,
+    name: str,
+    turns: Sequence[tuple[str, str]],
+    dense: Said,
+    pruned: Said,
+    note: str,
+) -> SideBySide:
     return SideBySide(
-        title=t("answers.prompt", id=pair.id),
-        prompt=Answered(name=t("answers.question"), text=pair.prompt),
-        dense=Answered(
-            name=t("answers.dense"), text=pair.dense.text, remarks=_remarks(t, pair.dense)
+        title=t("answers.prompt", id=name),
+        prompt=tuple(
+            Answered(name=t.named("roles", role or "prompt"), text=text) for role, text in turns
         ),
-        pruned=Answered(
-            name=t("answers.pruned"), text=pair.pruned.text, remarks=_remarks(t, pair.pruned)
-        ),
+        dense=Answered(name=t("answers.dense"), text=dense[0], remarks=dense[1]),
+        pruned=Answered(name=t("answers.pruned"), text=pruned[0], remarks=pruned[1]),
         note=note,
         more=t("answers.more"),
         nothing=t("answers.nothing"),
@@ -421,7 +448,7 @@ def healing(t: Locale, h: Healed) -> Figure:
             y=found,
             low=(None,) * len(steps),
             high=(None,) * len(steps),
-            chosen=h.best_step,
+            chosen=(h.best_step, by_step[h.best_step], None, None),
             chosen_label=t.plain("curve.chosen"),
             x_label=t.plain("healed.x"),
             y_label=t.plain("healed.y"),

@@ -7,41 +7,65 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import inf
 from pathlib import Path
 
+from sleb.acceptance import LIMITS, ungated
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
-from sleb.record import RunRecord, record_path
+from sleb.record import GateRow, RunRecord, record_path
 from sleb.runtimes.bench import Ratio
 from sleb.surgery.gguf_cut import plan_beside
 from sleb.views import proof, quality, selection, speed
+from sleb.views.compare import comparison
 from sleb.views.html import render
-from sleb.views.locale import Locale
-from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Text, Verdict
+from sleb.views.locale import Locale, names
+from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Table, Text, Verdict
+
+ROWS = 5
+"""Of one limit, as of several texts, that page one has room for."""
+GLANCE = {
+    *("answers.min_agreement", "answers.min_right", "perplexity.max_ratio", "speed.min_speedup"),
+    *("memory.max_mb", "size.max_mb"),
+}
+"""Limits whose figures are on page one also where the gate does not set them."""
 
 
-def write_report(run: Path, out: Path, lang: str = "en", force: bool = False) -> Path:
-    """Write the report of the folder ``run`` to ``out``; give ``out`` back.
+def write_report(runs: Sequence[Path], out: Path, lang: str = "en", force: bool = False) -> Path:
+    """Write the report of the folder in ``runs``, or of several folders side by side, to ``out``;
+    give ``out`` back.
 
-    ``lang`` is en or ja. The same record gives the same bytes.
+    ``lang`` is en or ja. The same records give the same bytes.
 
     Raises:
-        InputError: no such language, ``out`` exists and ``force`` is not given, or run.json and
-            plan.json in ``run`` cannot be used.
+        InputError: no such language, ``out`` exists and ``force`` is not given, a run is given
+            twice, or run.json and plan.json of one cannot be used.
         ResourceError: the disk is full.
     """
     writable_target(out, force=force, folder=False)
-    files = {
-        "run.json": record_path(run),
-        "plan.json": plan_beside(run) if run.suffix == ".gguf" else run / "plan.json",
-    }
-    record, plan = RunRecord.load(run), Plan.load(files["plan.json"])
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     t = Locale(lang, markup=True)
-    write_text(out, render(Report(record=record, plan=plan, t=t, digests=digests).page))
+    called = names(map(str, runs))
+    if len(called) < len(runs):
+        raise InputError("a run is given twice; a comparison needs different ones")
+    found: list[Report] = []
+    digests: dict[str, str] = {}
+    for run in runs:
+        plan_path = plan_beside(run) if run.suffix == ".gguf" else run / "plan.json"
+        files = {"run.json": record_path(run), "plan.json": plan_path}
+        record, plan = RunRecord.load(run), Plan.load(plan_path)
+        sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        found.append(Report(record=record, plan=plan, t=t, digests=sums))
+        digests |= {f"{called[str(run)]}/{name}": digest for name, digest in sums.items()}
+    if len(found) == 1:
+        page = found[0].page
+    else:
+        each = zip(called.values(), found, strict=True)
+        page = comparison(t, [(name, one.record, one.plan) for name, one in each], digests)
+    write_text(out, render(page))
     return out
 
 
@@ -73,13 +97,13 @@ class Report:
         t, r = self.t, self.record
         return Page(
             lang=t.lang,
-            title=t.plain("page.title", model=Path(r.model).name or r.model),
+            title=t.plain("page.title", model=self._model),
             subtitle=t(
                 "page.subtitle",
                 k=len(r.removed) - len(r.parts),
                 n=r.blocks,
                 started=t.moment(r.started),
-                model=r.model,
+                model=self._model,
             ),
             verdict=self._verdict(),
             summary=self._panels(
@@ -88,7 +112,9 @@ class Report:
                 {
                     "removed": self._removed,
                     "quality": self._quality,
-                    "saved": self._saved,
+                    "worst": lambda: (
+                        quality.worst_pair(t, r.answers, r.prompts) or self._missing("answers")
+                    ),
                     "servers": lambda: speed.servers(t, r.speed, self._ratios),
                     "untested": self._untested,
                     "rollback": self._rollback,
@@ -105,11 +131,21 @@ class Report:
         self, name: str, title: str, parts: dict[str, Callable[[], list[Item]]]
     ) -> tuple[Panel, ...]:
         return tuple(
-            Panel(name=name.format(key), title=self.t(title.format(key)), items=tuple(items()))
+            Panel(
+                name=name.format(key),
+                title=self.t(title.format(key)),
+                items=tuple(items()),
+                wide=key == "worst",
+            )
             for key, items in parts.items()
         )
 
     # -- what several parts need ------------------------------------------------------------------
+
+    @property
+    def _model(self) -> str:
+        """What the original is called."""
+        return Path(self.record.model).name or self.record.model
 
     def _command(self, key: str) -> str:
         """A command of this run, ready to be typed; ``key`` is in the table ``commands``."""
@@ -151,22 +187,32 @@ class Report:
     # -- page one --------------------------------------------------------------------------------
 
     def _verdict(self) -> Verdict:
-        """Whether the gate's limits are kept, with the rows that are not."""
+        """Whether the gate's limits are kept, and every figure that matters as a bar: against its
+        limit, or, where there is none, as it is."""
         t, gate, checks = self.t, self.record.gate, self.record.verification.checks
-        broken = [check for check in checks if not check.passed]
-        rows = [row for row in gate.rows if not row.passed] if gate else []
-        if broken:
-            tone, key = "bad", "inexact"
-            text = t("verdict.inexact_text", failed=len(broken), total=len(checks))
+        failed = sum(not check.passed for check in checks)
+        counts = proof.counted(gate.rows if gate else ())
+        if failed:
+            tone, key, counts = "bad", "inexact", {"failed": failed, "total": len(checks)}
         elif gate is None:
             tone, key = "none", "none"
-            text = t("verdict.none_text", command=self._command("gate"))
+        elif gate.passed:
+            tone, key = "good", "passed"
         else:
-            tone, key = ("good", "passed") if gate.passed else ("bad", "failed")
-            text = t(f"verdict.{key}_text", failed=len(rows), total=len(gate.rows))
-        names = {"speed": self.record.speed, "fill": self._fill}
-        table = proof.gate_table(t, rows, told=False, **names) if rows else None  # type: ignore[arg-type]
-        return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=table)
+            tone, key = ("bad", "failed") if counts["not_kept"] else ("unclear", "unclear")
+        sentence = "failed" if key == "unclear" else key
+        text = t(f"verdict.{sentence}_text", command=self._command("gate"), **counts)
+        return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=self._glance())
+
+    def _glance(self) -> Table:
+        r, out = self.record, Path(self.record.verification.checkpoint)
+        others = (row for row in ungated(r, GLANCE) if not row.path or Path(row.path) == out)
+        rows = sorted((*(r.gate.rows if r.gate else ()), *others), key=_place)
+        shown = [row for _, same in groupby(rows, lambda row: row.name) for row in _worst(same)]
+        note = self.t("gate.legend")
+        if len(shown) < len(rows):
+            note += self.t("gate.more", count=len(rows) - len(shown))
+        return proof.gate_table(self.t, shown, speed=r.speed, fill=self._fill, note=note)
 
     def _removed(self) -> list[Item]:
         t, r, repair = self.t, self.record, self.plan.repair
@@ -193,6 +239,7 @@ class Report:
             **trained,
             "removed.parameters": change(r.parameters, t.large),
             "removed.size": change(r.nbytes, t.size),
+            **({"removed.file": t.size(r.file_nbytes)} if r.file_nbytes is not None else {}),
             "removed.exact": t("removed.checks", passed=passed, total=len(r.verification.checks)),
         }
         return [Facts(tuple((t(key), value) for key, value in rows.items()))]
@@ -201,22 +248,13 @@ class Report:
         t, e = self.t, self.record.evaluation
         kept = self.record.prompts
         first = quality.answers_kept(t, kept) if kept else self._missing("kept")
-        items = self._missing("evaluation")
-        if e and e.perplexity_ratio:
-            caption = t("quality.caption" if self._heldout else "quality.caption_other")
-            items = [quality.worst_texts(t, e, caption)]
+        items = [] if e and e.perplexity_ratio else self._missing("evaluation")
         tasks = [task for task in self.record.tasks or () if task.pruned is not None]
         return [
             *first,
             *items,
             *([quality.worst_tasks(t, tasks)] if tasks else self._missing("tasks")),
         ]
-
-    def _saved(self) -> list[Item]:
-        found = self._ratios
-        if self.record.speed is None or not found:
-            return self._missing("speed")
-        return speed.saved(self.t, self.record.speed, found)
 
     def _untested(self) -> list[Item]:
         names = ("evaluation", "tasks", "answers", "speed", "transfer")
@@ -227,10 +265,13 @@ class Report:
         return [Listing((*lines, self.t("untested.other")))]
 
     def _rollback(self) -> list[Item]:
-        t, depth = self.t, len(self.plan.order)
-        lines = [t("rollback.unchanged", model=self.record.model)]
+        t, depth, kept = self.t, len(self.plan.order), self.record.kept
+        lines = [t("rollback.unchanged", model=self._model)]
+        if kept:
+            lines.append(t("rollback.restore", command=self._command("restore")))
         if depth > 1:
-            lines.append(t("rollback.shallower", most=depth - 1, command=self._command("apply")))
+            command = self._command("restore_part" if kept else "apply")
+            lines.append(t("rollback.shallower", most=depth - 1, command=command))
             lines += [t("rollback.unrepaired")] if self._repaired else []
         return [Listing(tuple(lines))]
 
@@ -258,9 +299,10 @@ class Report:
                 **({"healed": lambda: [quality.healing(t, healed)]} if healed else {}),
                 "texts": self._texts,
                 "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
-                "answers": lambda: (
-                    quality.answers(t, r.answers) if r.answers else self._missing("answers")
-                ),
+                "answers": lambda: [
+                    *(quality.answers(t, r.answers) if r.answers else self._missing("answers")),
+                    *quality.examples(t, r.prompts),
+                ],
                 "speed": lambda: speed.speed(t, r.speed) if r.speed else self._missing("speed"),
                 "draft": lambda: speed.drafting(t, r.draft) if r.draft else self._missing("draft"),
                 "transfer": lambda: (
@@ -281,8 +323,16 @@ class Report:
         c = self.plan.curve
         if c is None or not c.points:
             return self._missing("curve")
-        items = selection.curve(self.t, c, len(self.plan.order))
+        e, heldout = self.record.evaluation, c.heldout
+        same = self._heldout and e and (e.windows, e.length) == (heldout.windows, heldout.length)
+        this = e.loss_increase if same and e else None
+        changed = "healed" if self.record.healed else "repaired" if self._repaired else ""
+        items = selection.curve(
+            self.t, c, len(self.plan.order), this, changed, gguf=self.record.file_nbytes is not None
+        )
         about = [] if c.fitted is not None else self._plain_only
+        if about and this:
+            about = [Text(self.t("curve.without"))]
         return [*items, *selection.target(self.t, self.plan), *about]
 
     def _texts(self) -> list[Item]:
@@ -313,5 +363,24 @@ class Report:
         t, gate = self.t, self.record.gate
         if gate is None:
             return [Missing(t("verdict.none_text", command=self._command("gate")))]
-        table = proof.gate_table(t, gate.rows, speed=self.record.speed, fill=self._fill)
+        note = t("gate.note")
+        table = proof.gate_table(t, gate.rows, speed=self.record.speed, fill=self._fill, note=note)
         return [Text(t("gate.text")), table]
+
+
+def _place(row: GateRow) -> int:
+    """Where a row stands: quality, time, memory, as in a gate file."""
+    return [limit.key for limit in LIMITS].index(row.name)
+
+
+def _worst(rows: Iterable[GateRow]) -> list[GateRow]:
+    """The rows of one limit that page one has room for: those that keep it least, as they were."""
+    found = [*rows]
+    order = {"not-kept": 0, "unclear": 1}
+
+    def badness(row: GateRow) -> tuple[int, float]:
+        worst = inf if row.worst is None else row.worst if row.at_most else -row.worst
+        return order.get(row.verdict, 2), -worst
+
+    kept = sorted(found, key=badness)[:ROWS]
+    return [row for row in found if row in kept]

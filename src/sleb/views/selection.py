@@ -7,6 +7,7 @@ from math import exp, isfinite, nan
 from typing import Any
 
 from sleb.core.plan import Curve, FinalComparison, Finalist, Plan, Point, Round, Score
+from sleb.core.statistics import Interval
 from sleb.core.units import block_of
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import (
@@ -266,11 +267,24 @@ def similarity(t: Locale, alike: Similarity | None) -> Figure | None:
     )
 
 
-def curve(t: Locale, c: Curve, chosen: int) -> list[Item]:
-    """Loss, size and speed by depth, of which ``chosen`` is this model's."""
+def curve(
+    t: Locale,
+    c: Curve,
+    chosen: int,
+    this: Interval | None = None,
+    changed: str = "",
+    *,
+    gguf: bool = False,
+) -> list[Item]:
+    """Loss, size and speed by depth, of which ``chosen`` is this model's. ``this``: its own
+    increase on the same windows; where it was ``changed``, repaired or healed, it is no cut of the
+    curve. ``gguf``: sizes are those of a file, of which a folder was made."""
     heldout = {"windows": c.heldout.windows, "length": c.heldout.length}
     loss = t.nats(c.baseline.mean)
     ends = {"first": t.nats(c.points[0].increase), "last": t.nats(c.points[-1].increase)}
+    at = next((p for p in c.points if p.depth == chosen), None)
+    if at and this is None and not changed:
+        this = Interval(value=at.increase, low=at.low, high=at.high)
     figure = Figure(
         name="curve",
         title=t("curve.chart"),
@@ -281,8 +295,9 @@ def curve(t: Locale, c: Curve, chosen: int) -> list[Item]:
             y=tuple(p.increase for p in c.points),
             low=tuple(p.low for p in c.points),
             high=tuple(p.high for p in c.points),
-            chosen=chosen,
-            chosen_label=t.plain("curve.chosen"),
+            chosen=(chosen, this.value, this.low, this.high) if at and this else None,
+            chosen_label=t.plain(f"curve.{changed or 'chosen'}"),
+            below=bool(at and this and this.value < at.increase),
             x_label=t.plain("curve.x"),
             y_label=t.plain("curve.y"),
         ),
@@ -295,18 +310,31 @@ def curve(t: Locale, c: Curve, chosen: int) -> list[Item]:
             about.append(Text("* beyond the target: not in the plan"))
     if c.fitted is not None:
         about.append(Text(t("curve.quick", tokens=t.count(c.fitted))))
-    at = 1 if t.markup else 0  # the chart stands above the table
-    return [*about[:at], _depths(t, c, chosen), *about[at:]]
+    first = 1 if t.markup else 0  # the chart stands above the table
+    own = None
+    if at and this and changed:
+        moved: dict[str, Any] = {
+            "increase": this.value,
+            "low": this.low,
+            "high": this.high,
+            "bound": None,
+        }
+        own = at.model_copy(update=moved)
+    return [*about[:first], _depths(t, c, chosen, own, changed, gguf), *about[first:]]
 
 
-def _depths(t: Locale, c: Curve, chosen: int) -> Table:
+def _depths(t: Locale, c: Curve, chosen: int, own: Point | None, changed: str, gguf: bool) -> Table:
+    """A row per depth, and this model's ``own`` where it is not the cut of its depth."""
+
     def increase(p: Point) -> str:
         if p.low is None or p.high is None:
             return t.nats(p.increase)
         return t.between(t.nats(p.increase), t.nats(p.low), t.nats(p.high))
 
     def depth(p: Point) -> str:
-        if p.depth == chosen:
+        if p is own:
+            return t("curve.own", depth=p.depth, model=t(f"curve.{changed}"))
+        if p.depth == chosen and own is None:
             return t("curve.this", depth=p.depth)
         return f"{p.depth} *" if p.depth > chosen and not t.markup else str(p.depth)
 
@@ -316,10 +344,11 @@ def _depths(t: Locale, c: Curve, chosen: int) -> Table:
         "increase": increase,
         "bound": lambda p: DASH if p.bound is None else t.nats(p.bound),
         "ratio": lambda p: t.ratio(exp(p.increase)),
-        "size": lambda p: t.size(p.nbytes),
+        "file" if gguf else "size": lambda p: t.size(p.nbytes),
         "speedup": lambda p: t.times(p.speedup),
     }
-    return t.table("curve", columns, c.points, note=t("curve.note"))
+    rows = [row for p in c.points for row in ((p, own) if own and p.depth == chosen else (p,))]
+    return t.table("curve", columns, rows, note=t("curve.note"))
 
 
 def target(t: Locale, plan: Plan) -> list[Item]:

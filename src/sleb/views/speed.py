@@ -12,11 +12,10 @@ from sleb.runtimes.bench import Case, Measured, Ratio, Skipped, Speed
 from sleb.runtimes.compatibility import RuntimeReport, Verdict
 from sleb.runtimes.rules import phrase
 from sleb.runtimes.speculative import Drafting
-from sleb.views.locale import DASH, Locale
+from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import Bars, Dots, Figure, Item, Listing, Missing, Table, Text
 
 SERVERS = 10  # the example's load, as a number of servers that it now keeps busy
-ROWS = 5  # of a table that page one has room for
 UNSTEADY = 0.2  # between quartiles, as a share of the median
 Columns = dict[str, Callable[[Any], str]]
 
@@ -54,6 +53,12 @@ def speed(t: Locale, s: Speed) -> list[Item]:
 
 def skipped(t: Locale, what: Skipped) -> str:
     """What was not timed, or not as planned."""
+    called = names((*what.models, *what.others))
+    what = replace(
+        what,
+        models=tuple(called[path] for path in what.models),
+        others=tuple(called[path] for path in what.others),
+    )
     about = {
         name: t.join(value) if isinstance(value, tuple) else value
         for name, value in asdict(what).items()
@@ -77,7 +82,8 @@ def _name(t: Locale, s: Speed, path: str, runtime: str) -> str:
     if s.models and path == s.models[0].path:
         name = t.plain("speed.dense")
     else:
-        name = t.plain("speed.pruned") if len({r.path for r in s.ratios}) <= 1 else path
+        alone = len({r.path for r in s.ratios}) <= 1
+        name = t.plain("speed.pruned") if alone else names(x.path for x in s.models)[path]
     several = len({x.runtime for x in s.models} | {r.runtime for r in s.ratios}) > 1
     return t.plain("saved.under", case=name, runtime=runtime) if several and runtime else name
 
@@ -200,31 +206,6 @@ def _model(s: Speed, runtime: str, path: str) -> Measured | None:
     return next((m for m in s.models if (m.path, m.runtime) == (path, runtime)), None)
 
 
-def saved(t: Locale, s: Speed, found: tuple[Ratio, ...]) -> list[Item]:
-    """Time and memory in short."""
-    several = len({r.runtime for r in s.ratios}) > 1
-
-    def label(r: Ratio) -> str:
-        name = case(t, s, r.case)
-        return t.plain("saved.under", case=name, runtime=r.runtime) if several else name
-
-    columns: Columns = {
-        "case": label,
-        "ratio": lambda r: t.interval(r.ratio, t.times),
-        "reading": lambda r: t.reading(r.ratio, 1.0, "high"),
-    }
-    note = t("saved.more", count=len(found) - ROWS) if len(found) > ROWS else ""
-    items: list[Item] = [t.table("saved", columns, found[:ROWS], words=["reading"], note=note)]
-    first = found[0]
-    dense = _model(s, first.runtime, s.models[0].path) if s.models else None
-    pruned = _model(s, first.runtime, first.path)
-    if dense and pruned and dense.peak_bytes:
-        words = {"before": t.size(dense.peak_bytes), "after": t.size(pruned.peak_bytes)}
-        share = t.percent(pruned.peak_bytes / dense.peak_bytes - 1)
-        items.append(Text(t("saved.memory", **words, share=share, runtime=first.runtime)))
-    return items
-
-
 def servers(t: Locale, s: Speed | None, found: tuple[Ratio, ...]) -> list[Item]:
     """What the measured ratio of one case means for a load that keeps SERVERS servers busy.
 
@@ -311,10 +292,11 @@ def _why(t: Locale, v: Verdict, found: Finding) -> str:
 def drafting(t: Locale, d: Drafting) -> list[Item]:
     """Pruned models as drafts of the original."""
     heads = ("draft", "accepted", "rate", "ratio", "ceiling", "identical", "reading")
+    called = names(one.path for one in d.drafts)
     none = (t("draft.none"), DASH, t.number(d.tokens_per_second, 1), t.times(1), *[DASH] * 3)
     rows = [
         (
-            one.path,
+            called[one.path],
             t.interval(one.acceptance, t.percent),
             t.number(one.tokens_per_second, 1),
             t.interval(one.ratio, t.times),

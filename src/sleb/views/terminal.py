@@ -125,7 +125,7 @@ def _widths(item: Table, room: int) -> dict[int, int]:
 
 def _side_by_side(pair: SideBySide, out: Console) -> None:
     out.print(Words.assemble((_plain(pair.title), "bold"), f": {_plain(pair.note)}"))
-    prompt = _plain(pair.prompt.text)
+    prompt = _plain("\n".join(turn.text for turn in pair.prompt))
     out.print(Words(prompt if len(prompt) <= PROMPT else f"…{prompt[-PROMPT:]}", "dim"))
     both = [_plain(answer.text) for answer in (pair.dense, pair.pruned)]
     start = max(0, first_difference(*both) - BEFORE)
