@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import sleb
 from conftest import save_tiny
+from sleb.calibration.windows import Windows, written_source
+from sleb.core.plan import Calibration
+from sleb.core.process_group import joined
 from sleb.distillation import heal, training
 
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -79,3 +83,31 @@ def scripted(monkeypatch, values):
 
     monkeypatch.setattr(training.Training, "_divergences", measured)
     return seen
+
+
+def windows_of(ids, scored=None):
+    """Token ids as windows."""
+    record = written_source("test", ids, ids.numel())
+    calibration = Calibration(
+        sources=(record,), windows=len(ids), length=ids.shape[1], seed=0, sha256="0" * 64
+    )
+    return Windows(
+        ids=ids, source=(0,) * len(ids), names=("test",), record=calibration, scored=scored
+    )
+
+
+IN_PARALLEL = {"local_first": True, "lr": None, "at_once": 1}
+
+
+def stopped_by_one(home: Path, out: Path) -> None:
+    """In a job: heal, of which the second process alone is told to stop."""
+    torch.set_num_threads(1)
+    with joined() as here:
+        try:
+            healed(home, out, **IN_PARALLEL, progress=Stopping(5 if here.rank == 1 else -1))
+        except KeyboardInterrupt:
+            sys.stdout.write("stopped\n")
+
+
+if __name__ == "__main__":
+    stopped_by_one(*map(Path, sys.argv[1:]))

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 import heal_tools
 import sleb
 import zoo
-from heal_tools import CPU
-from sleb.calibration.windows import Windows, load_windows, written_source
+from heal_tools import CPU, windows_of
+from sleb.calibration.windows import load_windows
 from sleb.core.errors import UnsupportedModel
-from sleb.core.plan import Calibration
 from sleb.distillation import loss
 from sleb.distillation.computing import forwards, recomputed
 from sleb.distillation.loss import (
@@ -30,17 +29,6 @@ from sleb.distillation.loss import (
 from sleb.models.stack import BlockStack
 
 home = heal_tools.home
-
-
-def windows_of(ids, scored=None):
-    """Token ids as windows."""
-    record = written_source("test", ids, ids.numel())
-    calibration = Calibration(
-        sources=(record,), windows=len(ids), length=ids.shape[1], seed=0, sha256="0" * 64
-    )
-    return Windows(
-        ids=ids, source=(0,) * len(ids), names=("test",), record=calibration, scored=scored
-    )
 
 
 def batch_of(ids, scored=None, weights=None):

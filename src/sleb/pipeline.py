@@ -35,7 +35,7 @@ from sleb.config import (
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
-from sleb.core.process_group import group, leave_group
+from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
 from sleb.core.statistics import interval
 from sleb.distillation import distill
@@ -238,9 +238,16 @@ def heal(
         start, last = first_stages(start, model, out, config, watch)
     how: dict[str, Any] = {"save_every": save_every, "finish": finish, "progress": watch}
     distill.heal(start, model, out, last, stage_of=Path(cut), **how)
-    if config.stages > 1:
-        shutil.rmtree(stages_folder(out))
-    return Pruned(path=out, plan=Plan.load(out / "plan.json"), record=found[0])
+
+    def end() -> str:
+        if config.stages > 1:
+            shutil.rmtree(stages_folder(out))
+        record = TypeAdapter(RunRecord).dump_json(found[0]).decode()
+        return json.dumps([Plan.load(out / "plan.json").to_json(), record])
+
+    plan, record = json.loads(group().broadcast_from_main(end))
+    known = found[0] if found else TypeAdapter(RunRecord).validate_json(record)
+    return Pruned(path=out, plan=Plan.model_validate_json(plan), record=known)
 
 
 def prune_and_heal(
@@ -265,13 +272,9 @@ def prune_and_heal(
     asked = config.model_dump(mode="json", exclude={"force"})
     key = hashlib.sha256(json.dumps([str(_place(model)), asked]).encode()).hexdigest()
     known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
-    if known and known.stages.get("cut") == key:
-        done = Pruned(path=cut, plan=Plan.load(cut / "plan.json"), record=known)
-    else:
-        done = prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
+    if not known or known.stages.get("cut") != key:
+        prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
     model = _place(model)
-    if not leave_group():
-        return done
     how: dict[str, Any] = {"command": command, "stage_keys": stages, "progress": progress}
     return heal(cut, model, out, healing, **how)
 

@@ -550,6 +550,7 @@ VERBS = (
     ),
     Verb(
         name="heal",
+        shared=True,
         group=AFTER,
         help="Optional second stage: train the cut model to predict what the original predicts.",
         example="sleb heal ./smaller --model ./model --text mail.jsonl -o ./healed",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sleb.calibration import check_sources
@@ -31,6 +32,7 @@ from sleb.config import HEAL_AT_ONCE, HEAL_TOKENS, HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
+from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
 from sleb.distillation.computing import forwards, product_teraflops, recomputed
@@ -89,14 +91,20 @@ def heal(
     job = Healing(cut, out, plan, _dense(model, out, config, progress), config, progress)
     try:
         training, stopped = job.train(save_every)
-        done = job.write(training, stopped, stage_of or cut, finish)
+        found: list[Healed] = []
+
+        def write() -> str:
+            found.append(job.write(training, stopped, stage_of or cut, finish))
+            job.state.unlink(missing_ok=True)
+            return TypeAdapter(Healed).dump_json(found[0]).decode()
+
+        written = group().broadcast_from_main(write)
     except torch.OutOfMemoryError:
         raise ResourceError(
             f"out of memory on {job.device} with --at-once {job.at_once}; give a lower --at-once, "
             "--recompute, --optimizer adamw-8bit, or --lora 16"
         ) from None
-    job.state.unlink(missing_ok=True)
-    return done
+    return found[0] if found else TypeAdapter(Healed).validate_json(written)
 
 
 def _plan(cut: Path, config: HealConfig) -> Plan:
@@ -152,7 +160,7 @@ class Healing:
                 f"{cut} has {self.blocks} blocks, and its plan leaves {plan.model.blocks} - "
                 f"{len(plan.removed)}: it is not of this plan"
             )
-        self.device = dense.stack.input_device
+        self.device, self.processes = dense.stack.input_device, group().size
         on = "cuda" if self.device.type == "cuda" else "cpu"
         tokens = config.tokens or HEAL_TOKENS[on]
         limited = config.tokens is not None or config.minutes is None
@@ -240,7 +248,8 @@ class Healing:
         with forwards(stacks, recomputed):
             stopped = training.run(save_every, self.progress)
         if not training.where.gained:
-            self.state.unlink(missing_ok=True)
+            if group().is_main:
+                self.state.unlink(missing_ok=True)
             raise VerificationFailed(
                 f"healing did not bring {self.cut} nearer to the dense model on held-out text in "
                 f"{training.where.step} steps; nothing was written: give more --text, or a lower "
@@ -259,7 +268,7 @@ class Healing:
         where, count = training.where, training.student.count
         tensors, model = training.student.finish(), training.student.model
         logits, dtype = _probed(model), BlockStack(model).dtype
-        reached = training.teraflops
+        reached, product = training.teraflops, product_teraflops(self.device, dtype)
         del model
         training.release()
         with staged_dir(self.out, force=self.config.force) as stage:
@@ -294,8 +303,9 @@ class Healing:
                 seconds=round(where.seconds, 1),
                 tokens_per_second=round(where.step * self.mix.step_tokens / where.stepping),
                 teraflops=round(reached, 4),
-                product_teraflops=round(product_teraflops(self.device, dtype), 4),
+                product_teraflops=round(product * self.processes, 4),
                 compiled=training.compiled,
+                processes=self.processes,
                 trained_parameters=count,
                 checks=where.checks,
                 settings=self.settings,

@@ -71,6 +71,7 @@ class Healed:
     ``seconds``: of training, over all calls where it was stopped in between.
     ``tokens_per_second``, ``teraflops``: of steps alone, ``product_teraflops``: of a product of two
     large matrices in the same dtype, measured beside it. ``compiled``: whether blocks ran so.
+    So many ``processes`` shared each step; speeds are of all.
     """
 
     path: str
@@ -99,6 +100,7 @@ class Healed:
     cut_sha256: str
     healed_sha256: str
     compiled: bool = False
+    processes: int = 1
     schema_version: int = 3
 
     def save(self, path: Path) -> None:

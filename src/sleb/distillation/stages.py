@@ -16,6 +16,7 @@ from sleb.config import HEAL_TOKENS, HealConfig
 from sleb.core.errors import InputError
 from sleb.core.files import staged_dir, write_text
 from sleb.core.plan import Plan
+from sleb.core.process_group import group
 from sleb.core.progress import Progress
 from sleb.distillation.distill import gaps_of, heal
 from sleb.models.load import pick_device
@@ -47,22 +48,30 @@ def first_stages(
     asked = [each.model_dump(mode="json"), str(model), plan.to_json(), total]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     mark = place / "settings"
-    if place.exists() and not (mark.is_file() and mark.read_text() == key):
-        raise InputError(f"{place} is of a run with other settings; remove it to start anew")
-    place.mkdir(exist_ok=True)
-    write_text(mark, key)
-    trust = config.trust_remote_code
+
+    def begin() -> str:
+        if place.exists() and not (mark.is_file() and mark.read_text() == key):
+            raise InputError(f"{place} is of a run with other settings; remove it to start anew")
+        place.mkdir(exist_ok=True)
+        write_text(mark, key)
+        return ""
+
+    group().broadcast_from_main(begin)
     for stage in range(1, total + 1):
-        depth = -(-len(plan.order) * stage // total)
         start, done = (place / f"{kind}-{stage}" for kind in ("cut", "healed"))
-        if not start.exists():
-            if stage == 1:
+
+        def there(stage: int = stage, start: Path = start, done: Path = done) -> str:
+            """Make the cut; whether it is healed."""
+            depth, trust = -(-len(plan.order) * stage // total), config.trust_remote_code
+            if not start.exists() and stage == 1:
                 first = Cut.of(plan, depth).without_repair()
                 how = {"keep": False, "trust_remote_code": trust}
                 apply(plan, model, start, cut=first, progress=progress, **how)
-            else:
+            elif not start.exists():
                 cut_on(place / f"healed-{stage - 1}", plan, depth, start, trust, progress)
-        if stage < total and not done.exists():
+            return "healed" if done.exists() else ""
+
+        if not group().broadcast_from_main(there) and stage < total:
             heal(start, model, done, each, progress=progress)
     return start, each.replaced({"force": config.force, "stages": total})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import math
 import signal
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError
+from sleb.core.process_group import group
 from sleb.core.progress import Progress
 from sleb.distillation.computing import compiled, differentiable, forwards
 from sleb.distillation.local import PART, Local, Segment
@@ -58,6 +60,8 @@ windows that are gone through again."""
 GRAPHS = 32
 """Of the blocks of both models, at most: with gradients and without, for each kind of block. The
 limit of torch, 8, would leave some as they are."""
+
+DONE, STOPPED, FULL = range(3)
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +124,7 @@ class Training:
                 raise KeyboardInterrupt
             with progress.stage("healing", self._left()) as tick:
                 reason = self._steps(stopped, self._timed(tick), save_every)
-            if reason is None or stopped():
+            if reason is None or any(_agreed(stopped())):
                 self.save()
                 raise KeyboardInterrupt
         for parameter in self.trained.values():
@@ -223,7 +227,7 @@ class Training:
                 where.stepping += time.monotonic() - begun
                 return None
             where.step += 1
-            where.seconds = spent + time.monotonic() - start
+            (where.seconds,) = _agreed(spent + time.monotonic() - start)
             due = int(CHECKS * schedule.done(where.step, where.seconds)) > int(CHECKS * done)
             save = time.monotonic() - saved >= every
             if due or save or where.step == schedule.steps:
@@ -252,15 +256,17 @@ class Training:
                 )
                 kept = [k for step in range(steps) for k in local.keep(mix, step, self.at_once)]
                 local.train(kept, stopped, tick)
+        self._together()
         start, found = self.where.checks[0][1], self._divergences(self.validations)
-        if not stopped() and self.where.checked(found):
+        ended = any(_agreed(stopped()))
+        if not ended and self.where.checked(found):
             self._keep()
         else:
             self.where.checks = ((0, start),)
             self.student.take(self.best)
         self.where.worse = 0
         self.where.seconds += time.monotonic() - begun
-        return not stopped()
+        return not ended
 
     def _find_rate(self, stopped: Callable[[], bool], progress: Progress) -> bool:
         """A range test (1506.01186): steps from the start with rates that rise, up to where the
@@ -285,7 +291,8 @@ class Training:
                 if seconds and not turn:  # now it is known how large a step may be
                     if self.on_gpu:
                         torch.cuda.synchronize()
-                    fast = steps.step_tokens / (time.monotonic() - stepping)
+                    (spent,) = _agreed(time.monotonic() - stepping)
+                    fast = steps.step_tokens / spent
                     steps = self.mix.smaller(fast * seconds / (2 * TEST * len(RATES)))
                 found.append((rate, mean(self._divergences(probes))))
                 tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
@@ -307,11 +314,20 @@ class Training:
         stopped: Callable[[], bool],
         tick: Callable[..., None],
     ) -> bool:
-        """One step; False, with nothing changed, if the run was stopped meanwhile. Nothing in it
-        waits for a GPU."""
-        while not self._gradients(mix, step, stopped, tick):
-            if stopped():
-                return False
+        """One step, for which each process has a part of the passes; False, with nothing changed,
+        if the run was stopped meanwhile. In one process nothing in it waits for a GPU."""
+        while (outcome := max(_agreed(self._gradients(mix, step, stopped, tick)))) == FULL:
+            if self.at_once < 2 * max(mix.lengths):
+                raise torch.OutOfMemoryError
+            self.at_once //= 2  # here, where nothing holds what the pass had made
+            self.known.forget()
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        if outcome == STOPPED:
+            return False
+        if group().size > 1:
+            group().sum_(*map(_gradient, self.trained.values()))
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         step_at(self.optimizer, rate)
         self.student.rounded()
@@ -319,28 +335,39 @@ class Training:
 
     def _gradients(
         self, mix: Mix, step: int, stopped: Callable[[], bool], tick: Callable[..., None]
-    ) -> bool:
-        """The gradients of one step; False if it was stopped, or memory did not suffice and passes
-        are now half as large."""
+    ) -> int:
+        """This process's part of the gradients of one step: DONE, STOPPED, or FULL where memory did
+        not suffice."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            for rows, weights in mix.step(step, self.at_once):
+            for rows, weights in self._mine(mix, step):
                 if stopped():
-                    return False
+                    return STOPPED
                 batch = Batch.of(mix.windows, rows, self.split.device, weights)
                 known = None if self.hidden else self.known(rows, batch)
                 backward_kl(self.split, self.teacher, batch, known, self.hidden)
-                tick(batch.tokens, note=self._note())
-            return True
+                tick(batch.tokens * group().size, note=self._note())  # the others do as much
         except torch.OutOfMemoryError:
-            if self.at_once < 2 * max(mix.lengths):
-                raise
-        self.at_once //= 2  # here, where nothing holds what the pass had made
-        self.known.forget()
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-        return False
+            return FULL
+        return DONE
+
+    def _mine(self, mix: Mix, step: int) -> list[tuple[list[int], list[float]]]:
+        """The passes of a step that this process does: as many tokens as any other."""
+        here = group()
+        most = min(self.at_once, max(max(mix.lengths), mix.step_tokens // here.size))
+        passes = [*mix.step(step, most if here.size > 1 else self.at_once)]
+
+        def taken(rows: Sequence[int]) -> int:
+            return len(rows) * max(mix.lengths[row] for row in rows)
+
+        given = [0] * here.size
+        mine = []
+        for each in sorted(passes, key=lambda each: -taken(each[0])):
+            rank = given.index(min(given))
+            given[rank] += taken(each[0])
+            if rank == here.rank:
+                mine.append(each)
+        return mine if here.size > 1 else passes
 
     @property
     def step_operations(self) -> float:
@@ -368,8 +395,16 @@ class Training:
         return f"step {where.step + 1}{of}, held-out divergence {last:.3f}, at first {first:.3f}"
 
     def _divergences(self, validations: Sequence[Validation]) -> tuple[float, ...]:
-        """Of each kind, nats/token."""
-        return tuple(float(validation(self.split)[:, 2].mean()) for validation in validations)
+        """Of each kind, nats/token; the same in all processes."""
+        found = [float(validation(self.split)[:, 2].mean()) for validation in validations]
+        group().from_first_(shared := torch.tensor(found, dtype=torch.float64))
+        return tuple(shared.tolist())
+
+    def _together(self) -> None:
+        """All processes go on with the weights of the first."""
+        for parameter in self.trained.values():
+            group().from_first_(parameter.detach())
+        self.student.rounded()
 
     def _keep(self) -> None:
         """These weights are the best ones."""
@@ -378,6 +413,8 @@ class Training:
 
     def _check(self) -> None:
         """Validate; keep what is better, and where the run is lost go back to that."""
+        if group().size > 1:
+            self._together()
         if self.where.checked(self._divergences(self.validations)):
             self._keep()
         elif self.where.lost:
@@ -386,7 +423,9 @@ class Training:
             self.where.lowered, self.where.worse = self.where.lowered + 1, 0
 
     def save(self) -> None:
-        """Write the state."""
+        """Write the state, if this is the process that writes."""
+        if not group().is_main:
+            return
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.trained.items():
             tensors[f"weight/{name}"] = parameter
@@ -411,6 +450,18 @@ class Training:
                 self.optimizer.state[parameter][kind] = (
                     value if here else value.to(parameter.device)
                 )
+
+
+def _agreed(*mine: float) -> list[float]:
+    """The largest of each over all processes."""
+    found = group().exchange(json.dumps(mine).encode())
+    return [max(each) for each in zip(*map(json.loads, found), strict=True)]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:  # this process had no pass
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 @contextlib.contextmanager

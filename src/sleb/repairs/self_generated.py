@@ -181,6 +181,7 @@ def write_prompts(model: LoadedModel, n: int, seed: int, progress: Progress) -> 
     with stage as tick, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         new = decode(model.model, ids, torch.ones_like(ids), tokens, tick, choose, ends)
+    group().from_first_(new)
     found = dict.fromkeys(
         tokenizer.decode(row[:stop]).strip()
         for row in new.tolist()
