@@ -135,14 +135,8 @@ def main() -> None:
         if not Path(options.cut).exists():
             if not options.removed:
                 raise InputError(f"there is no cut at {options.cut}: give --removed to make it")
-            sleb.prune(
-                options.model,
-                options.cut,
-                remove=options.removed,
-                keep=False,
-                run_code=True,
-                **given,
-            )
+            made = {"windows": 64, "length": 512, "remove": options.removed}  # as answers.py does
+            sleb.prune(options.model, options.cut, keep=False, run_code=True, **made, **given)
 
         def measured(folder: str | Path) -> dict[str, Any]:
             return measure.of(sleb.load(folder, device=options.device))
