@@ -236,13 +236,20 @@ def test_no_row_has_two_roles(tmp_path):
     model = sleb.load(folder, device="cpu")
     images = [str(saved(tmp_path, i)) for i in range(20)]
     rows = [asked(image, answer="A " + "very " * i + "old tree") for i, image in enumerate(images)]
-    spec, given = (
-        rows_file(tmp_path / "rows.jsonl", rows),
-        {"windows": 6, "heldout": 4, "length": 8},
-    )
+    spec = rows_file(tmp_path / "rows.jsonl", rows)
+    given = {"windows": 6, "heldout": 4, "length": 8}
     split = CalibrationSplit.of(
         model.tokenizer, [spec], seed=0, loss_on="answers", images=model.stack.images, **given
-    ).with_repair(80)
+    ).with_repair(1000)
+    assert split.search.record.length == split.search.ids.shape[1] > 8
+    written = []
+
+    def write(n, length, seed):
+        written.append(length)
+        return torch.zeros(n, length, dtype=torch.int64)
+
+    split.with_self_generated(write).generate()
+    assert written == [8]
     roles = (split.search, split.heldout, split.repair_validation)
     keys = [{int(row.min()) for row in windows.ids} for windows in roles]
     assert [len(k) for k in keys] == [len(w.ids) for w in roles]

@@ -158,7 +158,8 @@ class CalibrationSplit:
         validation = min(most, max(least, len(self.search.ids) // 2)) if compare else 0
         # what is written for the seed itself may be fitted on later
         seed = self.search.record.seed + (self.repair_given is None)
-        made = _Generated(write, fitted, validation, self._length, seed)
+        length = self.texts.length if self.texts else self._length  # rows with images are longer
+        made = _Generated(write, fitted, validation, length, seed)
         return replace(self, generated=made)
 
     def generate(self) -> None:

@@ -287,7 +287,7 @@ class Texts:
             record=Calibration(
                 sources=records,
                 windows=len(ids),
-                length=self.length,
+                length=ids.shape[1],
                 seed=self.seed,
                 sha256=digest(ids, scored),
             ),
