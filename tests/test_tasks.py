@@ -237,6 +237,48 @@ def test_a_task_that_runs_what_the_model_writes_needs_a_word(taught, tmp_path):
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
+FOLLOWS = """
+task: follows
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: prompt
+doc_to_target: 0
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
+process_results: !function own.process_results
+metric_list:
+  - {{metric: prompt_level_strict_acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: inst_level_strict_acc, aggregation: !function own.of_all, higher_is_better: true}}
+  - {{metric: prompt_level_loose_acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: inst_level_loose_acc, aggregation: !function own.of_all, higher_is_better: true}}
+"""
+CHECKS = """
+from lm_eval.tasks.ifeval.utils import agg_inst_level_acc as of_all
+from lm_eval.tasks.ifeval.utils import process_results
+"""
+
+
+def test_instructions_are_checked_by_the_harness_of_ifeval(taught, tmp_path):
+    """Its packages are in the extra; items are judged by several metrics, of which one is a mean
+    over items."""
+    rows = [
+        {
+            "key": i,
+            "prompt": f"Question: {thing}?\nAnswer:",
+            "instruction_id_list": ["keywords:existence"],
+            "kwargs": [{"keywords": [colour if i else "nothing of the kind"]}],
+        }
+        for i, (thing, colour) in enumerate(PAIRS)
+    ]
+    data = write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "follows.yaml").write_text(FOLLOWS.format(data=data))
+    (tmp_path / "own.py").write_text(CHECKS)
+    (result,) = run_tasks(taught, task=["follows"], tasks_folder=str(tmp_path), removed=REMOVED)
+    assert result.metric == "prompt_level_strict_acc"
+    assert result.dense.value == pytest.approx(1 - 1 / len(PAIRS))
+
+
 def test_a_local_task_scores_as_the_harness_itself_does(taught, folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
