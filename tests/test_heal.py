@@ -214,7 +214,7 @@ CHAT = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_gener
 
 
 def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(answering, "capturable", lambda *_: True)
+    monkeypatch.setattr(answering, "QUICK", ("cpu",))
     monkeypatch.setattr(answering, "OWN_PROMPTS", 120)
     dense = sleb.load(home / "MODEL", **CPU)
     dense.tokenizer.chat_template = CHAT

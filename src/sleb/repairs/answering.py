@@ -33,6 +33,8 @@ from sleb.repairs.self_generated import at_once, can_generate, write, write_prom
 
 OWN_PROMPTS = 2048
 OWN_ANSWERS = "own answers"
+QUICK = ("cuda",)
+"""Devices on which a model writes so many prompts and answers in seconds."""
 TOGETHER = 512
 """Answers that are written together, at most."""
 
@@ -114,8 +116,8 @@ def own_answers(
 ) -> Windows | None:
     """The model's answers to prompts that it writes itself: more kinds of them than are given. None
     where it answers no chats, or writes too slowly."""
-    device = model.stack.input_device
-    if not (model.tokenizer.chat_template and capturable(model.model, device)):
+    device = model.stack.input_device.type
+    if not (model.tokenizer.chat_template and device in QUICK and capturable(model.model)):
         return None
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
     if not texts:
@@ -255,7 +257,7 @@ def _continued(
         row[longest - len(prompt) :] = torch.tensor(prompt)
         here[longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    if capturable(model.model, device) and not model.stack.streamed:
+    if capturable(model.model) and not model.stack.streamed:
         new = decode(model.model, ids, mask, new_tokens, tick, ends=tuple(ends)).cpu()
     else:
         new = _generated(model.model, ids, mask, new_tokens, ends, tick).cpu()

@@ -123,7 +123,7 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, ti
 
     network: Any = model.model
     device, ends = prompts.device, network.generation_config.eos_token_id
-    if capturable(network, device):
+    if capturable(network):
         never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=device)
         choose = _sampler(heat, never.long())
         new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
@@ -156,6 +156,8 @@ def _sampler(heat: Tensor, never: Tensor) -> Choose:
 
     def sampled(logits: Tensor) -> Tensor:
         share = (logits.float() / heat).index_fill(1, never, float("-inf")).softmax(-1)
+        if share.device.type == "cpu":  # fewer random numbers
+            return torch.multinomial(share, 1)[:, 0]
         # the largest of p / Exp(1) is a sample of p, without a look at the values
         return (share / torch.empty_like(share).exponential_()).argmax(-1)
 

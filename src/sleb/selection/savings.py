@@ -85,7 +85,7 @@ def _timed(
             f"--prompt-length {saving.context} leaves no room to write {NEW} tokens: {stack.name} "
             f"reads {room}"
         )
-    if stack.input_device.type == "cuda" and not capturable(stack.model, stack.input_device):
+    if stack.input_device.type == "cuda" and not capturable(stack.model):
         raise UnsupportedModel(
             f"{stack.name} has windows or other parts that a written token cannot be timed with: "
             "use --save memory or --save kv"
