@@ -416,11 +416,14 @@ def test_what_takes_a_checkpoint_says_what_the_folder_is(pruned, learned, tmp_pa
     for attempt in (
         lambda: sleb.heal(pruned.path, learned / "model", tmp_path / "healed", text=("default",)),
         lambda: sleb.load(pruned.path),
-        lambda: sleb.bench(learned / "model", [pruned.path]),
+        lambda: sleb.describe(pruned.path),
+        lambda: sleb.quantize(pruned.path, tmp_path / "int8", scheme="int8"),
         lambda: sleb.restore(pruned.path, tmp_path / "restored"),
+        lambda: sleb.push(pruned.path, "me/cut", dry_run=True),
     ):
-        with pytest.raises((InputError, UnsupportedModel)):
+        with pytest.raises(InputError, match="holds a plan and no checkpoint") as refused:
             attempt()
+        assert "nemotron-nas" in str(refused.value)
     with pytest.raises(InputError, match="--unit"):
         sleb.prune(learned / "model", tmp_path / "x", unit="mlp", remove=1, quantize="int8")
     assert [*tmp_path.iterdir()] == []
@@ -518,6 +521,55 @@ def test_as_many_rounds_as_a_measured_target_may_take(monkeypatch, loaded, tmp_p
     options = {"text": (str(tmp_path / "t.txt"),), "windows": 4, "length": 16, "unit": "any"}
     plan = sleb.search(loaded, prompt_length=32, speedup=1.15, protect="0", **options)
     assert plan.target.reached >= 1.15
+
+
+def test_a_pruned_plan_is_timed_beside_the_model(pruned, learned):
+    found = sleb.bench(learned / "model", [pruned.path], quick=True, runs=6)
+    dense, cut = (one for one in found.models if one.runtime == "transformers")
+    assert (dense.parameters, cut.parameters) == pruned.record.parameters
+    assert (dense.file_bytes, cut.file_bytes) == pruned.record.nbytes
+    assert cut.blocks == dense.blocks
+    timed = [ratio for ratio in found.ratios if ratio.runtime == "transformers"]
+    assert len(timed) == len(found.cases)
+    assert {(ratio.ideal, ratio.possible) for ratio in timed} == {(None, None)}
+    RunRecord.update(pruned.path, speed=found)
+    assert RunRecord.load(pruned.path).speed == found
+
+
+def test_a_project_removes_parts(learned, tmp_path):
+    shutil.copy(learned / "text.txt", tmp_path / "t.txt")
+    (tmp_path / "p.jsonl").write_text('"the block of a model"')
+    settings = f"""
+model = "{learned / "model"}"
+out = "out"
+[text]
+mine = "t.txt"
+[search]
+unit = "attention"
+remove = 2
+windows = 4
+length = 32
+heldout = 3
+prompts = ["none"]
+[measure]
+prompts = "p.jsonl"
+new_tokens = 6
+bench_quick = true
+"""
+    (tmp_path / "sleb.toml").write_text(settings)
+    record = sleb.run(tmp_path / "sleb.toml")
+    assert [part_of(unit) for unit in record.removed] == ["attention"] * 2
+    assert record.verification.passed
+    assert {*record.stages} == {"prune", "similarity", "answers", "speed"}
+    page = (tmp_path / "out" / "report.en.html").read_text()
+    assert all(str(unit) in page for unit in record.removed)
+    for wrong in ("[heal]\nminutes = 1", "[measure]\ntransfer = true"):
+        other = settings.replace(
+            "[measure]", wrong if "measure" in wrong else f"{wrong}\n[measure]"
+        )
+        (tmp_path / "other.toml").write_text(other.replace('"t.txt"', '"t.txt"\nmore = "p.jsonl"'))
+        with pytest.raises(InputError, match="whole blocks"):
+            sleb.run(tmp_path / "other.toml")
 
 
 def test_answers_kept_of_a_pruned_plan_are_measured(pruned, learned, tmp_path):

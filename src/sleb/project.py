@@ -61,10 +61,7 @@ _ELSEWHERE = {
     "text": "texts have names here: give them in [text]",
     "curve": "sleb run always measures it",
     "force": "give it to sleb run",
-} | dict.fromkeys(
-    ("unit", "save", "prompt_length", "sequences"),
-    "a project makes a checkpoint, and there is none without parts of blocks: use sleb prune",
-)
+}
 """Options of `sleb prune` that do not stand in [search], and why."""
 _OUTPUT = OutputOptions()
 
@@ -140,6 +137,12 @@ class Project(Options):
         if self.search.heldout < 2:
             raise InputError(f"{path}: [search] heldout: at least 2 windows, to measure depths on")
         measure = self.measure
+        if self.search.unit != "block" and (self.heal or measure.transfer):
+            asked = "[heal]" if self.heal else "[measure] transfer"
+            raise InputError(
+                f"{path}: {asked} is of whole blocks: leave it out, or [search] unit = "
+                f"'{self.search.unit}'"
+            )
         own = [task for task in self.tasks if task.endswith(".jsonl")]
         folder = [self.beside(measure.tasks_folder)] if measure.tasks_folder else []
         for name in (*own, *folder):

@@ -248,6 +248,22 @@ def check_fingerprint(expected: Fingerprint, found: Fingerprint, ref: str) -> No
             )
 
 
+def plan_alone(folder: str | Path) -> Path | None:
+    """The plan in a folder that holds no checkpoint, so that a model is to be loaded by it."""
+    plan = Path(folder) / "plan.json"
+    return plan if plan.is_file() and not plan.with_name("config.json").is_file() else None
+
+
+def refuse_plan_alone(folder: Path) -> None:
+    """Raise InputError, with what is possible, if ``folder`` has a plan and no checkpoint."""
+    if plan := plan_alone(folder):
+        raise InputError(
+            f"{folder} holds a plan and no checkpoint: sleb.load(MODEL, plan='{plan}') applies it "
+            f"while MODEL is loaded; sleb apply {plan} writes it as a GGUF file, or with --format "
+            "nemotron-nas (docs/units.md)"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint folder.
 
@@ -256,6 +272,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it holds something else.
     """
     if not path.is_file():
+        refuse_plan_alone(path.parent)
         raise InputError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

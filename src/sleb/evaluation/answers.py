@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sleb.calibration.prompts import Prompt, Read, read_prompts
+from sleb.checkpoints.checkpoint import plan_alone
 from sleb.config import CompareConfig, DeviceOptions, takes
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
@@ -26,7 +27,7 @@ from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
-from sleb.models.source import plan_alone, quiet_transformers
+from sleb.models.source import quiet_transformers
 
 REPETITIVE = 0.5
 WARM_UP = 4  # tokens generated before the first answer is timed

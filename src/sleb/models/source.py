@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sleb.checkpoints.checkpoint import shard_names
+from sleb.checkpoints.checkpoint import refuse_plan_alone, shard_names
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import (
     SAID,
@@ -79,12 +79,6 @@ class _OnHub:
     hint: str
 
 
-def plan_alone(folder: str | Path) -> Path | None:
-    """The plan in a folder that holds no checkpoint, so that a model is to be loaded by it."""
-    plan = Path(folder) / "plan.json"
-    return plan if plan.is_file() and not plan.with_name("config.json").is_file() else None
-
-
 def resolve(ref: str | Path, progress: Progress = silent) -> ModelSource:
     """Find the checkpoint folder for ``ref``, fetching or converting it if need be.
 
@@ -119,11 +113,7 @@ def find(ref: str) -> Path | _OnHub:
         if (path / "adapter_config.json").is_file():
             raise InputError(f"{ref} is an adapter (PEFT); merge it into its base model first")
         if not (path / "config.json").is_file():
-            if plan_alone(path):
-                raise InputError(
-                    f"{ref} holds a plan and no checkpoint: sleb.load(MODEL, plan="
-                    f"'{path / 'plan.json'}') applies it while MODEL is loaded"
-                )
+            refuse_plan_alone(path)
             raise InputError(f"{ref} has no config.json: not a Hugging Face checkpoint")
         return path
     if path.is_file():

@@ -33,7 +33,8 @@ class Settings:
 
     ``path``: a checkpoint folder or a .gguf file. ``length``: tokens of the longest sequence.
     ``batch``: sequences at once. ``models``: how many share the device. ``blocks``: as many must
-    the file have. ``purpose``: to score, a model is loaded as any user of the runtime loads it.
+    the file have. ``plan``: cuts the model while it is loaded. ``purpose``: to score, a model is
+    loaded as any user of the runtime loads it.
     """
 
     runtime: str
@@ -46,6 +47,7 @@ class Settings:
     threads: int | None = None
     models: int = 1
     blocks: int | None = None
+    plan: str | None = None
     trust_remote_code: bool = False
 
 
@@ -54,6 +56,8 @@ class Runtime(ABC):
 
     fewest_blocks: int | None = None
     """Blocks that run in a pass with as few as possible; None if none can be bypassed here."""
+    parameters: int | None = None
+    """Elements of the weights, where the runtime can tell."""
 
     @abstractmethod
     def __init__(self, settings: Settings) -> None: ...

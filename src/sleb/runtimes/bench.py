@@ -14,10 +14,12 @@ import numpy as np
 import psutil
 from scipy import stats
 
-from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.checkpoint import Checkpoint, plan_alone
+from sleb.checkpoints.cut import Cut
 from sleb.checkpoints.depth_fields import refuse_unsupported
 from sleb.config import BenchConfig, takes
 from sleb.core.errors import InputError, ResourceError, SlebError, UnsupportedModel
+from sleb.core.plan import Plan
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval
 from sleb.models.load import DTYPES, load_config, pick_device, pick_dtype
@@ -34,7 +36,8 @@ _DEFAULTS = BenchConfig()
 class BenchModel:
     """A model: ``ref`` as the user wrote it, the folder to load, stored elements and bytes of
     weights. ``longest``: tokens that it reads, None without a limit. ``gguf``: see
-    :func:`gguf_file`."""
+    :func:`gguf_file`. ``plan``: of parts of blocks, by which it is made of the dense model while
+    that is loaded; elements and bytes are then the dense model's."""
 
     ref: str
     path: Path
@@ -45,6 +48,7 @@ class BenchModel:
     vocabulary: int
     longest: int | None
     gguf: Path | None
+    plan: Path | None = None
 
     def settings(self, config: BenchConfig, runtime: str = "transformers", **more: Any) -> Settings:
         """How it is loaded, with a ``config`` that is :func:`resolved`."""
@@ -55,6 +59,7 @@ class BenchModel:
             dtype=config.dtype,
             threads=config.threads,
             blocks=self.blocks,
+            plan=str(self.plan.absolute()) if self.plan else None,
             trust_remote_code=config.trust_remote_code,
             **more,
         )
@@ -105,13 +110,13 @@ class Measured:
 class Ratio:
     """How many times as fast a pruned model is as the first one: median over paired runs with its
     95 % interval, which needs six of them. ``ideal``: blocks / (blocks - removed). ``possible``:
-    the bound of :func:`amdahl_bound`."""
+    the bound of :func:`amdahl_bound`. Neither is known where parts of blocks go."""
 
     path: str
     runtime: str
     case: str
     ratio: Interval
-    ideal: float
+    ideal: float | None
     possible: float | None
 
 
@@ -230,10 +235,19 @@ def bench_models(
     for i, ref in enumerate(refs):
         if ref in refs[:i]:
             raise InputError(f"{ref} is given twice; give each model once, the dense one first")
-    dense, *pruned = (_bench_model(ref, trust_remote_code, progress) for ref in refs)
-    for one in pruned:
-        _check(dense, one)
+    dense, pruned = _bench_model(refs[0], trust_remote_code, progress), []
+    for ref in refs[1:]:
+        if plan := plan_alone(ref):
+            pruned.append(replace(dense, ref=ref, plan=plan, blocks=_left(plan), gguf=None))
+        else:
+            pruned.append(_bench_model(ref, trust_remote_code, progress))
+            _check(dense, pruned[-1])
     return [dense, *pruned]
+
+
+def _left(plan: Path) -> int:
+    """Blocks that stay, whole or in part."""
+    return len(Cut.of(Plan.load(plan), parts=True).kept)
 
 
 def _bench_model(ref: str, trust_remote_code: bool, progress: Progress) -> BenchModel:
@@ -416,6 +430,11 @@ class Bench:
             ResourceError: a model does not fit in memory, or no case does.
             SlebError: as :func:`sleb.load`.
         """
+        if self.runtime != "transformers" and (
+            planned := tuple(m.ref for m in self.models if m.plan)
+        ):
+            self._skip(reason="plan-alone", models=planned)
+            return None
         if self.runtime == "llama.cpp":
             if lacking := tuple(m.ref for m in self.models if m.gguf is None):
                 self._skip(reason="no-gguf", models=lacking)
@@ -530,12 +549,16 @@ class Bench:
     def _measured(self, i: int, cases: Sequence[Case]) -> Measured:
         model, runs = self.models[i], [self.runs[case.name][Turn(i)] for case in cases]
         file = model.gguf if self.runtime == "llama.cpp" else None
+        parameters, nbytes = model.parameters, model.nbytes
+        if model.plan and (left := self.workers[i].parameters):
+            dense = self.workers[0].parameters or left
+            parameters, nbytes = (round(n * left / dense) for n in (parameters, nbytes))
         return Measured(
             path=model.ref,
             runtime=self.runtime,
             blocks=model.blocks,
-            parameters=model.parameters,
-            file_bytes=file.stat().st_size if file else model.nbytes,
+            parameters=parameters,
+            file_bytes=file.stat().st_size if file else nbytes,
             peak_bytes=max(run.peak for timed in runs for run in timed),
             load_seconds=self.workers[i].load_seconds,
             runs=tuple(map(_runs, cases, map(_seconds, runs))),
@@ -545,7 +568,7 @@ class Bench:
         dense, pruned = self.models[0], self.models[i]
         seconds = {turn: _seconds(runs) for turn, runs in self.runs[case.name].items()}
         whole, fewest, bound = seconds[Turn(0)], seconds.get(Turn(0, fewest=True)), None
-        if fewest and (ran := self.workers[0].fewest_blocks):
+        if fewest and not pruned.plan and (ran := self.workers[0].fewest_blocks):
             removed = dense.blocks - pruned.blocks
             bound = amdahl_bound(whole, fewest, blocks=dense.blocks, ran=ran, removed=removed)
         return Ratio(
@@ -553,6 +576,6 @@ class Bench:
             runtime=self.runtime,
             case=case.name,
             ratio=median_ratio(whole, seconds[Turn(i)]),
-            ideal=dense.blocks / pruned.blocks,
+            ideal=None if pruned.plan else dense.blocks / pruned.blocks,
             possible=bound,
         )

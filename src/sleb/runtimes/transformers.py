@@ -29,6 +29,7 @@ class Transformers(Runtime):
             own = self.model.generation_config
             self.ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id or 0}
         self.model.generation_config = _generation(**self.ends)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         stays = _needed(self.stack)
         self.bypassed = set(range(len(self.stack))) - stays
         self.fewest_blocks = len(stays) if self.bypassed else None
@@ -179,6 +180,7 @@ def _load(settings: Settings) -> Any:
 
     return load(
         settings.path,
+        plan=settings.plan,
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,

@@ -173,7 +173,8 @@ class Worker:
     load_seconds: float
     """With the model's files in the page cache, and without imports."""
     fewest_blocks: int | None
-    """As :attr:`sleb.runtimes.base.Runtime.fewest_blocks`."""
+    parameters: int | None
+    """As those of :class:`sleb.runtimes.base.Runtime`."""
     threads: int
     device: str
 
@@ -287,6 +288,7 @@ class Session:
         return {
             "load_seconds": spent,
             "fewest_blocks": self.model.fewest_blocks,
+            "parameters": self.model.parameters,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(given.device) if on_gpu else given.device,
         }

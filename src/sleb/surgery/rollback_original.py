@@ -19,6 +19,7 @@ from sleb.checkpoints.checkpoint import (
     identity,
     read_json,
     read_shard,
+    refuse_plan_alone,
     tensor_lines,
 )
 from sleb.checkpoints.cut import Cut
@@ -130,6 +131,7 @@ def _refuse_without(out: Path, side: Path) -> None:
             f"{out} is healed: its weights were trained after the cut, and it has no {FOLDER}/; "
             "restore the cut that it was made from"
         )
+    refuse_plan_alone(out)
     if not (side / MANIFEST).is_file():
         raise InputError(
             f"{out} has no {FOLDER}/{MANIFEST}: it was written with --no-keep, or not by sleb "

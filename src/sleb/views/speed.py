@@ -121,7 +121,7 @@ def _ratio_table(t: Locale, s: Speed) -> Table:
     columns: Columns = {
         "col_case": lambda r: _ratio_name(t, s, r),
         "col_ratio": lambda r: t.interval(r.ratio, t.times),
-        "col_ideal": lambda r: t.times(r.ideal),
+        "col_ideal": lambda r: DASH if r.ideal is None else t.times(r.ideal),
         "col_possible": lambda r: DASH if r.possible is None else t.times(r.possible),
         "col_reading": lambda r: t.reading(r.ratio, 1.0, "high"),
     }
