@@ -280,6 +280,8 @@ def test_a_second_count_of_blocks_follows():
 
 def test_the_depth_field_has_other_names():
     assert reindex({"n_layer": 8}, KEPT, 8, "n_layer") == {"n_layer": 4}
+    both = {"n_layer": 8, "num_layers": 8, "n_layers": 3}  # whoever reads which
+    assert reindex(both, KEPT, 8, "n_layer") == {"n_layer": 4, "num_layers": 4, "n_layers": 3}
 
 
 @pytest.mark.parametrize(

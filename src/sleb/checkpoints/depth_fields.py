@@ -480,7 +480,8 @@ def reindex(config: Config, kept: Kept, n: int, depth_field: str = "num_hidden_l
         new[name] = rule.apply(config, name, kept, n)
     if config.get("decoder_sparse_step"):  # whether or not the list was there before
         new["mlp_only_layers"] = _mlp_only(config, "mlp_only_layers", kept, n)
-    new[depth_field] = len(kept)
+    for name in {depth_field, *(k for k in NUMBER_OF_BLOCKS if config.get(k) == n)}:
+        new[name] = len(kept)
     return new
 
 
