@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 
 from conftest import byte_tokenizer
-from wrappers import wrapper_folder
+from wrappers import TEXT, TOWER, wrapper_folder
+from zoo import randomize
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
@@ -117,6 +119,27 @@ def seeing_folder(name: str, folder: Path) -> tuple[Path, Any]:
     processor = make()
     processor.save_pretrained(folder)
     return folder, processor
+
+
+def paligemma_folder(folder: Path) -> Path:
+    """A random PaliGemma with its processor."""
+    text = {"model_type": "gemma", **TEXT, **VOCABULARY}
+    vision = {"model_type": "siglip_vision_model", **TOWER}
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=FIRST, projection_dim=32
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.PaliGemmaForConditionalGeneration._from_config(config).float()
+        randomize(model)
+    model.save_pretrained(folder)
+    images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    template = TEMPLATE.replace("IMAGE", "<image>")
+    tokens = _tokenizer(image_token="<image>")
+    processor = transformers.PaliGemmaProcessor(images, tokens, chat_template=template)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def picture(seed: int, width: int = 40, height: int = 56) -> Image.Image:

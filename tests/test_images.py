@@ -15,6 +15,7 @@ from image_tools import (
     TEMPLATE,
     asked,
     data_url,
+    paligemma_folder,
     picture,
     rows_file,
     saved,
@@ -390,6 +391,16 @@ def test_models_with_blocks_for_images_say_so(tmp_path):
     spec = rows_file(tmp_path / "rows.jsonl", [asked(str(saved(tmp_path, 0)))])
     with pytest.raises(UnsupportedModel, match=r"attend to images.*: leave out rows with images"):
         read(model, spec)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_a_model_that_has_seen_the_answer_is_refused(tmp_path):
+    """PaliGemma attends to all of a prompt, and what its processor is given is one."""
+    folder = paligemma_folder(tmp_path / "M")
+    model = sleb.load(folder, device="cpu")
+    windows = read(model, rows_file(tmp_path / "r.jsonl", [asked(str(saved(tmp_path, 0)))]))
+    with pytest.raises(UnsupportedModel, match="has seen the end of a text"):
+        losses(model, windows)
 
 
 def test_models_of_text_alone_say_what_to_give(tiny_dir, tmp_path):

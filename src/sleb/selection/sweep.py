@@ -367,7 +367,23 @@ class Sweep:
                 f"{self.stack.name}: running its blocks one by one differs from its own forward "
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
+        if (ids < 0).any():
+            with self.stack.bypassed(removed):
+                self._check_order(ids[:1], own)
         self.stack.checked.add(bool((ids < 0).any()))
+
+    def _check_order(self, ids: Tensor, own: Tensor) -> None:
+        """With images a model may look at a text from both ends, as PaliGemma does at a prompt:
+        then it has seen the answers that it is scored on. ids [1, T], with the logits ``own``."""
+        other = ids.clone()
+        other[:, -1] = (ids[:, -1] + 1) % 3  # it is scored, and so a text's
+        found = self.stack.model(**self.stack.inputs(other), use_cache=False).logits.float()
+        gap = (found - own)[:, :-1].norm() / own.norm().clamp_min(1e-6)
+        if gap > (1e-3 if self.stack.dtype == torch.float32 else 0.02):  # experts' batches differ
+            raise UnsupportedModel(
+                f"{self.stack.name} has seen the end of a text with images before it predicts it, "
+                "so its loss says nothing: leave out rows with images"
+            )
 
 
 # -- several processes -------------------------------------------------------------------------
