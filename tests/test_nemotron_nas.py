@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,7 +14,10 @@ import sleb
 from conftest import byte_tokenizer, tiny_llama
 from plan_tools import edit_config, plan_of
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Plan
 from sleb.core.units import parse_unit
+from sleb.models.source import resolve
+from sleb.runtimes.compatibility import check_runtimes
 
 UNITS = ("2.attention", "3.mlp", 4)
 LAYERS = {"num_hidden_layers": 6, "max_position_embeddings": 256, "tie_word_embeddings": False}
@@ -100,67 +102,72 @@ def test_the_format_is_of_folders(written, tmp_path):
         sleb.apply(plan, model, tmp_path / "out.gguf", format="nemotron-nas")
 
 
-MLX = """
-import json, sys
-import mlx.core as mx
-from mlx_lm.utils import load_model
-from pathlib import Path
-model, _ = load_model(Path(sys.argv[1]))
-ids = json.loads(sys.argv[2])
-logits = model(mx.array([ids])).astype(mx.float32)[0]
-found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-print(json.dumps([found[i, token].item() for i, token in enumerate(ids[1:])]))
-"""
-VLLM = """
-import json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-from vllm import LLM, SamplingParams
-how = {"max_model_len": 64, "max_num_seqs": 1, "enforce_eager": True, "dtype": "float32"}
-engine = LLM(model=sys.argv[1], skip_tokenizer_init=True, trust_remote_code=True, **how)
-ids = json.loads(sys.argv[2])
-asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-(made,) = engine.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
-found = zip(ids[1:], made.prompt_logprobs[1:])
-print(json.dumps([pair[token].logprob for token, pair in found]))
-"""
-IDS = [3, 200, 77, 5, 90, 41, 18, 122, 9, 64]
+def test_a_folder_is_verified_file_by_file(written, tmp_path):
+    model, plan, out = written
+    found = sleb.verify(out, model=model).verification
+    assert found.passed
+    assert {"checksums", "config-kept", "weights", "logits"} <= {c.key for c in found.checks}
+    for change, gate in (
+        (lambda folder: edit_config(folder, rms_norm_eps=0.1), "config-kept"),
+        (lambda folder: flipped(folder / "model.safetensors"), "weights"),
+    ):
+        folder = shutil.copytree(out, tmp_path / gate)
+        (folder / "SHA256SUMS").unlink()
+        change(folder)
+        checked = sleb.verify(folder, model=model).verification
+        assert [c.key for c in checked.checks if not c.passed] == [gate]
+    with pytest.raises(InputError, match="nothing that a plan of parts"):
+        sleb.verify(model, model=model, plan=plan)
 
 
-def scored(runtime: str, code: str, folder: Path) -> list[float]:
-    """Log-probabilities of all of ``IDS`` but the first, in another interpreter."""
-    variable = f"SLEB_TEST_{runtime}"
+def flipped(path: Path) -> None:
+    """Change the last byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def test_what_is_not_loaded_is_judged_by_the_format(written):
+    model, plan, out = written
+    report = check_runtimes(
+        out, model=model, plan=Plan.load(plan), runtimes=("vllm", "llama.cpp", "mlx-lm")
+    )
+    found = {v.runtime: (v.verdict, v.how) for v in report.verdicts}
+    assert found["vllm"] == found["mlx-lm"] == ("accepted", "by rule")
+    assert found["llama.cpp"] == ("refused", "by rule")
+    with pytest.raises(UnsupportedModel, match="parts of blocks"):
+        check_runtimes(out / "x.gguf", model=model, plan=Plan.load(plan))
+
+
+def loaded_in(runtime: str, model, out: Path) -> None:
+    """The folder, and the model, by another interpreter that has the runtime."""
+    variable = {"vllm": "SLEB_TEST_VLLM", "mlx-lm": "SLEB_TEST_MLX"}[runtime]
     if not (python := os.environ.get(variable)):
         pytest.skip(f"{variable} is not set; `make test-runtimes` sets it")
-    command = [python, "-c", code, str(folder), json.dumps(IDS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def bypassed(model: str | Path, units) -> list[float]:
-    """The same of the model in transformers, without these units."""
-    dense = sleb.load(model, dtype="float32", device="cpu")
-    with dense.stack.bypassed([*map(parse_unit, units)]), torch.no_grad():
-        logits = dense.model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
-    return logits.log_softmax(-1)[range(len(IDS) - 1), IDS[1:]].tolist()
+    how = {"dtype": "float32", "device": "cpu", "trust_remote_code": True}
+    plan, pythons = Plan.load(out / "plan.json"), {runtime: python}
+    report = check_runtimes(
+        out, model=model, plan=plan, runtimes=(runtime,), pythons=pythons, **how
+    )
+    (found,) = report.verdicts
+    assert (found.verdict, found.how) == ("accepted", "loaded"), found.why
+    assert report.moved > 0.1
+    assert found.pruned < 1e-4
 
 
 @pytest.mark.runtimes
 def test_mlx_lm_computes_the_bypassed_model(written):
     model, _, out = written
-    found = scored("MLX", MLX, out)
-    np.testing.assert_allclose(found, bypassed(model, UNITS), rtol=0, atol=2e-3)
+    loaded_in("mlx-lm", model, out)
 
 
 @pytest.mark.runtimes
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_vllm_computes_the_bypassed_model(family, tmp_path):
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM])
+def test_vllm_computes_the_bypassed_model(kind, tmp_path):
     """It has kernels for heads of 32 and more, and takes Qwen2's biases."""
-    config = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    kind = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[family]
+    heads = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    dense = kind(kind.config_class(vocab_size=259, intermediate_size=256, **LAYERS, **config))
+    dense = kind(kind.config_class(vocab_size=259, intermediate_size=256, **LAYERS, **heads))
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.normal_(1 if parameter.dim() == 1 else 0, 0.15)
@@ -168,19 +175,12 @@ def test_vllm_computes_the_bypassed_model(family, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "m")
     plan = plan_of(tmp_path / "m", *map(parse_unit, UNITS))
     out = sleb.apply(plan, tmp_path / "m", tmp_path / "out", format="nemotron-nas")
-    wanted, whole = bypassed(tmp_path / "m", UNITS), bypassed(tmp_path / "m", ())
-    found = scored("VLLM", VLLM, out)
-    assert np.abs(np.subtract(wanted, whole)).max() > 0.1
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    loaded_in("vllm", tmp_path / "m", out)
 
 
 @pytest.mark.runtimes
 def test_vllm_computes_a_real_model_without_its_parts(real_model, tmp_path):
-    from sleb.models.source import resolve
-
     model = resolve(real_model).path
     units = ("5.attention", "12.attention", "20.attention", "27.attention", "14.mlp", 16)
-    out = sleb.apply(
-        plan_of(model, *map(parse_unit, units)), model, tmp_path / "out", format="nemotron-nas"
-    )
-    np.testing.assert_allclose(scored("VLLM", VLLM, out), bypassed(model, units), atol=1e-3, rtol=0)
+    plan = plan_of(model, *map(parse_unit, units))
+    loaded_in("vllm", model, sleb.apply(plan, model, tmp_path / "out", format="nemotron-nas"))

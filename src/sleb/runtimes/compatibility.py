@@ -21,7 +21,13 @@ from sleb.calibration.windows import load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.cut import Cut
 from sleb.config import CheckOptions, takes
-from sleb.core.errors import InputError, SlebError, VerificationFailed, did_you_mean
+from sleb.core.errors import (
+    InputError,
+    SlebError,
+    UnsupportedModel,
+    VerificationFailed,
+    did_you_mean,
+)
 from sleb.core.finding import Finding, finding
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
@@ -175,14 +181,22 @@ def check_runtimes(
     Raises:
         InputError: ``out`` is no checkpoint, its repaired tensors are not the plan's, or an unknown
             runtime.
+        UnsupportedModel: ``out`` is a .gguf file without parts of blocks.
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
     """
     names = parse_runtimes(",".join(runtimes))
-    known, cut = pythons or {}, Cut.of(plan, config.depth)
+    known, cut = pythons or {}, Cut.of(plan, config.depth, parts=True)
     device, trust = pick_device(config.device), config.trust_remote_code
+    if cut.parts and Path(out).suffix == ".gguf":
+        raise UnsupportedModel(
+            f"{out} lacks parts of blocks, and is not read back to compare it: run it in llama.cpp "
+            "beside the original"
+        )
     dense, pruned = resolve(model, progress).path, resolve(out, progress).path
-    decoder = decoder_config(load_config(pruned, trust_remote_code=trust))
-    text = {**decoder.to_dict(), "num_hidden_layers": decoder.num_hidden_layers}
+    # without parts of blocks it is of a type that transformers has no code for
+    decoder = decoder_config(load_config(dense if cut.parts else pruned, trust_remote_code=trust))
+    blocks = len(cut.kept) if cut.parts else decoder.num_hidden_layers
+    text = {**decoder.to_dict(), "num_hidden_layers": blocks}
     dtype = pick_dtype(config.dtype, load_config(dense, trust_remote_code=trust), device)
     files: dict[str, list[Path | None]] = {name: [dense, pruned] for name in names}
     files["llama.cpp"] = [gguf_file(model, dense), gguf_file(out, pruned)]
@@ -241,7 +255,7 @@ def _reference(model: str | Path, config: CheckOptions, plan: Plan, pruned: Path
     windows, _ = load_windows(loaded.tokenizer, (), windows=1, length=length, seed=0)
     ids = windows.ids[0].tolist()
     prefix = block_prefix(Checkpoint.open(loaded.source.path), loaded.stack)
-    cut = Cut.of(plan, config.depth, pruned)
+    cut = Cut.of(plan, config.depth, pruned, parts=True)
     dense = _logprobs(loaded, ids)
     with (
         repaired(loaded.stack, cut.repair or {}, prefix),

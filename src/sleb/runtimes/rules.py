@@ -176,6 +176,10 @@ NOT_IN_VLLM = frozenset(
 def judge(runtime: str, config: Config, written: Config, gguf: Path | None, cut: Cut) -> Ruling:
     """What ``runtime`` makes of a cut: see :func:`vllm`, :func:`llama_cpp` and :func:`mlx_lm`.
     transformers reads every field that sleb re-indexes: they are its own."""
+    if cut.parts:
+        reads = runtime in ("vllm", "mlx-lm") and written["model_type"] == "nemotron-nas"
+        verdict, why = ("accepted", "parts") if reads else ("refused", "no-parts")
+        return Ruling(verdict=verdict, why=finding(why))
     if runtime == "vllm":
         return vllm(config)
     if runtime == "llama.cpp":

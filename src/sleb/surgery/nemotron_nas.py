@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint, read_json
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import UnsupportedModel
@@ -110,6 +110,12 @@ def write_nemotron_nas(
         (stage / "plan.json").write_text(cut.used(plan).to_json(), encoding="utf-8")
         write_sums(stage, progress)
     return out
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder is in this format."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == FORMAT
 
 
 def renamed(name: str, cut: Cut) -> str | None:

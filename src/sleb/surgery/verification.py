@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from sleb.checkpoints.checkpoint import (
     Checkpoint,
     check_fingerprint,
     identity,
+    plan_alone,
     read_json,
     tensor_bytes,
     tensor_lines,
@@ -34,7 +35,8 @@ from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
 from sleb.config import CheckOptions, DeviceOptions, takes
 from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
-from sleb.core.plan import Plan
+from sleb.core.finding import finding
+from sleb.core.plan import Plan, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.units import UnitId
 from sleb.models.load import (
@@ -52,7 +54,7 @@ from sleb.models.source import ModelSource, resolve
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.models.stored_names import block_prefix
 from sleb.repairs import repaired
-from sleb.surgery import gates
+from sleb.surgery import gates, nemotron_nas
 from sleb.surgery.apply import cut_config
 from sleb.surgery.gates import Check, entry
 
@@ -166,9 +168,13 @@ def _verify_loaded(
     out: Path, config: CheckOptions, model: str | Path, plan: Plan, progress: Progress
 ) -> Verification:
     """Check what a plan of parts of blocks, with what lies in ``out`` of its repair, makes of
-    ``model`` while that is loaded."""
-    checks: list[Check] = []
+    ``model`` while that is loaded; and the files, where they are a checkpoint for others.
+
+    Raises:
+        InputError: ``out`` is neither.
+    """
     cut = Cut.of(plan, config.depth, parts=True)
+    checks = [] if plan_alone(out) else _check_files(out, model, plan, cut, progress)
     if cut.record:
         check, cut = gates.check_repair(cut, plan, out)
         checks.append(check)
@@ -197,6 +203,33 @@ def _verify_loaded(
             again = partial(load, model, **how)
             checks.append(gates.check_generation(made.model, ids, again, NEW_TOKENS))
     return Verification(checkpoint=str(out), removed=cut.removed, checks=tuple(checks))
+
+
+def _check_files(
+    out: Path, model: str | Path, plan: Plan, cut: Cut, progress: Progress
+) -> list[Check]:
+    """Whether a ``nemotron-nas`` folder has the config and the tensors that it should have."""
+    if not nemotron_nas.is_one(out):
+        raise InputError(
+            f"{out} is nothing that a plan of parts of blocks makes; give the folder of sleb prune "
+            f"--unit, or of sleb apply --format {nemotron_nas.FORMAT}"
+        )
+    checks = [gates.check_checksums(out, progress)] if (out / SUMS).is_file() else []
+    if not all(check.passed for check in checks):
+        return checks
+    given = Checkpoint.open(resolve(model, progress).path)
+    lines = tensor_lines(given)
+    check_fingerprint(plan.model, identity(given, cut.blocks, lines), str(model))
+    wanted, fields = nemotron_nas.config_json(given, cut), read_json(out / "config.json")
+    names = sorted(n for n in wanted.keys() | fields.keys() if wanted.get(n) != fields.get(n))
+    said = finding("equal", fields=len(wanted))
+    if names:
+        said = finding("differ", wrong=len(names), fields=len(wanted), names=tuple(names[:3]))
+    checks.append(Check(key="config-kept", passed=not names, found=said))
+    found = _stored_digests(tensor_lines(Checkpoint.open(out)))
+    expected = _stored_digests(lines, partial(nemotron_nas.renamed, cut=cut), cut.record)
+    changed = len(cut.record.tensors) if cut.record else 0
+    return [*checks, gates.check_weights(found, expected, changed)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +317,7 @@ def _bypassed(both: _Loading, cut: Cut, lines: Mapping[str, str]) -> _Wanted:
     expected = pruned_config(both.fields, cut.removed)
     with repaired(stack, cut.repair or {}, prefix):
         if both.streams:
-            weights = _stored_digests(lines, cut, prefix)
+            weights = _stored_digests(lines, partial(cut.rename, prefix=prefix), cut.record)
         else:
             weights = _digests(original.model, cut, f"{stack.path}.")
         with stack.bypassed(cut.removed):
@@ -379,15 +412,17 @@ def _too_large(model: Checkpoint, dtype: torch.dtype, device: torch.device) -> b
 
 
 def _stored_digests(
-    lines: Mapping[str, str], cut: Cut | None = None, prefix: str = ""
+    lines: Mapping[str, str],
+    renamed: Callable[[str], str | None] = str,
+    record: RepairRecord | None = None,
 ) -> dict[str, str]:
     """Dtype, shape and SHA-256 of tensors in files, from their :func:`tensor_lines`, by the names
-    that they have after the ``cut``, and of those that it repairs with the record's SHA-256."""
-    found, repaired = {}, cut.record.tensors if cut and cut.record else {}
+    that they have after a cut, and of those that ``record`` repairs with its SHA-256."""
+    found, changed = {}, record.tensors if record else {}
     for name, line in lines.items():
-        if (new := cut.rename(name, prefix) if cut else name) is not None:
+        if (new := renamed(name)) is not None:
             *kind, digest = line.rstrip("\n").split("\t")[1:]
-            found[new] = "\t".join([*kind, repaired.get(name, digest)])
+            found[new] = "\t".join([*kind, changed.get(name, digest)])
     return found
 
 
