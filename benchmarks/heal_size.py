@@ -36,7 +36,7 @@ from sleb.distillation.student import Student
 from sleb.distillation.training import Training
 
 RANK = 16
-WAYS = ("adamw", "adamw-8bit", "adamw-8bit+recompute", "lora", "adamw+recompute")
+WAYS = ("adamw", "adamw-host", "adamw-8bit", "adamw-8bit+recompute", "lora", "adamw+recompute")
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def random_windows(n: int, length: int, vocabulary: int, seed: int) -> Windows:
     return Windows(ids=ids, source=(0,) * n, names=("random",), record=record)
 
 
-def student_of(dense: Any, removed: frozenset[int], rank: int | None, copies: bool) -> Student:
+def student_of(dense: Any, removed: frozenset[int], rank: int | None, how: Any) -> Student:
     """Of a cut whose blocks have weights of their own."""
     model = shortened(dense, removed)
     for parameter in model.model.layers.parameters():
@@ -67,7 +67,7 @@ def student_of(dense: Any, removed: frozenset[int], rank: int | None, copies: bo
     state = model.state_dict()
     forms = {n: SimpleNamespace(dtype="BF16", shape=tuple(t.shape)) for n, t in state.items()}
     stored: Any = SimpleNamespace(tensors=forms, path="random weights", tensor=state.__getitem__)
-    return Student(model, stored, rank=rank, seed=0, copies=copies)
+    return Student(model, stored, rank=rank, seed=0, optimizer=how)
 
 
 def measured(options: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def measured(options: argparse.Namespace, way: str, folder: Path) -> dict[str, A
     dense = random_llama(shape, device)
     blocks = shape.blocks
     removed = frozenset(range(blocks // 2, blocks // 2 + blocks // 4))
-    student = student_of(dense, removed, rank, optimizer == "adamw")
+    student = student_of(dense, removed, rank, optimizer)
     n, length = options.batch, options.length
     windows = [random_windows(size, length, shape.vocab, n) for size in (n * options.steps, 4)]
     training = Training(

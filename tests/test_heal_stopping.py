@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import heal_tools
 from cli_tools import tree
 from heal_tools import Stopping, healed, scripted
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.distillation import computing, training
 from sleb.distillation.state import TrainingState
+from sleb.distillation.student import Student
 
 home = heal_tools.home
 
@@ -202,3 +205,26 @@ def test_states_of_eight_bits_on_the_model_s_own_weights_learn_and_go_on(home, t
     done = healed(home, tmp_path / "H", **how)
     assert done.steps == 24
     assert done.overall.healed_divergence.value < 0.9 * done.overall.cut_divergence.value
+
+
+def test_copies_in_the_machine_s_memory_learn_the_same_and_go_on(home, tmp_path):
+    how = {**LONG, "dtype": "bfloat16"}
+    wanted = healed(home, tmp_path / "D", **how)
+    with pytest.raises(KeyboardInterrupt):
+        healed(home, tmp_path / "H", **how, optimizer="adamw-host", progress=Stopping(15))
+    kinds = {name.partition("/")[0] for name in load_file(tmp_path / "H.heal")}
+    assert kinds == {"best", "weight", "step", "exp_avg", "exp_avg_sq"}
+    found = healed(home, tmp_path / "H", **how, optimizer="adamw-host")
+    for (step, mine), (other, its) in zip(found.checks, wanted.checks, strict=True):
+        assert step == other
+        assert mine == pytest.approx(its, rel=5e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-host", "adamw-8bit"])
+def test_where_what_is_trained_lies(home, optimizer):
+    """The model's weights on a device of their own: "meta", which has no values."""
+    model = AutoModelForCausalLM.from_pretrained(home / "OUT", dtype=torch.bfloat16).to("meta")
+    student = Student(model, Checkpoint.open(home / "OUT"), rank=None, seed=0, optimizer=optimizer)
+    found = {(weight.device.type, weight.dtype) for weight in student.trained.values()}
+    place = "cpu" if optimizer == "adamw-host" else "meta"
+    assert found == {(place, torch.bfloat16 if optimizer == "adamw-8bit" else torch.float32)}

@@ -746,7 +746,7 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
     length: int = like(LengthOptions, "length", 512)
 
 
-Optimizer = Literal["adamw", "adamw-8bit"]
+Optimizer = Literal["adamw", "adamw-host", "adamw-8bit"]
 HEAL_TOKENS = {"cpu": 100_000, "cuda": 4_000_000}
 """Tokens that a healing trains on by default: a few minutes of a small model on a CPU, or of one
 with two billion parameters on a large GPU."""
@@ -805,8 +805,9 @@ class HealConfig(PromptOptions, OutputOptions, DeviceOptions):
     )
     optimizer: Optimizer = option(
         "adamw",
-        "AdamW on float32 copies of the weights, 16 bytes a parameter; or with states of 8 bits on "
-        "the bfloat16 weights themselves, rounded at random: 6.",
+        "AdamW on float32 copies of the weights, 16 bytes a parameter; on copies in the machine's "
+        "memory, 2 on the device; or with states of 8 bits on the bfloat16 weights themselves, "
+        "rounded at random: 6.",
     )
     lora: int | None = option(None, "Train adapters only, for a large model.", metavar="RANK", ge=1)
     recompute: bool = option(False, "Less memory, a third more time.", flag="--recompute")

@@ -219,12 +219,12 @@ class Healing:
         dense = self.dense.stack.dtype
         dtype = dense if dense == torch.float32 else torch.bfloat16  # float16's gradients vanish
         model = self._load(self.cut, dtype)
-        moments = self.config.optimizer == "adamw"
+        kind = self.config.optimizer
         student = Student(
-            model, self.checkpoint, rank=self.config.lora, seed=self.config.seed, copies=moments
+            model, self.checkpoint, rank=self.config.lora, seed=self.config.seed, optimizer=kind
         )
         # weights and best ones, of float32 with two moments; and room to replace the file
-        state = (16 if moments else 2 * dtype.itemsize) * student.count
+        state = (2 * dtype.itemsize if kind == "adamw-8bit" else 16) * student.count
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * state)
         cut, weight = Cut.of(self.plan), self.config.hidden_loss
         beside = segments(cut.kept, cut.blocks)

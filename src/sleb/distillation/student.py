@@ -15,6 +15,8 @@ from sleb.core.errors import InputError, UnsupportedModel
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix, pieces
 
+HOST = torch.device("cpu")
+
 
 class Student:
     """``model``, loaded from ``checkpoint``, with what is to be trained set to require gradients.
@@ -25,8 +27,8 @@ class Student:
 
     ``trained``: what the optimizer changes, float32. Where the model computes in another dtype
     these are copies, which gather the gradients of its parameters (mixed precision, 1710.03740);
-    :meth:`rounded` hands what they became back to the model. Without ``copies`` it changes the
-    model's own, in their dtype.
+    :meth:`rounded` hands what they became back to the model. With ``optimizer`` "adamw-host" they
+    are in the machine's memory; with "adamw-8bit" it changes the model's own, in their dtype.
 
     Raises:
         UnsupportedModel: a weight is quantized, or stored under a name that is not its own.
@@ -39,7 +41,7 @@ class Student:
         *,
         rank: int | None,
         seed: int,
-        copies: bool = True,
+        optimizer: Optimizer = "adamw",
     ) -> None:
         self.model, self.checkpoint, self.rank = model, checkpoint, rank
         stack = BlockStack(model)
@@ -57,24 +59,27 @@ class Student:
             self._adapted = _adapters(model, stack, rank, seed)
         self._computing = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = dict(self._computing)
-        if copies:
-            self.trained = {name: self._master(name, p) for name, p in self._computing.items()}
+        if optimizer != "adamw-8bit":
+            self.trained = {
+                name: self._master(name, p, HOST if optimizer == "adamw-host" else p.device)
+                for name, p in self._computing.items()
+            }
 
-    def _master(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """The float32 copy of a parameter, in full precision; itself, if it is of float32."""
-        if parameter.dtype == torch.float32:
+    def _master(self, name: str, parameter: nn.Parameter, place: torch.device) -> nn.Parameter:
+        """The float32 copy of a parameter, in full precision; itself, if it is that and there."""
+        if parameter.dtype == torch.float32 and parameter.device == place:
             return parameter
         stored = parameter.detach()
         if len(self.stored.get(name, ())) == 1:  # whose precision may be more
             stored = self.checkpoint.tensor(self.stored[name][0])
-        master = nn.Parameter(stored.to(parameter.device, torch.float32, copy=True))
+        master = nn.Parameter(stored.to(place, torch.float32, copy=True))
 
         def gather(computed: Tensor) -> None:
             assert computed.grad is not None
             if master.grad is None:
-                master.grad = computed.grad.float()
+                master.grad = computed.grad.to(place, torch.float32)
             else:
-                master.grad += computed.grad
+                master.grad += computed.grad.to(place)
             computed.grad = None
 
         parameter.register_post_accumulate_grad_hook(gather)  # type: ignore[no-untyped-call]
@@ -153,7 +158,7 @@ def _trained(name: str, parameter: Tensor, stack: BlockStack) -> bool:
 
 def check_installed(lora: int | None, optimizer: Optimizer) -> None:
     """Raise InputError unless what these need is installed."""
-    needed = {"peft": lora and "--lora", "torchao": optimizer != "adamw" and "--optimizer"}
+    needed = {"peft": lora and "--lora", "torchao": optimizer == "adamw-8bit" and "--optimizer"}
     for package, option in needed.items():
         if option and not find_spec(package):
             raise InputError(f"{option} needs {package}; install it with: pip install {package}")
@@ -179,8 +184,8 @@ def optimizer_of(weights: Iterable[Tensor], kind: Optimizer) -> torch.optim.Opti
     """One that has seen nothing."""
     weights = [*weights]
     how: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
-    if kind == "adamw":
-        fused = weights[0].device.type == "cuda" or None
+    if kind != "adamw-8bit":
+        fused = weights[0].device.type == "cuda" or kind == "adamw-host" or None
         return torch.optim.AdamW(weights, fused=fused, **how)
     from torchao.optim import AdamW8bit
 

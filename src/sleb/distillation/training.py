@@ -429,7 +429,7 @@ class Training:
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.trained.items():
             tensors[f"weight/{name}"] = parameter
-            if self.settings["optimizer"] == "adamw":  # states of 8 bits begin anew
+            if self.settings["optimizer"] != "adamw-8bit":  # states of 8 bits begin anew
                 for kind, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"{kind}/{name}"] = value
         self.where.save(self.path, self.settings, tensors)
