@@ -42,7 +42,7 @@ from sleb.config import (
 from sleb.core.errors import InputError
 from sleb.core.files import file_sha256, writable_target, write_text
 from sleb.core.plan import Plan
-from sleb.core.progress import Progress, silent
+from sleb.core.progress import Begins, Progress, silent, tell
 from sleb.core.toml import read_toml, replace_value
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
@@ -253,10 +253,17 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     keys, out = project.keys(), project.target
     record = _pruned(project, keys["prune"], config.force, progress)
     session = _Session(project, record, progress)
-    for stage, wanted, work in session.stages():
-        if wanted and record.stages.get(stage) != keys[stage]:
-            done = {**record.stages, stage: keys[stage]}
-            record = RunRecord.update(out, stages=done, **{stage: work()})
+    left = [
+        (stage, work)
+        for stage, wanted, work in session.stages()
+        if wanted and record.stages.get(stage) != keys[stage]
+    ]
+    if left:
+        tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
+        tell(progress, f"to measure, beside what was estimated: {', '.join(s for s, _ in left)}")
+    for stage, work in left:
+        done = {**record.stages, stage: keys[stage]}
+        record = RunRecord.update(out, stages=done, **{stage: work()})
     session.close()
     if project.gate is not None:
         gate = Gate.parse(project.gate, f"{path}: gate").check(record)
