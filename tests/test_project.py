@@ -74,8 +74,9 @@ def test_one_command_goes_from_search_to_reports(place, capsys):
     assert record.speed is None
     for lang in ("en", "ja"):
         assert f'lang="{lang}"' in (out / f"report.{lang}.html").read_text(encoding="utf-8")
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert "report.ja.html" in printed
+    assert "next (not estimated): similarity, tasks, transfer, answers\n" in told
     assert "1,000" in printed or "1000" in printed
 
 

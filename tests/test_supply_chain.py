@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -185,3 +186,12 @@ def test_a_snapshot_of_the_hubs_cache_is_cut_and_the_copy_holds_no_links(
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert tree(home) == before
     assert ModelCard.load(out / "README.md").data.base_model == "a/b"
+
+
+def test_nobody_is_told_to_install_a_stranger_of_that_name():
+    """The name is not ours on any index: sleb is installed from its clone."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*"), *SOURCES]
+    for path in pages:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"pip install [^\n`]*(?<![\w/.-])sleb(?![\w/-])", text), path

@@ -260,7 +260,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     ]
     if left:
         tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
-        tell(progress, f"to measure, beside what was estimated: {', '.join(s for s, _ in left)}")
+        tell(progress, f"next (not estimated): {', '.join(stage for stage, _ in left)}")
     for stage, work in left:
         done = {**record.stages, stage: keys[stage]}
         record = RunRecord.update(out, stages=done, **{stage: work()})
