@@ -63,4 +63,4 @@ def _processor(folder: Path) -> Any:
         (Exception, InputError, f"{folder} has no processor for images that loads: {SAID}"),
     )
     with quiet_transformers(), failures:
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
