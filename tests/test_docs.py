@@ -126,6 +126,19 @@ def test_the_readme_is_short_and_the_guide_has_all_of_its_commands():
     assert all(example in fenced(GUIDE, "python") for example in fenced("README.md", "python"))
 
 
+def test_the_guide_in_japanese_has_the_same_commands_and_codes():
+    japanese = "docs/guide.ja.md"
+    assert shell(japanese) == shell(GUIDE)
+    assert fenced(japanese, "python") == fenced(GUIDE, "python")
+    codes = [re.findall(r"^\| (\d+) \|", read(page), re.MULTILINE) for page in (GUIDE, japanese)]
+    assert codes[0] == codes[1]
+    for command in re.findall(r"`(sleb \w[^`]*)`", prose(japanese)):
+        words = shlex.split(command)
+        assert words[1] in VERBS
+        options = {o for p in VERBS[words[1]].params for o in p.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+
+
 def test_the_exit_codes_are_those_of_the_errors():
     rows = re.findall(r"^\| (\d+) \|", read(GUIDE), re.MULTILINE)
     errors = {cls.exit_code for cls in SlebError.__subclasses__()}
