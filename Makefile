@@ -167,11 +167,12 @@ package: $(READY) $(MODEL)
 		../$(PACKED)/sleb report try -o try.html && rm -r try try.html
 	rm -rf .venv-package
 
-# The site, with strict links, in build/site. Reading it needs no network.
+# The site, with strict links, in build/site. Reading it needs no network. With --quiet as well, mkdocs
+# would count no warning, and --strict pass over them.
 SITE := .venv-site/bin
 site: $(READY) $(SITE)/mkdocs
 	$(BIN)/python tools/site.py
-	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
 
 $(SITE)/mkdocs:
 	$(PYTHON) -m venv .venv-site
