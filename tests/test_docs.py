@@ -19,6 +19,7 @@ from sleb.cli import verbs
 from sleb.cli.main import main
 from sleb.core.errors import SlebError
 from sleb.core.statistics import flips, proportion
+from sleb.evaluation.agreement import FLOOR
 from sleb.project import Project
 from sleb.record import RunRecord
 from sleb.selection.metrics import METRICS
@@ -285,6 +286,7 @@ def test_the_guides_limits_are_those_of_the_gate(guide, tmp_path):
     written = tomllib.loads((tmp_path / "sleb.toml").read_text(encoding="utf-8"))
     row = next(line for line in prose(guide).splitlines() if "`perplexity.max_ratio`" in line)
     assert str(written["gate"]["perplexity"]["max_ratio"]) in row
+    assert written["gate"]["answers"]["min_agreement"] == FLOOR
 
 
 @guides
