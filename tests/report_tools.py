@@ -23,7 +23,7 @@ from sleb.views.report import Report
 
 HERE = Path(__file__).parent
 EVIL = "<script>alert(1)</script>"
-PANELS = ["removed", "quality", "worst", "servers", "untested", "rollback"]
+PANELS = ["worst", "removed", "quality", "servers", "untested", "rollback"]
 SECTIONS = [
     *("map", "why", "rounds", "similarity", "curve", "texts", "tasks", "answers", "speed"),
     *("draft", "transfer", "exact", "runtimes", "gate", "provenance"),

@@ -223,6 +223,14 @@ def provenance(
             items.append(_texts(t, key, found))
     if record.answers is not None:
         items.append(facts({"prompts": t.code(record.answers.sha256)}))
+    if record.prompts is not None:
+        finals, repair_of = plan.final_comparison, record.repair
+        by_role = {
+            "compared": finals.answers if finals else 0,
+            "fitted": repair_of.answers if repair_of else 0,
+            "measured": record.prompts.prompts,
+        }
+        items.append(facts({"asked": t("provenance.roles", **by_role)}))
     machine = ((t.named("environment", k), str(v)) for k, v in record.environment.items())
     items += [facts(model), Facts((*plan.versions.items(), *machine))]
     return (*items, _timings(t, record.seconds))

@@ -14,7 +14,7 @@ from sleb.evaluation.answers import Answer, Comparison, Pair
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
-from sleb.views.locale import DASH, Locale
+from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import (
     Answered,
     Facts,
@@ -242,7 +242,8 @@ def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
 def prompt_words(t: Locale, k: AnswersKept) -> dict[str, str]:
     """What is filled into the sentence on what was asked."""
     counts = {"prompts": k.prompts, "answered": k.tokens, "tokens": k.new_tokens}
-    return {"source": k.source, **{name: t.count(n) for name, n in counts.items()}}
+    source = t.join(names(k.source.split(", ")).values())
+    return {"source": source, **{name: t.count(n) for name, n in counts.items()}}
 
 
 def _right(t: Locale, right: RightAnswers) -> str:

@@ -110,11 +110,11 @@ class Report:
                 "sum-{}",
                 "summary.{}",
                 {
-                    "removed": self._removed,
-                    "quality": self._quality,
                     "worst": lambda: (
                         quality.worst_pair(t, r.answers, r.prompts) or self._missing("answers")
                     ),
+                    "removed": self._removed,
+                    "quality": self._quality,
                     "servers": lambda: speed.servers(t, r.speed, self._ratios),
                     "untested": self._untested,
                     "rollback": self._rollback,
@@ -341,7 +341,7 @@ class Report:
         if e is None:
             return [*self._missing("evaluation"), *gaps]
         seen = self.record.evaluation_text
-        source = (seen.note or t.join(seen.texts)) if seen else ""
+        source = (seen.note or t.join(names(seen.texts).values())) if seen else ""
         intro = t(
             "texts.intro" if self._heldout else "texts.other",
             windows=e.windows,
