@@ -35,7 +35,10 @@ window.onload = () => {
     beyond: beyond.map(e => e.outerHTML.slice(0, 80)), cut: cut.map(e => e.outerHTML.slice(0, 80)),
     sections: [...d.querySelectorAll("section[id]")].filter(e => size(e).height > 20)
       .map(e => e.id),
-    charts: [...d.querySelectorAll("svg")].map(e => [size(e).width, size(e).height]),
+    charts: [...d.querySelectorAll(".chart svg")].map(e => [size(e).width, size(e).height]),
+    inks: [...d.querySelectorAll(".chart svg text")].map(e => w.getComputedStyle(e).fill),
+    ink: w.getComputedStyle(d.body).color,
+    bars: [...d.querySelectorAll(".meter")].map(e => [size(e).width, size(e).height]),
     glossary: d.querySelector("#term-block").checkVisibility(), rules: d.styleSheets.length,
   });
 };
@@ -105,6 +108,8 @@ def test_the_page_fits_and_asks_for_nothing(browser, tmp_path, made, lang, width
     assert found["glossary"]
     assert set(SECTIONS) <= set(found["sections"])
     assert all(w > 250 and h > 100 for w, h in found["charts"])
+    assert {*found["inks"]} <= {found["ink"], "rgb(181, 84, 28)"}  # and the chosen point's
+    assert all(w > 100 and 4 < h < 20 for w, h in found["bars"])
 
 
 def test_the_browser_test_can_fail(browser, tmp_path):
