@@ -237,6 +237,7 @@ def test_how_to_go_back_names_restore_where_its_side_car_is():
     text = seen(complete(kept=True)).text("sum-rollback")
     assert "sleb restore OUT -o ORIGINAL" in text.replace(complete().verification.checkpoint, "OUT")
     assert "--depth D" in text
+    assert "16-bit" in seen(complete(kept=True, file_nbytes=9)).text("sum-rollback")
 
 
 @pytest.mark.parametrize("nothing", [None, NAN])
@@ -379,6 +380,7 @@ def variety():
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
     yield healed(), chosen
+    yield complete(kept=True, file_nbytes=9), chosen
     heldout = chosen.curve.heldout
     own = replace(repaired().evaluation, windows=heldout.windows, length=heldout.length)
     yield repaired(evaluation=own), repaired_plan()

@@ -268,7 +268,8 @@ class Report:
         t, depth, kept = self.t, len(self.plan.order), self.record.kept
         lines = [t("rollback.unchanged", model=self._model)]
         if kept:
-            lines.append(t("rollback.restore", command=self._command("restore")))
+            key = "restore" if self.record.file_nbytes is None else "restore_folder"
+            lines.append(t(f"rollback.{key}", command=self._command("restore")))
         if depth > 1:
             command = self._command("restore_part" if kept else "apply")
             lines.append(t("rollback.shallower", most=depth - 1, command=command))
