@@ -131,12 +131,13 @@ def test_what_was_not_timed_and_the_names_of_runtimes_become_keys():
     assert found["runtimes"]["verdicts"] == [{"runtime": "llama.cpp"}]
 
 
-def test_an_old_example_is_read_and_shown_in_full():
+def test_the_example_is_read_in_full():
     record = RunRecord.load(EXAMPLE)
     assert record.schema_version == SCHEMA
     assert record.evaluation_text.source == "held-out"
     assert (record.repair.status, record.repair.self_generated) == ("repaired", True)
-    assert {row.name.partition(".")[0] for row in record.gate.rows} == {"perplexity", "speed"}
+    assert {row.verdict for row in record.gate.rows} == {"kept", "not-kept", "unclear"}
+    assert record.answers.pairs[2].turns
     assert upgrade(upgrade({"repair_note": "not asked for"}))["repair"]["status"] == "not-asked"
 
 
