@@ -96,6 +96,20 @@ def test_what_the_format_cannot_say_is_refused(written, change, units, why, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_what_needs_transformers_says_who_runs_it(written, tmp_path):
+    model, _, out = written
+    for attempt in (
+        lambda: sleb.load(out, trust_remote_code=True),
+        lambda: sleb.bench(model, [out]),
+        lambda: sleb.quantize(out, tmp_path / "q", scheme="int8"),
+        lambda: sleb.heal(out, model, tmp_path / "h", text=("default",)),
+    ):
+        with pytest.raises((InputError, UnsupportedModel), match="docs/units"):
+            attempt()
+    assert sleb.describe(out).supported is False
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_format_is_of_folders(written, tmp_path):
     model, plan, _ = written
     with pytest.raises(InputError, match="--format"):

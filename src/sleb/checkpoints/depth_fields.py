@@ -341,6 +341,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
 REFUSED_TYPES = {
     "cpmant": "it puts a prompt of its own before the text",
     "diffllama": "its attention depends on each block's own index (lambda_init)",
+    "nemotron-nas": "its blocks lack parts, for which transformers has no code: sleb.load(MODEL, "
+    "plan=PLAN) makes it of the model it was cut from; vLLM and mlx-lm run it (docs/units.md)",
     "zamba": "one transformer block is shared by several positions",
     "zamba2": "one transformer block is shared by several positions",
     "zaya": "each router adds to the router state of the block before it",

@@ -25,7 +25,7 @@ from sleb.checkpoints.checkpoint import (
     read_json,
 )
 from sleb.checkpoints.cut import REPAIRED, Cut
-from sleb.checkpoints.depth_fields import refuse_unsupported
+from sleb.checkpoints.depth_fields import refuse_unsupported, refused_type
 from sleb.config import LoadOptions, takes
 from sleb.core.errors import (
     SAID,
@@ -400,7 +400,9 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    read_json(path / "config.json")  # its errors say more than those of transformers
+    fields = read_json(path / "config.json")  # its errors say more than those of transformers
+    if fields.get("model_type") == "nemotron-nas":
+        raise UnsupportedModel(f"{path}: {refused_type(fields)}")
     failures = map_exceptions(  # transformers validates with several exception types
         ((ValueError, KeyError, OSError), UnsupportedModel, f"{path}: {SAID}"),
         (Exception, DataError, f"{path / 'config.json'} is not valid: {SAID}"),
