@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def test_passes_are_given_out_whole_and_evenly(monkeypatch):
     mix = Mix(kinds={TEXTS: windows}, tokens=20 * 36, total=10**4, seed=0)
     training = Training.__new__(Training)
     training.at_once = 4096
+    training.split = SimpleNamespace(device=torch.device("cpu"))
     alone = training._mine(mix, 0)
     whole = sorted(row for rows, _ in alone for row in rows)
 

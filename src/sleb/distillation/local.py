@@ -95,7 +95,7 @@ class Local:
     def keep(self, mix: Mix, step: int, tokens: int) -> list[Kept]:
         """What the passes of one step of ``mix`` give, of at most ``tokens`` each."""
         found = []
-        for rows, _ in mix.step(step, tokens):
+        for rows, _ in mix.step(step, tokens, self.split.device.type):
             ids = Batch.of(mix.windows, rows, self.split.device).ids
             used = torch.tensor([mix.lengths[row] for row in rows])
             read = torch.arange(ids.shape[1])[None] < used[:, None]

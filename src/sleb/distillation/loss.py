@@ -24,8 +24,9 @@ from sleb.surgery.gates import logit_tolerance
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Float32 logits of one chunk, at most. Three or four tensors of that size exist at a time."""
-PASS = 512
-"""What a pass takes beside its tokens, in tokens: kernels to be launched, gradients added up."""
+PASS = {"cuda": 2048, "cpu": 16}
+"""What a pass takes beside its tokens, in tokens: kernels to be launched, which are too small to
+fill a GPU; gradients to be added up."""
 
 
 class Reached(Exception):
@@ -172,7 +173,10 @@ class Batch:
         where = pad(scored[:, 1:length], (0, 1)).nonzero()  # on the CPU: a GPU would be waited for
         counted = torch.tensor(weights or [1.0] * len(rows))[where[:, 0]]
         parts = (ids[:, :length], where[:, 0] * length + where[:, 1], counted)
-        ids, positions, counted = (part.to(device, non_blocking=True) for part in parts)
+        pinned = device.type == "cuda"  # a copy of other memory waits for all that was begun before
+        ids, positions, counted = (
+            (part.pin_memory() if pinned else part).to(device, non_blocking=True) for part in parts
+        )
         owner, tokens = torch.tensor(rows)[where[:, 0]], int(unpadded(scored).sum())
         return cls(ids=ids, rows=positions, owner=owner, weights=counted, tokens=tokens)
 
@@ -194,15 +198,18 @@ def lengths(windows: Windows) -> list[int]:
     return [int(used) for used in unpadded(windows.scored).sum(1)]
 
 
-def passes(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> list[list[int]]:
+def passes(
+    lengths: Sequence[int], rows: Sequence[int], tokens: int, device: str = "cpu"
+) -> list[list[int]]:
     """``rows`` by length, in groups of at most ``tokens`` tokens, padding included, or of one row:
     those that hold the fewest in all, with ``PASS`` for each group."""
+    apart = PASS.get(device, PASS["cpu"])
     rows = sorted(rows, key=lambda row: lengths[row])
     least = [(0, 0)]  # of the first rows: tokens, and where their last group begins
     for end in range(1, len(rows) + 1):
         longest = lengths[rows[end - 1]]
         starts = range(min(end - 1, max(0, end - tokens // max(1, longest))), end)
-        least.append(min((least[at][0] + (end - at) * longest + PASS, at) for at in starts))
+        least.append(min((least[at][0] + (end - at) * longest + apart, at) for at in starts))
     found, end = [], len(rows)
     while end:
         found.append(rows[least[end][1] : end])
@@ -303,8 +310,9 @@ class Validation:
     @torch.no_grad()
     def __init__(self, teacher: SplitModel, windows: Windows, tokens: int) -> None:
         self.teacher, self.windows = teacher, windows
-        groups = passes(lengths(windows), range(len(windows.ids)), tokens)
-        self.batches = [Batch.of(windows, rows, teacher.device) for rows in groups]
+        rows = range(len(windows.ids))
+        groups = passes(lengths(windows), rows, tokens, teacher.device.type)
+        self.batches = [Batch.of(windows, picked, teacher.device) for picked in groups]
         self.known = [batch.scored(teacher.features(batch.ids)) for batch in self.batches]
 
     @torch.no_grad()

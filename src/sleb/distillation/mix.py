@@ -50,7 +50,9 @@ class Mix:
     seed: int
     parts: Mapping[str, float] = field(default_factory=dict)
 
-    def step(self, step: int, at_once: int) -> Iterator[tuple[list[int], list[float]]]:
+    def step(
+        self, step: int, at_once: int, device: str = "cpu"
+    ) -> Iterator[tuple[list[int], list[float]]]:
         """Passes of a step, counted from 0, of at most ``at_once`` tokens, padding included: which
         of ``windows``, and what each of their tokens counts, so that a step's loss is the mean of
         the kinds' means per token, by their shares."""
@@ -62,7 +64,7 @@ class Mix:
             rows += [first + row for row in picked]
             taken |= {first + row: each for row in picked}
             first += len(windows.ids)
-        for group in passes(self.lengths, rows, at_once):
+        for group in passes(self.lengths, rows, at_once, device):
             yield group, [taken[row] for row in group]
 
     @functools.cached_property

@@ -155,9 +155,14 @@ class Training:
         return seconds
 
     @property
+    def device(self) -> str:
+        """The type of device that is trained on."""
+        return self.split.device.type
+
+    @property
     def on_gpu(self) -> bool:
         """Whether work is done apart from this process."""
-        return self.split.device.type == "cuda"
+        return self.device == "cuda"
 
     @property
     def compiling(self) -> bool:
@@ -355,7 +360,7 @@ class Training:
         """The passes of a step that this process does: as many tokens as any other."""
         here = group()
         most = min(self.at_once, max(max(mix.lengths), mix.step_tokens // here.size))
-        passes = [*mix.step(step, most if here.size > 1 else self.at_once)]
+        passes = [*mix.step(step, most if here.size > 1 else self.at_once, self.device)]
 
         def taken(rows: Sequence[int]) -> int:
             return len(rows) * max(mix.lengths[row] for row in rows)
