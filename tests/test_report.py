@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib as mpl
 import pytest
@@ -134,6 +135,8 @@ def test_the_same_record_gives_the_same_bytes_wherever_and_by_command(
         ours = write_report([elsewhere], tmp_path / "lib.html", lang, force=True)
         assert (tmp_path / f"cli.{lang}.html").read_bytes() == ours.read_bytes()
     assert "合格" in ours.read_text(encoding="utf-8")
+    assert run(capsys, "report", here.name, elsewhere.name, "-o", "both.html").code == 0
+    assert "Runs compared: run, elsewhere" in Path("both.html").read_text(encoding="utf-8")
 
 
 MISTAKES = {  # arguments: what to do before, and the nouns that matter
@@ -219,10 +222,21 @@ def test_a_chart_is_one_small_element_with_text_whatever_the_users_settings(name
         assert str(draw(CHARTS[name], name, 'what "it" <shows>')) == svg
 
 
+IMAGE_AT = r'<image[^>]*transform="matrix\((\S+) 0 0 (\S+) (\S+) (\S+)\)"'
+BOX = r'<path d="M(\S+) ([^h]+)h([^v]+)v([^H]+)H[^"]*"><title>'
+
+
 def test_a_cell_says_what_it_is_to_a_pointer():
     for name in ("rounds", "similarity"):
         chart = CHARTS[name]
-        titles = re.findall(r"<title>([^<]*)</title>", str(draw(chart, name, "")))
+        svg = str(draw(chart, name, ""))
+        titles = re.findall(r"<title>([^<]*)</title>", svg)
+        wide, high, left, top = map(float, re.search(IMAGE_AT, svg).groups())
+        boxes = [[*map(float, box)] for box in re.findall(BOX, svg)]
+        places = [(i, j) for i, row in enumerate(chart.values) for j, v in enumerate(row) if v == v]
+        for (i, j), box in zip(places, boxes, strict=True):  # each lies over its cell
+            expected = [left + j * wide, top + i * high, wide, high]
+            assert box == pytest.approx(expected, abs=0.2)
         known = [
             f"{chart.row_label} {row}, {chart.column_label} {column}: "
             for row, values in zip(chart.rows, chart.values, strict=True)

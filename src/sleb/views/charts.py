@@ -74,11 +74,11 @@ def draw(chart: Chart, name: str, alt: str) -> Markup:
         matplotlib.rcdefaults()  # not the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
         figure = _figure(chart)
-        figure.draw_without_rendering()  # constrained layout moves the axes
-        titles = _titles(chart, figure) if isinstance(chart, Heat) else ""
         file = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=empty)
+        # behind it, as the layout moves axes while it draws
+        titles = _titles(chart, figure) if isinstance(chart, Heat) else ""
     return _inline(file.getvalue(), name, alt, titles)
 
 
@@ -106,7 +106,7 @@ def _figure(chart: Chart) -> Figure:
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=72)  # as SVG is drawn
     return figure, figure.add_subplot()
 
 
@@ -170,13 +170,12 @@ def _titles(chart: Heat, figure: Figure) -> str:
         [(-0.5, -0.5), (len(chart.columns) - 0.5, len(chart.rows) - 0.5)]
     )
     wide, high = (right - left) / len(chart.columns), (top - bottom) / len(chart.rows)
-    scale = 72 / figure.dpi
     found = []
     for i, (row, values) in enumerate(zip(chart.rows, chart.values, strict=True)):
         for j, (column, value) in enumerate(zip(chart.columns, values, strict=True)):
             if value == value:
-                x, y = scale * (left + j * wide), scale * (height - top + i * high)
-                box = f"M{x:.1f} {y:.1f}h{scale * wide:.1f}v{scale * high:.1f}H{x:.1f}z"
+                x, y = left + j * wide, height - top + i * high
+                box = f"M{x:.1f} {y:.1f}h{wide:.1f}v{high:.1f}H{x:.1f}z"
                 said = f"{chart.row_label} {row}, {chart.column_label} {column}: {_plain(value)}"
                 found.append(f'<path d="{box}"><title>{escape(said)}</title></path>')
     return f'<g fill="none" pointer-events="all">{"".join(found)}</g>'
