@@ -232,6 +232,24 @@ def test_names_are_as_short_as_tells_them_apart():
     assert names(["/", ""]) == {"/": "/", "": ""}
 
 
+def test_commands_of_a_gguf_file_s_report_name_what_lies_beside_it():
+    record = sparse(prompts=None)
+    record = put(record, "verification.checkpoint", "small.gguf")
+    text = seen(record, bare_plan()).text("summary")
+    assert "--plan small.plan.json" in text
+    assert "small.gguf/" not in text
+    assert "sleb compare" not in text  # which takes folders
+
+
+def test_one_text_is_all_texts_on_page_one():
+    mail = complete().evaluation.domains["mail"]
+    alone = put(complete(gate=None), "evaluation.domains", {"mail": mail})
+    shown = [row[0] for row in page(alone).verdict.table.rows]
+    assert [name for name in shown if name.startswith("perplexity")] == [
+        "perplexity ratio, all texts"
+    ]
+
+
 def test_how_to_go_back_names_restore_where_its_side_car_is():
     assert "sleb restore" not in seen().text("sum-rollback")
     text = seen(complete(kept=True)).text("sum-rollback")

@@ -72,7 +72,9 @@ class Limit:
 
     def measured(self, record: RunRecord) -> tuple[GateRow, ...]:
         """What the record has of it, held against nothing."""
-        return tuple(self._row(figure, None) for figure in self.figures(record))
+        figures = self.figures(record)
+        alone = _alone(figures)
+        return tuple(self._row(f, None) for f in figures if not (alone and f.of))
 
     def rows(
         self, record: RunRecord, every: float | None, own: Mapping[str, float]
@@ -81,7 +83,7 @@ class Limit:
         the record; then the names that the record lacks."""
         figures = self.figures(record)
         names = list(dict.fromkeys(f.of for f in figures if f.of))
-        alone = len(names) == 1 and any(not f.of for f in figures)  # one text is all texts
+        alone = _alone(figures)
         for figure in figures:
             general = None if alone and figure.of else every
             if (limit := own.get(figure.of, general)) is not None:
@@ -127,6 +129,11 @@ class Limit:
         if self.unit == "x" and min(limit, found.low or 0.0) > 0:
             found, limit = found.mapped(log), log(limit)
         return items_to_tell(found, limit, figure.items, share=figure.share)
+
+
+def _alone(figures: list[_Figure]) -> bool:
+    """Whether one text is all texts."""
+    return len({f.of for f in figures if f.of}) == 1 and any(not f.of for f in figures)
 
 
 def _judged(best: float | None, worst: float | None, limit: float, at_most: bool) -> Verdict:

@@ -54,9 +54,8 @@ def write_report(runs: Sequence[Path], out: Path, lang: str = "en", force: bool 
     found: list[Report] = []
     digests: dict[str, str] = {}
     for run in runs:
-        plan_path = plan_beside(run) if run.suffix == ".gguf" else run / "plan.json"
-        files = {"run.json": record_path(run), "plan.json": plan_path}
-        record, plan = RunRecord.load(run), Plan.load(plan_path)
+        files = {"run.json": record_path(run), "plan.json": plan_path(run)}
+        record, plan = RunRecord.load(run), Plan.load(files["plan.json"])
         sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
         found.append(Report(record=record, plan=plan, t=t, digests=sums))
         digests |= {f"{called[str(run)]}/{name}": digest for name, digest in sums.items()}
@@ -67,6 +66,11 @@ def write_report(runs: Sequence[Path], out: Path, lang: str = "en", force: bool 
         page = comparison(t, [(name, one.record, one.plan) for name, one in each], digests)
     write_text(out, render(page))
     return out
+
+
+def plan_path(run: Path) -> Path:
+    """Where the plan of a result is: in a checkpoint's folder, or beside a GGUF file."""
+    return plan_beside(run) if run.suffix == ".gguf" else run / "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ class Report:
                 "summary.{}",
                 {
                     "worst": lambda: (
-                        quality.worst_pair(t, r.answers, r.prompts) or self._missing("answers")
+                        quality.worst_pair(t, r.answers, r.prompts) or self._missing(self._asks)
                     ),
                     "removed": self._removed,
                     "quality": self._quality,
@@ -147,23 +151,34 @@ class Report:
         """What the original is called."""
         return Path(self.record.model).name or self.record.model
 
+    @property
+    def _out(self) -> str:
+        return self.record.verification.checkpoint
+
+    @property
+    def _plan(self) -> str:
+        return str(plan_path(Path(self._out)))
+
     def _command(self, key: str) -> str:
         """A command of this run, ready to be typed; ``key`` is in the table ``commands``."""
-        out = self.record.verification.checkpoint
-        words = {"model": self.record.model, "out": out, "plan": str(Path(out) / "plan.json")}
+        words = {"model": self.record.model, "out": self._out, "plan": self._plan}
         quoted = {name: shlex.quote(word) for name, word in words.items()}
         return self.t.code(self.t.plain(f"commands.{key}", **quoted))
 
     def _fill(self, command: str) -> str:
         """A command with this run's model and folder in the places of MODEL and OUT."""
-        out = self.record.verification.checkpoint
-        known = {"MODEL": self.record.model, "OUT": out, "OUT/plan.json": f"{out}/plan.json"}
+        known = {"MODEL": self.record.model, "OUT": self._out, "OUT/plan.json": self._plan}
         words = (shlex.quote(known[word]) if word in known else word for word in command.split())
         return self.t.code(" ".join(words))
 
     def _missing(self, key: str) -> list[Item]:
         """That something was not measured, and the command that measures it."""
         return [Missing(self.t(f"missing.{key}", command=self._command(key)))]
+
+    @property
+    def _asks(self) -> str:
+        """What asks for answers; both models' own texts are not compared where one is a file."""
+        return "kept" if self._out.endswith(".gguf") else "answers"
 
     @property
     def _repaired(self) -> int:
@@ -182,7 +197,7 @@ class Report:
 
     @property
     def _ratios(self) -> tuple[Ratio, ...]:
-        return speed.ratios(self.record.speed, self.record.verification.checkpoint)
+        return speed.ratios(self.record.speed, self._out)
 
     # -- page one --------------------------------------------------------------------------------
 
@@ -205,7 +220,7 @@ class Report:
         return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=self._glance())
 
     def _glance(self) -> Table:
-        r, out = self.record, Path(self.record.verification.checkpoint)
+        r, out = self.record, Path(self._out)
         others = (row for row in ungated(r, GLANCE) if not row.path or Path(row.path) == out)
         rows = sorted((*(r.gate.rows if r.gate else ()), *others), key=_place)
         shown = [row for _, same in groupby(rows, lambda row: row.name) for row in _worst(same)]
@@ -257,8 +272,9 @@ class Report:
         ]
 
     def _untested(self) -> list[Item]:
-        names = ("evaluation", "tasks", "answers", "speed", "transfer")
+        names = ["evaluation", "tasks", "answers", "speed", "transfer"]
         lacking = [name for name in names if not getattr(self.record, name)]
+        lacking = [self._asks if name == "answers" else name for name in lacking]
         lines = [self.t(f"missing.{name}", command=self._command(name)) for name in lacking]
         left_out = self.record.speed.skipped if self.record.speed else ()
         lines += [speed.skipped(self.t, what) for what in left_out]
@@ -301,7 +317,7 @@ class Report:
                 "texts": self._texts,
                 "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
                 "answers": lambda: [
-                    *(quality.answers(t, r.answers) if r.answers else self._missing("answers")),
+                    *(quality.answers(t, r.answers) if r.answers else self._missing(self._asks)),
                     *quality.examples(t, r.prompts),
                 ],
                 "speed": lambda: speed.speed(t, r.speed) if r.speed else self._missing("speed"),
