@@ -73,6 +73,7 @@ def command_of(task: str, options: argparse.Namespace, out: Path) -> list[str]:
 
 def run(task: str, build: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One command: exit code, seconds in all and by phase, peak memory in GB."""
+    row: dict[str, Any] = {"task": task, "build": build}
     if task in LATER and not (source / "sleb/config.py").is_file():
         task = LATER[task]
     with tempfile.TemporaryDirectory() as place:
@@ -100,7 +101,6 @@ def run(task: str, build: str, source: Path, options: argparse.Namespace) -> dic
         waits = Thread(target=reap)
         waits.start()
         waits.join(options.limit)
-        row: dict[str, Any] = {"task": task, "build": build}
         if waits.is_alive():
             process.kill()
             waits.join()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils as converter
 
 import sleb
 from gguf_tools import llama3_divisors, readable, write_tiny  # noqa: F401
@@ -32,9 +33,15 @@ def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was(tmp_path, monkeypatch)
     init = gguf.GGUFReader.__init__
     counted = lambda self, *given: parsed.append(given) or init(self, *given)  # noqa: E731
     monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    read, value_of = [], converter._gguf_parse_value
+    counting = lambda part, kinds: read.append(part) or value_of(part, kinds)  # noqa: E731
+    monkeypatch.setattr(converter, "_gguf_parse_value", counting)
     resolve(path)
     assert len(parsed) == 1
+    assert read
+    assert len({id(part) for part in read}) == len(read), "a value is read once as well"
     assert dict(vars(gguf)) == before
+    assert converter._gguf_parse_value is counting
     rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
     for shape in ((5, 64), (3, 2, 32), (64,)):
         rows = gguf.quantize(rng.standard_normal(shape, np.float32), kind)

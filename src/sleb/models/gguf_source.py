@@ -146,8 +146,26 @@ def parsed_once() -> Iterator[None]:
     an architecture's tensors made anew for each module."""
     import gguf
     import numpy as np
+    from transformers import modeling_gguf_pytorch_utils as converter
 
-    parsed, dequantize = lru_cache(maxsize=1)(gguf.GGUFReader), gguf.dequantize
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        data: Any
+
+        def _get(self, *where: Any, **how: Any) -> Any:
+            if isinstance(self.data, np.memmap):  # a slice of one is dear
+                self.data = self.data.view(np.ndarray)
+            return super()._get(*where, **how)
+
+    known: dict[int, tuple[Any, Any]] = {}  # the parts of the file, and their values
+
+    def value(part: Any, kinds: Any) -> Any:
+        if id(part) not in known:
+            text = kinds[-1] == STRING
+            known[id(part)] = part, bytes(part).decode() if text else value_of(part, kinds)
+        return known[id(part)][1]
+
+    parsed, dequantize = lru_cache(maxsize=1)(Reader), gguf.dequantize
+    value_of = converter._gguf_parse_value
 
     def by_rows(data: Any, kind: Any) -> Any:
         if data.ndim < 2:
@@ -164,10 +182,12 @@ def parsed_once() -> Iterator[None]:
     before = {name: getattr(gguf, name) for name in ours}
     with ThreadPoolExecutor(workers) as pool:
         vars(gguf).update(ours)
+        converter._gguf_parse_value = value
         try:
             yield
         finally:
             vars(gguf).update(before)
+            converter._gguf_parse_value = value_of
 
 
 class _Carrier:

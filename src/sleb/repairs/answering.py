@@ -35,7 +35,7 @@ OWN_PROMPTS = 2048
 OWN_ANSWERS = "own answers"
 QUICK = ("cuda",)
 """Devices on which a model writes so many prompts and answers in seconds."""
-TOGETHER = 512
+TOGETHER = 256
 """Answers that are written together, at most."""
 
 
