@@ -89,6 +89,17 @@ def test_what_llama_cpp_would_not_compute_is_refused(architecture, units, option
     assert [p.name for p in tmp_path.glob("cut*")] == []
 
 
+def test_what_needs_transformers_says_that_llama_cpp_runs_the_file(tmp_path):
+    model, cut = cut_of(tmp_path, units=["2.attention"])
+    for attempt in (
+        lambda: sleb.load(cut.path),
+        lambda: sleb.describe(cut.path),
+        lambda: sleb.bench(cut.path, [model]),
+    ):
+        with pytest.raises(UnsupportedModel, match="runs it, and transformers has no code"):
+            attempt()
+
+
 def test_a_folder_cannot_be_written_from_a_plan_of_parts(tmp_path):
     model, _ = cut_of(tmp_path, units=["2.attention"])
     with pytest.raises(UnsupportedModel, match=r"2\.attention"):

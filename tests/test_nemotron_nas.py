@@ -110,6 +110,12 @@ def test_what_needs_transformers_says_who_runs_it(written, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_can_be_pushed(written):
+    _, _, out = written
+    found = sleb.push(out, "me/cut", dry_run=True)
+    assert {"config.json", "configuration_nemotron_nas.py", "plan.json"} <= {*found.files}
+
+
 def test_the_format_is_of_folders(written, tmp_path):
     model, plan, _ = written
     with pytest.raises(InputError, match="--format"):

@@ -536,6 +536,15 @@ def test_a_pruned_plan_is_timed_beside_the_model(pruned, learned):
     assert RunRecord.load(pruned.path).speed == found
 
 
+def test_limits_are_held_against_a_pruned_plan(pruned, learned, tmp_path):
+    (tmp_path / "gate.toml").write_text("size.max_mb = 100\nperplexity.max_ratio = 50\n")
+    found = sleb.verify(pruned.path, model=learned / "model", gate=str(tmp_path / "gate.toml"))
+    assert found.gate.passed
+    (tmp_path / "gate.toml").write_text("size.max_mb = 0.001\n")
+    found = sleb.verify(pruned.path, model=learned / "model", gate=str(tmp_path / "gate.toml"))
+    assert not found.gate.passed
+
+
 def test_a_project_removes_parts(learned, tmp_path):
     shutil.copy(learned / "text.txt", tmp_path / "t.txt")
     (tmp_path / "p.jsonl").write_text('"the block of a model"')

@@ -74,8 +74,8 @@ class Cut:
         if not parts and (refused := parts_in(removed)):
             raise UnsupportedModel(
                 f"the plan removes parts of blocks ({refused[0]}), and this cuts whole blocks "
-                "alone: use sleb.load(MODEL, plan=PLAN), sleb eval --plan, or cut a GGUF file with "
-                "sleb apply (docs/units.md)"
+                "alone: use sleb.load(MODEL, plan=PLAN), sleb eval --plan, or sleb apply with a "
+                "GGUF file or --format nemotron-nas (docs/units.md)"
             )
         record = plan.repair if removed == plan.removed else None
         cut = cls(blocks=plan.model.blocks, removed=removed, record=record)

@@ -315,6 +315,15 @@ def recut(model: GGUFModel, removed: Collection[int]) -> dict[str, Value]:
     return values
 
 
+def refuse_parts(file: GGUFFile) -> None:
+    """Raise UnsupportedModel for a file whose blocks may lack parts: llama.cpp alone runs it."""
+    if file.value("general.architecture") == "deci":
+        raise UnsupportedModel(
+            f"{file.path} lacks parts of blocks: llama.cpp runs it, and transformers has no code "
+            "for it; give the file that it was cut from (docs/units.md)"
+        )
+
+
 def architecture_of(model: GGUFModel) -> Architecture:
     """How llama.cpp treats the model. Raises UnsupportedModel if that is not known."""
     if reason := REFUSED.get(model.name):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.checkpoints.checkpoint import refuse_plan_alone, shard_names
+from sleb.checkpoints.gguf_fields import refuse_parts
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import (
     SAID,
@@ -212,6 +213,7 @@ def _convert(path: Path, out: Path) -> None:
     with quiet_transformers(), quiet_tqdm(), parsed_once():  # 5.17 draws a bar of its own
         with read_by_transformers(path):
             file = GGUFFile.open(path)  # its errors say more than those of transformers
+            refuse_parts(file)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 dtype=torch.bfloat16,

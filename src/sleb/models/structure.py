@@ -6,6 +6,7 @@ from typing import Any
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.depth_fields import depth_fields, refuse_unsupported
+from sleb.checkpoints.gguf_fields import refuse_parts
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import UnsupportedModel
 from sleb.models.gguf_source import check_tensors, corrections, parsed_once
@@ -52,6 +53,7 @@ def gguf_structure(file: GGUFFile) -> dict[str, Any]:
     from transformers import AutoConfig
 
     path = file.path
+    refuse_parts(file)
     with quiet_transformers(), parsed_once(), read_by_transformers(path):
         config = AutoConfig.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False
