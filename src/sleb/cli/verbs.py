@@ -227,10 +227,15 @@ def _check_prune(given: Given) -> None:
         writable_target(beside, force=given["force"])
 
 
+def _record(run: Path) -> Path:
+    """As :func:`sleb.record.record_path`, which needs torch."""
+    return run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
+
+
 def _check_report(given: Given) -> None:
     _new_file(given)
     for run in map(Path, given["run"]):
-        record = run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
+        record = _record(run)
         if not record.is_file():
             raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
 
@@ -710,7 +715,7 @@ def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -
         from sleb.record import RunRecord
 
         RunRecord.update(folder, **sections)
-        _note(f"recorded in {Path(folder) / 'run.json'}", as_json)
+        _note(f"recorded in {_record(Path(folder))}", as_json)
     for line in verb.notes(result, given) if not given["quiet"] else ():
         _note(line, as_json or verb.filter)
     if not given["quiet"] and (spent := since(began)) >= LONG_S:

@@ -108,7 +108,7 @@ def gate_table(
 
     def allowed(row: GateRow) -> str:
         bound = "gate.at_most" if row.at_most else "gate.at_least"
-        return DASH if row.limit is None else t(bound, value=t.figure(row.limit, row.unit))
+        return "" if row.limit is None else t(bound, value=t.figure(row.limit, row.unit))
 
     def verdict(row: GateRow) -> str:
         if not row.verdict:
