@@ -36,7 +36,7 @@ import sleb
 from sleb.core.errors import InputError, SlebError
 from sleb.core.progress import silent
 from sleb.distillation import heal, mix
-from sleb.distillation.mix import Material, Mix
+from sleb.distillation.mix import Material, Mix, group_of
 from sleb.record import Stopwatch
 
 
@@ -90,7 +90,8 @@ def learning_from(parts: dict[str, float]) -> Iterator[None]:
 
     def some(material: Material, *args: Any) -> Mix:
         found = whole(material, *args)
-        return replace(found, kinds={kind: found.kinds[kind] for kind in parts}, parts=parts)
+        kinds = {kind: found.kinds[kind] for kind in found.kinds if group_of(kind) in parts}
+        return replace(found, kinds=kinds, parts=parts)
 
     if parts:
         Material.mix = some  # type: ignore[method-assign]

@@ -24,7 +24,7 @@ from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
 from sleb.distillation.loss import Batch, lengths
-from sleb.distillation.mix import TEXTS, Material, heal_windows, rows_of
+from sleb.distillation.mix import TEXTS, Material, evenly, heal_windows, rows_of
 from sleb.distillation.state import LOWERED, Schedule, TrainingState
 from sleb.distillation.student import Student
 from sleb.evaluation.perplexity import evaluate
@@ -208,6 +208,32 @@ def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp
         )
         assert counted == pytest.approx(1 / 2), "the mean of the kinds' means"
     assert max(len(rows) * max(mix.lengths[i] for i in rows) for rows, _ in passes) <= 4 * 32
+
+
+def test_of_answers_as_many_are_learned_to_the_prompts_of_each_file(home, tmp_path):
+    for name, n in (("few", 6), ("some", 30), ("many", 90)):
+        rows = [json.dumps({"id": f"{i}", "prompt": f"{name} {i} of it"}) for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("many", "few", "some")]
+    text = [str(home / "mail.txt")]
+    config = HealConfig(**SMALL, prompts=files, new_tokens=9, max_prompts=126, text=text)
+    dense = sleb.load(home / "MODEL", **CPU)
+    found = Material.of(dense, config, 3072, 32, silent)
+    many, few, some = (f"{ANSWERS}: {Path(file).name}" for file in files)
+    assert found.train.keys() == {TEXTS, many, few, some}
+    assert [*found.validation] == [TEXTS, ANSWERS]
+    for kind, name in {many: "many", few: "few", some: "some"}.items():
+        asked = dense.tokenizer.batch_decode(found.train[kind].ids)
+        assert all(text.startswith(name) for text in asked)
+    mix = found.mix(config, 3072, 32)
+    tokens = {kind: sum(lengths(w)) for kind, w in found.train.items()}
+    shares = mix.shares
+    assert shares[TEXTS] == pytest.approx(1 / 2)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[few] * 3072 == pytest.approx(4 * tokens[few]), "no more than four times"
+    assert shares[some] == pytest.approx(shares[many])
+    more = evenly({"a": 10, "b": 30}, 1000)
+    assert more == {"a": 250, "b": 750}, "where all are gone through more often: by what there is"
 
 
 CHAT = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"  # noqa: E501

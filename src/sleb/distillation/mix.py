@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit
+from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit, prompts_of
 from sleb.calibration.split import SHARE, CalibrationSplit, joined
 from sleb.calibration.windows import Windows
 from sleb.config import HEAL_BATCH, HEAL_PROMPTS, HealConfig
@@ -79,14 +81,22 @@ class Mix:
 
     @functools.cached_property
     def shares(self) -> dict[str, float]:
-        """Of the tokens, by kind: by ``parts``, but for ``PASSES``."""
-        parts = {name: self.parts.get(name, 1.0) for name in self.kinds}
-        each = {name: part / sum(parts.values()) for name, part in parts.items()}
-        most = PASSES * sum(self._lengths.get(OWN_ANSWERS, [])) / self.total
+        """Of the tokens, by kind: by ``parts``, but for ``PASSES``; of answers as many to the
+        prompts of each file."""
+        groups: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, used in self._lengths.items():
+            groups[group_of(name)][name] = sum(used)
+        parts = {group: self.parts.get(group, 1.0) for group in groups}
+        each = {group: part / sum(parts.values()) for group, part in parts.items()}
+        most = PASSES * sum(groups.get(OWN_ANSWERS, {}).values()) / self.total
         if len(each) > 1 and each.get(OWN_ANSWERS, 0.0) > most:
             more = (1 - most) / (1 - each[OWN_ANSWERS])
             each = {n: most if n == OWN_ANSWERS else more * part for n, part in each.items()}
-        return each
+        return {
+            name: found / self.total
+            for group, tokens in groups.items()
+            for name, found in evenly(tokens, each[group] * self.total).items()
+        }
 
     @functools.cached_property
     def rows(self) -> dict[str, int]:
@@ -170,7 +180,8 @@ class Material:
             dense, specs, config, seed=seed, most=HEAL_PROMPTS[on], progress=progress
         )
         split = AnswerSplit.of(answers, seed=seed)
-        train[ANSWERS], held[ANSWERS] = split.search + split.fit, split.validation
+        train |= by_file(answers, specs, split.search + split.fit)
+        held[ANSWERS] = split.validation
         others = own_answers(dense, config, seed=seed, progress=progress)
         rows = range(len(others.ids) if others else 0)
         if others and (kept := min(VALIDATION, len(rows) // 2)):
@@ -184,6 +195,38 @@ class Material:
         """The training windows in steps."""
         batch = config.batch or max(1, min(HEAL_BATCH, tokens // (length * STEPS)))
         return Mix(kinds=self.train, tokens=batch * length, total=tokens, seed=config.seed)
+
+
+def group_of(kind: str) -> str:
+    """Texts, answers or own answers, where kinds are named by the files of prompts too."""
+    return kind.partition(": ")[0]
+
+
+def by_file(answers: Answers, specs: Sequence[str], learned: Windows) -> dict[str, Windows]:
+    """The windows ``learned``, which are among those of ``answers``, by the file that its prompt is
+    from, as kinds; one kind, if there is one file."""
+    if len(specs) == 1:
+        return {ANSWERS: learned}
+    files = {repr(prompt): Path(spec).name for spec in specs for prompt in prompts_of([spec])}
+    home = {
+        tuple(ids): files[repr(prompt)]
+        for ids, prompt in zip(answers.windows.ids.tolist(), answers.prompts, strict=True)
+    }
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, ids in enumerate(learned.ids.tolist()):
+        rows[home[tuple(ids)]].append(row)
+    return {f"{ANSWERS}: {name}": learned.take(picked) for name, picked in rows.items()}
+
+
+def evenly(tokens: Mapping[str, int], wanted: float) -> dict[str, float]:
+    """``wanted`` tokens of parts that have so many: as many of each, but none ``PASSES`` times
+    while another is less often gone through."""
+    most = max(PASSES, wanted / sum(tokens.values()))
+    found, left = {}, wanted
+    for i, name in enumerate(sorted(tokens, key=tokens.__getitem__)):
+        found[name] = min(most * tokens[name], left / (len(tokens) - i))
+        left -= found[name]
+    return found
 
 
 def window_length(dense: LoadedModel, tokens: int, length: int | None) -> int:
