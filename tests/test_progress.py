@@ -168,3 +168,16 @@ def test_going_on_from_a_journal_is_said(tiny_dir, tmp_path, monkeypatch, capsys
         assert run(capsys, *command).code == 130
     ran = run(capsys, *command)
     assert "going on from p.json.journal" in ran.err
+
+
+def test_every_second_of_a_run_is_in_a_stage_or_between_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch(silent)
+    now[0] = 2.0
+    for seconds in (3.0, 4.0):
+        with watch.stage("searching", None):
+            now[0] += seconds
+        now[0] += 0.5
+    assert watch.accounted == {"searching": 7.0, "between these": 3.0}
+    assert watch.seconds == {"searching": 7.0}

@@ -223,7 +223,7 @@ def heal(
             parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
             nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
             file_nbytes=file_size(model),
-            seconds=dict(watch.seconds),
+            seconds=watch.accounted,
             healed=done,
             **facts,
         )
@@ -358,9 +358,12 @@ def _find(
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
-    split, status = _split(loaded, config)
+    with watch.stage("reading text", None):
+        split, status = _split(loaded, config)
     if not stack.streamed:  # to time it would be to read it, several times
-        tell(watch, estimates.estimate(loaded, split, goal, config, out))
+        with watch.stage("estimating", None):
+            took = estimates.estimate(loaded, split, goal, config, out)
+        tell(watch, took)
     tell(watch, Begins(estimates.TEXT))
     split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs
@@ -457,7 +460,7 @@ def _write_gguf(
             "nbytes": (before.stat().st_size, done.nbytes),
             "requantized": tuple(tensor.stored for tensor in done.requantized),
         }
-        records.append(RunRecord(seconds=dict(watch.seconds), verification=checked, **facts))
+        records.append(RunRecord(seconds=watch.accounted, verification=checked, **facts))
         return records[0].to_json()
 
     cut = Cut.of(found.plan, parts=True)
@@ -485,7 +488,7 @@ def _write(
         before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
         record.append(
             RunRecord(
-                seconds=dict(watch.seconds),
+                seconds=watch.accounted,
                 parameters=(_elements(before), _elements(after)),
                 nbytes=(before.nbytes, after.nbytes),
                 file_nbytes=file_size(model),
@@ -524,7 +527,7 @@ def _write_plan(
             write_repaired(stage / REPAIRED, fixed.tensors)
         trust = config.trust_remote_code
         checked = _verified(stage, out, model, found.plan, watch, trust_remote_code=trust)
-        record = RunRecord(seconds=dict(watch.seconds), verification=checked, **found.facts)
+        record = RunRecord(seconds=watch.accounted, verification=checked, **found.facts)
         record.save(stage / "run.json")
     return record
 

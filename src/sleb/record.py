@@ -64,6 +64,10 @@ def measured_by(limit: str) -> str:
     return COMMANDS.get(limit) or COMMANDS.get(limit.partition(".")[0], "")
 
 
+BETWEEN = "between these"
+"""What a run's seconds call the time outside of all stages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationText:
     """What perplexity was measured on: ``windows`` of ``length`` tokens, held out of the texts that
@@ -282,9 +286,16 @@ class Stopwatch:
 
     inner: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    begun: float = field(default_factory=lambda: time.perf_counter())
     started: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
+
+    @property
+    def accounted(self) -> dict[str, float]:
+        """Seconds of each stage, and what was between stages, up to now."""
+        between = time.perf_counter() - self.begun - sum(self.seconds.values())
+        return {**self.seconds, BETWEEN: round(between, 3)}
 
     def tell(self, what: Estimate | Begins | str) -> None:
         """See :func:`sleb.core.progress.tell`."""

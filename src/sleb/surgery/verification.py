@@ -149,12 +149,13 @@ def verify(
             return found()
         checks.append(gates.check_reload())
     checks.append(gates.check_blocks(len(BlockStack(pruned)), len(cut.kept)))
-    stays = _stored_digests(tensor_lines(checkpoint)) if both.streams else _digests(pruned)
-    changed = len(cut.record.tensors) if cut.record else 0
-    checks.append(gates.check_weights(stays, wanted.weights, changed))
-    if len(BlockStack(pruned)) == len(cut.kept):
-        logits = probe_logits(pruned, both.fields)
-        checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
+    with progress.stage("comparing both", None):
+        stays = _stored_digests(tensor_lines(checkpoint)) if both.streams else _digests(pruned)
+        changed = len(cut.record.tensors) if cut.record else 0
+        checks.append(gates.check_weights(stays, wanted.weights, changed))
+        if len(BlockStack(pruned)) == len(cut.kept):
+            logits = probe_logits(pruned, both.fields)
+            checks.append(gates.check_logits(logits, wanted.logits, both.dtype, both.exact))
         checks.extend(_of_image(wanted.image, pruned, both.dtype, both.exact))
     with progress.stage("generating", None):
         if generate_on and not (both.streams or _too_large(checkpoint, both.dtype, generate_on)):
