@@ -172,7 +172,7 @@ class Batch:
         length = used_length(scored)
         where = pad(scored[:, 1:length], (0, 1)).nonzero()  # on the CPU: a GPU would be waited for
         counted = torch.tensor(weights or [1.0] * len(rows))[where[:, 0]]
-        parts = (ids[:, :length], where[:, 0] * length + where[:, 1], counted)
+        parts = (ids[:, :length].contiguous(), where[:, 0] * length + where[:, 1], counted)
         pinned = device.type == "cuda"  # a copy of other memory waits for all that was begun before
         ids, positions, counted = (
             (part.pin_memory() if pinned else part).to(device, non_blocking=True) for part in parts
