@@ -52,7 +52,7 @@ WORSE = 1.5
 SAVING = 20
 """At most one part in so many of a run is spent on writing its state, at BYTES_PER_SECOND."""
 BYTES_PER_SECOND = 1e9
-COMPILING, LARGE_GPU = 90.0, 3e14
+COMPILING, LARGE_GPU = 45.0, 3e14
 """Compiling pays in a run of more seconds, at so many operations a second."""
 KEPT = 8
 """Of the memory that is left on a GPU, one part in so many holds what the dense model made of
