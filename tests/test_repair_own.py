@@ -186,3 +186,18 @@ def test_long_windows_are_of_several_pieces(loaded, monkeypatch):
     # 8 pieces, of which the last row needs all: nothing is left of the room
     special = set(loaded.tokenizer.all_special_ids)
     assert not special & set(ids[:, len(opening) :].flatten().tolist())
+
+
+def test_tokens_are_drawn_by_their_probabilities_at_their_temperature():
+    shares, never, rows = torch.tensor([0.5, 0.3, 0.15, 0.05]), torch.tensor([1]), 8000
+    heat = torch.ones(2 * rows, 1)
+    heat[rows:] = 2.0
+    torch.manual_seed(0)
+    drawn = own._sampler(heat, never)(shares.log().expand(2 * rows, -1))
+    for part, power in ((drawn[:rows], 1.0), (drawn[rows:], 0.5)):
+        wanted = shares**power
+        wanted[never] = 0
+        wanted /= wanted.sum()
+        found = part.bincount(minlength=4) / rows
+        assert (found - wanted).abs().max() < 0.02  # three standard errors
+        assert found[1] == 0

@@ -156,8 +156,10 @@ def _sampler(heat: Tensor, never: Tensor) -> Choose:
 
     def sampled(logits: Tensor) -> Tensor:
         share = (logits.float() / heat).index_fill(1, never, float("-inf")).softmax(-1)
-        if share.device.type == "cpu":  # fewer random numbers
-            return torch.multinomial(share, 1)[:, 0]
+        if share.device.type == "cpu":  # one random number a row; a GPU adds up in any order
+            up_to = share.cumsum(-1)
+            drawn = torch.rand(len(share), 1) * up_to[:, -1:]
+            return torch.searchsorted(up_to, drawn, right=True)[:, 0].clamp_max(share.shape[1] - 1)
         # the largest of p / Exp(1) is a sample of p, without a look at the values
         return (share / torch.empty_like(share).exponential_()).argmax(-1)
 
