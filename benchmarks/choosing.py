@@ -20,11 +20,23 @@ from sleb.core.files import write_text
 __all__ = ["render"]
 
 QUALITY = ("quality-h200-smollm2.json", "quality-h200-gemma-3-270m.json")
+FINALS = ("finals-h200-smollm2.json", "finals-h200-gemma-3-270m.json")
+ANSWERS = (
+    "answers-h200-plain.json",
+    "answers-h200-3-6.json",
+    "answers-h200-qwen2.5-coder-1.5b.json",
+    "answers-h200-6-tight-healed.json",
+)
 HEALED = "heal-h200-window.json"
 UNITS = "units-h200-qwen2.5-coder-1.5b.json"
 ROUNDED = ("quantize-smollm2.json", "quantize-gemma-3-270m.json")
+CODER = "Qwen2.5-Coder-1.5B-Instruct"
+MINUTES = "heal-h200-qwen2.5-coder-1.5b-3.json"
+"""Of benchmarks/heal.py on that model, 3 of 28 blocks removed; it names the model's cache."""
+BLOCKS = {CODER: 28}
 NAMES = {
-    "qwen.gguf": "Qwen2.5-Coder-1.5B-Instruct",
+    "qwen.gguf": CODER,
+    "qwen2.5-coder-1.5b": CODER,
     "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct",
     "gemma-3-270m": "Gemma-3-270M",
 }
@@ -113,10 +125,10 @@ def sizes() -> dict[str, tuple[float, float]]:
 
 def answer_cuts() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """File, report and cut of each result of answers.py, with the cut's number of blocks gone."""
-    for path in sorted(RESULTS.glob("answers-h200-*.json")):
-        report = read(path.name)
+    for file in ANSWERS:
+        report = read(file)
         for cut in report["cuts"]:
-            yield path.name, report, cut
+            yield file, report, cut
 
 
 def heal_rows() -> Iterator[dict[str, Any]]:
@@ -135,6 +147,17 @@ def heal_rows() -> Iterator[dict[str, Any]]:
                 "perplexity": cut["perplexity_ratio"],
                 "time": trained_for(report) if trained else "",
             }
+    report = read(MINUTES)
+    for how, row in (("repaired", report["cut"]), ("healed", report["healed"][0])):
+        yield {
+            "model": CODER,
+            "removed": f"{report['what']['removed']} of {BLOCKS[CODER]}",
+            "how": how,
+            "tasks": row["code"]["kept"],
+            "sums": row["math"]["kept"],
+            "perplexity": row["perplexity_ratio"],
+            "time": f"{report['what']['minutes']:g} min" if how == "healed" else "",
+        }
     report = read(HEALED)
     for how in ("cut", "healed"):
         yield {
@@ -146,6 +169,29 @@ def heal_rows() -> Iterator[dict[str, Any]]:
             "perplexity": (report[how]["geo"] ** 5 * report[how]["unseen_geo"] ** 3) ** (1 / 8),
             "time": "" if how == "cut" else seconds(report["training_seconds"]),
         }
+
+
+def plain_rows() -> Iterator[dict[str, Any]]:
+    """Right answers of plain cuts, of what `prune` makes, and of that healed, by depth."""
+    rows = []
+    for file, report, cut in answer_cuts():
+        rows.append(
+            {
+                "model": name(report["model"]),
+                "removed": len(cut["removed"]),
+                "how": SYSTEMS[cut["system"]] + ", plain"
+                if cut["system"] in SYSTEMS
+                else cut["system"].replace("default", "the default of prune, repaired"),
+                "blocks": ", ".join(map(str, sorted(cut["removed"]))),
+                "tasks": cut["code"]["kept"],
+                "sums": cut["math"]["kept"],
+                "asked": f"{len(report['dense']['code']['items'])}, "
+                f"{len(report['dense']['math']['items'])}",
+                "perplexity": cut["perplexity_ratio"],
+                "file": file,
+            }
+        )
+    yield from sorted(rows, key=lambda row: (row["removed"], row["sums"]))
 
 
 def model_rows(
@@ -177,6 +223,8 @@ def model_rows(
                 "time": seconds(row["seconds"]),
             }
     for _, report, cut in answer_cuts():
+        if not cut["system"].startswith("default"):
+            continue
         model, removed = name(report["model"]), len(cut["removed"])
         yield {
             "model": model,
@@ -195,8 +243,8 @@ def model_rows(
 
 def taken_of(report: dict[str, Any], removed: int) -> str:
     """Which of greedy and window `prune` takes, by the comparison that it makes."""
-    file = next(p for p in sorted(RESULTS.glob("finals-*.json")) if is_of(p.name, report))
-    row = next(row for row in read(file.name)["depths"] if row["removed"] == removed)
+    file = next(file for file in FINALS if is_of(file, report))
+    row = next(row for row in read(file)["depths"] if row["removed"] == removed)
     return min(("greedy", "window"), key=lambda system: row["sets"][system]["increase"])
 
 
@@ -207,8 +255,6 @@ def is_of(file: str, report: dict[str, Any]) -> bool:
 def render() -> str:
     """The page."""
     qualities = [(report, quality_rows(report)) for report in map(read, QUALITY)]
-    answers = dict.fromkeys(file for file, _, _ in answer_cuts())
-    finals = [path.name for path in sorted(RESULTS.glob("finals-*.json"))]
     return page(
         "choosing.md.j2",
         name=name,
@@ -216,11 +262,12 @@ def render() -> str:
         systems=SYSTEMS,
         qualities=qualities,
         heals=[*heal_rows()],
+        plains=[*plain_rows()],
         units=read(UNITS),
         quantized=[*map(read, ROUNDED)],
         blocks={name(report["model"]): report["blocks"] for report, _ in qualities},
         models=[*model_rows(qualities)],
-        files=[*QUALITY, *finals, *answers, HEALED, UNITS, *ROUNDED],
+        files=[*QUALITY, *FINALS, *ANSWERS, MINUTES, HEALED, UNITS, *ROUNDED],
     )
 
 
