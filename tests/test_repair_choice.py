@@ -8,6 +8,7 @@ import conftest
 import sleb
 from search_tools import split_of, stopped_at
 from sleb.core.errors import InputError
+from sleb.repairs import scoring
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.scoring import RepairedScores
 from sleb.selection import objective
@@ -55,6 +56,29 @@ def test_it_is_the_loss_after_a_repair(loaded, learned):
         if alone.block == repaired.block
     )
     assert plan.metric == "repaired-loss"
+
+
+def test_what_the_dense_model_makes_of_the_windows_is_remembered_from_set_to_set(
+    loaded, monkeypatch
+):
+    ids = torch.randint(3, 250, (12, 32), generator=torch.Generator().manual_seed(0))
+    sets = [BlockSet({2}), BlockSet({1, 4}), BlockSet({3, 4})]
+
+    def scored() -> tuple[np.ndarray, int, int]:
+        forwards, ticks, run = [], [], loaded.stack.run
+        monkeypatch.setattr(loaded.stack, "run", lambda *a: forwards.append(1) or run(*a))
+        scores = RepairedScores(Sweep(loaded.stack, ids[:4], NLL, batch=4), ids[4:])
+        scores.on_work(ticks.append)
+        found = scores.values(sets, 0, 4)
+        monkeypatch.setattr(loaded.stack, "run", run)
+        return found, len(forwards), sum(ticks)
+
+    known = scored()
+    monkeypatch.setattr(scoring, "free_bytes", lambda stack: 0)
+    anew = scored()
+    np.testing.assert_array_equal(known[0], anew[0])
+    assert known[1] < anew[1]
+    assert known[2] == anew[2]
 
 
 @pytest.mark.slow

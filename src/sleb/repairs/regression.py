@@ -103,6 +103,8 @@ class Regression:
     Processes that hold a model together solve alike and write their own parts. ``writers``: the
     residual writers that are known already, by block; more are added. ``rounded`` gives new values
     the precision that they are stored with. ``tick(n)`` hears of n block forwards of a window.
+    ``dense``: streams of the dense model behind blocks, from fits on the same windows; more are
+    added.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Regression:
         rounded: Rounded = lambda block, path, new: new,
         *,
         scored: Tensor | None = None,
+        dense: dict[int, list[Tensor]] | None = None,
     ) -> None:
         self.stack, self.removed, self.rounded = stack, frozenset(canonical(removed)), rounded
         self.tick: Tick = lambda n, note="": None
@@ -136,6 +139,7 @@ class Regression:
         self.end = 0  # the first block that the pass under way does not need
         self.changes = WeightOverrides(stack)
         self._writers = {} if writers is None else writers
+        self._dense = dense
         self._parts: dict[int, tuple[int, ...]] = {}  # that blocks are without, by block
         for unit in parts_in(self.removed):
             self._parts[block_of(unit)] = (unit,)
@@ -214,7 +218,7 @@ class Regression:
             if i in self.removed or i in self._parts:
                 self.same = False
             with self._held(i):
-                self.dense = list(self.run(i, self.dense))
+                self.dense = self._dense_behind(i)
                 if self.same:
                     self.cut = list(self.dense)
                 elif i not in self.removed:
@@ -230,6 +234,15 @@ class Regression:
                 out = self.stack.run(i, hidden, calls[i])
             yield out
             self.tick(len(hidden) * group().size)  # the others do as much meanwhile
+
+    def _dense_behind(self, i: int) -> list[Tensor]:
+        """The dense streams behind block i, which nothing is fitted in."""
+        known = {} if self._dense is None else self._dense
+        if i in known:
+            self.tick(sum(map(len, known[i])) * group().size)
+        else:
+            known[i] = list(self.run(i, self.dense))
+        return known[i]
 
     def run_cut(self, i: int) -> Iterator[Tensor]:
         """The cut's streams behind block i, without the parts of it that are removed."""
@@ -249,7 +262,7 @@ class Regression:
             self.dense = after
             for gone in range(block + 1, self._behind(block)):
                 with self._held(gone):
-                    self.dense = list(self.run(gone, self.dense))
+                    self.dense = self._dense_behind(gone)
             if writers.inner and not (self.same and writers.final):  # nothing is lost yet
                 if not writers.final:  # attention has to make up for the gap as well
                     before_last = [

@@ -14,10 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from sleb.calibration.windows import Windows
+from sleb.core.process_group import group
 from sleb.core.statistics import Values
+from sleb.models.stack import decoder_config
 from sleb.repairs.regression import Regression, gaps
 from sleb.repairs.residual_writers import ResidualWriters
 from sleb.selection.objective import DENSE, BlockSet, Scorer
+from sleb.selection.resources import free_bytes
 from sleb.selection.sweep import Sweep
 
 RIDGE = 0.1
@@ -45,6 +48,16 @@ class RepairedScores:
         self.sweep, self.ids, self.scored = sweep, ids, scored
         self._tick: Callable[[int], None] = lambda n: None
         self._writers: dict[tuple[int, ...], ResidualWriters] = {}
+        self._remembers = self._has_room()
+        self._dense: dict[int, dict[int, list[Tensor]]] = {}  # by the windows of a batch
+
+    def _has_room(self) -> bool:
+        """Whether the dense model's streams behind all blocks may stay for the next set."""
+        stack = self.sweep.stack
+        width = int(decoder_config(stack.model.config).hidden_size)
+        need = self.ids.numel() * width * stack.dtype.itemsize * len(stack) // group().size
+        fits = not stack.streamed and need <= free_bytes(stack) // 8
+        return group().exchange(b"%d" % fits).count(b"1") == group().size
 
     def values(self, sets: Sequence[BlockSet], start: int, stop: int) -> Values:
         """See :meth:`Sweep.values`."""
@@ -64,8 +77,17 @@ class RepairedScores:
         stack = self.sweep.stack
         if blocks == DENSE:
             return self.sweep.values([blocks], start, stop)
+        batch = self.sweep.batch
+        if self._remembers and batch not in self._dense:  # it is halved where memory ends
+            self._dense = {batch: {}}
         fitter = Regression(
-            stack, blocks, self.ids, self.sweep.batch, self._writers, scored=self.scored
+            stack,
+            blocks,
+            self.ids,
+            batch,
+            self._writers,
+            scored=self.scored,
+            dense=self._dense.get(batch),
         )
         fitter.tick = self._tick
         try:
