@@ -167,7 +167,7 @@ def test_importing_sleb_is_light_and_the_check_can_fail():
         code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
         return subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
 
-    assert not heavy("import sleb, sleb.core.plan, sleb.cli.main")
+    assert not heavy("import sleb, sleb.core.plan, sleb.cli.main; sleb.init")
     assert heavy("import sleb; sleb.load")
 
 

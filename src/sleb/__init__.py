@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # "as": type checkers know what is public by it
     from sleb.models.load import LoadedModel as LoadedModel, load as load
     from sleb.models.stack import bypassed as bypassed
     from sleb.pipeline import Pruned as Pruned, estimate as estimate, heal as heal
-    from sleb.project import Project as Project, init as init, run as run
+    from sleb.project import Project as Project, run as run
     from sleb.record import RunRecord as RunRecord
     from sleb.repairs import Repair as Repair
     from sleb.selection.similarity import (
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # "as": type checkers know what is public by it
     )
     from sleb.surgery.restore import Restored as Restored, restore as restore
     from sleb.surgery.verification import Verification as Verification
+    from sleb.template import init as init
     from sleb.verbs import (
         Verified as Verified,
         apply as apply,
@@ -93,12 +94,13 @@ _NAMES = {
     "models.load": "LoadedModel load",
     "models.stack": "bypassed",
     "pipeline": "Pruned estimate heal",
-    "project": "Project init run",
+    "project": "Project run",
     "record": "RunRecord",
     "repairs": "Repair",
     "selection.similarity": "Similarity measure_similarity",
     "surgery.restore": "Restored restore",
     "surgery.verification": "Verification",
+    "template": "init",
     "verbs": "Verified apply bench evaluate prune repair report search similarity transfer verify",
 }
 """Public names, by the module that has them."""

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,6 @@ from sleb.config import (
     HealConfig,
     LoadOptions,
     Options,
-    OutputOptions,
     PruneConfig,
     RunConfig,
     TransferConfig,
@@ -40,7 +38,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError
-from sleb.core.files import file_sha256, writable_target, write_text
+from sleb.core.files import file_sha256
 from sleb.core.plan import Plan
 from sleb.core.progress import Begins, Progress, silent, tell
 from sleb.core.toml import read_toml, replace_value
@@ -63,7 +61,6 @@ _ELSEWHERE = {
     "force": "give it to sleb run",
 }
 """Options of `sleb prune` that do not stand in [search], and why."""
-_OUTPUT = OutputOptions()
 
 
 class Measure(Options):
@@ -212,25 +209,6 @@ def _options(loading: dict[str, Any], search: dict[str, Any], where: str) -> Pru
             raise InputError(f"{where}{name} stands above the tables and in [search]: give one")
     above = PruneConfig.of({"curve": True}).replaced(loading, where)
     return above.replaced(search, f"{where}[search] ")
-
-
-@takes(OutputOptions)
-def init(
-    out: str | Path = "sleb.toml",
-    config: OutputOptions = _OUTPUT,
-    *,
-    model: str = "./model",
-) -> Path:
-    """Write a commented project file for :func:`run`, and give ``out`` back.
-
-    Raises:
-        InputError: it exists, or cannot be written.
-    """
-    out = Path(out)
-    writable_target(out, force=config.force, folder=False)
-    text = files("sleb.data").joinpath("sleb.toml").read_text(encoding="utf-8")
-    write_text(out, text.replace("MODEL", json.dumps(model, ensure_ascii=False)))
-    return out
 
 
 @takes(RunConfig)
