@@ -123,7 +123,7 @@ VALUES = {
     "max_loss_increase": 0.1,
     "max_memory": "1GB", "max_prompts": 19, "metric": "kl", "min_similarity": 0.5,
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,
-    "strategy": "beam",
+    "save": "memory", "strategy": "beam", "unit": "attention",
 }  # fmt: skip
 IN_FILE = [n for n in PruneConfig.model_fields if n not in project_module._ELSEWHERE]
 
@@ -140,6 +140,7 @@ def test_every_option_of_prune_stands_in_the_project_file_and_is_handed_on(
 
     def project(top: str = "", search: str = "") -> Project:
         target = "" if name in Goal.__dataclass_fields__ and search else "remove = 2\n"
+        target += 'unit = "mlp"\n' if name == "save" else ""  # of parts alone
         file = tmp_path / "sleb.toml"
         file.write_text(
             f'model = "m"\nout = "o"\n{top}[text]\na = "default"\n[search]\n{target}{search}'
