@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
+import sleb
+from sleb.calibration.answers import DEFAULT
 from sleb.calibration.prompts import read_prompts
+from sleb.config import NEW_TOKENS, PromptOptions
+from sleb.repairs.answering import ROOM, prompt_files
 
 FILE = Path(str(files("sleb.data") / "prompts.jsonl"))
 SHARES = {
@@ -32,9 +36,26 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture
+def loaded(tiny_dir):
+    return sleb.load(tiny_dir, dtype="float32", device="cpu")
+
+
 def test_every_row_is_read_as_a_prompt(rows):
     assert [prompt.text for prompt in read_prompts(FILE)] == [row["prompt"] for row in rows]
     assert all({"prompt", "kind"} <= row.keys() <= FIELDS for row in rows)
+
+
+def test_a_model_that_reads_them_all_is_asked_and_a_shorter_one_is_not(rows, loaded):
+    """Two bytes a token, more than any tokenizer of chats takes, and the longest answer."""
+    longest = max(len(row["prompt"].encode()) for row in rows) // 2
+    assert longest + max(NEW_TOKENS.values()) <= ROOM
+    loaded.tokenizer.chat_template = "{{ messages[0].content }}"
+    asked = {}
+    for room in (ROOM - 1, ROOM):
+        loaded.model.config.max_position_embeddings = room
+        asked[room] = prompt_files(loaded, PromptOptions(), embedded=True)
+    assert asked == {ROOM - 1: [], ROOM: [DEFAULT]}
 
 
 def test_the_provenance_is_of_this_file():

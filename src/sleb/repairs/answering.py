@@ -35,13 +35,15 @@ OWN_PROMPTS = 2048
 OWN_ANSWERS = "own answers"
 QUICK = ("cuda",)
 """Devices on which a model writes so many prompts and answers in seconds."""
+ROOM = 1024
+"""Tokens that a model has to read for the embedded prompts and its answers to them."""
 TOGETHER = 256
 """Answers that are written together, at most."""
 
 
 def prompt_files(model: LoadedModel, config: PromptOptions, *, embedded: bool = False) -> list[str]:
     """Files of prompts that a model is to answer: those given, or with ``embedded`` and none given
-    the embedded ones, if it answers chats.
+    the embedded ones, if it answers chats and reads as many tokens as these and their answers are.
 
     Raises:
         InputError: some are given, and every token of an answer would read all blocks.
@@ -55,7 +57,8 @@ def prompt_files(model: LoadedModel, config: PromptOptions, *, embedded: bool = 
         )
     if config.prompts:
         return list(config.prompts)
-    chats = embedded and bool(model.tokenizer.chat_template)
+    room = model.stack.max_length
+    chats = embedded and bool(model.tokenizer.chat_template) and (room is None or room >= ROOM)
     return [DEFAULT] if chats and can_generate(model.stack) else []
 
 
