@@ -254,6 +254,8 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         "verify nothing --model MODEL",
         "prune MODEL --remove 2 --metric los -o out",
         "prune MODEL --remove 0.2 -o out",
+        "prune MODEL --remove 0 -o out",
+        "prune MODEL --remove 2 --quantize foo -o out",
         "prune MODEL --remove 2 -o .",
         "search ./nowhere --remove 2 -o p.json",
         "search MODEL --remove 2 --text nothing.txt -o p.json",

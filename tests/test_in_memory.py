@@ -78,6 +78,18 @@ def test_an_adapter_computes_along_and_the_plan_is_of_its_base(tiny_dir, model, 
         sleb.prune(adapted, tmp_path / "no", remove=2, **SMALL)
 
 
+def test_a_plan_in_memory_is_applied_checked_and_bypassed(tiny_dir, tiny_plan, tmp_path):
+    loaded = sleb.load(tiny_dir, device="cpu", dtype="float32")
+    out = sleb.apply(tiny_plan, loaded, tmp_path / "out")
+    sleb.verify(out, model=loaded, plan=tiny_plan).require()
+    ids = torch.arange(20)[None]
+    logits = sleb.load(out, device="cpu", dtype="float32").model(ids).logits
+    with sleb.bypassed(loaded, tiny_plan):
+        assert loaded.model(ids, use_cache=False).logits.equal(logits)
+    with pytest.raises(InputError, match="path of its file"):
+        sleb.evaluate(loaded, plan=tiny_plan)
+
+
 def test_evaluating_and_repairing_take_it_too(model, tiny_plan):
     loaded = sleb.load(model)
     for given in (model, loaded):

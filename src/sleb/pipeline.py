@@ -112,7 +112,7 @@ def prune(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out = Path(out)
-    given, model = model, _place(model)
+    given, model = model, place(model)
     gguf = _gguf(model, out, config.force)
     watch = Stopwatch(progress)
     goal = check_options(config)
@@ -161,8 +161,8 @@ def estimate(
     return estimates.estimate(loaded, _split(loaded, config)[0], goal, config, out)
 
 
-def _place(model: LoadedModel | str | Path) -> str | Path:
-    """Where the files of a model are.
+def place(model: LoadedModel | str | Path) -> str | Path:
+    """Where the files of a model are, as other verbs take it.
 
     Raises:
         InputError: an adapter computes along that is not in them.
@@ -270,11 +270,11 @@ def prune_and_heal(
     cut = out.with_name(f"{out.name}-cut")
     writable_target(out, force=config.force)
     asked = config.model_dump(mode="json", exclude={"force"})
-    key = hashlib.sha256(json.dumps([str(_place(model)), asked]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([str(place(model)), asked]).encode()).hexdigest()
     known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
     if not known or known.stages.get("cut") != key:
         prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
-    model = _place(model)
+    model = place(model)
     how: dict[str, Any] = {"command": command, "stage_keys": stages, "progress": progress}
     return heal(cut, model, out, healing, **how)
 

@@ -58,7 +58,7 @@ from sleb.evaluation.transfer import Transfer
 from sleb.formats import quantize as rounding
 from sleb.models.load import LoadedModel, load
 from sleb.models.source import resolve
-from sleb.pipeline import Pruned
+from sleb.pipeline import Pruned, place
 from sleb.record import GateResult, RunRecord
 from sleb.repairs import Repair, fit_repair, stored_repair
 from sleb.repairs import search as searching
@@ -286,7 +286,9 @@ def adapter_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}-adapter")
 
 
-def apply(plan: Plan | str | Path, model: str | Path, out: str | Path, **options: Any) -> Path:
+def apply(
+    plan: Plan | str | Path, model: LoadedModel | str | Path, out: str | Path, **options: Any
+) -> Path:
     """Cut ``model`` by ``plan`` into ``out``, as :func:`applied`, and return its path."""
     return applied(plan, model, out, **options).out
 
@@ -294,7 +296,7 @@ def apply(plan: Plan | str | Path, model: str | Path, out: str | Path, **options
 @spoken_in_python()
 def applied(
     plan: Plan | str | Path,
-    model: str | Path,
+    model: LoadedModel | str | Path,
     out: str | Path,
     *,
     repair: Repair | bool | None = None,
@@ -319,7 +321,7 @@ def applied(
     config = ApplyConfig.of({**options, "repair": None if isinstance(repair, Repair) else repair})
     if fixed is not None and config.repaired:
         raise InputError("a cut has one repair: give the one that was fitted, or a folder")
-    given, target = _plan(plan), Path(out)
+    given, model, target = _plan(plan), place(model), Path(out)
     to_gguf = target.suffix == ".gguf"
     cut = Cut.of(given, config.depth, parts=to_gguf or config.format is not None)
     _check_output(target, cut, config)
@@ -501,7 +503,7 @@ def verify(
     out: str | Path,
     config: VerifyConfig,
     *,
-    model: str | Path,
+    model: LoadedModel | str | Path,
     plan: Plan | str | Path | None = None,
     progress: Progress = silent,
 ) -> Verified:
@@ -514,7 +516,7 @@ def verify(
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
-    tried = () if config.runtimes is None else parse_runtimes(config.runtimes)
+    model, tried = place(model), () if config.runtimes is None else parse_runtimes(config.runtimes)
     interpreters = parse_pythons(config.pythons, tried)
     beside = plan_of(out, running=bool(tried))  # refuses what there is nothing to check of
     used = _plan(beside if plan is None else plan)
@@ -569,6 +571,11 @@ def evaluate(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     progress = shown(progress)
+    if isinstance(options.get("plan"), Plan):
+        raise InputError(
+            "give plan as the path of its file, which its repair lies beside; a plan in memory has "
+            "none: evaluate(model, windows, removed=plan.removed)"
+        )
     if isinstance(windows, (Windows, Tensor)):
         loaded = _loaded(model, _ANY, progress, tokenizer)
         return perplexity.evaluate(loaded, Windows.given(windows), progress=progress, **options)

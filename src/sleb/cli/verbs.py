@@ -223,6 +223,10 @@ def _check_prune(given: Given) -> None:
             f"-o {out} is a GGUF file, and --heal and --quantize are for folders; leave them out"
         )
     if given["quantize"]:
+        from sleb.cli.build import choose
+        from sleb.config import SCHEMES
+
+        choose("scheme", given["quantize"], SCHEMES)
         beside = out.with_name(f"{out.name}-{given['quantize']}")
         writable_target(beside, force=given["force"])
 

@@ -530,10 +530,12 @@ def parse_removal(target: float | str) -> tuple[int | None, float | None]:
     """A number of blocks, or a percentage of them, as it was written.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or nothing.
     """
     text = str(target).strip()
     match = re.fullmatch(r"(\d{1,6})|(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
+    if match and not float(match[1] or match[2]):
+        raise InputError(f"--remove {text} removes nothing; give at least 1")
     if match:
         return (int(match[1]), None) if match[1] else (None, float(match[2]))
     if re.fullmatch(r"0?\.\d{1,6}", text) and float(text):
@@ -551,14 +553,12 @@ def blocks_to_remove(target: float | str, n_blocks: int) -> int:
     """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
 
     Raises:
-        InputError: not a number, below one, or not fewer than ``n_blocks``.
+        InputError: as :func:`parse_removal`, or not fewer than ``n_blocks``.
     """
     text = str(target).strip()
     count, percent = parse_removal(text)
     # Round before the ceiling: 0.07 * 100 is 7.000000000000001 in binary.
     n = math.ceil(round(percent / 100 * n_blocks, 6)) if percent is not None else count or 0
-    if n < 1:
-        raise InputError(f"--remove {text} removes nothing; give at least 1")
     if n >= n_blocks:
         most = f"at most {n_blocks - 1} can go"
         raise InputError(f"--remove {text} is {n} of the model's {n_blocks} blocks; {most}")

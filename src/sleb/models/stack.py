@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sleb.calibration.images import Images
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Plan
 from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
 from sleb.models.offload import Reader, fetch, offloading
 from sleb.models.parts import Nothing, Part, find_parts
@@ -475,10 +476,11 @@ def _longest(cache: Any) -> int:
 
 
 @contextlib.contextmanager
-def bypassed(model: Any, blocks: Collection[int | str]) -> Iterator[None]:
-    """Make ``blocks`` of a transformers causal LM (or of a :class:`sleb.LoadedModel`) pass their
-    input through; of ``"12.attention"`` or ``"12.mlp"`` only that part adds nothing to it. On exit
-    the model is restored bit for bit, also after an exception.
+def bypassed(model: Any, blocks: Collection[int | str] | Plan) -> Iterator[None]:
+    """Make ``blocks``, or those of a plan, of a transformers causal LM (or of a
+    :class:`sleb.LoadedModel`) pass their input through; of ``"12.attention"`` or ``"12.mlp"`` only
+    that part adds nothing to it. On exit the model is restored bit for bit, also after an
+    exception.
 
     Raises:
         InputError: a block does not exist; or, while generating with a cache, one that transformers
@@ -486,5 +488,6 @@ def bypassed(model: Any, blocks: Collection[int | str]) -> Iterator[None]:
         UnsupportedModel: no single block list can be found, or no such part.
     """
     stack = BlockStack(getattr(model, "model", model) if not hasattr(model, "config") else model)
-    with stack.bypassed([*map(parse_unit, blocks)]):
+    units = blocks.removed if isinstance(blocks, Plan) else map(parse_unit, blocks)
+    with stack.bypassed([*units]):
         yield
