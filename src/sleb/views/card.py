@@ -45,7 +45,7 @@ def results(r: RunRecord) -> list[EvalResult]:
             dataset_type="custom",
             dataset_name=printable(of),
             dataset_config=printable(of),  # by which a hub tells them apart
-            metric_type=metric,
+            metric_type=printable(metric),
             metric_value=round(value, 4),
             metric_name=name,
         )
