@@ -56,6 +56,11 @@ def test_a_changed_model_is_searched_and_cut_as_it_is(tiny_dir, model, tmp_path)
     done = sleb.prune(
         model, tmp_path / "out", tokenizer=byte_tokenizer(), remove=2, repair=False, **SMALL
     )
+    lines = str(done).splitlines()
+    assert lines[0] == str(tmp_path / "out")
+    assert str(done.record.evaluation) in lines
+    assert len(lines) < 12
+    assert max(map(len, lines)) <= 240
     ids = torch.arange(20)[None]
     cut = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)
     with sleb.bypassed(model, done.plan.removed), torch.inference_mode():

@@ -80,6 +80,15 @@ class Pruned:
     quantized: Quantized | None = None
     gguf: CutGGUF | None = None
 
+    def __str__(self) -> str:
+        """What fits a screen."""
+        lines = [str(self.path), *str(self.plan).splitlines()[:-1]]
+        if self.record.evaluation:
+            lines.append(str(self.record.evaluation))
+        if kept := self.record.prompts:
+            lines.append(f"{kept.agreement.value:.1%} of the tokens of answers are kept")
+        return "\n".join(lines)
+
 
 @takes(PruneConfig)
 def prune(
