@@ -10,6 +10,7 @@ import time
 import pytest
 
 from cli_tools import run, tree
+from sleb import project
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
@@ -78,6 +79,18 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_plan(place, capsys, uninte
     assert 0 < len(calls) <= steps - kept + 1  # a torn last line is scored again
     assert (place / "new.json").read_text() == plan
     assert not journal.exists()
+
+
+def test_an_interrupted_run_says_that_it_goes_on(place, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(project, "prune", stopped)
+    file = 'model = "MODEL"\nout = "OUT"\n[text]\na = "default"\n[search]\nremove = 1\n'
+    (place / "sleb.toml").write_text(file)
+    ran = run(capsys, "run", "sleb.toml")
+    assert ran.code == 130
+    assert ran.err.endswith("interrupted; what is finished is kept: repeat the command to go on\n")
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])

@@ -831,9 +831,9 @@ def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]
             return code
         except KeyboardInterrupt:
             why = "interrupted, or another process has ended" if group().several else "interrupted"
-            raise Interrupted(f"{why}; {_how_to_go_on(given.get('out'))}") from None
+            raise Interrupted(f"{why}; {_how_to_go_on(verb, given)}") from None
         except Lost as error:
-            raise Lost(f"{error}; {_how_to_go_on(given.get('out'))}") from None
+            raise Lost(f"{error}; {_how_to_go_on(verb, given)}") from None
         except BrokenPipeError:  # the reader of stdout has gone, as `head` does
             return 0
         finally:
@@ -845,7 +845,10 @@ def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]
     return call
 
 
-def _how_to_go_on(out: str | None) -> str:
+def _how_to_go_on(verb: Verb, given: Given) -> str:
+    out = given.get("out")
+    if verb.name == "run":
+        return "what is finished is kept: repeat the command to go on"
     journal = Path(f"{Path(out)}.journal") if out else None
     if journal and journal.exists():
         with_any = ", with any number of processes" if group().several else ""
