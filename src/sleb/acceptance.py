@@ -122,6 +122,7 @@ class Limit:
             verdict=verdict,
             needed=needed,
             missing=figure.missing if found is None else "" if worst is not None else "no-interval",
+            judged=figure.items if figure.missing == "none-right" else None,
         )
 
     def _needed(self, found: Interval, limit: float, figure: _Figure) -> int | None:
@@ -200,6 +201,14 @@ def _of_answers(figure: Callable[[AnswersKept], Interval | None]) -> Getter:
     return figures
 
 
+def _right(record: RunRecord) -> list[_Figure]:
+    """Share of the dense model's right answers that are kept, where rows tell what is right."""
+    right = record.prompts.right if record.prompts else None
+    if right and right.kept is None:
+        return [_Figure(None, missing="none-right", items=right.judged)]
+    return _of_answers(lambda kept: kept.right.kept if kept.right else None)(record)
+
+
 def _unfinished(both: Comparison) -> Interval:
     return both.pruned.ended.mapped(lambda x: round(1 - x, 12))  # 1 - 0.7 is a little above 0.3
 
@@ -264,17 +273,13 @@ def _size(record: RunRecord) -> list[_Figure]:
     return [_Figure(pruned / 1e6, dense=dense / 1e6)]
 
 
-_KEPT = {
-    "agreement": _of_answers(lambda kept: kept.agreement),
-    "right": _of_answers(lambda kept: kept.right.kept if kept.right else None),
-}
 LIMITS = (
     Limit("perplexity.max_ratio", _ratios, "x", by_name="domains"),
     Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
     Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("tasks.min_retention", _retentions, "%", by_name="each"),
-    Limit("answers.min_agreement", _KEPT["agreement"], "%", Share),
-    Limit("answers.min_right", _KEPT["right"], "%", Share),
+    Limit("answers.min_agreement", _of_answers(lambda kept: kept.agreement), "%", Share),
+    Limit("answers.min_right", _right, "%", Share),
     Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive), "%", Share),
     Limit("answers.max_empty", _answered(lambda a: a.pruned.empty), "%", Share),
     Limit("answers.max_unfinished", _answered(_unfinished), "%", Share),

@@ -59,11 +59,6 @@ COMMANDS |= dict.fromkeys(
 """The command that measures what a limit, or a table of limits, is about."""
 
 
-def measured_by(limit: str) -> str:
-    """The command that measures what ``limit`` is about; empty if every run does."""
-    return COMMANDS.get(limit) or COMMANDS.get(limit.partition(".")[0], "")
-
-
 BETWEEN = "between these"
 """What a run's seconds call the time outside of all stages."""
 
@@ -117,8 +112,9 @@ class GateRow:
     ``dense``: the dense model's, or what means no change. ``verdict``: kept by the worst case, not
     kept by the best case either, or unclear; then about ``needed`` windows, items, prompts or runs
     would tell. Where there is no figure or no interval, ``missing`` is ``not-measured``,
-    ``no-interval``, ``not-paired``, ``dense-zero``, ``no-json-prompt`` or ``unknown-name``, of
-    which ``near`` is a name that the record has. ``unit``: x, %, MB, nats/token; figures in % are
+    ``no-interval``, ``not-paired``, ``dense-zero``, ``none-right`` (of ``judged`` answers of the
+    dense model), ``no-json-prompt`` or ``unknown-name``, of which ``near`` is a name that the
+    record has. ``unit``: x, %, MB, nats/token; figures in % are
     shares in 0..1. Without a ``limit`` there is no verdict; no gate has such a row."""
 
     name: str
@@ -135,6 +131,15 @@ class GateRow:
     needed: int | None = None
     missing: str = ""
     near: str = ""
+    judged: int | None = None
+
+    @property
+    def measured_by(self) -> str:
+        """The command that would measure it; empty if every run does, or if there is nothing of the
+        dense model's to keep, as no other measurement of the same would tell more."""
+        if self.missing in ("dense-zero", "none-right"):
+            return ""
+        return COMMANDS.get(self.name) or COMMANDS.get(self.name.partition(".")[0], "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +167,9 @@ class GateResult:
         name = f"{row.name}, {row.of}" if row.of else row.name
         if row.worst is None:
             why = row.missing.replace("-", " ")
-            why += f"; run: {measured_by(row.name) or 'sleb prune'}"
+            if row.missing == "none-right":
+                why = f"the original had none right of {row.judged}"
+            why += f"; run: {row.measured_by}" if row.measured_by else ""
         else:
             bound = "most" if row.at_most else "least"
             unit = "" if row.unit == "%" else f" {row.unit}"

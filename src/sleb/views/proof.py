@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from sleb.core.plan import Calibration, Plan
-from sleb.record import GateRow, RunRecord, measured_by
+from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.surgery.gates import Check
 from sleb.surgery.verification import Verification
@@ -69,7 +69,7 @@ def gate(t: Locale, rows: Sequence[GateRow]) -> list[Item]:
     lacking: dict[str, list[str]] = {}
     called = names(row.path for row in rows if row.path)
     for row in rows:
-        if why := _open(t, row, measured_by(row.name)):
+        if why := _open(t, row, row.measured_by):
             lacking.setdefault(why, []).append(_limit_name(t, row, None, called))
     items: list[Item] = [gate_table(t, rows, short=True)]
     items += [Text(f"{'; '.join(names)}: {why}") for why, names in lacking.items()]
@@ -114,7 +114,7 @@ def gate_table(
         if not row.verdict:
             return ""
         said = t(f"gate.{row.verdict.replace('-', '_')}")
-        why = "" if short else _open(t, row, fill(measured_by(row.name)))
+        why = "" if short else _open(t, row, fill(row.measured_by))
         return t("gate.open", verdict=said, why=why) if why else said
 
     called = names(row.path for row in rows if row.path)
@@ -176,7 +176,7 @@ def _open(t: Locale, row: GateRow, command: str) -> str:
         return t("gate.needed", count=t(f"counted.{kind}", count=t.count(_about(row.needed))))
     if not row.missing:
         return t("gate.never")
-    reason = t(f"reasons.{row.missing}", name=row.of)
+    reason = t(f"reasons.{row.missing}", name=row.of, judged=row.judged)
     if row.near:
         reason += t("reasons.near", name=row.near)
     return t("gate.missing", reason=reason, command=command) if command else reason
