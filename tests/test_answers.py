@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -146,6 +147,20 @@ def test_a_model_agrees_with_itself_and_again(tiny_dir, out, compared):
         )
 
     assert [still(p) for p in again.pairs] == [still(p) for p in compared.pairs]
+
+
+def test_answers_are_judged_by_their_rows_before_and_after(tiny_dir, out, compared):
+    text = compared.pairs[2].dense.text
+    asked = [PROMPTS[0], replace(PROMPTS[2], expected={"regex": f"^{re.escape(text)}$"})]
+    found = compare(tiny_dir, out, asked, new_tokens=12, **CPU)
+    assert [pair.judged and pair.judged.lost for pair in found.pairs] == [None, True]
+    assert found.worst_first[0].id == "three"
+
+
+def test_a_schema_that_is_none_is_found_before_weights_are_loaded(tiny_dir, out, no_weights):
+    wrong = plain("a", expected={"json_schema": {"type": 5}})
+    with pytest.raises(InputError, match="json_schema"):
+        compare(tiny_dir, out, [wrong], **CPU)
 
 
 def test_the_generation_config_is_kept_but_for_sampling(tiny_dir, copy, capfd, recwarn):

@@ -114,14 +114,41 @@ def test_the_worst_answers_are_the_cuts_own_and_of_the_prompts_that_keep_least(l
     answers = split.measured
     kept = measure_answers(loaded, answers, [1, 3])
     shares = agreement_of(loaded, answers, [1, 3])[:, 1]
-    assert [one.agreement for one in kept.worst] == sorted(shares)[:3]
     by_id = {prompt.id: prompt for prompt in answers.prompts}
+    share = dict(zip(by_id, shares, strict=True))
+    lost = [one.judged is not None and one.judged.lost for one in kept.worst]
+    assert lost == sorted(lost, reverse=True)
+    assert sum(lost) == min(3, kept.right.lost)
+    for one, before in zip(kept.worst[1:], kept.worst, strict=False):
+        assert one.agreement >= before.agreement or before.judged.lost
     for one in kept.worst:
         prompt = by_id[one.id]
+        assert one.agreement == share[one.id]
+        assert (one.judged.expected if one.judged else {}) == prompt.expected
         (ids,) = prompt_ids(loaded, [prompt], NEW)
         said = [alone(loaded, ids, removed) for removed in ((), (1, 3))]
         decoded = loaded.tokenizer.batch_decode(said, skip_special_tokens=True)
         assert (one.turns, [one.dense, one.pruned]) == ((("", prompt.text),), decoded)
+
+
+@pytest.mark.parametrize(
+    ("dense", "cut", "first"),
+    [(True, False, "judged"), (False, True, "least"), (False, False, "least")],
+)
+def test_the_worst_is_a_right_answer_that_was_lost_and_never_one_that_was_won(
+    loaded, split, monkeypatch, dense, cut, first
+):
+    """The prompt that keeps most is judged: it is the worst if its right answer was lost, and not
+    among them if the cut alone has it right."""
+    answers, found = split.measured, agreement_of(loaded, split.measured, [1, 3])[:, 1]
+    most, least = (answers.prompts[int(i)].id for i in (found.argmax(), found.argmin()))
+    asked = [replace(p, expected={"answer": "x"} if p.id == most else {}) for p in answers.prompts]
+    both = ("x" if dense else "y", "x" if cut else "y")
+    said = dict.fromkeys(range(len(asked)), both)
+    monkeypatch.setattr("sleb.evaluation.agreement._said", lambda *_: said)
+    kept = measure_answers(loaded, replace(answers, prompts=tuple(asked)), [1, 3])
+    assert kept.worst[0].id == {"judged": most, "least": least}[first]
+    assert all(one.judged is None or not one.judged.won for one in kept.worst)
 
 
 @pytest.mark.parametrize("metric", [NLL, KL])

@@ -31,6 +31,7 @@ from sleb.acceptance import LIMITS
 from sleb.core.errors import InputError
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
+from sleb.evaluation.grading import Judged
 from sleb.record import RepairStatus
 from sleb.runtimes.bench import Skipped
 from sleb.runtimes.rules import VLLM
@@ -248,6 +249,24 @@ def test_one_text_is_all_texts_on_page_one():
     assert [name for name in shown if name.startswith("perplexity")] == [
         "perplexity ratio, all texts"
     ]
+
+
+def test_a_lost_right_answer_is_the_worst_beside_what_was_expected_and_a_won_one_never_is():
+    pairs = complete().answers.pairs
+    lost = Judged(expected={"answer": "30 days", "regex": "keep"}, dense=True, pruned=False)
+    first = put(complete(), "answers.pairs.6.judged", lost)
+    text = seen(first).text("sum-worst")
+    assert "Prompt q5" in seen().text("sum-worst")
+    assert "Prompt q7 " in text
+    assert "expected 30 days regex: keep" in text
+    assert re.search("original .* right .* pruned .* wrong", text)
+    won = tuple(
+        replace(p, judged=replace(lost, dense=False, pruned=True)) if not p.identical else p
+        for p in pairs
+    )
+    text = seen(put(complete(), "answers.pairs", won)).text("sum-worst")
+    assert "Prompt p7" in text  # of those by which the result was measured
+    assert "expected Thursday" in text
 
 
 def test_how_to_go_back_names_restore_where_its_side_car_is():

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion
-from sleb.evaluation.grading import are_right, gradable
+from sleb.evaluation.grading import Judged, gradable, judged
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered
 from sleb.selection.metrics import TokenMetric, mean_of, token_kl
@@ -50,13 +49,14 @@ class RightAnswers:
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """A prompt by its turns, as (role, text), and both models' own greedy answers to it, of which
-    ``agreement`` is kept."""
+    ``agreement`` is kept. ``judged``: whether they are right, where its row can tell."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
     agreement: float
     dense: str
     pruned: str
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class AnswersKept:
     on the dense model's; ``divergence``: KL from the dense model there, nats/token;
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
     any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
-    ``unhealed``: of the cut as it was before its healing. ``worst``: those of which least is kept.
+    ``unhealed``: of the cut as it was before its healing. ``worst``: right answers that were lost,
+    then others, each by how little is kept; none that the cut alone has right.
     """
 
     source: str
@@ -149,9 +150,15 @@ def measure_answers(
     assert windows.scored is not None
     divergence, agreement, first, reproduced = found.T
     known, prompts = gradable(answers.run_code), answers.prompts
-    judged = [i for i, prompt in enumerate(prompts) if prompt.expected.keys() & known]
-    worst = agreement.argsort(kind="stable")[:WORST].tolist()
-    said = _said(model, answers, sorted({*judged, *worst}), removed, patch, progress)
+    told = {i for i, prompt in enumerate(prompts) if prompt.expected.keys() & known}
+    order = agreement.argsort(kind="stable").tolist()
+    asked = sorted({*told, *[i for i in order if i not in told][:WORST]})
+    said = _said(model, answers, asked, removed, patch, progress)
+    before, after = ([said[i][of] for i in asked] for of in (0, 1))
+    graded = judged([prompts[i].expected for i in asked], before, after, known)
+    by_row = dict(zip(asked, graded, strict=True))
+    worst = [i for i in order if i in by_row and not ((of := by_row[i]) and of.won)]
+    worst.sort(key=lambda i: not ((of := by_row[i]) and of.lost))  # stable
     return AnswersKept(
         source=answers.source,
         prompts=len(windows.ids),
@@ -162,14 +169,7 @@ def measure_answers(
         until_first=interval(first),
         reproduced=proportion(int(reproduced.sum()), len(reproduced)),
         unrepaired=None if plain is None else interval(plain[:, 1]),
-        right=_right(
-            [prompts[i].expected for i in judged],
-            [said[i][0] for i in judged],
-            [said[i][1] for i in judged],
-            known,
-        )
-        if judged
-        else None,
+        right=_right([one for one in graded if one]) if told else None,
         worst=tuple(
             Example(
                 id=prompts[i].id,
@@ -177,8 +177,9 @@ def measure_answers(
                 agreement=float(agreement[i]),
                 dense=said[i][0],
                 pruned=said[i][1],
+                judged=by_row[i],
             )
-            for i in worst
+            for i in worst[:WORST]
         ),
     )
 
@@ -203,22 +204,15 @@ def _said(
     return dict(zip(which, both, strict=True))
 
 
-def _right(
-    expected: Sequence[dict[str, Any]],
-    before: Sequence[str],
-    after: Sequence[str],
-    known: Collection[str],
-) -> RightAnswers:
+def _right(both: Sequence[Judged]) -> RightAnswers:
     """Right answers of both models."""
-    dense, pruned = (are_right(expected, said, known) for said in (before, after))
-    both = [*zip(dense, pruned, strict=True)]
-    kept = [after for before, after in both if before]
+    kept = [one.pruned for one in both if one.dense]
     return RightAnswers(
         judged=len(both),
-        dense=sum(dense),
-        pruned=sum(pruned),
-        lost=sum(before and not after for before, after in both),
-        won=sum(after and not before for before, after in both),
+        dense=len(kept),
+        pruned=sum(one.pruned for one in both),
+        lost=sum(one.lost for one in both),
+        won=sum(one.won for one in both),
         kept=proportion(sum(kept), len(kept)) if kept else None,
     )
 

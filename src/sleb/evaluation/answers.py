@@ -25,6 +25,7 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
+from sleb.evaluation.grading import Judged, are_right, gradable, judged
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.models.source import quiet_transformers
@@ -69,7 +70,8 @@ class Answer:
 class Pair:
     """Both answers to one prompt. ``agreed``: tokens until they part. ``prompt``: as the model
     read it; ``turns``: what was said in it, as (role, text). ``switched``: the pruned model
-    answered in another writing system or language than the dense one."""
+    answered in another writing system or language than the dense one. ``judged``: whether the
+    answers are right, where the prompt's row can tell without running code."""
 
     id: str
     prompt: str
@@ -78,6 +80,12 @@ class Pair:
     agreed: int
     switched: bool
     turns: tuple[tuple[str, str], ...] = ()
+    judged: Judged | None = None
+
+    @property
+    def won(self) -> bool:
+        """Whether the pruned model alone is known to be right."""
+        return self.judged is not None and self.judged.won
 
     @property
     def identical(self) -> bool:
@@ -131,8 +139,14 @@ class Comparison:
 
     @property
     def worst_first(self) -> tuple[Pair, ...]:
-        """All pairs: most faults first, then those that part earliest; identical ones last."""
-        return tuple(sorted(self.pairs, key=lambda p: (p.identical, -len(p.faults), p.agreed)))
+        """All pairs: right answers that were lost first, then most faults, then those that part
+        earliest; last the identical ones, and those that the pruned model alone has right."""
+
+        def place(p: Pair) -> tuple[bool, bool, int, int]:
+            lost = p.judged is not None and p.judged.lost
+            return p.identical or p.won, not lost, -len(p.faults), p.agreed
+
+        return tuple(sorted(self.pairs, key=place))
 
 
 @takes(CompareConfig)
@@ -152,7 +166,8 @@ def compare(
 
     Raises:
         InputError: no prompts; ``out`` is no checkpoint, or has another tokenizer than ``model``;
-            a chat without a chat template; a prompt that leaves no room for its answer.
+            a chat without a chat template; a prompt that leaves no room for its answer, or expects
+            what cannot be.
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.load`.
     """
     asked = read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts
@@ -160,6 +175,8 @@ def compare(
         raise InputError("no prompts to compare on; give at least one")
     if not Path(out).is_dir():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+    expected = [prompt.expected for prompt in asked]
+    are_right(expected, ["0"] * len(asked), gradable(False))  # or what is no schema is found late
     pick_device(config.device)
     most, places = config.new_tokens, dict(config.part(DeviceOptions))
     plan = plan_alone(out)
@@ -188,6 +205,8 @@ def _compared(
     max_new_tokens: int,
 ) -> Comparison:
     """Of both models' tokens and answers, by prompt."""
+    texts, after = ([answer.text for _, answer in of] for of in answered)
+    graded = judged([prompt.expected for prompt in prompts], texts, after, gradable(False))
     pairs = tuple(
         Pair(
             id=prompt.id,
@@ -197,9 +216,10 @@ def _compared(
             agreed=check.first_difference(before, after),
             switched=check.switched(dense.text, pruned.text),
             turns=prompt.turns,
+            judged=right,
         )
-        for prompt, one, (before, dense), (after, pruned) in zip(
-            prompts, read, *answered, strict=True
+        for prompt, one, (before, dense), (after, pruned), right in zip(
+            prompts, read, *answered, graded, strict=True
         )
     )
     rows = json.dumps([_hashed(prompt) for prompt in prompts], ensure_ascii=False, sort_keys=True)

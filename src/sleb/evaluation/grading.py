@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jsonschema.exceptions import SchemaError
@@ -24,6 +25,45 @@ _MARK = re.compile(r"answer\s*(?:is|:)", re.IGNORECASE)
 def gradable(run_code: bool) -> set[str]:
     """What a row may expect that can be graded: ``tests`` only where code may be run."""
     return {*_GRADERS, *(["tests"] if run_code else [])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What was ``expected`` of an answer, and whether each model's is right."""
+
+    expected: dict[str, Any]
+    dense: bool
+    pruned: bool
+
+    @property
+    def lost(self) -> bool:
+        """Whether the pruned model alone is wrong."""
+        return self.dense and not self.pruned
+
+    @property
+    def won(self) -> bool:
+        """Whether the pruned model alone is right."""
+        return self.pruned and not self.dense
+
+
+def judged(
+    expected: Sequence[Mapping[str, Any]],
+    before: Sequence[str],
+    after: Sequence[str],
+    known: Collection[str],
+) -> list[Judged | None]:
+    """Both models' answers judged by what is expected of each; None where that is nothing
+    ``known``.
+
+    Raises:
+        InputError: see :func:`are_right`.
+    """
+    asked = [{key: wanted[key] for key in wanted if key in known} for wanted in expected]
+    both = (are_right(asked, texts, known) for texts in (before, after))
+    return [
+        Judged(expected=wanted, dense=dense, pruned=pruned) if wanted else None
+        for wanted, dense, pruned in zip(asked, *both, strict=True)
+    ]
 
 
 def are_right(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
@@ -11,6 +12,7 @@ from sleb.core.statistics import Flips, Interval
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import FLOOR, AnswersKept, Example, RightAnswers
 from sleb.evaluation.answers import Answer, Comparison, Pair
+from sleb.evaluation.grading import Judged
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
@@ -258,7 +260,8 @@ def answers(t: Locale, c: Comparison) -> list[Item]:
     """Both models' answers in sum, the worst of them side by side, and on a page all others to be
     opened."""
     ordered = c.worst_first
-    shown = [p for p in ordered[: PAIRS if t.markup else PAIRS // 2] if not p.identical]
+    most = PAIRS if t.markup else PAIRS // 2
+    shown = [p for p in ordered[:most] if not (p.identical or p.won)]
     items: list[Item] = [
         Text(t("answers.text", prompts=c.prompts, tokens=c.max_new_tokens)),
         _answer_table(t, c),
@@ -266,9 +269,9 @@ def answers(t: Locale, c: Comparison) -> list[Item]:
     ]
     if not c.languages and not t.markup:
         items.append(Text("to tell more languages apart: pip install py3langid"))
-    if not shown:
+    if all(p.identical for p in c.pairs):
         items.append(Text(t("answers.same")))
-    else:
+    elif shown:
         items.append(Text(t("answers.shown", shown=len(shown), prompts=c.prompts)))
     items += [_pair(t, pair) for pair in shown]
     rest = ordered[len(shown) :] if t.markup else ()
@@ -279,13 +282,14 @@ def answers(t: Locale, c: Comparison) -> list[Item]:
 def worst_pair(t: Locale, c: Comparison | None, k: AnswersKept | None) -> list[Item]:
     """The answer that went most wrong, beside the original's: of all that were compared, or of
     those by which the result was measured."""
-    if c and c.pairs and not c.worst_first[0].identical:
-        return [Text(t("answers.worst", prompts=c.prompts)), _pair(t, c.worst_first[0])]
+    worst = c.worst_first[0] if c and c.pairs else None
+    if c and worst and not (worst.identical or worst.won):
+        return [Text(t("answers.worst", prompts=c.prompts)), _pair(t, worst)]
     return examples(t, k)[:2]
 
 
 def examples(t: Locale, k: AnswersKept | None) -> list[Item]:
-    """The answers of which least is kept, side by side."""
+    """Right answers that were lost, then those of which least is kept, side by side."""
     if k is None or not k.worst:
         return []
     return [Text(t("kept.worst", prompts=k.prompts)), *(_example(t, one) for one in k.worst)]
@@ -327,7 +331,7 @@ def _pair(t: Locale, pair: Pair) -> SideBySide:
         note += t("answers.switched", other=other)
     turns = pair.turns or (("", pair.prompt),)
     dense, pruned = ((a.text, _remarks(t, a)) for a in (pair.dense, pair.pruned))
-    return _side_by_side(t, pair.id, turns, dense, pruned, note)
+    return _side_by_side(t, pair.id, turns, dense, pruned, note, pair.judged)
 
 
 def _title(t: Locale, pair: Pair) -> str:
@@ -339,7 +343,7 @@ def _title(t: Locale, pair: Pair) -> str:
 
 def _example(t: Locale, e: Example) -> SideBySide:
     note = t("kept.example", share=t.percent(e.agreement))
-    return _side_by_side(t, e.id, e.turns, (e.dense, ()), (e.pruned, ()), note)
+    return _side_by_side(t, e.id, e.turns, (e.dense, ()), (e.pruned, ()), note, e.judged)
 
 
 Said = tuple[str, tuple[str, ...]]
@@ -353,19 +357,37 @@ def _side_by_side(
     dense: Said,
     pruned: Said,
     note: str,
+    judged: Judged | None,
 ) -> SideBySide:
+    """``judged``: what was expected, which then stands below the prompt."""
+    asked = [(t.named("roles", role or "prompt"), text) for role, text in turns]
+    if judged:
+        asked.append((t("answers.expected"), _expected(judged)))
+
+    def answered(of: str, said: Said, right: bool) -> Answered:
+        first = (t("answers.right" if right else "answers.wrong"),) if judged else ()
+        return Answered(name=t(f"answers.{of}"), text=said[0], remarks=(*first, *said[1]))
+
     return SideBySide(
         title=t("answers.prompt", id=name),
-        prompt=tuple(
-            Answered(name=t.named("roles", role or "prompt"), text=text) for role, text in turns
-        ),
-        dense=Answered(name=t("answers.dense"), text=dense[0], remarks=dense[1]),
-        pruned=Answered(name=t("answers.pruned"), text=pruned[0], remarks=pruned[1]),
+        prompt=tuple(Answered(name=name, text=text) for name, text in asked),
+        dense=answered("dense", dense, judged is not None and judged.dense),
+        pruned=answered("pruned", pruned, judged is not None and judged.pruned),
         note=note,
         more=t("answers.more"),
         nothing=t("answers.nothing"),
         cut=t.raw("answers.cut"),
     )
+
+
+def _expected(judged: Judged) -> str:
+    """An answer as it is; else what it is held against, each on a line."""
+
+    def line(key: str, value: object) -> str:
+        said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return said if key == "answer" else f"{key}: {said}"
+
+    return "\n".join(line(*item) for item in judged.expected.items())
 
 
 def _remarks(t: Locale, a: Answer) -> tuple[str, ...]:
