@@ -130,6 +130,21 @@ def test_a_record_without_sections_says_how_to_measure_each():
     assert "not measured" not in seen().text("sum-untested")
 
 
+@pytest.mark.parametrize("out", ["small", "small.gguf"])
+def test_answers_that_were_measured_are_not_called_unmeasured(out):
+    def told(record):
+        found = seen(put(record, "verification.checkpoint", out), bare_plan())
+        return [found.text("sum-untested"), found.text("answers")]
+
+    own = sparse(prompts=complete().prompts)
+    for text in told(own):
+        assert "Answers to your own" not in text
+        assert "Answers to prompts" not in text
+        assert ("not compared" in text) == (out == "small")
+    for text in told(put(own, "prompts.source", "default")):
+        assert "Answers to your own prompts: not measured" in text
+
+
 @pytest.mark.parametrize(
     ("record", "tone", "text"),
     [
@@ -417,6 +432,7 @@ def variety():
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
     yield healed(), chosen
+    yield complete(answers=None), chosen
     yield complete(kept=True, file_nbytes=9), chosen
     heldout = chosen.curve.heldout
     own = replace(repaired().evaluation, windows=heldout.windows, length=heldout.length)

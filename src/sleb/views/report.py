@@ -14,6 +14,7 @@ from math import inf
 from pathlib import Path
 
 from sleb.acceptance import LIMITS, ungated
+from sleb.calibration.answers import DEFAULT
 from sleb.core.errors import InputError
 from sleb.core.files import writable_target, write_text
 from sleb.core.plan import Plan
@@ -114,9 +115,7 @@ class Report:
                 "sum-{}",
                 "summary.{}",
                 {
-                    "worst": lambda: (
-                        quality.worst_pair(t, r.answers, r.prompts) or self._missing(self._asks)
-                    ),
+                    "worst": lambda: quality.worst_pair(t, r.answers, r.prompts) or self._unasked(),
                     "removed": self._removed,
                     "quality": self._quality,
                     "servers": lambda: speed.servers(t, r.speed, self._ratios),
@@ -175,10 +174,16 @@ class Report:
         """That something was not measured, and the command that measures it."""
         return [Missing(self.t(f"missing.{key}", command=self._command(key)))]
 
-    @property
-    def _asks(self) -> str:
-        """What asks for answers; both models' own texts are not compared where one is a file."""
-        return "kept" if self._out.endswith(".gguf") else "answers"
+    def _unasked(self) -> list[Item]:
+        """What of answers to the user's own prompts was not measured, and the command for it; both
+        models' own texts are not compared where one is a file."""
+        kept, file = self.record.prompts, self._out.endswith(".gguf")
+        own = kept is not None and kept.source.split(", ") != [DEFAULT]
+        if own and file:
+            return []
+        key = "compared" if own else "answers" if kept or not file else "kept"
+        command = self._command("kept" if file else "answers")
+        return [Missing(self.t(f"missing.{key}", command=command))]
 
     @property
     def _repaired(self) -> int:
@@ -274,8 +279,12 @@ class Report:
     def _untested(self) -> list[Item]:
         names = ["evaluation", "tasks", "answers", "speed", "transfer"]
         lacking = [name for name in names if not getattr(self.record, name)]
-        lacking = [self._asks if name == "answers" else name for name in lacking]
-        lines = [self.t(f"missing.{name}", command=self._command(name)) for name in lacking]
+        lines = [
+            item.text
+            for name in lacking
+            for item in (self._unasked() if name == "answers" else self._missing(name))
+            if isinstance(item, Missing)
+        ]
         left_out = self.record.speed.skipped if self.record.speed else ()
         lines += [speed.skipped(self.t, what) for what in left_out]
         return [Listing((*lines, self.t("untested.other")))]
@@ -317,7 +326,7 @@ class Report:
                 "texts": self._texts,
                 "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
                 "answers": lambda: [
-                    *(quality.answers(t, r.answers) if r.answers else self._missing(self._asks)),
+                    *(quality.answers(t, r.answers) if r.answers else self._unasked()),
                     *quality.examples(t, r.prompts),
                 ],
                 "speed": lambda: speed.speed(t, r.speed) if r.speed else self._missing("speed"),
