@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from unittest.mock import patch
 
 import pytest
+from markupsafe import Markup
 from rich.console import Console
 
 from cli_tools import COMMANDS
@@ -231,14 +232,32 @@ def test_runs_stand_side_by_side_and_what_differs_is_said(tmp_path):
     said = str(made.summary)
     for told in ("The originals are the same", "on different text", "The tasks and their items"):
         assert told in said
-    assert "prompts in every run" in said
-    same = str(comparison(EN, runs[:1] * 2, {}).summary)
+    assert "(sleb compare)" not in said  # which one of them alone has
+    same = str(comparison(EN, [runs[0], ("c", *runs[0][1:])], {}).summary)
     assert "different" not in same
+    assert "prompts in each run" in same
     folders = [save(tmp_path / name, record, p) for name, record, p in runs]
     found = Seen(write_report(folders, tmp_path / "r.html", "ja").read_text(encoding="utf-8"))
     assert len(found.ids) == len({*found.ids})
     assert all(link.removeprefix("#") in found.ids for link in found.links)
     assert {"worst-0", "worst-1", "provenance"} <= {*found.ids}
+
+
+def test_runs_are_compared_by_what_they_have():
+    """What one run alone has is not said to be the same; of three, who has it is named."""
+    full, none = (complete(), plan()), (sparse(), plan())
+
+    def told(*runs):
+        (lines, _) = comparison(EN, [(name, *run) for name, run in runs], {}).summary[1].items
+        return [Markup(line).striptags() for line in lines.lines]
+
+    (model,) = told(("a", full), ("b", none))
+    assert model == "The originals are the same."
+    both = told(("a", full), ("b", full))
+    assert len(both) == 6
+    assert told(("a", full), ("b", none), ("c", full)) == [
+        model, *(f"a, c: {line}" for line in both[1:])
+    ]  # fmt: skip
 
 
 def test_names_are_as_short_as_tells_them_apart():
@@ -530,6 +549,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
         drawn(complete().tasks)
         for one, two in side_by_side():
             comparison(EN, [("a", *one), ("b", *two)], {})
+            comparison(EN, [("a", *one), ("b", *two), ("c", sparse(), bare_plan())], {})
     by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
     by_name |= {"found", "must", "rules", "roles"}
     known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}

@@ -138,7 +138,8 @@ def _made(t: Locale, runs: Sequence[Run]) -> Table:
 
 
 def _alike(t: Locale, runs: Sequence[Run]) -> tuple[Item, ...]:
-    """Which figures were measured on the same, and so can be compared."""
+    """Which figures were measured on the same, and so can be compared: of the runs that have
+    them, where these are two or more."""
     materials: dict[str, Callable[[RunRecord, Plan], object]] = {
         "model": lambda r, p: p.model.weights_sha256,
         "texts": lambda r, p: _texts(r, p) if r.evaluation else None,
@@ -153,9 +154,13 @@ def _alike(t: Locale, runs: Sequence[Run]) -> tuple[Item, ...]:
     }
     lines = []
     for key, of in materials.items():
-        seen = {repr(found) for _, r, p in runs if (found := of(r, p)) is not None}
-        if seen:
-            lines.append(t(f"compare.{'same' if len(seen) == 1 else 'other'}_{key}"))
+        seen = {name: repr(found) for name, r, p in runs if (found := of(r, p)) is not None}
+        if len(seen) < 2:
+            continue
+        said = t(f"compare.{'same' if len({*seen.values()}) == 1 else 'other'}_{key}")
+        lines.append(
+            said if len(seen) == len(runs) else t("compare.of", runs=t.join(seen), said=said)
+        )
     return (Listing(tuple(lines)), Text(t("compare.unpaired")))
 
 
