@@ -123,3 +123,14 @@ def test_sizes_of_a_folder_from_a_file_are_of_one_kind(here, capsys):
     ratio = record.nbytes[1] / record.nbytes[0]
     assert ratio == pytest.approx(record.parameters[1] / record.parameters[0])
     assert any(line.startswith("the .gguf file") for line in ran.out.splitlines())
+
+
+def test_what_a_cut_of_a_file_is_taken_back_to_is_called_a_folder(here, capsys):
+    words = ["--remove", 2, "--no-repair", "-o", "s", *WORDS]
+    assert run(capsys, "prune", "m.gguf", *words).code == 0
+    card = Path("s/README.md").read_text()
+    assert "does not rebuild the .gguf file" in " ".join(card.split())
+    ran = run(capsys, "restore", "s", "-o", "back")
+    assert "folder of 16-bit weights" in " ".join(ran.out.split())
+    assert run(capsys, "restore", "s", "-o", "less", "--depth", 1).code == 0
+    assert "does not rebuild the .gguf" in " ".join(Path("less/README.md").read_text().split())

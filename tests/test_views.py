@@ -38,6 +38,7 @@ from sleb.runtimes.bench import Skipped
 from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
+from sleb.surgery.restore import Restored
 from sleb.views.card import model_card
 from sleb.views.compare import comparison
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
@@ -285,6 +286,27 @@ def test_one_text_is_all_texts_on_page_one():
     ]
 
 
+def test_a_folder_from_a_gguf_file_stands_beside_that_file(tmp_path):
+    """Its size on page one, and what can be rebuilt: the folder it was read as."""
+    after = complete().nbytes[1]
+    for file, said in (
+        (after - 1, "larger than the .gguf file"),
+        (after + 1, "the .gguf file that"),
+    ):
+        found = seen(complete(file_nbytes=file, gate=None))
+        (row,) = (row for row in found.rows["summary"] if row[0].startswith("weights on disk"))
+        assert "16 bits" in row[0]
+        assert said in row[0]
+        assert EN.size(file).translate(INVISIBLE) in row[0]
+    assert ".gguf" not in seen(complete(gate=None)).text("summary")
+    card = model_card(plan(), complete(file_nbytes=9), tmp_path, kept=True)
+    assert "The original is kept too" not in card
+    assert "folder of 16-bit weights" in card
+    back = Restored(path="B", removed=(), blocks=4, nbytes=9, repair_undone=False, from_gguf=True)
+    assert "folder of 16-bit weights" in drawn(back)
+    assert "the original, byte" in drawn(replace(back, from_gguf=False))
+
+
 def test_a_lost_right_answer_is_the_worst_beside_what_was_expected_and_a_won_one_never_is():
     pairs = complete().answers.pairs
     lost = Judged(expected={"answer": "30 days", "regex": "keep"}, dense=True, pruned=False)
@@ -453,6 +475,7 @@ def variety():
     yield healed(), chosen
     yield complete(answers=None), chosen
     yield complete(kept=True, file_nbytes=9), chosen
+    yield complete(file_nbytes=10**12), chosen
     heldout = chosen.curve.heldout
     own = replace(repaired().evaluation, windows=heldout.windows, length=heldout.length)
     yield repaired(evaluation=own), repaired_plan()

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sleb.core.plan import Origin, Plan
 from sleb.core.printable import printable
@@ -70,6 +70,13 @@ _ROLLBACK = """
 The original is kept too: `sleb restore PATH -o ORIGINAL` rebuilds it bit for bit from this \
 folder and its `rollback/`, `--depth K` a smaller cut.
 """
+_ROLLBACK_FOLDER = """
+## Roll back
+
+The original, a .gguf file, was read as a folder of 16-bit weights. `sleb restore PATH -o \
+ORIGINAL` rebuilds that folder bit for bit from this one and its `rollback/`, `--depth K` a \
+smaller cut; it does not rebuild the .gguf file.
+"""
 
 
 def cut_card(
@@ -80,13 +87,13 @@ def cut_card(
     how: str = "",
     command: str = "",
     measured: Sequence[str] = (),
-    kept: bool = False,
+    kept: Literal["", "original", "folder"] = "",
     results: Sequence[EvalResult] = (),
 ) -> str:
     """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
     as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
     ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it;
-    ``kept``: it has a side-car."""
+    ``kept``: what its side-car rebuilds, of a GGUF file the folder that this was read as."""
     of = plan.model
     listed: dict[str, Any] = {}
     if results:
@@ -104,7 +111,7 @@ def cut_card(
         how=f"{how} " if how else "",
         measured="\n".join([*([*_fenced(command), ""] if command else []), told.rstrip()]),
         provenance="\n".join(_provenance(plan, source, model)),
-        rollback=_ROLLBACK if kept else "",
+        rollback={"original": _ROLLBACK, "folder": _ROLLBACK_FOLDER}.get(kept, ""),
     )
 
 

@@ -114,7 +114,13 @@ def apply(
             finish(stage)
         if not (stage / "README.md").exists():
             how = "Written by `sleb apply`."
-            card = cut_card(used, source.path, how=how, kept=config.keep, model=source.ref)
+            card = cut_card(
+                used,
+                source.path,
+                how=how,
+                kept="" if not config.keep else "folder" if source.is_gguf else "original",
+                model=source.ref,
+            )
             (stage / "README.md").write_text(card, encoding="utf-8")
         write_sums(stage, progress)
     return out

@@ -7,6 +7,7 @@ import struct
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
@@ -23,13 +24,16 @@ from sleb.surgery.rollback_original import Original, open_original
 @dataclass(frozen=True, kw_only=True)
 class Restored:
     """What :func:`restore` wrote: ``removed`` blocks are still out of it, ``blocks`` are in it.
-    ``repair_undone``: the cut was repaired, and what was written is not."""
+    ``repair_undone``: the cut was repaired, and what was written is not. ``from_gguf``: the
+    original was a GGUF file, and what was written is the folder of 16-bit weights that it was read
+    as."""
 
     path: str
     removed: tuple[int, ...]
     blocks: int
     nbytes: int
     repair_undone: bool
+    from_gguf: bool = False
 
 
 @takes(RestoreConfig)
@@ -72,6 +76,7 @@ def restore(
         blocks=plan.model.blocks - len(removed),
         nbytes=nbytes,
         repair_undone=plan.repair is not None and removed != plan.removed,
+        from_gguf=original.spelled_twice,
     )
 
 
@@ -129,6 +134,7 @@ def _write_cut(
             f"Written by `sleb restore --depth {depth}` from a deeper cut and what it had kept of "
             "the original."
         )
-        card = cut_card(used, Path(folder), how=how, kept=True)
+        kept: Literal["folder", "original"] = "folder" if original.spelled_twice else "original"
+        card = cut_card(used, Path(folder), how=how, kept=kept)
         (stage / "README.md").write_text(card, encoding="utf-8")
     write_sums(stage, progress)

@@ -29,7 +29,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         model=record.model,
         command=record.command,
         measured=markdown(_measured(Locale("en"), record)),
-        kept=kept,
+        kept="" if not kept else "original" if record.file_nbytes is None else "folder",
         results=results(record),
     )
 

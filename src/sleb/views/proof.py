@@ -94,9 +94,11 @@ def gate_table(
     fill: Callable[[str], str] = str,
     short: bool = False,
     note: str = "",
+    file_nbytes: int | None = None,
 ) -> Table:
     """What was measured, its worst case, the limit, and whether it is kept. ``speed`` has the
-    cases, ``fill`` puts names into a command. ``short``: nothing of what would tell."""
+    cases, ``fill`` puts names into a command. ``short``: nothing of what would tell.
+    ``file_nbytes``: of the GGUF file that was given, beside whose size that of a folder stands."""
 
     def measured(row: GateRow) -> str:
         if row.measured is None:
@@ -105,6 +107,13 @@ def gate_table(
         if row.unit == "MB" and row.dense is not None:
             return t("gate.of", value=shown, dense=t.figure(row.dense, row.unit))
         return shown
+
+    def named(row: GateRow) -> str:
+        name = _limit_name(t, row, speed, called)
+        if row.name != "size.max_mb" or file_nbytes is None or row.measured is None:
+            return name
+        key = "larger" if row.measured > file_nbytes / 1e6 else "not_larger"
+        return t(f"gate.{key}", name=name, size=t.size(file_nbytes))
 
     def allowed(row: GateRow) -> str:
         bound = "gate.at_most" if row.at_most else "gate.at_least"
@@ -119,7 +128,7 @@ def gate_table(
 
     called = names(row.path for row in rows if row.path)
     columns: Columns = {
-        "limit_of": lambda row: _limit_name(t, row, speed, called),
+        "limit_of": named,
         "measured": measured,
         "worst": lambda row: DASH if row.worst is None else t.figure(row.worst, row.unit),
         "limit": allowed,

@@ -232,7 +232,9 @@ class Report:
         note = self.t("gate.legend")
         if len(shown) < len(rows):
             note += self.t("gate.more", count=len(rows) - len(shown))
-        return proof.gate_table(self.t, shown, speed=r.speed, fill=self._fill, note=note)
+        return proof.gate_table(
+            self.t, shown, speed=r.speed, fill=self._fill, note=note, file_nbytes=r.file_nbytes
+        )
 
     def _removed(self) -> list[Item]:
         t, r, repair = self.t, self.record, self.plan.repair
@@ -390,7 +392,14 @@ class Report:
         if gate is None:
             return [Missing(t("verdict.none_text", command=self._command("gate")))]
         note = t("gate.note")
-        table = proof.gate_table(t, gate.rows, speed=self.record.speed, fill=self._fill, note=note)
+        table = proof.gate_table(
+            t,
+            gate.rows,
+            speed=self.record.speed,
+            fill=self._fill,
+            note=note,
+            file_nbytes=self.record.file_nbytes,
+        )
         return [Text(t("gate.text")), table]
 
 

@@ -254,7 +254,10 @@ def _(done: Pushed) -> list[Item]:
 @items.register
 def _(r: Restored) -> list[Item]:
     """What was restored, and what is no longer in it."""
-    what = f"removed {T.join(r.removed)}" if r.removed else "the original, byte for byte"
+    whole = "the original"
+    if r.from_gguf:
+        whole = "the folder of 16-bit weights that the .gguf file was read as"
+    what = f"removed {T.join(r.removed)}" if r.removed else f"{whole}, byte for byte"
     lines = [f"{r.path}: {r.blocks} blocks, {T.size(r.nbytes)}; {what}"]
     if r.repair_undone and r.removed:
         lines.append(
