@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from report_plan import plan
-from report_tools import complete
+from report_tools import complete, put
 from sleb.core.card import cut_card, front_matter, inherited, with_section
 from sleb.core.printable import printable
 from sleb.views.card import model_card
@@ -114,6 +114,26 @@ def test_a_section_says_that_what_stands_above_is_of_before(tmp_path):
     card = with_section(tmp_path, "Healed", ["done"])
     assert card.startswith("# cut\n\n## Healed\n\nWhat is said above")
     assert card.endswith("done\n")
+
+
+def test_the_card_names_no_folder_of_its_author(tmp_path):
+    home = "/home/me/My work"
+    command = f"sleb prune '{home}/clerk' --text 'mail={home}/m.jsonl' --text=/data/b.txt -o ~/out"
+    record = complete(command=command, model=f"{home}/clerk")
+    for path, new in {
+        "prompts.source": "/home/me/p.jsonl, C:\\me\\q.jsonl",
+        "evaluation_text.source": "given",
+        "evaluation_text.texts": ("/home/me/a.jsonl", "b.txt"),
+        "speed.models.0.path": "/home/me/clerk",
+        "draft.drafts.0.path": "/home/me/small",
+    }.items():
+        record = put(record, path, new)
+    card = model_card(plan(), record, tmp_path)
+    for told in ("home", "My work", "/data", "~", "me\\"):
+        assert told not in card, told
+    assert "\nsleb prune clerk --text mail=m.jsonl --text=b.txt -o out\n" in card
+    assert "a.jsonl, b.txt" in card
+    assert "https://huggingface.co" in model_card(plan(), complete(model="a/b"), tmp_path)
 
 
 def test_what_was_measured_is_the_model_index_of_the_card_alone(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,31 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
+_ROOT = r"(?:(?:~[\w.-]*)?/|[A-Za-z]:[\\/])"
+_WORD = re.compile(rf"(?<![^\s=\"'`(,]){_ROOT}[^\s\"'`,;)]+")
+_ARGUMENT = re.compile(rf"(^|=){_ROOT}.+", re.DOTALL)
+
+
+def _unrooted(text: str) -> str:
+    """``text`` with the last part alone of every absolute path, which would tell who reads the card
+    how the author's disk is laid out."""
+    return _WORD.sub(lambda found: _last(found[0]), text)
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _published(command: str) -> str:
+    """The same of a command, whose arguments may have spaces."""
+    try:
+        given = shlex.split(command)
+    except ValueError:  # a record of others, in which it is no command
+        return _unrooted(command)
+    words = [_ARGUMENT.sub(lambda found: found[1] + _last(found[0]), word) for word in given]
+    return command if words == given else shlex.join(words)
+
+
 def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = False) -> str:
     """README.md with metadata. ``source`` is the original's folder: its licence is carried over.
     ``kept``: the checkpoint has a side-car to restore the original from."""
@@ -27,8 +54,8 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         plan,
         source,
         model=record.model,
-        command=record.command,
-        measured=markdown(_measured(Locale("en"), record)),
+        command=_published(record.command),
+        measured=[*map(_unrooted, markdown(_measured(Locale("en"), record)))],
         kept="" if not kept else "original" if record.file_nbytes is None else "folder",
         results=results(record),
     )
@@ -43,8 +70,8 @@ def results(r: RunRecord) -> list[EvalResult]:
         return EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=printable(of),
-            dataset_config=printable(of),  # by which a hub tells them apart
+            dataset_name=printable(_unrooted(of)),
+            dataset_config=printable(_unrooted(of)),  # by which a hub tells them apart
             metric_type=printable(metric),
             metric_value=round(value, 4),
             metric_name=name,
