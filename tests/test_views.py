@@ -342,9 +342,32 @@ def test_one_measurement_has_no_interval_and_says_so(nothing):
     found = seen(put(record, "similarity.3", (NAN,) * 13), charts=True)
     rows = [row for row in found.rows["summary"] if row[0].startswith(("speed", "perplexity"))]
     assert ("1.5×", "–") in {tuple(row[1:3]) for row in rows}
-    assert "about 6.7 busy; no interval" in found.text("sum-servers")
+    assert "No saving is claimed" in found.text("sum-servers")
     assert "nan" not in found.text("summary").lower()
     assert "None" not in found.source
+
+
+def test_a_saving_of_servers_is_claimed_only_where_the_worse_end_is_above_1():
+    """Whatever the other cases are, it is said of the one that is like a server's load."""
+    shown = seen().text("sum-servers")
+    assert "would keep about" in shown
+    for low, claimed in ((1.01, True), (1.0, False), (0.9, False)):
+        record = complete()
+        for i in range(4):
+            ratio = record.speed.ratios[i].ratio
+            record = put(record, f"speed.ratios.{i}.ratio", replace(ratio, low=low))
+        text = seen(record).text("sum-servers")
+        assert ("would keep about" in text) == claimed
+        assert ("No saving is claimed" in text) != claimed
+
+
+def test_right_answers_kept_are_on_page_one_without_a_limit():
+    def bars(record):
+        return [row[0] for row in page(record).verdict.table.rows]
+
+    assert "right answers kept" in bars(complete(gate=None))
+    unjudged = put(complete(gate=None), "prompts.right", None)
+    assert "right answers kept" not in bars(unjudged)
 
 
 def test_figures_that_are_not_finite_are_not_numbers_on_the_page():

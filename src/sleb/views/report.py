@@ -30,7 +30,7 @@ from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Table, 
 ROWS = 5
 """Of one limit, as of several texts, that page one has room for."""
 GLANCE = {
-    *("answers.min_agreement", "perplexity.max_ratio", "speed.min_speedup"),
+    *("answers.min_agreement", "answers.min_right", "perplexity.max_ratio", "speed.min_speedup"),
     *("memory.max_mb", "size.max_mb"),
 }
 """Limits whose figures are on page one also where the gate does not set them."""

@@ -209,7 +209,8 @@ def _model(s: Speed, runtime: str, path: str) -> Measured | None:
 def servers(t: Locale, s: Speed | None, found: tuple[Ratio, ...]) -> list[Item]:
     """What the measured ratio of one case means for a load that keeps SERVERS servers busy.
 
-    The case is the one that generates most tokens at once, which is how servers work.
+    The case is the one that generates most tokens at once, which is how servers work. Nothing is
+    claimed but of a ratio that is above 1 at its worse end too.
     """
     none: list[Item] = [Missing(t("servers.none"))]
     sizes: Mapping[str, Any] = (
@@ -228,22 +229,21 @@ def servers(t: Locale, s: Speed | None, found: tuple[Ratio, ...]) -> list[Item]:
         return t.number(SERVERS / ratio, 1)
 
     low, high = chosen.ratio.low, chosen.ratio.high
+    if low is None or high is None or not low > 1:
+        told = {"case": case(t, s, chosen.case), "ratio": t.interval(chosen.ratio, t.times)}
+        return [Text(t("servers.unclear", **told))]
     words = {
         "load": t.count(round(SERVERS * run.tokens_per_second)),
         "each": t.number(run.tokens_per_second, 1),
         "now": SERVERS,
         "then": needed(chosen.ratio.value),
     }
-    items: list[Item] = []
-    if low is not None and high is not None and low > 0:  # the larger the ratio, the fewer servers
-        ends = {"low": needed(high), "high": needed(low)}
-        items.append(Text(t("servers.interval", **words, **ends)))
-        if low <= 1 <= high:
-            items.append(Text(t("servers.noise")))
-    else:
-        items.append(Text(t("servers.value", **words)))
+    ends = {"low": needed(high), "high": needed(low)}  # the larger the ratio, the fewer servers
     setting = {"case": case(t, s, chosen.case), "runtime": chosen.runtime, "device": s.device}
-    return [*items, Text(t("servers.assumption", **setting))]
+    return [
+        Text(t("servers.interval", **words, **ends)),
+        Text(t("servers.assumption", **setting)),
+    ]
 
 
 # -- runtimes and drafts -------------------------------------------------------------------------
