@@ -14,8 +14,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from report_plan import bare_plan
-from report_tools import SECTIONS, big, hostile, html, sparse
+from report_plan import bare_plan, repaired_plan
+from report_tools import SECTIONS, big, hostile, html, repaired, sparse
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HARNESS = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
@@ -37,6 +37,8 @@ window.onload = () => {
       .map(e => e.id),
     charts: [...d.querySelectorAll(".chart svg")].map(e => [size(e).width, size(e).height]),
     inks: [...d.querySelectorAll(".chart svg text")].map(e => w.getComputedStyle(e).fill),
+    scrolled: [...d.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1)
+      .map(e => w.getComputedStyle(e).backgroundImage),
     ink: w.getComputedStyle(d.body).color,
     bars: [...d.querySelectorAll(".meter")].map(e => [size(e).width, size(e).height]),
     glossary: d.querySelector("#term-block").checkVisibility(), rules: d.styleSheets.length,
@@ -110,6 +112,14 @@ def test_the_page_fits_and_asks_for_nothing(browser, tmp_path, made, lang, width
     assert all(w > 250 and h > 100 for w, h in found["charts"])
     assert {*found["inks"]} <= {found["ink"], "rgb(181, 84, 28)"}  # and the chosen point's
     assert all(w > 100 and 4 < h < 20 for w, h in found["bars"])
+
+
+@pytest.mark.parametrize("width", [600, 1280])
+def test_a_table_that_goes_on_at_the_side_is_shaded_there(browser, tmp_path, width):
+    """Some systems show no scroll bar before one scrolls."""
+    found, _, _ = look(browser, tmp_path, html(repaired(), repaired_plan()), width)
+    assert found["scrolled"] or width == 1280
+    assert all(shown.count("linear-gradient") == 4 for shown in found["scrolled"])
 
 
 def test_the_browser_test_can_fail(browser, tmp_path):

@@ -325,6 +325,16 @@ def test_a_lost_right_answer_is_the_worst_beside_what_was_expected_and_a_won_one
     assert "expected Thursday" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("\n\n  \n  a\n\n b \n\n", "  a\n\n b"), ("a", "a"), ("  a", "  a"), ("\n \n", ""), (" ", "")],
+)
+def test_both_texts_of_a_pair_begin_at_the_top(text, shown):
+    record = put(sparse(prompts=complete().prompts), "prompts.worst.0.pruned", text)
+    (pair,) = page(record, bare_plan()).summary[0].items[1:]
+    assert pair.pruned.text == shown
+
+
 def test_how_to_go_back_names_restore_where_its_side_car_is():
     assert "sleb restore" not in seen().text("sum-rollback")
     text = seen(complete(kept=True)).text("sum-rollback")

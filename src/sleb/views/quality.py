@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,8 @@ from sleb.views.model import (
     Text,
 )
 
+BLANK = re.compile(r"\A(?:[^\S\n]*\n)+|\s+\Z")
+"""Blank lines before a text, whose first line keeps its indent, and what is blank after it."""
 PAIRS = 6
 """Pairs of answers on a page; a terminal shows half as many."""
 ROWS = 5  # of a table that page one has room for
@@ -366,11 +369,13 @@ def _side_by_side(
 
     def answered(of: str, said: Said, right: bool) -> Answered:
         first = (t("answers.right" if right else "answers.wrong"),) if judged else ()
-        return Answered(name=t(f"answers.{of}"), text=said[0], remarks=(*first, *said[1]))
+        return Answered(
+            name=t(f"answers.{of}"), text=BLANK.sub("", said[0]), remarks=(*first, *said[1])
+        )
 
     return SideBySide(
         title=t("answers.prompt", id=name),
-        prompt=tuple(Answered(name=name, text=text) for name, text in asked),
+        prompt=tuple(Answered(name=name, text=BLANK.sub("", text)) for name, text in asked),
         dense=answered("dense", dense, judged is not None and judged.dense),
         pruned=answered("pruned", pruned, judged is not None and judged.pruned),
         note=note,
