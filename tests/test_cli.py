@@ -139,7 +139,11 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert card.data.license_link == "https://licence.invalid"
     assert card.data.base_model is None  # a folder is no name that others could look up
     assert card.data.tags == ["sleb", "pruned", "block-pruning"]
-    assert f"\n```\n{record['command']}\n```\n" in card.text
+    published = shlex.join(
+        ["sleb", *(Path(word).name if word[0] == "/" else word for word in arguments)]
+    )
+    assert f"\n```\n{published}\n```\n" in card.text
+    assert str(tmp_path) not in card.text
     shown = run(capsys, *arguments, "--force", "--json")
     assert shown.code == 0
     again = json.loads((out / "run.json").read_text())
