@@ -8,7 +8,7 @@ FOLDER holds the texts of texts.py, on whose calibration part cuts are made; pro
 to them, ``answers/*_fit.jsonl``; and others of the same kinds that are asked in the end,
 ``answers/code_dev.jsonl`` (``prompt``, ``tests``) and ``math_dev.jsonl`` (``prompt``, ``answer``).
 Perplexity is over the dense model's, on all test texts. Rows that are in out.json already are not
-made again. The code that a model writes is run: see
+made again, only timed: speeds are of one run. The code that a model writes is run: see
 `sleb eval --run-code`.
 """
 
@@ -52,6 +52,7 @@ HEALING = (
     "best_step",
     "lr",
     "rates",
+    "trials",
     "checks",
     "passes",
     "seconds",
@@ -78,7 +79,7 @@ class Measure:
 
     def of(self, model: LoadedModel) -> dict[str, Any]:
         """What is measured of a model: by kind of prompt, by text, and of a pass."""
-        found: dict[str, Any] = {"ms": round(1000 * self._seconds(model), 2)}
+        found: dict[str, Any] = {"ms": self.milliseconds(model)}
         for kind, prompts in self.prompts.items():
             ids = prompt_ids(model, prompts, self.options.new)
             said = model.tokenizer.batch_decode(
@@ -114,7 +115,7 @@ class Measure:
         return {name: quality.loss.value for name, quality in domains.items()}
 
     @torch.inference_mode()
-    def _seconds(self, model: LoadedModel) -> float:
+    def milliseconds(self, model: LoadedModel) -> float:
         """Of reading a batch of prompts."""
         device = model.stack.input_device
         ids = torch.zeros(PROMPT, dtype=torch.long, device=device)
@@ -123,7 +124,7 @@ class Measure:
         def read() -> None:
             network(input_ids=ids, use_cache=False, logits_to_keep=1)
 
-        return min(measure(device, read)[1] for _ in range(8))
+        return round(1000 * min(measure(device, read)[1] for _ in range(8)), 2)
 
 
 def options_of(parser: argparse.ArgumentParser) -> None:
@@ -168,9 +169,11 @@ class Bench:
         }
         self.searched = {"windows": options.windows, "length": options.length}
         self.model = sleb.load(options.model, device=options.device)
+        self.orders: dict[tuple[str, int], tuple[int, ...]] = {}
         if options.out.is_file():
             self.report: dict[str, Any] = json.loads(options.out.read_text())
             self.measured.dense = self.report["dense"]
+            self.time_again()
             return
         self.report = {
             "model": Path(options.model).name,
@@ -181,6 +184,17 @@ class Bench:
             "cuts": [],
         }
         save(options.out, self.report)
+
+    def time_again(self) -> None:
+        """The dense model and every cut, which takes as long as the original without the blocks."""
+        dense = self.report["dense"]
+        for row in (dense, *self.report["cuts"]):
+            with self.model.stack.bypassed(row.get("removed", ())):
+                row["ms"] = self.measured.milliseconds(self.model)
+            if row is not dense:
+                row["speedup"] = round(dense["ms"] / row["ms"], 3)
+        self.report |= setting(self.model.stack.input_device, self.model.stack.dtype)
+        save(self.options.out, self.report)
 
     def has(self, system: str, depth: int) -> bool:
         """Whether a row is there."""
@@ -199,16 +213,26 @@ class Bench:
     def load(self, folder: str | Path) -> LoadedModel:
         return sleb.load(folder, device=self.options.device)
 
-    def plain(self, name: str, depth: int) -> None:
+    def plain(self, name: str, depth: int, deepest: int) -> None:
         """A cut without a repair: the blocks are bypassed, which is the cut to the bit."""
-        asked_for = {key: value for key, value in SYSTEMS[name].items() if key != "repair"}
         start = time.perf_counter()
-        text = {key: self.given[key] for key in ("text", "device")}
-        source = self.model.source.path
-        found = sleb.search(source, remove=depth, **self.searched, **text, **asked_for)
+        removed = tuple(sorted(self.order(name, depth, deepest)[:depth]))
         seconds = round(time.perf_counter() - start, 1)
-        with self.model.stack.bypassed(found.removed):
-            self.add(name, self.model, removed=found.removed, seconds=seconds)
+        with self.model.stack.bypassed(removed):
+            self.add(name, self.model, removed=removed, seconds=seconds)
+
+    def order(self, name: str, depth: int, deepest: int) -> tuple[int, ...]:
+        """In which a plain system removes blocks. But for a window, where each depth has its own,
+        one search serves all."""
+        asked_for = {key: value for key, value in SYSTEMS[name].items() if key != "repair"}
+        key = name, depth if asked_for.get("strategy") == "window" else deepest
+        if key not in self.orders:
+            text = {key: self.given[key] for key in ("text", "device")}
+            found = sleb.search(
+                self.model.source.path, remove=key[1], **self.searched, **text, **asked_for
+            )
+            self.orders[key] = found.order
+        return self.orders[key]
 
     def pruned(self, name: str, depth: int) -> None:
         """What `sleb prune` leaves."""
@@ -249,11 +273,15 @@ def main() -> None:
         for cut in options.cuts:
             name, folder = cut.split("=", 1)
             bench.add(name, bench.load(folder))
+        depths = [int(n) for n in options.removed.split(",") if n]
         for name in options.systems.split(","):
-            for depth in (int(n) for n in options.removed.split(",") if n):
-                if not bench.has(name, depth):
-                    plain = SYSTEMS[name].get("repair") is False
-                    (bench.plain if plain else bench.pruned)(name, depth)
+            for depth in depths:
+                if bench.has(name, depth):
+                    continue
+                if SYSTEMS[name].get("repair") is False:
+                    bench.plain(name, depth, max(depths))
+                else:
+                    bench.pruned(name, depth)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from sleb.core.progress import silent
 from sleb.distillation import heal, training
 from sleb.distillation.loss import Batch, lengths
 from sleb.distillation.mix import TEXTS, Material, evenly, heal_windows, rows_of
-from sleb.distillation.state import LOWERED, Schedule, TrainingState
+from sleb.distillation.state import LOWER, LOWERED, Schedule, TrainingState
 from sleb.distillation.student import Student
 from sleb.evaluation.perplexity import evaluate
 from sleb.repairs import answering
@@ -160,11 +160,36 @@ def test_no_rate_is_too_high_and_none_has_to_be_given(home, tmp_path):
     assert none.overall.healed_divergence.value < 0.7 * none.overall.cut_divergence.value
     assert [rate for rate, _ in none.rates][:3] == [0, *training.RATES[:2]]
     assert none.lr == min(none.rates, key=lambda pair: pair[1])[0]
+
     # the test leaves no trace: the same run with the rate that it found
     given = healed(home, tmp_path / "G", lr=none.lr)
     assert given.checks == none.checks
     wild = Schedule(steps=9).over(TrainingState(step=3, lowered=LOWERED + 1))
     assert wild == "no-gain"
+
+
+def test_short_runs_go_on_from_the_range_test_to_the_rate_that_trains_best(
+    home, tmp_path, monkeypatch
+):
+    """Where a run has steps for them, the rate is that of the best short run, neighbours of which
+    are worse or were not left to be tried; and what these trained is undone."""
+    monkeypatch.setattr(training, "TEST", 2)  # half of the run, so that it may be small
+    begun, steps = [], training.Training._steps
+
+    def noted(self, *args):
+        weights = self.student.trained
+        begun.append(all(torch.equal(weights[name], self.best[name]) for name in weights))
+        return steps(self, *args)
+
+    monkeypatch.setattr(training.Training, "_steps", noted)
+    done = healed(home, tmp_path / "out", lr=None, tokens=24 * 8 * 32 * 2)
+    found = dict(done.trials)
+    assert begun == [True]
+    assert 2 <= len(found) <= training.TRIALS
+    first, *others = found
+    assert first == min(done.rates[1:], key=lambda pair: pair[1])[0]
+    assert others[0] == pytest.approx(LOWER * first)
+    assert done.lr == min(found, key=found.__getitem__)
 
 
 def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp_path):

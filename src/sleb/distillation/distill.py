@@ -299,6 +299,7 @@ class Healing:
                 passes=self.mix.turns(where.step),
                 lr=where.lr / LOWER**where.lowered,
                 rates=where.rates,
+                trials=where.trials,
                 stopped=stopped,
                 seconds=round(where.seconds, 1),
                 tokens_per_second=round(where.step * self.mix.step_tokens / where.stepping),

@@ -66,11 +66,12 @@ class Healed:
     validation divergence of each kind in nats/token), of which the best one's weights were taken;
     ``passes``: how often those of a kind were gone through. ``lr``: the highest learning rate, at
     the end, and ``rates`` what a step with others made of the validation divergence, (rate,
-    nats/token), the start first. ``cut_sha256``, ``healed_sha256``: over all tensors of
-    the checkpoint that was healed, and of the result. ``repaired``: whether the cut was.
-    ``seconds``: of training, over all calls where it was stopped in between.
-    ``tokens_per_second``, ``teraflops``: of steps alone, ``product_teraflops``: of a product of two
-    large matrices in the same dtype, measured beside it. ``compiled``: whether blocks ran so.
+    nats/token), the start first, ``trials`` what short runs made of it. ``cut_sha256``,
+    ``healed_sha256``: over all tensors of the checkpoint that was healed, and of the result.
+    ``repaired``: whether the cut was. ``seconds``: of training, over all calls where it was
+    stopped in between. ``tokens_per_second``, ``teraflops``: of steps alone,
+    ``product_teraflops``: of a product of two large matrices in the same dtype, measured beside it.
+    ``compiled``: whether blocks ran so.
     So many ``processes`` shared each step; speeds are of all.
     """
 
@@ -87,6 +88,7 @@ class Healed:
     passes: dict[str, float]
     lr: float
     rates: tuple[tuple[float, float], ...]
+    trials: tuple[tuple[float, float], ...] = ()
     stopped: Reason
     seconds: float
     tokens_per_second: float

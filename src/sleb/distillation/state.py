@@ -33,8 +33,8 @@ KEY = "sleb.heal"
 class TrainingState:
     """Where a run is. ``seconds``: spent in training so far, ``stepping``: in steps alone. ``lr``:
     the highest learning rate, 0 until it is known; ``rates``: what the range test found, (rate,
-    validation divergence after a step with it). ``checks``: (step, validation divergence of each
-    kind of window, nats/token).
+    validation divergence after a step with it), ``trials``: the same of short runs. ``checks``:
+    (step, validation divergence of each kind of window, nats/token).
     ``worse``: checks since the best one, ``lowered``: how often the rate was lowered."""
 
     step: int = 0
@@ -42,6 +42,7 @@ class TrainingState:
     stepping: float = 0.0
     lr: float = 0.0
     rates: tuple[tuple[float, float], ...] = ()
+    trials: tuple[tuple[float, float], ...] = ()
     best_step: int = 0
     worse: int = 0
     lowered: int = 0
@@ -117,6 +118,7 @@ class TrainingState:
                 where = cls(**saved["progressed"])
                 where.checks = tuple((step, tuple(found)) for step, found in where.checks)
                 where.rates = tuple((rate, found) for rate, found in where.rates)
+                where.trials = tuple((rate, found) for rate, found in where.trials)
                 return where, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None

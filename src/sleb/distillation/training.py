@@ -44,7 +44,10 @@ RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of the range test, each for a step: from what changes next to nothing to what
 wrecks any model."""
 TEST = 10
-"""A range test takes one token in so many of a run's."""
+"""Finding a rate takes one token in so many of a run's: a half for single steps, the other for
+short runs."""
+TRIALS, TRIED = 3, 4
+"""Short runs at most, and steps that one has at least to tell anything."""
 PROBED = 4
 """A range test validates on one window in so many."""
 WORSE = 1.5
@@ -275,40 +278,97 @@ class Training:
 
     def _find_rate(self, stopped: Callable[[], bool], progress: Progress) -> bool:
         """A range test (1506.01186): steps from the start with rates that rise, up to where the
-        divergence does; the best one is the run's. False, with nothing changed, if it was stopped.
-        """
+        divergence does. A first step of Adam is larger than later ones, so it finds too low a rate
+        for a long run: short runs go on from it, to higher or lower rates while these are better.
+        False, with nothing changed, if it was stopped."""
         if self.lr is not None:
             self.where.lr = self.lr
             return True
-        begun, seconds = time.monotonic(), self.schedule.seconds
-        total = (self.schedule.steps or 0) * self.mix.step_tokens
-        steps = self.mix.smaller(0 if seconds else total / TEST / len(RATES))
+        begun, where = time.monotonic(), self.where
         probes = [
             Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.at_once)
             for w in self.validation.values()
         ]
-        with progress.stage("finding a learning rate", len(RATES)) as tick:
-            found = [(0.0, mean(self._divergences(probes)))]
-            for turn, rate in enumerate(RATES):
-                stepping = time.monotonic()
-                if not self._step(steps, turn, rate, stopped, lambda *_, **__: None):
-                    return False
-                if seconds and not turn:  # now it is known how large a step may be
-                    if self.on_gpu:
-                        torch.cuda.synchronize()
-                    (spent,) = _agreed(time.monotonic() - stepping)
-                    fast = steps.step_tokens / spent
-                    steps = self.mix.smaller(fast * seconds / (2 * TEST * len(RATES)))
-                found.append((rate, mean(self._divergences(probes))))
-                tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
-                if not found[-1][1] < WORSE * found[0][1]:
-                    break
+        with progress.stage("finding a learning rate", len(RATES) + TRIALS) as tick:
+            start = mean(self._divergences(probes))
+            if not self._range_test(probes, start, stopped, tick):
+                return False
+            where.lr = min(where.rates[1:], key=lambda pair: pair[1], default=RATES)[0]
+            self._again()
+            if not self._short_runs(probes, stopped, tick):
+                return False
+        if where.trials:
+            where.lr = min(where.trials, key=lambda pair: pair[1])[0]
+        where.seconds += time.monotonic() - begun
+        return True
+
+    def _again(self) -> None:
+        """From the best weights, with an optimizer that has seen nothing."""
         self.student.take(self.best)
         self._anew()
-        where = self.where
-        where.rates = tuple(pair for pair in found if math.isfinite(pair[1]))
-        where.lr = min(where.rates[1:], key=lambda pair: pair[1], default=RATES)[0]
-        where.seconds += time.monotonic() - begun
+
+    def _range_test(
+        self,
+        probes: Sequence[Validation],
+        start: float,
+        stopped: Callable[[], bool],
+        tick: Callable[..., None],
+    ) -> bool:
+        """A step with each of ``RATES``, noted in ``where.rates``; False if it was stopped."""
+        seconds = self.schedule.seconds
+        total = (self.schedule.steps or 0) * self.mix.step_tokens
+        steps = self.mix.smaller(0 if seconds else total / (2 * TEST) / len(RATES))
+        found = [(0.0, start)]
+        for turn, rate in enumerate(RATES):
+            stepping = time.monotonic()
+            if not self._step(steps, turn, rate, stopped, lambda *_, **__: None):
+                return False
+            if seconds and not turn:  # now it is known how large a step may be
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                (spent,) = _agreed(time.monotonic() - stepping)
+                fast = steps.step_tokens / spent
+                steps = self.mix.smaller(fast * seconds / (2 * TEST * len(RATES)))
+            found.append((rate, mean(self._divergences(probes))))
+            tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
+            if not found[-1][1] < WORSE * start:
+                break
+        self.where.rates = tuple(pair for pair in found if math.isfinite(pair[1]))
+        return True
+
+    def _short_runs(
+        self, probes: Sequence[Validation], stopped: Callable[[], bool], tick: Callable[..., None]
+    ) -> bool:
+        """Runs at the rate found and at neighbours of the best, noted in ``where.trials``; none
+        where one would be of too few steps. False if it was stopped."""
+        share, where = 2 * TEST * TRIALS, self.where
+        steps, seconds = self.schedule.steps, self.schedule.seconds
+        short = Schedule(
+            steps=steps and max(1, steps // share), seconds=seconds and seconds / share
+        )
+        if short.steps and short.steps < TRIED:
+            return True
+        mix, tried, rate = self.mix.smaller(math.inf), dict[float, float](), where.lr
+        while rate not in tried and len(tried) < TRIALS:
+            run, begun = TrainingState(), time.monotonic()
+            while short.over(run) is None:
+                along = rate * short.share(run.step, run.seconds)
+                if not self._step(mix, run.step, along, stopped, lambda *_, **__: None):
+                    return False
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                run.step += 1
+                (run.seconds,) = _agreed(time.monotonic() - begun)
+            if run.step < TRIED:
+                self._again()
+                return True
+            found = mean(self._divergences(probes))
+            self._again()
+            tried[rate] = found if math.isfinite(found) else math.inf
+            tick(1, note=f"{rate:g}: {found:.4f}")
+            best = min(tried, key=tried.__getitem__)
+            rate = best * LOWER if best == max(tried) else best / LOWER
+        where.trials = tuple(pair for pair in tried.items() if math.isfinite(pair[1]))
         return True
 
     def _step(
