@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.pictures import Picture
+from sleb.calibration.row_images import ImageFile
 from sleb.calibration.rows import Chat
 from sleb.core.errors import SAID, InputError, UnsupportedModel, map_exceptions
 
@@ -142,11 +142,11 @@ def row_key(chat: Chat) -> int:
     return -1 - (int.from_bytes(found.digest()[:8], "little") >> 1)
 
 
-def _content(image: Picture) -> bytes:
+def _content(image: ImageFile) -> bytes:
     return image if isinstance(image, bytes) else image.read_bytes()
 
 
-def _opened(image: Picture, where: str) -> Any:
+def _opened(image: ImageFile, where: str) -> Any:
     """An image as processors take it, as transformers opens it: upright, in RGB.
 
     Raises:

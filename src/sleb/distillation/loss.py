@@ -224,7 +224,7 @@ def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-class Remembered:
+class ActivationCache:
     """What the dense model makes of windows before its head, of which it need not read those again
     that have a place in ``nbytes`` of its device."""
 

@@ -26,9 +26,9 @@ from sleb.core.progress import Progress
 from sleb.distillation.computing import compiled, differentiable, forwards
 from sleb.distillation.local import PART, Local, Segment
 from sleb.distillation.loss import (
+    ActivationCache,
     Batch,
     HiddenLoss,
-    Remembered,
     SplitModel,
     Validation,
     backward_kl,
@@ -109,7 +109,7 @@ class Training:
         ]
         self._anew()
         self.best = self._snapshot()
-        self.known = Remembered(self.teacher, self.mix.windows, self._room())
+        self.activations = ActivationCache(self.teacher, self.mix.windows, self._room())
         found = TrainingState.load(self.path, self.settings)
         if found:
             self._restore(*found)
@@ -325,7 +325,7 @@ class Training:
             if self.at_once < 2 * max(mix.lengths):
                 raise torch.OutOfMemoryError
             self.at_once //= 2  # here, where nothing holds what the pass had made
-            self.known.forget()
+            self.activations.forget()
             self.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
@@ -349,7 +349,7 @@ class Training:
                 if stopped():
                     return STOPPED
                 batch = Batch.of(mix.windows, rows, self.split.device, weights)
-                known = None if self.hidden else self.known(rows, batch)
+                known = None if self.hidden else self.activations(rows, batch)
                 backward_kl(self.split, self.teacher, batch, known, self.hidden)
                 tick(batch.tokens * group().size, note=self._note())  # the others do as much
         except torch.OutOfMemoryError:
