@@ -23,7 +23,7 @@ from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
-from sleb.distillation.loss import Batch, lengths
+from sleb.distillation.loss import Batch
 from sleb.distillation.mix import TEXTS, Material, evenly, heal_windows, rows_of
 from sleb.distillation.state import LOWERED, Schedule, TrainingState
 from sleb.distillation.student import Student
@@ -226,7 +226,7 @@ def test_of_answers_as_many_are_learned_to_the_prompts_of_each_file(home, tmp_pa
         asked = dense.tokenizer.batch_decode(found.train[kind].ids)
         assert all(text.startswith(name) for text in asked)
     mix = found.mix(config, 3072, 32)
-    tokens = {kind: sum(lengths(w)) for kind, w in found.train.items()}
+    tokens = {kind: w.tokens for kind, w in found.train.items()}
     shares = mix.shares
     assert shares[TEXTS] == pytest.approx(1 / 2)
     assert sum(shares.values()) == pytest.approx(1)
@@ -271,7 +271,7 @@ def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monke
     few, many = (found.mix(config, tokens, 32) for tokens in (300, 10**6))
     assert few.rows.keys() == many.rows.keys() == found.train.keys()
     assert [*few.shares.values()] == pytest.approx([1 / 3] * 3)
-    passes = many.shares[OWN_ANSWERS] * 10**6 / sum(lengths(found.train[OWN_ANSWERS]))
+    passes = many.shares[OWN_ANSWERS] * 10**6 / found.train[OWN_ANSWERS].tokens
     assert passes == pytest.approx(4)
     assert many.shares[TEXTS] == many.shares[ANSWERS]
     assert sum(many.shares.values()) == pytest.approx(1)

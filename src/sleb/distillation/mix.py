@@ -22,7 +22,7 @@ from sleb.calibration.windows import Windows
 from sleb.config import HEAL_BATCH, HEAL_PROMPTS, HealConfig
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress
-from sleb.distillation.loss import lengths, passes
+from sleb.distillation.loss import passes
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import OWN_ANSWERS, answers_to, own_answers, own_text, prompt_files
 from sleb.repairs.self_generated import can_generate
@@ -130,7 +130,7 @@ class Mix:
 
     @functools.cached_property
     def _lengths(self) -> dict[str, list[int]]:
-        return {name: lengths(windows) for name, windows in self.kinds.items()}
+        return {name: windows.lengths for name, windows in self.kinds.items()}
 
     @functools.cached_property
     def _scored(self) -> dict[str, list[int]]:

@@ -359,20 +359,21 @@ class Training:
     def _mine(self, mix: Mix, step: int) -> list[tuple[list[int], list[float]]]:
         """The passes of a step that this process does: as many tokens as any other."""
         here = group()
+        if here.size == 1:
+            return [*mix.step(step, self.at_once, self.device)]
         most = min(self.at_once, max(max(mix.lengths), mix.step_tokens // here.size))
-        passes = [*mix.step(step, most if here.size > 1 else self.at_once, self.device)]
 
         def taken(rows: Sequence[int]) -> int:
             return len(rows) * max(mix.lengths[row] for row in rows)
 
         given = [0] * here.size
         mine = []
-        for each in sorted(passes, key=lambda each: -taken(each[0])):
+        for each in sorted(mix.step(step, most, self.device), key=lambda each: -taken(each[0])):
             rank = given.index(min(given))
             given[rank] += taken(each[0])
             if rank == here.rank:
                 mine.append(each)
-        return mine if here.size > 1 else passes
+        return mine
 
     @property
     def step_operations(self) -> float:
