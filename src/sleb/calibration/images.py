@@ -90,7 +90,7 @@ class Images:
             InputError: an image is not readable any more; or its tokens are cut off, as nothing
                 behind it is scored.
         """
-        if not (ids < 0).any():
+        if not with_images(ids):
             return {"input_ids": ids}
         keys = set(ids[ids < 0].tolist())
         if len(ids) != 1 or len(keys) != 1 or (key := keys.pop()) not in self._rows:
@@ -132,6 +132,11 @@ def _noise() -> Any:
         0, 256, (224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     return Image.fromarray(numbers.numpy())
+
+
+def with_images(ids: Tensor) -> bool:
+    """Whether there are images among windows ids [N, T]."""
+    return bool((ids < 0).any())
 
 
 def row_key(chat: Chat) -> int:
