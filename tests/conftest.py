@@ -91,15 +91,15 @@ def unhurried(tmp_path_factory) -> Iterator[None]:
     from sleb.core import display as progress
     from sleb.core.errors import SHELL
 
-    known: dict[tuple[str, str], list[int]] = {}
-    encode = tokens._encode
+    known: dict[tuple[str, ...], list[list[int]]] = {}
+    encoded = tokens._encoded
 
-    def remembered(tokenizer, text: str, **options) -> list[int]:
-        if len(text) < 2**16 or not hasattr(tokenizer, "backend_tokenizer"):
-            return encode(tokenizer, text, **options)
-        key = (tokenizer.backend_tokenizer.to_str(), text)
+    def remembered(tokenizer, texts: list[str], **options) -> list[list[int]]:
+        if sum(map(len, texts)) < 2**16 or not hasattr(tokenizer, "backend_tokenizer"):
+            return encoded(tokenizer, texts, **options)
+        key = (tokenizer.backend_tokenizer.to_str(), *texts)
         if key not in known:
-            known[key] = encode(tokenizer, text, **options)
+            known[key] = encoded(tokenizer, texts, **options)
         return known[key]
 
     SHELL.set(True)  # tests read messages as they are written, see test_notebook.py
@@ -108,10 +108,10 @@ def unhurried(tmp_path_factory) -> Iterator[None]:
         if "PYTEST_XDIST_WORKER" in os.environ:  # all workers convert the real model once
             folder = folder.parent
         patch.setenv("SLEB_CACHE", str(folder / "cache"))
-        patch.setattr(tokens, "_encode", remembered)
+        patch.setattr(tokens, "_encoded", remembered)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         patch.setattr(progress, "QUIET_S", 600.0)
-        patch.setattr(progress, "BRIEF_S", 600.0)
+        patch.setattr(progress, "BRIEF_S", float("inf"))
         yield
 
 

@@ -60,8 +60,8 @@ def _llava() -> Any:
     )
 
 
-class _OfImages(transformers.Qwen2_5_VLProcessor):
-    """Without what looks at videos, which needs torchvision."""
+class _OfImages:
+    """Mixed into a processor: without what looks at videos, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -75,25 +75,17 @@ class _OfImages(transformers.Qwen2_5_VLProcessor):
         )
 
 
-def _qwen() -> Any:
+class _Qwen2(_OfImages, transformers.Qwen2_5_VLProcessor):
+    pass
+
+
+class _Qwen3(_OfImages, transformers.Qwen3VLProcessor):
+    pass
+
+
+def _qwen(kind: Any) -> Any:
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 8 * 28 * 28}
-    return _OfImages(
-        transformers.Qwen2VLImageProcessorPil(size=pixels),
-        _tokenizer(image_token="<|image_pad|>"),
-        TEMPLATE.replace("IMAGE", "(<|image_pad|>)"),
-    )
-
-
-class _OfImages3(transformers.Qwen3VLProcessor):
-    """Likewise."""
-
-    get_attributes = _OfImages.get_attributes
-    __init__ = _OfImages.__init__
-
-
-def _qwen3() -> Any:
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 8 * 28 * 28}
-    return _OfImages3(
+    return kind(
         transformers.Qwen2VLImageProcessorPil(size=pixels),
         _tokenizer(image_token="<|image_pad|>"),
         TEMPLATE.replace("IMAGE", "(<|image_pad|>)"),
@@ -106,8 +98,11 @@ _QWEN = {**VOCABULARY, "image_token_id": FIRST, "video_token_id": 263}
 SEEING: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "gemma3": (_gemma3, _INDEX),
     "llava": (_llava, _INDEX),
-    "qwen2_5_vl": (_qwen, _QWEN),
-    "qwen3_vl": (_qwen3, {"text_config": VOCABULARY, **{k: _QWEN[k] for k in _TOKENS}}),
+    "qwen2_5_vl": (lambda: _qwen(_Qwen2), _QWEN),
+    "qwen3_vl": (
+        lambda: _qwen(_Qwen3),
+        {"text_config": VOCABULARY, **{k: _QWEN[k] for k in _TOKENS}},
+    ),
 }
 """By name of ``wrappers.WRAPPERS``: the processor, and what its model's file says otherwise."""
 

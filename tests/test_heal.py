@@ -17,14 +17,14 @@ from cli_tools import refused, run, tree
 from conftest import byte_tokenizer, save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
 from sleb.acceptance import Gate
-from sleb.calibration.answers import ANSWERS
+from sleb.calibration.answers import ANSWERS, Answers, AnswerSplit, answer_windows, prompts_of
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
-from sleb.distillation.loss import Batch, lengths
-from sleb.distillation.mix import TEXTS, Material, evenly, heal_windows, rows_of
+from sleb.distillation.loss import Batch
+from sleb.distillation.mix import TEXTS, Material, by_file, evenly, heal_windows, rows_of
 from sleb.distillation.state import LOWER, LOWERED, Schedule, TrainingState
 from sleb.distillation.student import Student
 from sleb.evaluation.perplexity import evaluate
@@ -251,7 +251,7 @@ def test_of_answers_as_many_are_learned_to_the_prompts_of_each_file(home, tmp_pa
         asked = dense.tokenizer.batch_decode(found.train[kind].ids)
         assert all(text.startswith(name) for text in asked)
     mix = found.mix(config, 3072, 32)
-    tokens = {kind: sum(lengths(w)) for kind, w in found.train.items()}
+    tokens = {kind: w.tokens for kind, w in found.train.items()}
     shares = mix.shares
     assert shares[TEXTS] == pytest.approx(1 / 2)
     assert sum(shares.values()) == pytest.approx(1)
@@ -296,10 +296,27 @@ def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monke
     few, many = (found.mix(config, tokens, 32) for tokens in (300, 10**6))
     assert few.rows.keys() == many.rows.keys() == found.train.keys()
     assert [*few.shares.values()] == pytest.approx([1 / 3] * 3)
-    passes = many.shares[OWN_ANSWERS] * 10**6 / sum(lengths(found.train[OWN_ANSWERS]))
+    passes = many.shares[OWN_ANSWERS] * 10**6 / found.train[OWN_ANSWERS].tokens
     assert passes == pytest.approx(4)
     assert many.shares[TEXTS] == many.shares[ANSWERS]
     assert sum(many.shares.values()) == pytest.approx(1)
+
+
+def test_answers_are_kinds_by_the_file_of_their_prompt(tmp_path):
+    """Also where files have rows in common."""
+    rows = {"a.txt": range(12), "b.txt": [*range(6), *range(12, 24)]}
+    for name, asked in rows.items():
+        (tmp_path / name).write_text("\n".join(f"ask {i}" for i in asked))
+    prompts = prompts_of([str(tmp_path / name) for name in rows])
+    said = [[5]] * 12 + [[7]] * 18
+    windows = answer_windows([[3]] * 30, said, specs=[*rows], seed=0)
+    split = AnswerSplit.of(
+        Answers(prompts=prompts, windows=windows, new_tokens=1, source="a, b"), seed=0
+    )
+    found = by_file(split)
+    answered = {kind: {*windows.ids[:, 1].tolist()} for kind, windows in found.items()}
+    assert answered == {f"{ANSWERS}: a.txt": {5}, f"{ANSWERS}: b.txt": {7}}
+    assert sum(len(windows.ids) for windows in found.values()) == len(split.files)
 
 
 @pytest.mark.parametrize("repaired", [True, False])

@@ -17,9 +17,9 @@ from sleb.core.errors import UnsupportedModel
 from sleb.distillation import loss
 from sleb.distillation.computing import forwards, recomputed
 from sleb.distillation.loss import (
+    ActivationCache,
     Batch,
     HiddenLoss,
-    Remembered,
     SplitModel,
     Validation,
     backward_kl,
@@ -130,7 +130,7 @@ def test_what_the_dense_model_made_of_windows_is_remembered(home):
     read = []
     dense.model.layers[0].register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
     for room, expected in ((10**6, [3, 1, 2]), (int(each[:3].sum()), [3, 1, 3]), (0, [3, 3, 3])):
-        known = Remembered(teacher, windows, room)
+        known = ActivationCache(teacher, windows, room)
         for rows, wanted in zip(([0, 1, 2], [3, 0, 2], [3, 4, 4]), expected, strict=True):
             batch = Batch.of(windows, rows, torch.device("cpu"), [0.1, 0.2, 0.3])
             read.clear()
@@ -143,7 +143,7 @@ def test_what_the_dense_model_made_of_windows_is_remembered(home):
             for a, b in zip(*found, strict=True):
                 assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
         assert sum(f.nbytes for f in known.kept.values()) <= room
-    known = Remembered(teacher, windows, 10**6)
+    known = ActivationCache(teacher, windows, 10**6)
     batch = Batch.of(windows, [0, 1], torch.device("cpu"))
     known([0, 1], batch)
     known.forget()

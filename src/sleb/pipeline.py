@@ -33,7 +33,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.files import enough_space, staged_dir, writable_target
+from sleb.core.files import enough_space, record_path, staged_dir, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
@@ -48,7 +48,7 @@ from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
 from sleb.models.load import LoadedModel, load
 from sleb.models.placement import check_placing
-from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment, record_path
+from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
 from sleb.repairs.answering import with_answers, writer
 from sleb.repairs.search import search
@@ -82,7 +82,7 @@ class Pruned:
 
     def __str__(self) -> str:
         """What fits a screen."""
-        lines = [str(self.path), *str(self.plan).splitlines()[:-1]]
+        lines = [str(self.path), self.plan.in_short]
         if self.record.evaluation:
             lines.append(str(self.record.evaluation))
         if kept := self.record.prompts:

@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, VerificationFailed, first_mistake
-from sleb.core.files import write_text
+from sleb.core.files import record_path, write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Begins, Estimate, Progress, Tick, tell
 from sleb.core.units import UnitId, named, parts_in
@@ -280,11 +280,6 @@ class RunRecord:
         record = replace(cls.load(folder), **sections)
         record.save(record_path(Path(folder)))
         return record
-
-
-def record_path(out: Path) -> Path:
-    """Where the record of a result is: in a checkpoint's folder, or beside a GGUF file."""
-    return out.with_suffix(".run.json") if out.suffix == ".gguf" else out / "run.json"
 
 
 @dataclass

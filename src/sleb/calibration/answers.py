@@ -47,10 +47,12 @@ class Answers:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerSplit:
     """Answers by role: blocks are chosen by ``search``, a repair is fitted on these and on ``fit``,
-    ``validation`` decides whether it stays, and the result is ``measured`` on the rest."""
+    ``validation`` decides whether it stays, and the result is ``measured`` on the rest. ``files``:
+    where the prompts of ``search``, and then those of ``fit``, are from."""
 
     search: Windows
     fit: Windows
+    files: tuple[str, ...]
     validation: Windows
     measured: Answers
 
@@ -74,6 +76,7 @@ class AnswerSplit:
         return cls(
             search=answers.windows.take(search),
             fit=answers.windows.take(fit),
+            files=tuple(answers.prompts[i].file for i in (*search, *fit)),
             validation=answers.windows.take(validation),
             measured=replace(
                 answers,
@@ -102,7 +105,7 @@ def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
             name = row.id if len(specs) == 1 else f"{spec}: {row.id}"
             if name in found:
                 raise InputError(f"--prompts {spec} is given twice; give it once")
-            found[name] = row
+            found[name] = replace(row, file=spec)
     return tuple(found.values())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.pictures import Picture
+from sleb.calibration.row_images import ImageFile
 from sleb.calibration.rows import Chat
 from sleb.core.errors import SAID, InputError, UnsupportedModel, map_exceptions
 
@@ -90,7 +90,7 @@ class Images:
             InputError: an image is not readable any more; or its tokens are cut off, as nothing
                 behind it is scored.
         """
-        if not (ids < 0).any():
+        if not with_images(ids):
             return {"input_ids": ids}
         keys = set(ids[ids < 0].tolist())
         if len(ids) != 1 or len(keys) != 1 or (key := keys.pop()) not in self._rows:
@@ -134,6 +134,11 @@ def _noise() -> Any:
     return Image.fromarray(numbers.numpy())
 
 
+def with_images(ids: Tensor) -> bool:
+    """Whether there are images among windows ids [N, T]."""
+    return bool((ids < 0).any())
+
+
 def row_key(chat: Chat) -> int:
     """A negative number that stands for a row."""
     found = hashlib.sha256(chat.encode())
@@ -142,11 +147,11 @@ def row_key(chat: Chat) -> int:
     return -1 - (int.from_bytes(found.digest()[:8], "little") >> 1)
 
 
-def _content(image: Picture) -> bytes:
+def _content(image: ImageFile) -> bytes:
     return image if isinstance(image, bytes) else image.read_bytes()
 
 
-def _opened(image: Picture, where: str) -> Any:
+def _opened(image: ImageFile, where: str) -> Any:
     """An image as processors take it, as transformers opens it: upright, in RGB.
 
     Raises:

@@ -37,7 +37,7 @@ EXPECTED: dict[str, Any] = {
 class Prompt:
     """One row of a file of prompts: plain ``text``, or the turns of a chat with its ``tools``, an
     ``id``, whether ``json`` is wanted, and what is ``expected`` of a right answer: see
-    :mod:`sleb.evaluation.grading`."""
+    :mod:`sleb.evaluation.grading`. ``file``: where it is from, of several."""
 
     id: str
     text: str | None
@@ -45,6 +45,7 @@ class Prompt:
     json: bool = False
     tools: tuple[dict[str, Any], ...] = ()
     expected: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ A row is of the first of these forms that it fits; a null is a field that is not
 
 Beside a chat, ``system`` is its first turn, ``history`` are pairs of turns before it, and ``tools``
 are the definitions that a chat template shows. Parts of turns may be images: see
-:mod:`sleb.calibration.pictures`. Needs no torch.
+:mod:`sleb.calibration.row_images`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from sleb.calibration.pictures import COLUMNS, Picture, Pictures
+from sleb.calibration.row_images import COLUMNS, ImageFile, RowImages
 from sleb.core.errors import DataError, InputError, did_you_mean, said
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Row:
         return replace(self, completion="", messages=tuple(turns))
 
     @property
-    def images(self) -> tuple[Picture, ...]:
+    def images(self) -> tuple[ImageFile, ...]:
         """The images of all turns, in order."""
         contents = [turn["content"] for turn in self.messages]
         parts = [part for content in contents if isinstance(content, list) for part in content]
@@ -93,7 +93,7 @@ class Chat(str):
 
     __slots__ = ("answers", "images", "where")
     answers: tuple[tuple[int, int], ...]
-    images: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     where: str
 
 
@@ -112,8 +112,8 @@ def parse_row(row: Any, where: str, folder: str | Path = "") -> Row:
     row = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
     if isinstance(row.get("text"), str):
         return Row(text=row["text"])
-    pictures = Pictures(row, folder, where)
-    turns = _turns(row, where, pictures)
+    images = RowImages(row, folder, where)
+    turns = _turns(row, where, images)
     if turns is None:
         prompt, completion = row.get("prompt"), row.get("completion", "")
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -126,23 +126,23 @@ def parse_row(row: Any, where: str, folder: str | Path = "") -> Row:
     system = row.get("system", row.get("system_prompt"))
     if isinstance(system, str) and system and turns[0].get("role") != "system":
         turns.insert(0, {"role": "system", "content": system})
-    if shown := pictures.first():
+    if shown := images.first():
         asking = next((turn for turn in turns if turn["role"] == "user"), turns[0])
         asking["content"] = [*shown, *_parts(asking["content"])]
     return Row(messages=tuple(turns), tools=_tools(row.get("tools"), where))
 
 
-def _turns(row: Mapping[str, Any], where: str, pictures: Pictures) -> list[dict[str, Any]] | None:
+def _turns(row: Mapping[str, Any], where: str, images: RowImages) -> list[dict[str, Any]] | None:
     """The turns of a chat; None if the row is none."""
     for field in CHATS:
         if field in row:
-            return _chat(row[field], f"{where}: `{field}`", pictures)
+            return _chat(row[field], f"{where}: `{field}`", images)
     prompt, completion = row.get("prompt"), row.get("completion", [])
     if isinstance(prompt, list):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         answered = _list(completion, f"{where}: `completion`")
-        return _chat([*prompt, *answered], f"{where}: `prompt`", pictures)
+        return _chat([*prompt, *answered], f"{where}: `prompt`", images)
     for asked, answers in ANSWERS.items():
         answer = next((row[name] for name in answers if isinstance(row.get(name), str)), None)
         # a task without its answer is a prompt; of other fields that would be a guess
@@ -153,7 +153,7 @@ def _turns(row: Mapping[str, Any], where: str, pictures: Pictures) -> list[dict[
                 raise InputError(f"{where}: `history` is no list of pairs of texts; correct it")
             pairs = [*turns, ("\n".join(filter(None, task)), answer)]
             return [
-                {"role": role, "content": _content(said, where, pictures)}
+                {"role": role, "content": _content(said, where, images)}
                 for pair in pairs
                 for role, said in zip(("user", "assistant"), pair, strict=True)
                 if said is not None
@@ -161,11 +161,11 @@ def _turns(row: Mapping[str, Any], where: str, pictures: Pictures) -> list[dict[
     return None
 
 
-def _chat(value: Any, where: str, pictures: Pictures) -> list[dict[str, Any]]:
+def _chat(value: Any, where: str, images: RowImages) -> list[dict[str, Any]]:
     turns = _list(value, where)
     if not turns:
         raise InputError(f"{where} is no list of turns; give each its `role` and `content`")
-    return [_turn(turn, f"{where}, turn {n}", pictures) for n, turn in enumerate(turns, 1)]
+    return [_turn(turn, f"{where}, turn {n}", images) for n, turn in enumerate(turns, 1)]
 
 
 def _parsed(value: Any) -> Any:
@@ -183,7 +183,7 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _turn(turn: Any, where: str, pictures: Pictures) -> dict[str, Any]:
+def _turn(turn: Any, where: str, images: RowImages) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise InputError(f"{where} is no object; give it a `role` and its `content`")
     nothing_said = not {"content", "value", "text"} & turn.keys()
@@ -200,7 +200,7 @@ def _turn(turn: Any, where: str, pictures: Pictures) -> dict[str, Any]:
     elif nothing_said:
         raise InputError(f"{where} has no `content`; give it, or null for nothing")
     said = next((turn[key] for key in ("content", "value", "text") if key in turn), "")
-    return {**turn, "content": _content(said, where, pictures)}
+    return {**turn, "content": _content(said, where, images)}
 
 
 def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
@@ -216,14 +216,14 @@ def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
     return {**turn, "role": SHAREGPT[speaker], **spoken}
 
 
-def _content(content: Any, where: str, pictures: Pictures) -> str | list[dict[str, Any]]:
+def _content(content: Any, where: str, images: RowImages) -> str | list[dict[str, Any]]:
     """What a turn says: a string, or all of its parts if images are among them."""
     if not isinstance(content, (str, list)):
         raise InputError(f"{where}: `content` is neither text nor a list of parts; correct it")
     parts: list[dict[str, Any]] = []
     for part in [content] if isinstance(content, str) else content:
         given = part if isinstance(part, dict) else {"text": part}
-        if (image := pictures.of(given, where)) is not None:
+        if (image := images.of(given, where)) is not None:
             parts.append({"type": "image", "image": image})
             continue
         kind, text = str(given.get("type", "text")), given.get("text") or ""
@@ -232,7 +232,7 @@ def _content(content: Any, where: str, pictures: Pictures) -> str | list[dict[st
                 f"{where} has a part of type {kind[:40]!a}, and sleb reads text and images; leave "
                 "it out"
             )
-        parts.extend(pictures.between(text, where))
+        parts.extend(images.between(text, where))
     if any(part["type"] == "image" for part in parts):
         return parts
     return "".join(part["text"] for part in parts)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sleb
 from sleb.cli.argument import Argument
 from sleb.core.errors import InputError
-from sleb.core.files import writable_target
+from sleb.core.files import record_path, writable_target
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Lost, group, leave_group
 
@@ -231,15 +231,10 @@ def _check_prune(given: Given) -> None:
         writable_target(beside, force=given["force"])
 
 
-def _record(run: Path) -> Path:
-    """As :func:`sleb.record.record_path`, which needs torch."""
-    return run.with_suffix(".run.json") if run.suffix == ".gguf" else run / "run.json"
-
-
 def _check_report(given: Given) -> None:
     _new_file(given)
     for run in map(Path, given["run"]):
-        record = _record(run)
+        record = record_path(run)
         if not record.is_file():
             raise InputError(f"no run record at {record}: sleb prune or sleb run writes one")
 
@@ -719,7 +714,7 @@ def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -
         from sleb.record import RunRecord
 
         RunRecord.update(folder, **sections)
-        _note(f"recorded in {_record(Path(folder))}", as_json)
+        _note(f"recorded in {record_path(Path(folder))}", as_json)
     for line in verb.notes(result, given) if not given["quiet"] else ():
         _note(line, as_json or verb.filter)
     if not given["quiet"] and (spent := since(began)) >= LONG_S:

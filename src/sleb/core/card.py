@@ -79,6 +79,15 @@ smaller cut; it does not rebuild the .gguf file.
 """
 
 
+Rebuilt = Literal["", "original", "folder"]
+
+
+def rebuilt(kept: bool, *, gguf: bool) -> Rebuilt:
+    """What a cut's side-car rebuilds, if it is ``kept``: of a ``gguf`` file the folder that this
+    was read as."""
+    return "" if not kept else "folder" if gguf else "original"
+
+
 def cut_card(
     plan: Plan,
     source: Path,
@@ -87,13 +96,13 @@ def cut_card(
     how: str = "",
     command: str = "",
     measured: Sequence[str] = (),
-    kept: Literal["", "original", "folder"] = "",
+    kept: Rebuilt = "",
     results: Sequence[EvalResult] = (),
 ) -> str:
     """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
     as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
     ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it;
-    ``kept``: what its side-car rebuilds, of a GGUF file the folder that this was read as."""
+    ``kept``: see :func:`rebuilt`."""
     of = plan.model
     listed: dict[str, Any] = {}
     if results:

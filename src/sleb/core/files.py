@@ -112,6 +112,11 @@ def enough_space(folder: Path, nbytes: int) -> None:
         )
 
 
+def record_path(out: Path) -> Path:
+    """Where the record of a result is: in a checkpoint's folder, or beside a GGUF file."""
+    return out.with_suffix(".run.json") if out.suffix == ".gguf" else out / "run.json"
+
+
 def file_sha256(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file's bytes, hexadecimal; ``tick`` gets bytes as they are hashed."""
     sha = hashlib.sha256()

@@ -351,6 +351,12 @@ class Plan(_Record, Tabular):
 
     def __str__(self) -> str:
         """What fits a screen."""
+        more = "more: .to_pandas(), .plot(), .save(FILE); next: sleb.apply(plan, MODEL, OUT)"
+        return f"{self.in_short}\n{more}"
+
+    @property
+    def in_short(self) -> str:
+        """What is removed and what that was chosen by, in lines that fit a screen."""
         of = f"{len(self.removed)} of {self.model.blocks} blocks of a {self.model.model_type}"
         manner = f"{self.strategy}{', racing' if self.racing else ''}"
         lines = [f"Plan: {of}, by {self.metric} ({manner})"]
@@ -368,7 +374,6 @@ class Plan(_Record, Tabular):
             lines.append(str(self.curve))
         if self.repair:
             lines.append(f"repaired: {len(self.repair.tensors)} tensors")
-        lines.append("more: .to_pandas(), .plot(), .save(FILE); next: sleb.apply(plan, MODEL, OUT)")
         return "\n".join(textwrap.shorten(line, 240) for line in lines)
 
     def rows(self) -> list[dict[str, Any]]:

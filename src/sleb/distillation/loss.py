@@ -190,14 +190,6 @@ class Batch:
         return features.flatten(0, 1).index_select(0, self.rows)
 
 
-def lengths(windows: Windows) -> list[int]:
-    """Tokens of each window up to the last that is scored."""
-    n, length = windows.ids.shape
-    if windows.scored is None:
-        return [length] * n
-    return [int(used) for used in unpadded(windows.scored).sum(1)]
-
-
 def passes(
     lengths: Sequence[int], rows: Sequence[int], tokens: int, device: str = "cpu"
 ) -> list[list[int]]:
@@ -224,7 +216,7 @@ def chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-class Remembered:
+class ActivationCache:
     """What the dense model makes of windows before its head, of which it need not read those again
     that have a place in ``nbytes`` of its device."""
 
@@ -311,7 +303,7 @@ class Validation:
     def __init__(self, teacher: SplitModel, windows: Windows, tokens: int) -> None:
         self.teacher, self.windows = teacher, windows
         rows = range(len(windows.ids))
-        groups = passes(lengths(windows), rows, tokens, teacher.device.type)
+        groups = passes(windows.lengths, rows, tokens, teacher.device.type)
         self.batches = [Batch.of(windows, picked, teacher.device) for picked in groups]
         self.known = [batch.scored(teacher.features(batch.ids)) for batch in self.batches]
 

@@ -11,18 +11,18 @@ import functools
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit, prompts_of
+from sleb.calibration.answers import ANSWERS, VALIDATION, Answers, AnswerSplit
 from sleb.calibration.split import SHARE, CalibrationSplit, joined
 from sleb.calibration.windows import Windows
 from sleb.config import HEAL_BATCH, HEAL_PROMPTS, HealConfig
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress
-from sleb.distillation.loss import lengths, passes
+from sleb.distillation.loss import passes
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import OWN_ANSWERS, answers_to, own_answers, own_text, prompt_files
 from sleb.repairs.self_generated import can_generate
@@ -130,7 +130,7 @@ class Mix:
 
     @functools.cached_property
     def _lengths(self) -> dict[str, list[int]]:
-        return {name: lengths(windows) for name, windows in self.kinds.items()}
+        return {name: windows.lengths for name, windows in self.kinds.items()}
 
     @functools.cached_property
     def _scored(self) -> dict[str, list[int]]:
@@ -180,7 +180,7 @@ class Material:
             dense, specs, config, seed=seed, most=HEAL_PROMPTS[on], progress=progress
         )
         split = AnswerSplit.of(answers, seed=seed)
-        train |= by_file(answers, specs, split.search + split.fit)
+        train |= by_file(split)
         held[ANSWERS] = split.validation
         others = own_answers(dense, config, seed=seed, progress=progress)
         rows = range(len(others.ids) if others else 0)
@@ -202,19 +202,15 @@ def group_of(kind: str) -> str:
     return kind.partition(": ")[0]
 
 
-def by_file(answers: Answers, specs: Sequence[str], learned: Windows) -> dict[str, Windows]:
-    """The windows ``learned``, which are among those of ``answers``, by the file that its prompt is
-    from, as kinds; one kind, if there is one file."""
-    if len(specs) == 1:
+def by_file(split: AnswerSplit) -> dict[str, Windows]:
+    """The answers that are learned from, by the file that the prompt is from, as kinds; one kind,
+    if there is one file."""
+    learned = split.search + split.fit
+    if len({*split.files}) == 1:
         return {ANSWERS: learned}
-    files = {repr(prompt): Path(spec).name for spec in specs for prompt in prompts_of([spec])}
-    home = {
-        tuple(ids): files[repr(prompt)]
-        for ids, prompt in zip(answers.windows.ids.tolist(), answers.prompts, strict=True)
-    }
     rows: dict[str, list[int]] = defaultdict(list)
-    for row, ids in enumerate(learned.ids.tolist()):
-        rows[home[tuple(ids)]].append(row)
+    for row, file in enumerate(split.files):
+        rows[Path(file).name].append(row)
     return {f"{ANSWERS}: {name}": learned.take(picked) for name, picked in rows.items()}
 
 

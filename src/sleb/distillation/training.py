@@ -26,9 +26,9 @@ from sleb.core.progress import Progress
 from sleb.distillation.computing import compiled, differentiable, forwards
 from sleb.distillation.local import PART, Local, Segment
 from sleb.distillation.loss import (
+    ActivationCache,
     Batch,
     HiddenLoss,
-    Remembered,
     SplitModel,
     Validation,
     backward_kl,
@@ -112,7 +112,7 @@ class Training:
         ]
         self._anew()
         self.best = self._snapshot()
-        self.known = Remembered(self.teacher, self.mix.windows, self._room())
+        self.activations = ActivationCache(self.teacher, self.mix.windows, self._room())
         found = TrainingState.load(self.path, self.settings)
         if found:
             self._restore(*found)
@@ -385,7 +385,7 @@ class Training:
             if self.at_once < 2 * max(mix.lengths):
                 raise torch.OutOfMemoryError
             self.at_once //= 2  # here, where nothing holds what the pass had made
-            self.known.forget()
+            self.activations.forget()
             self.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
@@ -409,7 +409,7 @@ class Training:
                 if stopped():
                     return STOPPED
                 batch = Batch.of(mix.windows, rows, self.split.device, weights)
-                known = None if self.hidden else self.known(rows, batch)
+                known = None if self.hidden else self.activations(rows, batch)
                 backward_kl(self.split, self.teacher, batch, known, self.hidden)
                 tick(batch.tokens * group().size, note=self._note())  # the others do as much
         except torch.OutOfMemoryError:
@@ -419,20 +419,21 @@ class Training:
     def _mine(self, mix: Mix, step: int) -> list[tuple[list[int], list[float]]]:
         """The passes of a step that this process does: as many tokens as any other."""
         here = group()
+        if here.size == 1:
+            return [*mix.step(step, self.at_once, self.device)]
         most = min(self.at_once, max(max(mix.lengths), mix.step_tokens // here.size))
-        passes = [*mix.step(step, most if here.size > 1 else self.at_once, self.device)]
 
         def taken(rows: Sequence[int]) -> int:
             return len(rows) * max(mix.lengths[row] for row in rows)
 
         given = [0] * here.size
         mine = []
-        for each in sorted(passes, key=lambda each: -taken(each[0])):
+        for each in sorted(mix.step(step, most, self.device), key=lambda each: -taken(each[0])):
             rank = given.index(min(given))
             given[rank] += taken(each[0])
             if rank == here.rank:
                 mine.append(each)
-        return mine if here.size > 1 else passes
+        return mine
 
     @property
     def step_operations(self) -> float:

@@ -25,7 +25,7 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
-from sleb.evaluation.grading import Judged, are_right, gradable, judged
+from sleb.evaluation.grading import Judged, check_expected, gradable, judged
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
 from sleb.models.source import quiet_transformers
@@ -175,8 +175,7 @@ def compare(
         raise InputError("no prompts to compare on; give at least one")
     if not Path(out).is_dir():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
-    expected = [prompt.expected for prompt in asked]
-    are_right(expected, ["0"] * len(asked), gradable(False))  # or what is no schema is found late
+    check_expected([prompt.expected for prompt in asked])
     pick_device(config.device)
     most, places = config.new_tokens, dict(config.part(DeviceOptions))
     plan = plan_alone(out)

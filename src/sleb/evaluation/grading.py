@@ -27,6 +27,15 @@ def gradable(run_code: bool) -> set[str]:
     return {*_GRADERS, *(["tests"] if run_code else [])}
 
 
+def check_expected(expected: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse, before there are answers, what none could be judged by.
+
+    Raises:
+        InputError: as :func:`are_right` for a schema.
+    """
+    are_right(expected, ["0"] * len(expected), gradable(False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """What was ``expected`` of an answer, and whether each model's is right."""

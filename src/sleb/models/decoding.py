@@ -31,8 +31,8 @@ Choose = Callable[[Tensor], Tensor]
 
 def capturable(network: Any) -> bool:
     """Whether a step of the model has no part that depends on values: all layers attend to all
-    that came before, from a static cache. Such a step is faster on a CPU too, where a cache that
-    grows is copied at each."""
+    that came before, from a static cache, and no weights are fetched. Such a step is faster on a
+    CPU too, where a cache that grows is copied at each."""
     config = decoder_config(network.config)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
@@ -40,6 +40,7 @@ def capturable(network: Any) -> bool:
         and not getattr(config, "sliding_window", None)
         and bool(getattr(network, "_can_compile_fullgraph", False))
         and "position_ids" in inspect.signature(network.forward).parameters
+        and not any(p.device.type == "meta" for p in network.parameters())
     )
 
 
@@ -59,10 +60,12 @@ def decode(
     ends: tuple[int, ...] = (),
 ) -> Tensor:
     """Tokens [B, new_tokens] behind prompts [B, S], padded in front where ``mask`` [B, S] is 0.
-    What is behind the first of ``ends`` in a row means nothing. ``tick`` hears of every token.
-
-    The model must be :func:`capturable`, and on a GPU ``choose`` too.
+    What is behind the first of ``ends`` in a row means nothing, and may be missing where all rows
+    have ended. ``tick`` hears of every token. By transformers' own loop where the model is not
+    :func:`capturable`; where it is, ``choose`` must be on a GPU too.
     """
+    if not capturable(network):
+        return _generated(network, ids, mask, new_tokens, tick, choose, ends)
     with writing(network, ids, mask, new_tokens, choose, ends) as (run, written, ended, done):
         batch, steps = len(ids), new_tokens - 1
         tick(batch * (1 + done))
@@ -73,6 +76,41 @@ def decode(
                 tick(batch * (steps - i - 1))
                 break
     return written
+
+
+def _generated(
+    network: Any,
+    ids: Tensor,
+    mask: Tensor,
+    new_tokens: int,
+    tick: Tick,
+    choose: Choose,
+    ends: tuple[int, ...],
+) -> Tensor:
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    told = 0
+
+    def chosen(_: Tensor, scores: Tensor) -> Tensor:
+        nonlocal told
+        told += len(scores)
+        tick(len(scores))
+        return torch.full_like(scores, float("-inf")).scatter(1, choose(scores)[:, None], 0.0)
+
+    none = int(decoder_config(network.config).vocab_size)  # else the model's own would end a row
+    out: Tensor = network.generate(
+        ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([chosen]),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=[*ends] or none,
+            pad_token_id=ends[0] if ends else 0,
+        ),
+    )
+    tick(len(ids) * new_tokens - told)
+    return out[:, ids.shape[1] :]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleb.calibration.images import Images
+from sleb.calibration.images import Images, with_images
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
@@ -139,7 +139,7 @@ class BlockStack:
         calls = [Call() for _ in self.blocks]
         entry: list[Tensor] = []
         run: list[int] = []
-        seen = bool((ids < 0).any())
+        seen = with_images(ids)
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:

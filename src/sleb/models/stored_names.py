@@ -93,7 +93,8 @@ def renaming(model: Any, own: Any = None) -> Callable[[str], str]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    base, own = model.base_model_prefix, own or model.state_dict()
+    # kept as they are: a weight that a repair wrote, split over processes, cannot be detached
+    base, own = model.base_model_prefix, own or model.state_dict(keep_vars=True)
 
     def loaded(name: str) -> str:
         new: str = rename_source_key(name, renamings, converters, base, own)[0]

@@ -260,38 +260,6 @@ def _continued(
         row[longest - len(prompt) :] = torch.tensor(prompt)
         here[longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    if capturable(model.model) and not model.stack.streamed:
-        new = decode(model.model, ids, mask, new_tokens, tick, ends=tuple(ends)).cpu()
-    else:
-        new = _generated(model.model, ids, mask, new_tokens, ends, tick).cpu()
+    new = decode(model.model, ids, mask, new_tokens, tick, ends=tuple(ends)).cpu()
     group().from_first_(new)
     return new
-
-
-def _generated(
-    network: Any, ids: Tensor, mask: Tensor, new_tokens: int, ends: list[int], tick: Tick
-) -> Tensor:
-    """As :func:`sleb.models.decoding.decode`, by transformers' own loop."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    told = 0
-
-    def counted(_: Tensor, scores: Tensor) -> Tensor:
-        nonlocal told
-        told += len(scores)
-        tick(len(scores))
-        return scores
-
-    out: Tensor = network.generate(
-        ids,
-        attention_mask=mask,
-        logits_processor=LogitsProcessorList([counted]),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        ),
-    )
-    tick(len(ids) * new_tokens - told)
-    return out[:, ids.shape[1] :]

@@ -306,9 +306,7 @@ class Regression:
             for out, target, real in outs:
                 value = stream_before(out, seen, writers.last) if inner else out
                 for x, y in _weighted(seen, names, target, value, real):
-                    with tensor_cores(self.stack):
-                        gram += (x.T @ x).to(gram)
-                        cross += (y.T @ x).to(gram)
+                    self._add_products(gram, cross, x, y)
         group().sum_(gram, cross)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T  # [D, inputs + 1]
@@ -324,6 +322,17 @@ class Regression:
             if bias is not None:
                 share = change[:, -1].to(bias.device) / (factor * len(maps))
                 self.write(block, f"{name}.bias", bias.double() + share)
+
+    def _add_products(self, gram: Tensor, cross: Tensor, x: Tensor, y: Tensor) -> None:
+        """Add x.T x to ``gram`` and y.T x to ``cross``. x [R, in], y [R, D], in float32; of a model
+        in 16 bits they are multiplied in TF32 on a GPU, whose sums are float32 all the same."""
+        matmul = torch.backends.cuda.matmul
+        kept, matmul.allow_tf32 = matmul.allow_tf32, self.stack.dtype.itemsize == 2
+        try:
+            gram += (x.T @ x).to(gram)
+            cross += (y.T @ x).to(gram)
+        finally:
+            matmul.allow_tf32 = kept
 
     def fit_before_norm(
         self, block: int, name: str, targets: Sequence[Tensor], ridge: float
@@ -357,9 +366,7 @@ class Regression:
             )
             cross = gram.new_zeros(weight.shape)
             for x, _, residual in rows():
-                with tensor_cores(self.stack):
-                    gram += (x.T @ x).to(gram)
-                    cross += (residual.T @ x).to(gram)
+                self._add_products(gram, cross, x, residual)
             group().sum_(gram, cross)
             gram.diagonal().add_(ridge * gram.diagonal().mean())
             change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.contiguous()
@@ -403,18 +410,6 @@ def _weighted(
 def gain_weight(wanted: Tensor) -> Tensor:
     """Root of a token's weight [R, 1]: the inverse root mean square of what the stream is to be."""
     return wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-
-
-@contextmanager
-def tensor_cores(stack: BlockStack) -> Iterator[None]:
-    """Products of float32 matrices in TF32 on a GPU, where they are of what a model in 16 bits
-    computes: a product's sums are float32 all the same."""
-    kept = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = stack.dtype.itemsize == 2
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def float64_device(x: Tensor) -> torch.device:

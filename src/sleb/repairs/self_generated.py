@@ -21,7 +21,7 @@ from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
-from sleb.models.decoding import Choose, capturable, decode
+from sleb.models.decoding import Choose, decode
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.resources import room_bytes
@@ -119,36 +119,12 @@ def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor
 def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, tick: Tick) -> Tensor:
     """Prompts [B, S] and behind them ``piece`` - 1 tokens, sampled at temperatures ``heat``
     [B, 1]; none ends its text."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
     network: Any = model.model
-    device, ends = prompts.device, network.generation_config.eos_token_id
-    if capturable(network):
-        never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=device)
-        choose = _sampler(heat, never.long())
-        new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
-        return torch.cat((prompts, new), 1)
-
-    def heated(_: Tensor, scores: Tensor) -> Tensor:
-        tick(len(scores))
-        return scores / heat
-
-    written: Tensor = network.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        logits_processor=LogitsProcessorList([heated]),
-        generation_config=GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=piece - 1,
-            min_new_tokens=piece - 1,
-            eos_token_id=ends,
-            pad_token_id=0,
-        ),
-    )
-    return written
+    ends = network.generation_config.eos_token_id
+    never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=prompts.device)
+    choose = _sampler(heat, never.long())
+    new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
+    return torch.cat((prompts, new), 1)
 
 
 def _sampler(heat: Tensor, never: Tensor) -> Choose:
@@ -169,8 +145,7 @@ def _sampler(heat: Tensor, never: Tensor) -> Choose:
 @torch.inference_mode()
 def write_prompts(model: LoadedModel, n: int, seed: int, progress: Progress) -> list[str]:
     """Up to ``n`` prompts that a model of chats writes itself, as what a user would say: sampled
-    behind what its template puts before a user's turn (Magpie, 2406.08464, section 2). The model
-    must be :func:`sleb.models.decoding.capturable`."""
+    behind what its template puts before a user's turn (Magpie, 2406.08464, section 2)."""
     tokenizer, device, mark = model.tokenizer, model.stack.input_device, "USER"
     turn = [{"role": "user", "content": mark}]
     before, _, _ = tokenizer.apply_chat_template(turn, tokenize=False).partition(mark)

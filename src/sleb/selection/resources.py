@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from sleb.calibration.images import with_images
 from sleb.core.process_group import group
 from sleb.models.stack import BlockStack, decoder_config
 
@@ -29,7 +30,7 @@ def default_batch(stack: BlockStack, length: int) -> int:
 
 def batch_for(stack: BlockStack, ids: Tensor, batch: int | None = None) -> int:
     """``batch`` windows of ids [N, T] at once, by default see above; one where some have images."""
-    return 1 if (ids < 0).any() else batch or default_batch(stack, ids.shape[1])
+    return 1 if with_images(ids) else batch or default_batch(stack, ids.shape[1])
 
 
 def room_bytes(stack: BlockStack) -> int:

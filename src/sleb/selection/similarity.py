@@ -118,7 +118,7 @@ def measure_similarity(
         DataError: a hidden state is NaN or infinite; the message names block and window.
     """
     compare = MEASURES[measure]
-    stack, n = model.stack, len(windows.ids)
+    stack, n, lengths = model.stack, len(windows.ids), windows.lengths
     batch = batch_for(stack, windows.ids, batch)
     per_token: list[Tensor] = []  # each [S, S]: sums of squares over a window's tokens
     per_window: list[Tensor] = []  # each [S, S]: means over a window's tokens
@@ -126,7 +126,7 @@ def measure_similarity(
         for start in range(0, n, batch):
             states = _states(stack, windows.ids[start : start + batch], start)  # [S, B, T, D]
             for w in range(states.shape[1]):
-                real = states[:, w, : windows.lengths[start + w]]
+                real = states[:, w, : lengths[start + w]]
                 values = compare(real, real).double()
                 per_window.append(values.mean(-1).cpu())
                 per_token.append(values.square().mean(-1).cpu())

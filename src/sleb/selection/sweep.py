@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sleb.calibration.images import with_images
 from sleb.calibration.windows import used_length
 from sleb.core.errors import DataError, ResourceError, UnsupportedModel
 from sleb.core.process_group import Group, group
@@ -126,7 +127,7 @@ class Sweep:
         patch: Patch | None = None,
         scored: Tensor | None = None,
     ) -> None:
-        if scored is None and (ids < 0).any():
+        if scored is None and with_images(ids):
             raise ValueError("places of images are not scored: say which tokens are")
         self.stack, self.ids, self.metric, self.scored = stack, ids, metric, scored
         self.batch = batch_for(stack, ids, batch)
@@ -250,7 +251,7 @@ class Sweep:
             parts = self.walk(wanted, ids, users)
         else:
             parts = self._walk_patched(wanted, ids, users)
-        if bool((parts[0].ids < 0).any()) not in self.stack.checked:
+        if with_images(parts[0].ids) not in self.stack.checked:
             self._check(parts[0].hidden, parts[0].ids)
         columns = []
         which = iter(torch.split(counted, self.batch) if counted is not None else ())
@@ -367,10 +368,10 @@ class Sweep:
                 f"{self.stack.name}: running its blocks one by one differs from its own forward "
                 f"pass by {gap:.3g}; its blocks exchange more than the hidden state"
             )
-        if (ids < 0).any():
+        if seen := with_images(ids):
             with self.stack.bypassed(removed):
                 self._check_order(ids[:1], own)
-        self.stack.checked.add(bool((ids < 0).any()))
+        self.stack.checked.add(seen)
 
     def _check_order(self, ids: Tensor, own: Tensor) -> None:
         """With images a model may look at a text from both ends, as PaliGemma does at a prompt:

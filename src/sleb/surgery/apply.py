@@ -29,7 +29,7 @@ from sleb.checkpoints.checkpoint import (
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
 from sleb.config import WriteConfig, takes
-from sleb.core.card import cut_card
+from sleb.core.card import cut_card, rebuilt
 from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_dir
 from sleb.core.plan import Plan
@@ -118,7 +118,7 @@ def apply(
                 used,
                 source.path,
                 how=how,
-                kept="" if not config.keep else "folder" if source.is_gguf else "original",
+                kept=rebuilt(config.keep, gguf=source.is_gguf),
                 model=source.ref,
             )
             (stage / "README.md").write_text(card, encoding="utf-8")

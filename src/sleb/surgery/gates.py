@@ -73,13 +73,18 @@ def check_repair(cut: Cut, plan: Plan, out: Path) -> tuple[Check, Cut]:
     ), whole
 
 
-def check_config_kept(out: Path, wanted: dict[str, Any], expected: Any) -> Check:
+def check_config_kept(out: Path, wanted: dict[str, Any], expected: Any = None) -> Check:
     """Every field of config.json must be the original's, in its words: other readers than this
-    version of transformers would take a default for one that is gone. (Those that transformers
-    knows to depend on depth are for the next check.)"""
-    text = decoder_config(expected)
-    known = {field.name for field in depth_fields(text.to_dict(), text.num_hidden_layers)}
-    lost = list(lost_fields(wanted, read_json(out / "config.json"), known | NUMBER_OF_BLOCKS))
+    version of transformers would take a default for one that is gone. Those that transformers knows
+    to depend on depth, by the config ``expected``, are for the next check. Where there is none,
+    since nothing loads the folder, no field may be added either."""
+    own = read_json(out / "config.json")
+    if expected is None:
+        lost = sorted(n for n in wanted.keys() | own.keys() if wanted.get(n) != own.get(n))
+    else:
+        text = decoder_config(expected)
+        known = {field.name for field in depth_fields(text.to_dict(), text.num_hidden_layers)}
+        lost = list(lost_fields(wanted, own, known | NUMBER_OF_BLOCKS))
     found = finding("equal", fields=len(wanted))
     if lost:
         found = finding("differ", wrong=len(lost), fields=len(wanted), names=tuple(lost[:NAMED]))

@@ -7,13 +7,12 @@ import struct
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
 from sleb.config import RestoreConfig, takes
-from sleb.core.card import cut_card
+from sleb.core.card import cut_card, rebuilt
 from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
@@ -134,7 +133,7 @@ def _write_cut(
             f"Written by `sleb restore --depth {depth}` from a deeper cut and what it had kept of "
             "the original."
         )
-        kept: Literal["folder", "original"] = "folder" if original.spelled_twice else "original"
+        kept = rebuilt(True, gguf=original.spelled_twice)
         card = cut_card(used, Path(folder), how=how, kept=kept)
         (stage / "README.md").write_text(card, encoding="utf-8")
     write_sums(stage, progress)

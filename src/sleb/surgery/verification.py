@@ -35,7 +35,6 @@ from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
 from sleb.config import CheckOptions, DeviceOptions, takes
 from sleb.core.errors import DataError, InputError, UnsupportedModel, VerificationFailed
-from sleb.core.finding import finding
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.progress import Progress, silent
 from sleb.core.units import UnitId
@@ -221,12 +220,7 @@ def _check_files(
     given = Checkpoint.open(resolve(model, progress).path)
     lines = tensor_lines(given)
     check_fingerprint(plan.model, identity(given, cut.blocks, lines), str(model))
-    wanted, fields = nemotron_nas.config_json(given, cut), read_json(out / "config.json")
-    names = sorted(n for n in wanted.keys() | fields.keys() if wanted.get(n) != fields.get(n))
-    said = finding("equal", fields=len(wanted))
-    if names:
-        said = finding("differ", wrong=len(names), fields=len(wanted), names=tuple(names[:3]))
-    checks.append(Check(key="config-kept", passed=not names, found=said))
+    checks.append(gates.check_config_kept(out, nemotron_nas.config_json(given, cut)))
     found = _stored_digests(tensor_lines(Checkpoint.open(out)))
     expected = _stored_digests(lines, partial(nemotron_nas.renamed, cut=cut), cut.record)
     changed = len(cut.record.tensors) if cut.record else 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sleb.core.card import cut_card
+from sleb.core.card import cut_card, rebuilt
 from sleb.core.plan import Plan
 from sleb.core.printable import printable
 from sleb.record import RunRecord
@@ -56,7 +56,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         model=record.model,
         command=_published(record.command),
         measured=[*map(_unrooted, markdown(_measured(Locale("en"), record)))],
-        kept="" if not kept else "original" if record.file_nbytes is None else "folder",
+        kept=rebuilt(kept, gguf=record.file_nbytes is not None),
         results=results(record),
     )
 

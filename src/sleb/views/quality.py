@@ -35,7 +35,7 @@ BLANK = re.compile(r"\A(?:[^\S\n]*\n)+|\s+\Z")
 """Blank lines before a text, whose first line keeps its indent, and what is blank after it."""
 PAIRS = 6
 """Pairs of answers on a page; a terminal shows half as many."""
-ROWS = 5  # of a table that page one has room for
+ROWS = 5  # of a table, and of one limit, that page one has room for
 Columns = dict[str, Callable[[Any], str]]
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from sleb.acceptance import LIMITS, ungated
 from sleb.calibration.answers import DEFAULT
 from sleb.core.errors import InputError
-from sleb.core.files import writable_target, write_text
+from sleb.core.files import record_path, writable_target, write_text
 from sleb.core.plan import Plan
-from sleb.record import GateRow, RunRecord, record_path
+from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Ratio
 from sleb.surgery.gguf_cut import plan_beside
 from sleb.views import proof, quality, selection, speed
@@ -27,8 +27,6 @@ from sleb.views.html import render
 from sleb.views.locale import Locale, names
 from sleb.views.model import Facts, Item, Listing, Missing, Page, Panel, Table, Text, Verdict
 
-ROWS = 5
-"""Of one limit, as of several texts, that page one has room for."""
 GLANCE = {
     *("answers.min_agreement", "answers.min_right", "perplexity.max_ratio", "speed.min_speedup"),
     *("memory.max_mb", "size.max_mb"),
@@ -417,5 +415,5 @@ def _worst(rows: Iterable[GateRow]) -> list[GateRow]:
         worst = inf if row.worst is None else row.worst if row.at_most else -row.worst
         return order.get(row.verdict, 2), -worst
 
-    kept = sorted(found, key=badness)[:ROWS]
+    kept = sorted(found, key=badness)[: quality.ROWS]
     return [row for row in found if row in kept]

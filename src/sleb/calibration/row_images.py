@@ -28,11 +28,11 @@ PLACEHOLDER = "<image>"
 _KINDS = frozenset({"image", "image_url", "input_image"})
 _HOLDERS = ("image", "image_url", "url", "path", "base64", "source")
 
-Picture = bytes | Path
+ImageFile = bytes | Path
 """An image as its file has it: its content, or where it is."""
 
 
-class Pictures:
+class RowImages:
     """The images of one row, which parts of turns are given in order. ``folder``: what paths are
     relative to."""
 
@@ -42,7 +42,7 @@ class Pictures:
         self.column = list(column) if isinstance(column, (list, tuple)) else [column]
         self.used, self.own = 0, False  # of the column, and images that parts bring themselves
 
-    def of(self, part: Mapping[str, Any], where: str) -> Picture | None:
+    def of(self, part: Mapping[str, Any], where: str) -> ImageFile | None:
         """The image that a part of a turn is; None if it is none."""
         named = part.get("type") or ("text" if part.get("image") is None else "image")
         if named not in _KINDS:
@@ -78,7 +78,7 @@ class Pictures:
             parts.append({"type": "image", "image": self._next(self.where)})
         return parts
 
-    def _next(self, where: str) -> Picture:
+    def _next(self, where: str) -> ImageFile:
         if self.used == len(self.column):
             has = f"the row has {len(self.column)}" if self.column else "the row has none"
             raise InputError(
@@ -88,7 +88,7 @@ class Pictures:
         self.used += 1
         return self._read(self.column[self.used - 1], where)
 
-    def _read(self, value: Any, where: str) -> Picture:
+    def _read(self, value: Any, where: str) -> ImageFile:
         """An image in one of the forms above."""
         if isinstance(value, (bytes, bytearray)):
             return bytes(value)
@@ -109,7 +109,7 @@ class Pictures:
             "path of a file, or a data: URL"
         )
 
-    def _named(self, name: str, where: str) -> Picture:
+    def _named(self, name: str, where: str) -> ImageFile:
         """An image by its path or URL, or in base64."""
         url = urlparse(name[:4096])
         if url.scheme in ("http", "https"):
