@@ -173,7 +173,7 @@ def test_short_runs_go_on_from_the_range_test_to_the_rate_that_trains_best(
 ):
     """Where a run has steps for them, the rate is that of the best short run, neighbours of which
     are worse or were not left to be tried; and what these trained is undone."""
-    monkeypatch.setattr(training, "TEST", 2)  # half of the run, so that it may be small
+    monkeypatch.setattr(training, "FIRST", 4)  # all of the run, so that it may be small
     begun, steps = [], training.Training._steps
 
     def noted(self, *args):
@@ -182,7 +182,7 @@ def test_short_runs_go_on_from_the_range_test_to_the_rate_that_trains_best(
         return steps(self, *args)
 
     monkeypatch.setattr(training.Training, "_steps", noted)
-    done = healed(home, tmp_path / "out", lr=None, tokens=24 * 8 * 32 * 2)
+    done = healed(home, tmp_path / "out", lr=None, tokens=24 * 8 * 32)
     found = dict(done.trials)
     assert begun == [True]
     assert 2 <= len(found) <= training.TRIALS

@@ -43,11 +43,10 @@ CHECKS = 10
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of the range test, each for a step: from what changes next to nothing to what
 wrecks any model."""
-TEST = 10
-"""Finding a rate takes one token in so many of a run's: a half for single steps, the other for
-short runs."""
 TRIALS, TRIED = 3, 4
-"""Short runs at most, and steps that one has at least to tell anything."""
+"""Short runs with a rate at most, and steps that one has at least to tell anything."""
+FIRST = 10 * (1 + TRIALS)
+"""Of a run, single steps of the range test take one part in so many, and so does each short run."""
 PROBED = 4
 """A range test validates on one window in so many."""
 WORSE = 1.5
@@ -317,7 +316,7 @@ class Training:
         """A step with each of ``RATES``, noted in ``where.rates``; False if it was stopped."""
         seconds = self.schedule.seconds
         total = (self.schedule.steps or 0) * self.mix.step_tokens
-        steps = self.mix.smaller(0 if seconds else total / (2 * TEST) / len(RATES))
+        steps = self.mix.smaller(0 if seconds else total / FIRST / len(RATES))
         found = [(0.0, start)]
         for turn, rate in enumerate(RATES):
             stepping = time.monotonic()
@@ -328,7 +327,7 @@ class Training:
                     torch.cuda.synchronize()
                 (spent,) = _agreed(time.monotonic() - stepping)
                 fast = steps.step_tokens / spent
-                steps = self.mix.smaller(fast * seconds / (2 * TEST * len(RATES)))
+                steps = self.mix.smaller(fast * seconds / (FIRST * len(RATES)))
             found.append((rate, mean(self._divergences(probes))))
             tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
             if not found[-1][1] < WORSE * start:
@@ -341,10 +340,9 @@ class Training:
     ) -> bool:
         """Runs at the rate found and at neighbours of the best, noted in ``where.trials``; none
         where one would be of too few steps. False if it was stopped."""
-        share, where = 2 * TEST * TRIALS, self.where
-        steps, seconds = self.schedule.steps, self.schedule.seconds
+        where, steps, seconds = self.where, self.schedule.steps, self.schedule.seconds
         short = Schedule(
-            steps=steps and max(1, steps // share), seconds=seconds and seconds / share
+            steps=steps and max(1, steps // FIRST), seconds=seconds and seconds / FIRST
         )
         if short.steps and short.steps < TRIED:
             return True
