@@ -28,14 +28,15 @@ def settled() -> None:
     gc.freeze()
 
 
-def byte_tokenizer():
-    """One token per byte (ids 3..258), plus <pad>, <s>, </s>; adds nothing by itself."""
+def byte_tokenizer(*more):
+    """One token per byte (ids 3..258), plus <pad>, <s>, </s>, and ``more`` in its vocabulary, which
+    no text is read as; adds nothing by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>"]
-    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*special, *alphabet, *more])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

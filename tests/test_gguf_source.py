@@ -8,10 +8,12 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils as converter
 
 import sleb
+from conftest import byte_tokenizer
 from gguf_tools import llama3_divisors, readable, write_tiny  # noqa: F401
+from sleb.calibration.tokens import special_tokens
 from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.core.errors import DataError, InputError, UnsupportedModel
-from sleb.models.gguf_source import corrections, parsed_once
+from sleb.models.gguf_source import correct_tokens, corrections, parsed_once
 from sleb.models.source import resolve
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -48,6 +50,31 @@ def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was(tmp_path, monkeypatch)
         with parsed_once():
             found = gguf.dequantize(rows, kind)
         np.testing.assert_array_equal(found, gguf.dequantize(rows, kind))
+
+
+def test_what_the_file_marks_as_a_token_is_read_as_one_and_its_end_is_the_end(tmp_path):
+    """As of Qwen2, of whose tokens transformers 5.17 knows three, and another end."""
+    tokenizer = byte_tokenizer("<|end|>", "<tool>")
+    text, plain = "a <tool> b<|end|>", tokenizer("a b").input_ids
+    split = tokenizer(text).input_ids
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(261))])
+    writer.add_token_types([1] * 259 + [3, 4])  # control, user-defined
+    writer.add_eos_token_id(259)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert {259, 260}.isdisjoint(split)
+    correct_tokens(tmp_path / "m.gguf", tokenizer)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for found in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = found(text).input_ids
+        assert ids[-1] == found.eos_token_id == 259
+        assert ids.count(260) == 1
+        assert found("a b").input_ids == plain
+        assert special_tokens(found) == {0, 1, 2, 259}
+        assert found.decode(ids, skip_special_tokens=True) == "a <tool> b"
 
 
 @pytest.mark.usefixtures("readable")

@@ -168,6 +168,20 @@ def test_no_rate_is_too_high_and_none_has_to_be_given(home, tmp_path):
     assert wild == "no-gain"
 
 
+def test_no_kernel_is_planned_for_each_length_while_it_trains(home, tmp_path, monkeypatch):
+    seen, run = [], training.Training.run
+
+    def noted(self, *args):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return run(self, *args)
+
+    monkeypatch.setattr(training.Training, "run", noted)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    healed(home, tmp_path / "out", tokens=4 * 256)
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_short_runs_go_on_from_the_range_test_to_the_rate_that_trains_best(
     home, tmp_path, monkeypatch
 ):
@@ -287,6 +301,14 @@ def test_where_it_writes_fast_a_model_of_chats_asks_itself(home, tmp_path, monke
     train, held = (set(map(tuple, windows.ids.tolist())) for windows in parts)
     assert len(held) == 32
     assert not train & held
+    given = found.train[ANSWERS]
+    n = [*given.source].count(0)
+    assert len(given.ids) == (1 + answering.SAMPLED) * n, "each prompt has so many answers more"
+    rows = [tuple(row[row != 0].tolist()) for row in given.ids]
+    assert len({*rows}) > 3 * n, "which differ"
+    starts = given.scored.int().argmax(1).tolist()
+    prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+    assert {*prompts[:n]} == {*prompts[n:]}, "and none is to a prompt that judges"
     asked = dense.tokenizer.batch_decode([[t for t in row if t] for row in train | held])
     assert {text[3:].partition("</s>")[0] for text in asked} <= {
         *write_prompts(dense, 120, 0, silent)

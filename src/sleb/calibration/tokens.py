@@ -31,6 +31,13 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[: next((i for i in starts if full[i : i + len(bare)] == bare), 0)]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that are no text: those with a role, and all that are marked so, among
+    which are the ends of turns that many tokenizers name nowhere else."""
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *marked}
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Token ids of the whole text, without special tokens. [L] int64.
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def forwards(
             del block.forward
             if old is not None:
                 block.forward = old
+
+
+def of_any_length() -> AbstractContextManager[None]:
+    """While this is open, attention runs by kernels that take any shape as it comes. cuDNN's, which
+    torch prefers on an H200, is planned anew for each shape, a tenth of a second forward and
+    backward (torch 2.11); and the windows of passes are of all lengths."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    every = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel([*every])
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
-from sleb.distillation.computing import forwards, product_teraflops, recomputed
+from sleb.distillation.computing import forwards, of_any_length, product_teraflops, recomputed
 from sleb.distillation.local import segments
 from sleb.distillation.loss import HiddenLoss, SplitModel, Validation, agree
 from sleb.distillation.mix import TEXTS, Material, window_length
@@ -68,7 +68,7 @@ def heal(
     The loss is KL(dense || cut) (distillation, 1503.02531), in nats/token, over texts, the dense
     model's own text and its answers to prompts, see :mod:`sleb.distillation.mix`; AdamW on float32
     weights, gradients clipped to norm 1. All weights of the blocks are trained, or with ``lora``
-    only adapters of that rank. The learning rate is found by a range test. The divergence of
+    only adapters of that rank. The learning rate is found by short runs. The divergence of
     windows that are not trained on is measured ten times in a run; one that is worse goes on from
     its best weights with a lower rate, and these are taken in the end. Options: see
     :class:`HealConfig`, of which ``stages`` are for :mod:`sleb.distillation.stages`; ``stage_of``:
@@ -245,7 +245,7 @@ class Healing:
             else None,
         )
         stacks = [training.split.stack] if self.config.recompute else []
-        with forwards(stacks, recomputed):
+        with of_any_length(), forwards(stacks, recomputed):
             stopped = training.run(save_every, self.progress)
         if not training.where.gained:
             if group().is_main:

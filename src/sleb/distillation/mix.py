@@ -24,7 +24,14 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.distillation.loss import passes
 from sleb.models.load import LoadedModel
-from sleb.repairs.answering import OWN_ANSWERS, answers_to, own_answers, own_text, prompt_files
+from sleb.repairs.answering import (
+    OWN_ANSWERS,
+    answers_to,
+    own_answers,
+    own_text,
+    prompt_files,
+    sampled_answers,
+)
 from sleb.repairs.self_generated import can_generate
 
 TEXTS = "texts"
@@ -37,6 +44,8 @@ STEPS = 32
 HELDOUT = 32
 PASSES = 4
 """How often a run goes through the answers to its own prompts, at most."""
+ENOUGH = 1536
+"""Answers to the prompts of a file, below which more are sampled where that is fast."""
 OWN = 256
 """Windows that the dense model writes itself, at most: it writes more slowly than it reads."""
 
@@ -180,7 +189,16 @@ class Material:
             dense, specs, config, seed=seed, most=HEAL_PROMPTS[on], progress=progress
         )
         split = AnswerSplit.of(answers, seed=seed)
-        train |= by_file(split)
+        for kind, answered in by_file(split).items():
+            more = sampled_answers(
+                dense,
+                answered,
+                ENOUGH - len(answered.ids),
+                answers.new_tokens,
+                seed=seed,
+                progress=progress,
+            )
+            train[kind] = answered.beside(more) if more else answered
         held[ANSWERS] = split.validation
         others = own_answers(dense, config, seed=seed, progress=progress)
         rows = range(len(others.ids) if others else 0)

@@ -32,6 +32,8 @@ from sleb.checkpoints.gguf_file import ARRAY, STRING, GGUFFile
 from sleb.core.errors import DataError, UnsupportedModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from torch import nn
 
@@ -86,6 +88,7 @@ _SLIDES = frozenset({"gemma2", "gemma3", "gpt-oss"})
 _OF_ITS_OWN = frozenset({"qwen35", "gemma4"})
 """Architectures for which transformers has code that reads what the file states of positions."""
 _FREQUENCIES = "rope_freqs.weight"
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 def corrections(file: GGUFFile, config: Any) -> dict[str, Any]:
@@ -136,6 +139,29 @@ def check_tensors(file: GGUFFile, model: nn.Module) -> None:
         f"{file.path} has more weights than transformers {version('transformers')} reads "
         f"({found - wanted:,} elements): give the model as a Hugging Face checkpoint"
     )
+
+
+def correct_tokens(path: Path, tokenizer: Any) -> None:
+    """Have ``tokenizer``, which transformers made of a GGUF file, read whole what the file marks as
+    a token of its own, and end a text as the file does. transformers 5.17 has three such tokens of
+    Qwen2, and another end."""
+    from gguf import GGUFReader
+    from transformers import AddedToken
+
+    fields = GGUFReader(path).fields
+    model, kinds, tokens, end = (
+        fields[key].contents() if (key := f"tokenizer.ggml.{name}") in fields else None
+        for name in ("model", "token_type", "tokens", "eos_token_id")
+    )
+    if model != "gpt2" or kinds is None:
+        return  # that of a SentencePiece model is made of all its parts
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        known = tokenizer.added_tokens_decoder
+        lost = [tokens[i] for i, found in enumerate(kinds) if found == kind and i not in known]
+        marked = [AddedToken(text, normalized=False, special=special) for text in lost]
+        tokenizer.add_tokens(marked, special_tokens=special)
+    if end is not None and tokenizer.convert_ids_to_tokens(end) == tokens[end]:
+        tokenizer.eos_token = tokens[end]
 
 
 @contextmanager

@@ -33,11 +33,11 @@ from sleb.core.errors import (
 )
 from sleb.core.files import file_sha256, staged_dir
 from sleb.core.progress import Progress, silent
-from sleb.models.gguf_source import check_tensors, corrections, parsed_once
+from sleb.models.gguf_source import check_tensors, correct_tokens, corrections, parsed_once
 
 logger = logging.getLogger(__name__)
 
-CONVERSION = 2
+CONVERSION = 3
 """Version of what is made of a GGUF file; those of earlier ones are not used again."""
 
 # Weights as they are named by their writers; others are fetched when an index names them. Not those
@@ -222,6 +222,7 @@ def _convert(path: Path, out: Path) -> None:
                 **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **where)
+            correct_tokens(path, tokenizer)
         check_tensors(file, model)
         for name, value in corrections(file, model.config).items():
             setattr(model.config, name, value)

@@ -26,13 +26,22 @@ from sleb.core.errors import InputError
 from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
-from sleb.models.decoding import capturable, decode
+from sleb.models.decoding import Choose, capturable, decode, greedy
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
-from sleb.repairs.self_generated import at_once, can_generate, write, write_prompts
+from sleb.repairs.self_generated import (
+    at_once,
+    can_generate,
+    sampler,
+    seeded,
+    write,
+    write_prompts,
+)
 
 OWN_PROMPTS = 2048
 OWN_ANSWERS = "own answers"
+SAMPLED = 7
+"""Answers that are sampled to one prompt, at most."""
 QUICK = ("cuda",)
 """Devices on which a model writes so many prompts and answers in seconds."""
 ROOM = 1024
@@ -119,8 +128,7 @@ def own_answers(
 ) -> Windows | None:
     """The model's answers to prompts that it writes itself: more kinds of them than are given. None
     where it answers no chats, or writes too slowly."""
-    device = model.stack.input_device.type
-    if not (model.tokenizer.chat_template and device in QUICK and capturable(model.model)):
+    if not (model.tokenizer.chat_template and writes_fast(model)):
         return None
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
     if not texts:
@@ -129,6 +137,39 @@ def own_answers(
     new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
     found = _answered(model, prompts, new_tokens, ["its own prompts"], seed, progress)
     return replace(found, names=(OWN_ANSWERS,))
+
+
+def sampled_answers(
+    model: LoadedModel,
+    windows: Windows,
+    most: int,
+    new_tokens: int,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Windows | None:
+    """Up to ``most`` more answers to the prompts of ``windows``, as the model samples them: of what
+    it would say, more than its first choice holds. At most ``SAMPLED`` to each; none where it
+    writes too slowly."""
+    n = min(most, SAMPLED * len(windows.ids))
+    if n <= 0 or not writes_fast(model):
+        return None
+    starts = windows.scored.int().argmax(1).tolist() if windows.scored is not None else []
+    prompts = [row[:start] for row, start in zip(windows.ids.tolist(), starts, strict=True)]
+    asked = [prompts[i % len(prompts)] for i in range(n)]
+    key = _key(model, "sampled", new_tokens, seed, asked)
+
+    def sampled() -> list[list[int]]:
+        choose = sampler(torch.ones(1, 1, device=model.stack.input_device))
+        with seeded(seed, model.stack.input_device):
+            return answered(model, asked, new_tokens, progress, "sampling answers", choose)
+
+    return answer_windows(asked, _cached(key, sampled), specs=["prompts, sampled"], seed=seed)
+
+
+def writes_fast(model: LoadedModel) -> bool:
+    """Whether it answers so many prompts in seconds."""
+    return model.stack.input_device.type in QUICK and capturable(model.model)
 
 
 def _answered(
@@ -226,9 +267,10 @@ def answered(
     new_tokens: int,
     progress: Progress,
     title: str = "answering prompts",
+    choose: Choose = greedy,
 ) -> list[list[int]]:
-    """The model's greedy answer to each prompt, all token ids: what ends it included, at most
-    ``new_tokens``."""
+    """The model's answer to each prompt, greedy or as ``choose`` takes its tokens, all token ids:
+    what ends it included, at most ``new_tokens``."""
     ends = model.model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -238,7 +280,8 @@ def answered(
     with progress.stage(title, len(prompts) * new_tokens) as tick:
         for start in range(0, len(order), step):
             rows = order[start : start + step]
-            new = _continued(model, [prompts[i] for i in rows], new_tokens, ends, tick)
+            picked = [prompts[i] for i in rows]
+            new = _continued(model, picked, new_tokens, ends, tick, choose)
             for i, tokens in zip(rows, new.tolist(), strict=True):
                 stop = next((k for k, t in enumerate(tokens) if t in ends), len(tokens) - 1)
                 answers[i] = tokens[: stop + 1]
@@ -251,8 +294,9 @@ def _continued(
     new_tokens: int,
     ends: list[int],
     tick: Tick,
+    choose: Choose,
 ) -> Tensor:
-    """Greedy tokens [B, at most new_tokens] behind prompts, which are padded in front."""
+    """Tokens [B, at most new_tokens] behind prompts, which are padded in front."""
     longest, device = max(map(len, prompts)), model.stack.input_device
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -260,6 +304,6 @@ def _continued(
         row[longest - len(prompt) :] = torch.tensor(prompt)
         here[longest - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    new = decode(model.model, ids, mask, new_tokens, tick, ends=tuple(ends)).cpu()
+    new = decode(model.model, ids, mask, new_tokens, tick, choose, tuple(ends)).cpu()
     group().from_first_(new)
     return new

@@ -9,14 +9,16 @@ own text (docs/quality.md has the figures). Related: data-free calibration of qu
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb.calibration.split import SHARE, joined
-from sleb.calibration.tokens import opening_tokens
+from sleb.calibration.tokens import opening_tokens, special_tokens
 from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
@@ -73,10 +75,8 @@ def write(model: LoadedModel, n: int, length: int, seed: int, progress: Progress
     pieces = -(-n * room // piece)
     heat = torch.ones(pieces, 1, device=device)
     heat[2::3] = HOT
-    devices = [device] if device.type == "cuda" else []
     stage = progress.stage("writing text", pieces * (piece - 1))
-    with stage as tick, torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with stage as tick, seeded(seed, device):
         parts, starts = [], _starts(model, opening, pieces, seed).to(device)
         together = at_once(model.stack, piece)
         for prompts, heats in zip(
@@ -98,7 +98,7 @@ def _starts(model: LoadedModel, opening: list[int], n: int, seed: int) -> Tensor
     """
     tokenizer, network = model.tokenizer, model.model
     draw = random.Random(f"own {seed}")
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     words = [t for t in range(len(tokenizer)) if t not in special]
     begin = opening or [first for first in (tokenizer.bos_token_id,) if first is not None]
     firsts = torch.tensor([draw.choice(words) for _ in range(n)])
@@ -122,16 +122,27 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, ti
     network: Any = model.model
     ends = network.generation_config.eos_token_id
     never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=prompts.device)
-    choose = _sampler(heat, never.long())
+    choose = sampler(heat, never.long())
     new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
     return torch.cat((prompts, new), 1)
 
 
-def _sampler(heat: Tensor, never: Tensor) -> Choose:
-    """Samples tokens at temperatures ``heat`` [B, 1], none of those in ``never``."""
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """While this is open, random numbers are those of ``seed``; then they go on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def sampler(heat: Tensor, never: Tensor | None = None) -> Choose:
+    """Samples tokens at temperatures ``heat`` [B, 1] or [1, 1], none of those in ``never``."""
 
     def sampled(logits: Tensor) -> Tensor:
-        share = (logits.float() / heat).index_fill(1, never, float("-inf")).softmax(-1)
+        logits = logits.float() / heat
+        if never is not None:
+            logits = logits.index_fill(1, never, float("-inf"))
+        share = logits.softmax(-1)
         if share.device.type == "cpu":  # one random number a row; a GPU adds up in any order
             up_to = share.cumsum(-1)
             drawn = torch.rand(len(share), 1) * up_to[:, -1:]
@@ -152,13 +163,11 @@ def write_prompts(model: LoadedModel, n: int, seed: int, progress: Progress) -> 
     opening = tokenizer(before, add_special_tokens=False).input_ids
     if not opening:
         return []
-    ends = tuple(tokenizer.all_special_ids)
+    ends = tuple(special_tokens(tokenizer))
     ids = torch.tensor([opening], device=device).expand(n, -1)
-    never = torch.empty(0, dtype=torch.long, device=device)
-    choose, tokens = _sampler(torch.ones(1, 1, device=device), never), PROMPT_TOKENS
+    choose, tokens = sampler(torch.ones(1, 1, device=device)), PROMPT_TOKENS
     stage = progress.stage("writing prompts", n * tokens)
-    with stage as tick, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with stage as tick, seeded(seed, device):
         new = decode(model.model, ids, torch.ones_like(ids), tokens, tick, choose, ends)
     group().from_first_(new)
     found = dict.fromkeys(
