@@ -23,7 +23,7 @@ QUALITY = ("quality-h200-smollm2.json", "quality-h200-gemma-3-270m.json")
 FINALS = ("finals-h200-smollm2.json", "finals-h200-gemma-3-270m.json")
 ANSWERS = (
     "answers-h200-plain.json",
-    "answers-h200-3-6.json",
+    "answers-h200-1.5b.json",
     "answers-h200-qwen2.5-coder-1.5b.json",
     "answers-h200-6-tight-healed.json",
 )
