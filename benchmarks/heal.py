@@ -5,10 +5,10 @@
 
 CUT is a folder from `sleb prune` or `sleb apply` on MODEL, and made first where it is not there, of
 ``--removed`` blocks; FOLDER is laid out as texts.py and answers.py say, with prompts to learn from
-in ``answers/*_fit.jsonl``. The cut is healed once for each variant: a name, and behind a colon what
-it has of its own: options of `sleb heal`; ``mix``, the kinds of windows that are learned from, with
-their parts; and ``own_text``, how many windows the model writes at most. Of the result, of the cut
-and of MODEL are measured right answers to ``answers/*_dev.jsonl`` (as answers.py does) and
+in ``answers/*_fit.jsonl``. The cut is healed once for each variant: a name, and behind a colon
+what it has of its own: options of `sleb heal`; ``mix``, the kinds of windows that are learned from,
+with their parts; and constants of the modules that heal, such as ``PASSES=10``. Of the result, of
+the cut and of MODEL are measured right answers to ``answers/*_dev.jsonl`` (as answers.py does) and
 perplexity on test texts of texts.py, none of which was learned from. The file is written after each
 variant; those that are in it are not done again, and none is begun that would not be done within
 ``--budget`` seconds. Answers need a GPU.
@@ -21,7 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from texts import prepare
 import sleb
 from sleb.core.errors import InputError, SlebError
 from sleb.core.progress import silent
-from sleb.distillation import heal, mix
+from sleb.distillation import heal, mix, state, training
 from sleb.distillation.mix import Material, Mix, group_of
 from sleb.record import Stopwatch
+from sleb.repairs import answering
 
 
 def parse() -> argparse.Namespace:
@@ -84,6 +85,25 @@ def variant(given: str) -> tuple[str, dict[str, Any], dict[str, float]]:
 
 
 @contextmanager
+def constants(given: dict[str, Any]) -> Iterator[None]:
+    """While this is open, the constants of the modules that heal are those of ``given``.
+
+    Raises:
+        InputError: no module has one of that name.
+    """
+    with ExitStack() as stack:
+        for name, value in given.items():
+            homes = [
+                module for module in (mix, answering, training, state) if hasattr(module, name)
+            ]
+            if not homes:
+                raise InputError(f"nothing that heals has a constant {name}")
+            for module in homes:
+                stack.enter_context(patch.object(module, name, value))
+        yield
+
+
+@contextmanager
 def learning_from(parts: dict[str, float]) -> Iterator[None]:
     """Only windows of the kinds of ``parts`` are trained on, if there are any; all judge."""
     whole = Material.mix
@@ -109,7 +129,8 @@ def healed(options: argparse.Namespace, given: dict[str, Any], one: str, out: Pa
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
     amount = {"minutes": options.minutes, "tokens": options.tokens}
-    with learning_from(parts), patch.object(mix, "OWN", own.pop("own_text", mix.OWN)):
+    other = {key: own.pop(key) for key in [*own] if key.isupper()}
+    with learning_from(parts), constants(other):
         done = heal(options.cut, options.model, out, progress=watch, **{**given, **amount, **own})
     row = {"name": name, "asked": one}
     row |= {"seconds": round(time.monotonic() - start, 1), "phases": watch.seconds}

@@ -307,11 +307,12 @@ def test_variants_of_healing_are_measured_and_what_is_done_is_kept(
     sleb.prune(model, cut, remove=1, windows=4, length=16, prompts=["none"], device="cpu")
     asked = ["--data", data, "--device", "cpu", "--tokens", "4000", "--limit", 1, "--new", 4]
     asked += ["--test-windows", 2, "--length", 48]
-    three = ["--variant", "as it is", "--variant", "texts: mix=texts, lr=1e-3"]
-    three += ["--variant", "wrong: lr=1e9", "-o", out]
+    three = ["--variant", "as it is", "--variant", "texts: mix=texts, lr=1e-3, OWN=1"]
+    three += ["--variant", "wrong: lr=1e9", "--variant", "unknown: PASES=2", "-o", out]
     report = run("heal", model, cut, *asked, *three)
-    assert [row["name"] for row in report["healed"]] == ["as it is", "texts", "wrong"]
-    *done, wrong = report["healed"]
+    assert [row["name"] for row in report["healed"]] == ["as it is", "texts", "wrong", "unknown"]
+    *done, wrong, unknown = report["healed"]
+    assert "constant PASES" in unknown["error"]
     files = {"answers: code_fit.jsonl", "answers: some_fit.jsonl"}
     assert [{*row["healing"]["passes"]} for row in done] == [{"texts", *files}, {"texts"}]
     assert done[1]["healing"]["lr"] == 1e-3

@@ -747,7 +747,7 @@ class QuantizeConfig(TextOptions, LengthOptions, OutputOptions, TrustOptions):
 
 
 Optimizer = Literal["adamw", "adamw-host", "adamw-8bit"]
-HEAL_TOKENS = {"cpu": 100_000, "cuda": 4_000_000}
+HEAL_TOKENS = {"cpu": 100_000, "cuda": 5_000_000}
 """Tokens that a healing trains on by default: a few minutes of a small model on a CPU, or of one
 with two billion parameters on a large GPU."""
 HEAL_PROMPTS = {"cpu": 64, "cuda": 4096}

@@ -153,7 +153,7 @@ def correct_tokens(path: Path, tokenizer: Any) -> None:
         fields[key].contents() if (key := f"tokenizer.ggml.{name}") in fields else None
         for name in ("model", "token_type", "tokens", "eos_token_id")
     )
-    if model != "gpt2" or kinds is None:
+    if model != "gpt2" or not kinds or not tokens:
         return  # that of a SentencePiece model is made of all its parts
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         known = tokenizer.added_tokens_decoder
