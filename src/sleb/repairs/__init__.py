@@ -98,16 +98,17 @@ def repair(
     if self_generated or (self_generated is None and can_generate(stack)):
         windows = with_self_generated(model, windows, progress)
     stored = _Stored(Checkpoint.open(model.source.path), stack)
-    sweep = Sweep(stack, validation.ids, NLL, batch=batch, scored=validation.scored)
-    fitter = Regression(
-        stack, removed, windows.ids, sweep.batch, writers, stored.rounded, scored=windows.scored
-    )
-    validate = _Validation(sweep, removed, validation)
     found: list[RepairedGap] = []
     tensors: dict[str, Tensor] = {}
-    try:
-        before = validate.loss()
-        with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as fitter.tick:
+    with progress.stage("repairing", len(windows.ids) * _runs(cut, removed)) as tick:
+        sweep = Sweep(stack, validation.ids, NLL, batch=batch, scored=validation.scored)
+        fitter = Regression(
+            stack, removed, windows.ids, sweep.batch, writers, stored.rounded, scored=windows.scored
+        )
+        fitter.tick = tick
+        validate = _Validation(sweep, removed, validation)
+        try:
+            before = validate.loss()
             for turn, gap in enumerate(cut, 1):
                 fitter.tick(0, note=stack.reader.noted(f"gap {turn} of {len(cut)}"))
                 ridge = fitter.fit(gap, RIDGES, validate.better_than(before))
@@ -116,8 +117,8 @@ def repair(
                 tensors |= changed
                 found.append(_record(gap, ridge, changed, validate, (before, after)))
                 before = after
-    finally:
-        fitter.restore()
+        finally:
+            fitter.restore()
     record = RepairRecord(
         gaps=tuple(found), reach=reach, calibration=windows.record, heldout=validation.record
     )
