@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 
 from sleb import estimates
-from sleb.calibration.answers import ANSWERS
+from sleb.calibration.answers import ANSWERS, prompt_hashes
 from sleb.calibration.overlap import shared_with
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
@@ -40,7 +40,7 @@ from sleb.core.progress import Begins, Estimate, Progress, silent, tell
 from sleb.core.statistics import interval
 from sleb.distillation import distill
 from sleb.distillation.distill import Healing
-from sleb.distillation.mix import TEXTS
+from sleb.distillation.mix import TEXTS, group_of
 from sleb.distillation.record import Healed
 from sleb.distillation.stages import first_stages, stages_folder
 from sleb.evaluation.agreement import agreement_of, measure_answers
@@ -219,6 +219,8 @@ def heal(
     found: list[RunRecord] = []
 
     def finish(stage: Path, healing: Healing, done: Healed) -> None:
+        healing.healed = healing.healed.seeing(_learned(healing))
+        healing.healed.save(stage / "plan.json")
         facts = _healed_facts(healing, stage, config, watch)
         source, device = healing.dense.source.path, healing.dense.stack.input_device
         how = {"generate_on": device, "trust_remote_code": config.trust_remote_code}
@@ -313,6 +315,8 @@ def _healed_facts(
         "similarity": old and old.similarity,
     }
     measured = healing.material.measured
+    if measured is not None:  # the cut may have been made by others than the healing
+        measured = measured.without(plan.seen)
     if measured is None:
         return facts
     kept = measure_answers(dense, measured, plan.removed, patch, progress)
@@ -322,6 +326,12 @@ def _healed_facts(
         found = agreement_of(dense, measured, plan.removed, repaired, progress=progress)
         unhealed = interval(found[:, 1])
     return facts | {"prompts": replace(kept, unhealed=unhealed)}
+
+
+def _learned(healing: Healing) -> list[str]:
+    """The prompts by whose answers a healing was done."""
+    kinds = [*healing.material.train.items(), *healing.material.validation.items()]
+    return [seen for name, w in kinds if group_of(name) == ANSWERS for seen in prompt_hashes(w)]
 
 
 def _verified(

@@ -332,7 +332,7 @@ def applied(
             writable_target(target, force=config.force)
         fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
     if fixed is not None:
-        cut = cut.with_repair(fixed.record, fixed.tensors)
+        cut, given = cut.with_repair(fixed.record, fixed.tensors), given.seeing(fixed.prompts_seen)
     elif config.repair is False:
         cut = cut.without_repair()
     else:
@@ -561,7 +561,8 @@ def evaluate(
     **options: Any,
 ) -> Evaluation | tuple[TaskResult, ...] | AnswersKept:
     """Perplexity, or with ``task`` scores of tasks; with ``plan``, dense and cut side by side. With
-    ``prompts`` and a plan: what the cut keeps of the model's answers.
+    ``prompts`` and a plan: what the cut keeps of the model's answers, but for those that it was
+    made by.
 
     With the plan's full depth the cut is scored with the repair that lies beside the plan.
     ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
@@ -595,8 +596,16 @@ def evaluate(
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):
+        assert plan is not None  # see EvalConfig
         found = answers_to(loaded, specs, config, most=math.inf, progress=progress)
-        return measure_answers(loaded, found, removed, patch, progress)
+        others = found.without(plan.seen)
+        if others is None:
+            raise InputError(
+                "the cut was made by the answers to all of these prompts, so they cannot tell what "
+                "it keeps of others: give --prompts that had no part in it"
+            )
+        kept = measure_answers(loaded, others, removed, patch, progress)
+        return replace(kept, left_out=len(found.prompts) - len(others.prompts))
     if config.task:
         return run_tasks(loaded, config, removed=removed, patch=patch, progress=progress)
     scored, _ = load_windows(

@@ -7,8 +7,9 @@ too: each is a window of its own, prompt and answer, of which the answer's token
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
@@ -43,6 +44,17 @@ class Answers:
     source: str
     run_code: bool = False
 
+    def without(self, seen: Collection[str]) -> Answers | None:
+        """Those to prompts that are not among ``seen``, see :func:`prompt_hashes`; None if there
+        are none."""
+        rows = [i for i, known in enumerate(prompt_hashes(self.windows)) if known not in seen]
+        return self.take(rows) if rows else None
+
+    def take(self, rows: Sequence[int]) -> Answers:
+        """The answers ``rows``."""
+        prompts = tuple(self.prompts[i] for i in rows)
+        return replace(self, prompts=prompts, windows=self.windows.take(rows))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerSplit:
@@ -75,12 +87,24 @@ class AnswerSplit:
             search=answers.windows.take(search),
             fit=answers.windows.take(fit),
             validation=answers.windows.take(validation),
-            measured=replace(
-                answers,
-                prompts=tuple(answers.prompts[i] for i in measured),
-                windows=answers.windows.take(measured),
-            ),
+            measured=answers.take(measured),
         )
+
+    @property
+    def seen(self) -> list[str]:
+        """The prompts of all roles but ``measured``."""
+        return prompt_hashes(self.search + self.fit + self.validation)
+
+
+def prompt_hashes(windows: Windows) -> list[str]:
+    """What tells prompts apart, of windows of answers: 12 hex digits of the SHA-256 of each one's
+    token ids, as the model reads it."""
+    assert windows.scored is not None
+    found = []
+    for row, counts in zip(windows.ids, windows.scored, strict=True):
+        prompt = row[: int(counts.nonzero()[0])]
+        found.append(hashlib.sha256(prompt.numpy().astype("<i8").tobytes()).hexdigest()[:12])
+    return found
 
 
 def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:

@@ -813,7 +813,14 @@ def _check_record(given: Given) -> None:
         return
     from sleb.core.plan import Plan
 
-    removed = Plan.load(given["plan"]).at_depth(given["depth"])
+    plan = Plan.load(given["plan"])
+    if given.get("prompts") and plan.saw_unknown:
+        raise InputError(
+            f"{given['plan']} is of an older sleb and does not say by which prompts the cut was "
+            "made, so what --prompts measures may be no held-out figure: prune again, or leave out "
+            "--record"
+        )
+    removed = plan.at_depth(given["depth"])
     if known.removed != removed:
         raise InputError(
             f"--record {folder} is of a model without blocks {list(known.removed)}, and these are "

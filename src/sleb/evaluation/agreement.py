@@ -69,7 +69,8 @@ class AnswersKept:
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
     any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
     ``unhealed``: of the cut as it was before its healing. ``worst``: right answers that were lost,
-    then others, each by how little is kept; none that the cut alone has right.
+    then others, each by how little is kept; none that the cut alone has right. ``left_out``: other
+    prompts of ``source``, by whose answers the cut was made.
     """
 
     source: str
@@ -84,6 +85,7 @@ class AnswersKept:
     unhealed: Interval | None = None
     right: RightAnswers | None = None
     worst: tuple[Example, ...] = ()
+    left_out: int = 0
 
 
 def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:

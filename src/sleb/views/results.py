@@ -116,7 +116,7 @@ def _(r: RunRecord) -> list[Item]:
     elif r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
     lines = [f"removed blocks {T.join(r.removed)}"]
-    lines += [T("kept.text", **quality.prompt_words(T, r.prompts))] if r.prompts else []
+    lines += [quality.prompts_told(T, r.prompts)] if r.prompts else []
     lines.append(f"perplexity: {evaluated_on(r)}")
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
