@@ -13,6 +13,7 @@ from sleb.cli import verbs
 from sleb.cli.main import main
 from sleb.config import InputError, LoadOptions, Options, PruneConfig, SearchConfig, takes
 from sleb.project import Project
+from sleb.project_file import ELSEWHERE
 from sleb.selection.goal import Goal
 
 BY_NAME = {verb.name: verb for verb in verbs.VERBS}
@@ -125,7 +126,7 @@ VALUES = {
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,
     "save": "memory", "strategy": "beam", "unit": "attention",
 }  # fmt: skip
-IN_FILE = [n for n in PruneConfig.model_fields if n not in project_module._ELSEWHERE]
+IN_FILE = [n for n in PruneConfig.model_fields if n not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", IN_FILE)

@@ -11,6 +11,7 @@ from sleb.cli.main import main
 from sleb.config import HealConfig, PruneConfig
 from sleb.core.errors import InputError
 from sleb.project import Project, run
+from sleb.project_file import Measure
 from sleb.record import RunRecord
 
 TEXT = "the mail of today and of all other days to everyone here. "
@@ -196,7 +197,7 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     # what is commented out is right as well
     text = (tmp_path / "sleb.toml").read_text()
     keys = re.findall(r"^#? ?(\w+) = ", text, re.MULTILINE)
-    tables = (PruneConfig, HealConfig, project_module.Measure, Project)
+    tables = (PruneConfig, HealConfig, Measure, Project)
     known = {name for table in tables for name in table.model_fields}
     assert set(keys) - known == {
         "default", "mail", "manuals", "max_ratio", "min_speedup", "min_retention",

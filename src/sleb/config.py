@@ -346,6 +346,8 @@ class HeldoutOptions(Options):
 
 NO_PROMPTS = "none"
 """Stands for no prompts, where there would be some by default."""
+DEFAULT_PROMPTS = "default"
+"""Stands for the embedded prompts."""
 MAX_PROMPTS, NEW_TOKENS = {"cpu": 64, "cuda": 1024}, {"cpu": 96, "cuda": 256}
 """How many prompts are answered, and with how many tokens at most, by default."""
 

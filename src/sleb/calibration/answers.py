@@ -19,14 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.calibration.windows import Windows, digest, written_source
-from sleb.config import NO_PROMPTS
+from sleb.config import DEFAULT_PROMPTS, NO_PROMPTS
 from sleb.core.errors import InputError
 from sleb.core.plan import Calibration
 
 ANSWERS = "answers"
 """The name of answers among the texts that they stand beside."""
-DEFAULT = "default"
-"""Stands for the embedded prompts."""
+DEFAULT = DEFAULT_PROMPTS
 LEAST = 12
 """Prompts that there have to be, for every role to get one."""
 MEASURED, SEARCH, VALIDATION = 96, 32, 32

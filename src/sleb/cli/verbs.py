@@ -22,7 +22,7 @@ from sleb.core.process_group import Lost, group, leave_group
 if TYPE_CHECKING:
     import typer
 
-    from sleb.config import Options
+    from sleb.config import Options, SearchConfig
 
 Given = Mapping[str, Any]
 """The values of a command's parameters, by name."""
@@ -245,9 +245,11 @@ def _check_report(given: Given) -> None:
 
 
 def _check_project(given: Given) -> None:
-    from sleb.core.toml import read_toml
+    from sleb.project_file import ProjectFile
 
-    read_toml(given["path"], "make one with: sleb init")
+    project = ProjectFile.read(given["path"], given["settings"])
+    _check_texts(project.search.text, project.search.prompts)
+    _check_search(project.search, project.source)
 
 
 def _described(found: Any) -> Any:
@@ -762,7 +764,7 @@ def _close(progress: Any) -> None:
 def _check(verb: Verb, config: Options, given: Given) -> None:
     """Find mistakes before torch is imported, which takes seconds."""
     from sleb.cli.build import choose
-    from sleb.config import NO_PROMPTS, SearchConfig
+    from sleb.config import SearchConfig
 
     for argument in verb.arguments:
         choose(argument.name, given[argument.name], argument.choices)
@@ -771,16 +773,50 @@ def _check(verb: Verb, config: Options, given: Given) -> None:
         from sleb.selection.goal import Goal
 
         Goal.of(config)
-    if asked := given.get("prompts"):
-        from sleb.calibration.rows import existing_file
+    asked = given.get("prompts") or ()
+    _check_texts((), [asked] if isinstance(asked, str) else asked)
+    if given.get("device"):
+        from sleb.models.on_disk import check_device
 
-        for file in [asked] if isinstance(asked, str) else asked:
-            if file not in (NO_PROMPTS, "default"):
-                existing_file(file)
+        check_device(given["device"])
     if verb.model and given[verb.model] is not None and verb.name not in ("init", "demo"):
         from sleb.models.source import find
 
-        find(given[verb.model])
+        found = find(given[verb.model])
+        if isinstance(config, SearchConfig):
+            _check_depth(config, found)
+
+
+def _check_search(config: SearchConfig, model: str) -> None:
+    """The same of a search that a project file asks for."""
+    from sleb.models.on_disk import check_device
+    from sleb.models.source import find
+    from sleb.selection.goal import Goal
+
+    Goal.of(config)
+    check_device(config.device)
+    _check_depth(config, find(model))
+
+
+def _check_depth(config: SearchConfig, found: Any) -> None:
+    """Refuse what cannot be removed from so many blocks; ``found``: see find."""
+    from sleb.models.on_disk import stated_depth
+    from sleb.selection.goal import Goal
+
+    if isinstance(found, Path) and config.unit == "block" and (n := stated_depth(found)):
+        Goal.of(config).check_depth(n, config.protect)
+
+
+def _check_texts(texts: Iterable[str], prompts: Iterable[str]) -> None:
+    """Find out that files are not there."""
+    from sleb.calibration.rows import existing_file
+    from sleb.calibration.sources import check_sources
+    from sleb.config import DEFAULT_PROMPTS, NO_PROMPTS
+
+    check_sources(texts)
+    for file in prompts:
+        if file not in (NO_PROMPTS, DEFAULT_PROMPTS):
+            existing_file(file)
 
 
 def _show(facts: Any, json: bool = False) -> None:
