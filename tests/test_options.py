@@ -45,6 +45,9 @@ def place(tmp_path, monkeypatch, tiny_plan):
     (tmp_path / "OUT").mkdir()
     for name in ("OUT/run.json", "prompts.txt", "sleb.toml"):
         (tmp_path / name).touch()
+    (tmp_path / "sleb.toml").write_text(
+        'model = "m/m"\nout = "o"\n[text]\na = "default"\n[search]\nremove = 2\n'
+    )
     for name in ("plan.json", "OUT/plan.json"):
         tiny_plan.save(tmp_path / name)
     return tmp_path

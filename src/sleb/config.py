@@ -657,7 +657,7 @@ class CheckOptions(DepthOptions, DeviceOptions):
 class VerifyConfig(CheckOptions):
     """`sleb verify`."""
 
-    gate: str | None = option(None, "Limits on what OUT/run.json has recorded.", metavar="FILE")
+    gate: str | None = option(None, "File of limits on what OUT/run.json has recorded: exit code 3 if one is not kept.", metavar="FILE")
     runtimes: str | None = option(
         None,
         "Try it there too: transformers, vllm, llama-cpp, mlx-lm; several with commas.",

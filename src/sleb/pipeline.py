@@ -102,7 +102,7 @@ def prune(
 ) -> Pruned:
     """Search, repair, measure on held-out windows, write the checkpoint, verify it; all or nothing.
 
-    ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
+    ``out`` appears only after every exactness check has passed. It holds the checkpoint, plan.json,
     run.json and a model card. Of a plan of parts of blocks no checkpoint is written: ``out`` holds
     plan.json, which :func:`sleb.load` applies, run.json, and the repaired tensors. If ``model`` and
     ``out`` both end in .gguf, ``out`` is the file without these blocks or parts, in its own
@@ -116,7 +116,7 @@ def prune(
     ``stages`` go into the record as they are.
 
     Raises:
-        VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
+        VerificationFailed: a check did not pass, or a limit on loss allows no removal; nothing was
             written.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
@@ -212,7 +212,7 @@ def heal(
     :func:`prune` does, and heal.json.
 
     Raises:
-        VerificationFailed: healing made nothing better, or a gate did not pass.
+        VerificationFailed: healing made nothing better, or a check did not pass.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out, watch = Path(out), Stopwatch(progress)
@@ -337,7 +337,7 @@ def _learned(healing: Healing) -> list[str]:
 def _verified(
     stage: Path, out: Path, model: str | Path, plan: Plan, watch: Stopwatch, **how: Any
 ) -> Verification:
-    """What the gates found on the folder that is to be ``out``.
+    """What the checks found on the folder that is to be ``out``.
 
     Raises:
         VerificationFailed: one did not pass.
@@ -468,7 +468,7 @@ def _write_gguf(
     """Cut the GGUF file, check it and record it, all or nothing; the record goes to ``told``.
 
     Raises:
-        VerificationFailed: a gate did not pass.
+        VerificationFailed: a check did not pass.
     """
     watch, records = told
 
@@ -495,7 +495,7 @@ def _write(
     """Cut, verify and record; ``out`` appears only if that succeeds.
 
     Raises:
-        VerificationFailed: a gate did not pass.
+        VerificationFailed: a check did not pass.
     """
     record: list[RunRecord] = []
     if found.plan.parts:

@@ -91,7 +91,7 @@ class Project(ProjectFile):
 @takes(RunConfig)
 def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> RunRecord:
     """Do all that the project file at ``path`` asks for and that is not done yet: search, cut,
-    prove, measure, check the gate, write the reports.
+    prove, measure, hold it against the limits, write the reports.
 
     ``settings``, each as ``"search.remove=3"``, replace those of the file; ``force`` starts anew
     where settings of the search have changed.
@@ -99,7 +99,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     Raises:
         InputError: the file or something that it names cannot be used, or its ``out`` is from
             other settings.
-        VerificationFailed: no block may go, or the checkpoint is not exact. (A gate that fails
+        VerificationFailed: no block may go, or the checkpoint is not exact. (A limit that is not kept
             raises nothing: see the record's ``gate``.)
     """
     project = Project.load(path, config.settings)

@@ -177,7 +177,7 @@ class GateResult:
             worst = f"at worst {row.worst:.5g}{unit}"
             why = f"{shown}{worst}; allowed is at {bound} {row.limit:.5g}{unit}"
         raise VerificationFailed(
-            f"the gate failed: {name}: {why} (of {len(self.rows)} limits {len(broken)} not kept, "
+            f"a limit is not kept: {name}: {why} (of {len(self.rows)} limits {len(broken)} not kept, "
             f"{len(unclear)} cannot be told yet)"
         )
 

@@ -443,8 +443,8 @@ def _check_gguf(
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was checked: the checkpoint's gates, and, where asked for, runtimes and limits. A GGUF
-    file has no gates: it is verified by running it."""
+    """What was checked: the checkpoint's checks, and, where asked for, runtimes and limits. A GGUF
+    file has no checks: it is verified by running it."""
 
     verification: Verification | None
     runtimes: RuntimeReport | None = None
@@ -463,18 +463,18 @@ class Verified:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The gates."""
+        """What was compared, and what each found."""
         return self._gates.checks
 
     @property
     def passed(self) -> bool:
-        """Whether every gate passed."""
+        """Whether every check passed."""
         return self._gates.passed
 
     @property
     def _gates(self) -> Verification:
         if self.verification is None:
-            raise AttributeError("a GGUF file has no gates: see runtimes")
+            raise AttributeError("a GGUF file has no checks: see runtimes")
         return self.verification
 
     def require(self) -> None:
@@ -484,7 +484,7 @@ class Verified:
                 part.require()
 
     def sections(self) -> dict[str, Any]:
-        """What a run record gets: nothing of a checkpoint that failed its gates."""
+        """What a run record gets: nothing of a checkpoint that failed its checks."""
         if self.verification is not None and not self.verification.passed:
             return {}
         found: dict[str, Any] = {}
@@ -540,7 +540,7 @@ def verify(
 
 
 def plan_of(out: str | Path, *, running: bool = False) -> Path:
-    """The plan that lies with a checkpoint. A GGUF file can only be run, as no gate reads it."""
+    """The plan that lies with a checkpoint. A GGUF file can only be run, as no check reads it."""
     out = Path(out)
     if out.is_dir():
         return out / "plan.json"

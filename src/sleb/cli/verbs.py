@@ -70,7 +70,7 @@ FORCE = _switch("force", "Replace an existing output.")
 DRY_RUN = _switch("estimate", "Say what it would take, and do nothing.", "--dry-run")
 RECORD = Argument(
     "record",
-    "Add the result to RUN/run.json, for gate and report.",
+    "Add the result to RUN/run.json, for limits and report.",
     "--record",
     "RUN",
     str | None,
@@ -490,7 +490,7 @@ VERBS = (
         name="verify",
         group=STEPS,
         help="Prove that a checkpoint is the original without the plan's blocks, and with "
-        "--runtime, that these run it as such. Exit code 3 if not, or if a limit of the gate is "
+        "--runtime, that these run it as such. Exit code 3 if not, or if a limit (--gate) is "
         "not kept.",
         example="sleb verify ./smaller --model ./model --plan plan.json",
         arguments=(
@@ -634,8 +634,8 @@ VERBS = (
     Verb(
         name="run",
         group=PROJECT,
-        help="Do all that a project file asks for, from search to report. Exit code 3 if its gate "
-        "fails.",
+        help="Do all that a project file asks for, from search to report. Exit code 3 if a "
+        "limit ([gate]) is not kept.",
         example="sleb run sleb.toml --set search.remove=3",
         arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
         config="RunConfig",
