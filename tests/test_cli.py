@@ -124,7 +124,7 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert (text.code, text.err) == (0, "")
     plan = Plan.load(out / "plan.json")
     gates = 8 if plan.repair else 7
-    assert f"{gates} of {gates} gates" in text.out
+    assert f"{gates} of {gates} checks" in text.out
     assert "repair: " in text.out
     assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
     added = {"plan.json", "run.json", "README.md", "SHA256SUMS", "rollback"}

@@ -99,8 +99,8 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     Raises:
         InputError: the file or something that it names cannot be used, or its ``out`` is from
             other settings.
-        VerificationFailed: no block may go, or the checkpoint is not exact. (A limit that is not kept
-            raises nothing: see the record's ``gate``.)
+        VerificationFailed: no block may go, or the checkpoint is not exact. (A limit that is not
+            kept raises nothing: see the record's ``gate``.)
     """
     project = Project.load(path, config.settings)
     if project.gate is not None and not project.search.prompts:

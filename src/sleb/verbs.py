@@ -23,6 +23,7 @@ from sleb.calibration.prompts import read_prompts
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
 from sleb.config import (
     ApplyConfig,
@@ -76,7 +77,7 @@ from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
 from sleb.surgery import apply as cutting
 from sleb.surgery import verification
 from sleb.surgery.adapter import CutAdapter, cut_adapter
-from sleb.surgery.gates import Check
+from sleb.surgery.gates import Check, check_checksums
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.nemotron_nas import write_nemotron_nas
 from sleb.surgery.verification import Verification
@@ -510,7 +511,8 @@ def verify(
     """Check that ``out`` is ``model`` without the plan's blocks, that ``runtimes`` run it as such,
     and that its record keeps the limits of ``gate``.
 
-    ``plan`` is by default the one that lies with ``out``. The result's ``require()`` raises what
+    ``plan`` is by default the one that lies with ``out``. With ``recorded`` the proof is that of
+    the run record, if the files are still the same. The result's ``require()`` raises what
     failed.
 
     Raises:
@@ -523,7 +525,9 @@ def verify(
     judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
     checked, shared = config.part(CheckOptions), {"model": model, "plan": used}
     found = None
-    if Path(out).is_dir():
+    if Path(out).is_dir() and config.recorded:
+        found = _recorded(Path(out), model, used, config.depth, progress)
+    elif Path(out).is_dir():
         found = verification.verify(out, checked, **shared, progress=progress)
     ran = None
     if tried and (found is None or found.passed):
@@ -537,6 +541,29 @@ def verify(
         )
     record = Path(out) if (Path(out) / "run.json").is_file() else None
     return Verified(verification=found, runtimes=ran, gate=judged, record=record)
+
+
+def _recorded(
+    out: Path, model: str | Path, plan: Plan, depth: int | None, progress: Progress
+) -> Verification:
+    """The proof in the run record of ``out``, with the checksums as they are now.
+
+    Raises:
+        InputError: it is of another cut or model, or there are no checksums.
+    """
+    proof = RunRecord.load(out).verification
+    if tuple(proof.removed) != plan.at_depth(depth) or not (out / SUMS).is_file():
+        raise InputError(
+            f"{out} has no recorded proof of this plan's files, with their checksums: leave out "
+            "--recorded, and it is proved now"
+        )
+    source = resolve(model, progress)
+    checkpoint = Checkpoint.open(source.path)
+    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
+        check_fingerprint(plan.model, fingerprint(checkpoint, plan.model.blocks, tick), source.ref)
+    now = check_checksums(out, progress)
+    others = [check for check in proof.checks if check.key != now.key]
+    return replace(proof, checkpoint=str(out), checks=(now, *(others if now.passed else ())))
 
 
 def plan_of(out: str | Path, *, running: bool = False) -> Path:

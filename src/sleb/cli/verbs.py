@@ -501,6 +501,11 @@ VERBS = (
         config="VerifyConfig",
         check=_check_verify,
         facts=_verified_facts,
+        notes=lambda found, given: (
+            ["the proof is run.json's: files and model are those that it is of"]
+            if given["recorded"]
+            else []
+        ),
         sections=lambda found, given: found.sections(),
     ),
     Verb(

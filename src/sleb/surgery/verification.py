@@ -80,8 +80,8 @@ class Verification:
         for check in self.checks:
             if not check.passed:
                 raise VerificationFailed(
-                    f"{self.checkpoint} failed the check '{check.key}' ({check.found}); do not ship "
-                    "it"
+                    f"{self.checkpoint} failed the check '{check.key}' ({check.found}); do not "
+                    "ship it"
                 )
 
 
