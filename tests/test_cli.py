@@ -254,6 +254,7 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         assert f"Usage: sleb {verb.name} [OPTIONS]" in text
         assert f"Example: {verb.example}" in text
         assert verb.help.split(";")[0] in text
+    assert not re.search(r"<\w*(str|list|int|float)\b", text)
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
 
     mistakes = [

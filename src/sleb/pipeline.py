@@ -37,7 +37,7 @@ from sleb.core.files import enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
-from sleb.core.statistics import interval
+from sleb.core.statistics import shares
 from sleb.distillation import distill
 from sleb.distillation.distill import Healing
 from sleb.distillation.mix import TEXTS, group_of
@@ -324,7 +324,7 @@ def _healed_facts(
     if before := stored_repair(healing.plan, healing.cut, dense):
         repaired = partial(before.patch, dense.stack)
         found = agreement_of(dense, measured, plan.removed, repaired, progress=progress)
-        unhealed = interval(found[:, 1])
+        unhealed = shares(found[:, 1])
     return facts | {"prompts": replace(kept, unhealed=unhealed)}
 
 

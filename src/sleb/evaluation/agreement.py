@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
-from sleb.core.statistics import Interval, Values, interval, proportion
+from sleb.core.statistics import Interval, Values, interval, proportion, shares
 from sleb.evaluation.grading import Judged, gradable, judged
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered
@@ -166,11 +166,11 @@ def measure_answers(
         prompts=len(windows.ids),
         tokens=int(windows.scored.sum()),
         new_tokens=answers.new_tokens,
-        agreement=interval(agreement),
+        agreement=shares(agreement),
         divergence=interval(divergence),
         until_first=interval(first),
         reproduced=proportion(int(reproduced.sum()), len(reproduced)),
-        unrepaired=None if plain is None else interval(plain[:, 1]),
+        unrepaired=None if plain is None else shares(plain[:, 1]),
         right=_right([one for one in graded if one]) if told else None,
         worst=tuple(
             Example(
