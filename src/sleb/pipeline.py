@@ -151,7 +151,11 @@ def prune(
 
 @takes(PruneConfig)
 def estimate(
-    model: str | Path, out: str | Path, config: PruneConfig, *, progress: Progress = silent
+    model: LoadedModel | str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    *,
+    progress: Progress = silent,
 ) -> Estimate:
     """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment;
     nothing is written.
@@ -160,10 +164,12 @@ def estimate(
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
     """
     out = Path(out)
-    _gguf(model, out, config.force)
+    _gguf(place(model), out, config.force)
     goal = check_options(config)
-    check_request(model, config, progress)
-    loaded = load(model, **dict(config.part(LoadOptions)), progress=progress)
+    check_request(place(model), config, progress)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
     if loaded.stack.streamed:
         raise InputError("a model whose blocks are read from disk is not timed: leave out --stream")
     _check_space(out, goal, loaded, config)

@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
+from sleb import estimates, pipeline
 from sleb.acceptance import Gate
 from sleb.calibration.answers import prompts_of
 from sleb.calibration.prompts import read_prompts
-from sleb.calibration.windows import load_windows
+from sleb.calibration.windows import DEFAULT_WINDOWS, load_windows
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import (
+    BenchConfig,
     DeviceOptions,
     LoadOptions,
     RunConfig,
     TransferConfig,
     takes,
 )
+from sleb.core.display import spelled
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan
-from sleb.core.progress import Begins, Progress, silent, tell
+from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
@@ -38,7 +43,7 @@ from sleb.pipeline import prune, prune_and_heal
 from sleb.project_file import ProjectFile
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
-from sleb.runtimes.bench import Speed, bench
+from sleb.runtimes.bench import FULL, QUICK, Speed, bench
 from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
 from sleb.views.report import write_report
@@ -115,7 +120,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     ]
     if left:
         tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
-        tell(progress, f"next (not estimated): {', '.join(stage for stage, _ in left)}")
+        tell(progress, session.told([stage for stage, _ in left]))
     for stage, work in left:
         done = {**record.stages, stage: keys[stage]}
         record = RunRecord.update(out, stages=done, **{stage: work()})
@@ -126,6 +131,46 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     for lang in project.measure.reports:
         write_report([out], out / f"report.{lang}.html", lang, force=True)
     return record
+
+
+@takes(RunConfig)
+def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> Estimate:
+    """What :func:`run` would take: as :func:`sleb.pipeline.estimate`, and what is measured after
+    the cut. Nothing is written.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see :func:`run`.
+    """
+    project = Project.load(path, config.settings)
+    search = project.search.replaced({"force": True})
+    dense = load(project.source, **dict(search.part(LoadOptions)), progress=progress)
+    found = pipeline.estimate(dense, project.target, search, progress=progress)
+    seconds = {phase.name: phase.seconds for phase in found.phases}
+    later, unknown = _later(project, dense, seconds[estimates.SEARCH])
+    phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
+    healed = ("healing",) if project.heal else ()
+    return replace(found, phases=phases, unknown=(*healed, *unknown))
+
+
+def _later(
+    project: Project, dense: LoadedModel, searching: float
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Seconds of the stages after the cut, where one search takes ``searching``; and those whose
+    work is not known."""
+    search, measure = project.search, project.measure
+    speed = estimates.Speed.of(dense, search.length)
+    found = {"similarity": speed.blocks * (search.windows or DEFAULT_WINDOWS) * search.length}
+    if measure.transfer:
+        found["transfer"] = (len(project.text) + 1) * searching
+    if measure.prompts:
+        asked = len(read_prompts(project.beside(measure.prompts)))
+        found["answers"] = estimates.comparing(speed, asked, measure.new_tokens)
+    if measure.bench:
+        on_cpu = dense.stack.input_device.type == "cpu"
+        cases = QUICK if (measure.bench_quick is None and on_cpu) or measure.bench_quick else FULL
+        nbytes = Checkpoint.open(dense.source.path).nbytes
+        found["speed"] = estimates.timing(speed, cases, BenchConfig().runs, nbytes)
+    return found, ("tasks",) if measure.tasks else ()
 
 
 def _check_chats(project: Project, path: str | Path) -> None:
@@ -179,6 +224,15 @@ class _Session:
             ("answers", measure.prompts is not None, self.answers),
             ("speed", measure.bench, self.speed),
         ]
+
+    def told(self, left: Sequence[str]) -> str:
+        """What will be measured, and about how long each takes where that is known."""
+        known = dict[str, float]()
+        if not self.dense.stack.streamed:
+            searched = sum(s for name, s in self.record.seconds.items() if name == "searching")
+            known, _ = _later(self.project, self.dense, searched)
+        said = (f"{name} {f'{spelled(known[name])}' if name in known else '?'}" for name in left)
+        return f"next, about: {', '.join(said)}"
 
     @property
     def dense(self) -> LoadedModel:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -644,6 +644,7 @@ VERBS = (
         example="sleb run sleb.toml --set search.remove=3",
         arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
         config="RunConfig",
+        dry="project.estimate",
         check=_check_project,
         drawn=lambda record: (record, record.gate) if record.gate else record,
         notes=_reports,
@@ -751,7 +752,7 @@ def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     """What a run would take."""
     from sleb.core.display import estimated
 
-    places = {name: given[name] for name in ("model", "out")}
+    places = {name: given[name] for name in ("model", "out", "path") if name in given}
     found = verb.named(verb.dry)(**places, config=config, progress=progress)
     if given["json"]:
         _show(found, json=True)
@@ -812,7 +813,7 @@ def _check_depth(config: SearchConfig, found: Any) -> None:
         Goal.of(config).check_depth(n, config.protect)
 
 
-def _check_texts(texts: Iterable[str], prompts: Iterable[str]) -> None:
+def _check_texts(texts: Sequence[str], prompts: Iterable[str]) -> None:
     """Find out that files are not there."""
     from sleb.calibration.rows import existing_file
     from sleb.calibration.sources import check_sources
