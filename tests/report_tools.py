@@ -138,7 +138,7 @@ def healed():
         cut_sha256="0" * 64,
         healed_sha256="1" * 64,
     )
-    prompts = replace(record.prompts, unhealed=record.prompts.agreement)
+    prompts = replace(record.prompts, unhealed=record.prompts.agreement, left_out=24)
     return replace(record, healed=done, prompts=prompts)
 
 

@@ -13,8 +13,10 @@ import torch
 import sleb
 from sleb.calibration.answers import ANSWERS, AnswerSplit, answer_windows, prompts_of
 from sleb.calibration.prompts import Prompt
+from sleb.cli.main import main
 from sleb.config import PromptOptions
 from sleb.core.errors import InputError, VerificationFailed
+from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.evaluation import run_code
 from sleb.evaluation.agreement import agreement_of, measure_answers
@@ -236,6 +238,35 @@ def test_prune_measures_answers(learned, prompts, tmp_path):
     assert kept.right.pruned == kept.right.dense - kept.right.lost + kept.right.won
     assert done.plan.final_comparison is None or done.plan.final_comparison.answers == 5
     assert {"answers", "answers_search"} <= done.plan.split.keys()
+    # eval leaves out the prompts that the cut was made by: the same figure, on the same prompts
+    plan = tmp_path / "out" / "plan.json"
+    again = sleb.evaluate(learned / "model", plan=plan, prompts=[prompts], new_tokens=NEW, **CPU)
+    assert (again.agreement, again.left_out) == (kept.agreement, len(STARTS) * 5 - kept.prompts)
+
+
+def test_no_prompts_that_a_cut_was_made_by_take_the_place_of_others(
+    learned, loaded, prompts, tmp_path, monkeypatch, capsys
+):
+    plan, fewer = tmp_path / "plan.json", tmp_path / "fewer.jsonl"
+    text = {"text": [str(learned / "text.txt")], "windows": 4, "length": 32, "remove": 2}
+    search = {**text, "metric": "answers", "new_tokens": NEW, "exact": True}
+    found = sleb.search(loaded, prompts=[str(prompts)], **search)
+    found.save(plan)
+    assert Plan.load(plan) == found
+    rows = prompts.read_text().splitlines()
+    split = split_of(loaded, prompts)
+    measured = {prompt.id for prompt in split.measured.prompts}
+    seen = [row for n, row in enumerate(rows, 1) if f"line {n}" not in measured]
+    fewer.write_text("\n".join(seen))
+    with pytest.raises(InputError, match="had no part in it"):
+        sleb.evaluate(loaded, plan=plan, prompts=[str(fewer)], new_tokens=NEW)
+    # a plan that does not say which they were
+    found.model_copy(update={"prompts_seen": ""}).save(plan)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("sleb.record.RunRecord.load", lambda _: None)
+    asked = ["--plan", str(plan), "--prompts", str(prompts), "--record", str(tmp_path / "out")]
+    assert main(["eval", str(learned / "model"), *asked]) == 2
+    assert "prune again" in capsys.readouterr().err
 
 
 def test_the_metric_of_answers_is_their_divergence(learned, loaded, prompts):

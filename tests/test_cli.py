@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,8 +19,10 @@ from cli_tools import refused, run, tree
 from sleb import config, pipeline
 from sleb.cli.verbs import FORMS, VERBS
 from sleb.core import display as progress
+from sleb.core.errors import InputError
 from sleb.core.finding import finding
 from sleb.core.plan import Plan
+from sleb.models import on_disk
 from sleb.surgery.gates import Check
 
 SMALL = ["--windows", "4", "--length", "16", "--dtype", "float32", "--device", "cpu"]
@@ -120,7 +124,7 @@ def test_prune_leaves_a_checkpoint_with_its_plan_record_and_card(tiny_dir, tmp_p
     assert (text.code, text.err) == (0, "")
     plan = Plan.load(out / "plan.json")
     gates = 8 if plan.repair else 7
-    assert f"{gates} of {gates} gates" in text.out
+    assert f"{gates} of {gates} checks" in text.out
     assert "repair: " in text.out
     assert names(tmp_path) == ["a model [", "small er"]  # no journal, no staging folder
     added = {"plan.json", "run.json", "README.md", "SHA256SUMS", "rollback"}
@@ -250,6 +254,7 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         assert f"Usage: sleb {verb.name} [OPTIONS]" in text
         assert f"Example: {verb.example}" in text
         assert verb.help.split(";")[0] in text
+    assert not re.search(r"<\w*(str|list|int|float)\b", text)
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
 
     mistakes = [
@@ -265,10 +270,43 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         "search MODEL --remove 2 --text nothing.txt -o p.json",
         "compare MODEL MODEL --prompts nothing.jsonl",
         "report MODEL",
+        "prune MODEL --remove 6 -o out",
+        "prune MODEL --remove 99% -o out",
+        "search MODEL --remove 2 --protect 99 -o p.json",
+        "prune MODEL --remove 2 --device gpu -o out",
+        "run sleb.toml --set search.remov=3",
+        "run sleb.toml --set search.remove=99",
+        "run sleb.toml --set search.device=gpu",
+        "run sleb.toml --set text.more=nothing.txt",
     ]
+    Path("sleb.toml").write_text(
+        'model = "MODEL"\nout = "out"\n[text]\na = "default"\n[search]\nremove = 2\n'
+    )
     assert report(*mistakes)[1] == f"{[2] * len(mistakes)} False True"
     assert report("inspect MODEL")[1] == "[0] False True"
     assert report("inspect MODEL --full")[1].startswith("[0] True")
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "refused"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", True, True),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", False, True),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", True, False),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '7.0'\n", False, False),
+    ],
+)
+def test_a_gpu_is_refused_early_where_torch_can_have_none(
+    tmp_path, monkeypatch, built, driver, refused
+):
+    (tmp_path / "version.py").write_text(built)
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(on_disk, "find_spec", lambda name: spec)
+    monkeypatch.setattr(on_disk, "CDLL", lambda name: None if driver else os.stat(name))
+    monkeypatch.setattr(on_disk, "LINUX", True)
+    on_disk.check_device("cpu")
+    with pytest.raises(InputError) if refused else nullcontext():
+        on_disk.check_device("cuda:0")
 
 
 def test_choices_of_the_command_line_are_what_is_registered():

@@ -89,7 +89,7 @@ def test_the_guides_commands_work_in_their_order(workplace, capsys):
         check_command(command)
     for command in ran:
         assert main([*command[1:], *(["--force"] if command[1] == "apply" else [])]) == 0, command
-    assert "gates passed" in capsys.readouterr().out
+    assert "checks passed" in capsys.readouterr().out
     assert sleb.Plan.load("smaller/plan.json").at_depth(4) == sleb.Plan.load("plan.json").at_depth(
         4
     )

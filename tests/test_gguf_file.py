@@ -23,6 +23,13 @@ def tiny(tmp_path_factory) -> bytes:
     return write_tiny(tmp_path_factory.mktemp("gguf") / "m.gguf").read_bytes()
 
 
+def test_the_depth_is_read_without_the_rest_of_the_header(tmp_path):
+    path = write_tiny(tmp_path / "m.gguf", blocks=5)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"block_count") + 40].ljust(len(whole), b"\xff"))
+    assert GGUFFile.depth(path) == 5
+
+
 def test_the_header_is_what_the_gguf_package_reads(tiny, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(tiny)

@@ -21,6 +21,7 @@ from sleb.calibration.answers import ANSWERS, Answers, AnswerSplit, answer_windo
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
+from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
 from sleb.distillation.loss import Batch
@@ -372,6 +373,14 @@ def test_a_healed_folder_is_measured_verified_and_read_as_any_other(
     assert all(check.passed for check in record.verification.checks)
     assert {"CUT", str(out)} & {record.verification.checkpoint}
     assert sleb.verify(out, model=model).passed
+
+    # the prompts that it learned from measure nothing later, also where the cut was made without
+    seen = Plan.load(out / "plan.json").seen
+    plan = Plan.load(cut / "plan.json").model_copy(update={"prompts_seen": ""})
+    plan.save(cut / "plan.json")
+    sleb.heal(cut, model, tmp_path / "I", **shared, tokens=400, length=32, lr=1e-3)
+    assert len(seen) == 35 - 35 // 3
+    assert Plan.load(tmp_path / "I" / "plan.json").seen == seen
 
     # what eval finds with the plan is what the checkpoint does
     windows, _ = sleb.load_windows(

@@ -13,6 +13,7 @@ from sleb.cli import verbs
 from sleb.cli.main import main
 from sleb.config import InputError, LoadOptions, Options, PruneConfig, SearchConfig, takes
 from sleb.project import Project
+from sleb.project_file import ELSEWHERE
 from sleb.selection.goal import Goal
 
 BY_NAME = {verb.name: verb for verb in verbs.VERBS}
@@ -44,6 +45,9 @@ def place(tmp_path, monkeypatch, tiny_plan):
     (tmp_path / "OUT").mkdir()
     for name in ("OUT/run.json", "prompts.txt", "sleb.toml"):
         (tmp_path / name).touch()
+    (tmp_path / "sleb.toml").write_text(
+        'model = "m/m"\nout = "o"\n[text]\na = "default"\n[search]\nremove = 2\n'
+    )
     for name in ("plan.json", "OUT/plan.json"):
         tiny_plan.save(tmp_path / name)
     return tmp_path
@@ -125,7 +129,7 @@ VALUES = {
     "prompts": ["none"], "protect": "0", "repair": False, "size": "1MB", "speedup": 1.5,
     "save": "memory", "strategy": "beam", "unit": "attention",
 }  # fmt: skip
-IN_FILE = [n for n in PruneConfig.model_fields if n not in project_module._ELSEWHERE]
+IN_FILE = [n for n in PruneConfig.model_fields if n not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", IN_FILE)

@@ -26,7 +26,7 @@ ESCAPES = "\x1b[2J\x1b[31mPASSED\x1b]0;owned\x07"
 HOSTILE = {
     "escapes": ESCAPES,
     "carriage return": "good\rpassed",
-    "lines": "a\nsleb: all gates passed\n",
+    "lines": "a\nsleb: all checks passed\n",
     "bidi": "\u202egate\u2066",
     "separators": "a\u2028b\u0085c\x9b31m",
     "long": "x" * 2**20,

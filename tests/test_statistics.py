@@ -15,6 +15,7 @@ from sleb.core.statistics import (
     interval,
     items_to_tell,
     proportion,
+    shares,
     standard_error,
 )
 
@@ -117,3 +118,15 @@ def test_an_interval_that_holds_what_means_no_change_is_noise():
 def test_what_is_not_paired_is_refused(before, after):
     with pytest.raises(ValueError, match="before"):
         flips(before, after)
+
+
+def test_shares_that_are_all_alike_are_no_proof():
+    """The ends are those of as many answers that are right or wrong; else Student's, in 0..1."""
+    alike = shares(np.ones(6))
+    right = proportion(6, 6)
+    assert (alike.value, alike.low) == (1.0, pytest.approx(right.low, abs=1e-6))
+    assert alike.high == pytest.approx(right.high)
+    assert 0 < shares(np.full(6, 0.5)).low < 0.5 < shares(np.full(6, 0.5)).high < 1
+    values = np.array([1.0, 1.0, 0.9, 1.0])
+    assert (shares(values).low, shares(values).high) == (interval(values).low, 1.0)
+    assert shares(np.ones(1)).low is None

@@ -391,3 +391,24 @@ def test_a_streamed_cut_is_verified_streamed(learned, tmp_path, streams, capsys)
     assert len(streams) >= 2
     assert all(streams)
     capsys.readouterr()
+
+
+def test_a_recorded_proof_is_taken_only_of_the_very_files(tiny_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    small = {"windows": 4, "length": 16, "dtype": "float32", "device": "cpu", "repair": False}
+    proved = sleb.prune(tiny_dir, out, remove=2, **small).record.verification
+    asked = {"model": tiny_dir, "recorded": True}
+    monkeypatch.setattr(verification, "verify", None)  # nothing is proved again
+    found = sleb.verify(out, **asked)
+    assert found.passed
+    assert found.checks[1:] == proved.checks
+    with pytest.raises(InputError, match="no recorded proof"):
+        sleb.verify(out, depth=1, **asked)
+    with pytest.raises(InputError, match="another model"):
+        sleb.verify(out, model=save_tiny(tmp_path / "other", seed=5), recorded=True)
+    shard = out / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    assert failed(sleb.verify(out, **asked)) == ["checksums"]
+    (out / "SHA256SUMS").unlink()
+    with pytest.raises(InputError, match="no recorded proof"):
+        sleb.verify(out, **asked)

@@ -337,7 +337,7 @@ class Gate:
         Raises:
             InputError: missing, too large, not TOML, without a limit, or with a wrong one.
         """
-        hint = "a gate file holds limits, such as: perplexity.max_ratio = 1.2"
+        hint = "a file of limits has lines such as: perplexity.max_ratio = 1.2"
         return cls.parse(read_toml(path, hint), str(path))
 
     @classmethod

@@ -346,6 +346,8 @@ class HeldoutOptions(Options):
 
 NO_PROMPTS = "none"
 """Stands for no prompts, where there would be some by default."""
+DEFAULT_PROMPTS = "default"
+"""Stands for the embedded prompts."""
 MAX_PROMPTS, NEW_TOKENS = {"cpu": 64, "cuda": 1024}, {"cpu": 96, "cuda": 256}
 """How many prompts are answered, and with how many tokens at most, by default."""
 
@@ -655,7 +657,18 @@ class CheckOptions(DepthOptions, DeviceOptions):
 class VerifyConfig(CheckOptions):
     """`sleb verify`."""
 
-    gate: str | None = option(None, "Limits on what OUT/run.json has recorded.", metavar="FILE")
+    gate: str | None = option(
+        None,
+        "File of limits on what OUT/run.json has recorded: exit code 3 if one is not kept.",
+        metavar="FILE",
+    )
+    recorded: bool = option(
+        False,
+        "Take the proof that OUT/run.json has, if by their checksums the files of OUT are still "
+        "those that it is of and MODEL is the plan's, in place of another. For a folder of your "
+        "own: who can write run.json can write anything there.",
+        flag="--recorded",
+    )
     runtimes: str | None = option(
         None,
         "Try it there too: transformers, vllm, llama-cpp, mlx-lm; several with commas.",

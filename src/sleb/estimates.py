@@ -5,69 +5,181 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sleb.calibration.answers import prompts_of
-from sleb.calibration.split import CalibrationSplit
+from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import MAX_PROMPTS, NEW_TOKENS, PruneConfig
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
 from sleb.models.load import LoadedModel
-from sleb.models.stack import decoder_config
+from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.answering import prompt_files
+from sleb.repairs.regression import REACH
 from sleb.repairs.self_generated import PIECE, at_once, can_generate
+from sleb.runtimes.bench import Case
 from sleb.selection.goal import Goal
+from sleb.selection.resources import default_batch
+from sleb.selection.search import FINAL_TOKENS
+from sleb.selection.strategies import GREEDY_OR_WINDOW
 
 TEXT, SEARCH, REPAIR, MEASURE, WRITE = "text", "search", "repair", "measure", "write and check"
 """The phases of `sleb prune`."""
-TIMED, TIMES = 128, 4  # tokens of the pass that is timed, and how often
+TIMED, TIMES, ENOUGH_S = 1024, 4, 1.0
+"""Tokens of a batch that is timed, how often at most, and seconds after which once is enough."""
 LONG_S = 3600.0
 """A run that takes longer on a CPU is told how to be shorter."""
 
-# In passes of the whole model: rough, from docs/performance.md and a few runs of small models.
+# How much work a phase is, in tokens that go through all blocks or through the head, follows from
+# how it is done; what depends on the model is about what SmolLM2-135M and tiny models need.
 RACE = 1.6
-"""A candidate costs half a pass over the windows, times this over the root of their number: most
-are given up early, and sooner the more windows there are."""
+"""Of the windows a candidate is scored on this share over the root of their number: most are given
+up early, and sooner the more windows there are."""
 EXACT = 0.8
 """The same where all candidates are scored on all windows, as what they share is computed once."""
-FINALS = 3.0
-"""A search that compares sets after quick repairs, and goes by answers too, over one that does
-not."""
-FIT = 4.0
-"""Passes of a repair over what it is fitted on: dense and cut, sums of products, and checks."""
+FITTED_BLOCK = 7.0
+"""What a re-fitted block costs in passes through one: two for each ridge, one to three of which are
+tried, and the sums of products."""
+CHARACTERS, TEMPLATE = 4, 20
+"""Of a prompt: characters of a token, and tokens of what a chat template puts around it."""
 CHECKS = 600  # tokens that are read and written by the checks of a result
+CHECKED_S = 1.0
+"""To check a result however small."""
+STARTED_S = 5.0
+"""Until a process has imported torch."""
+LOADED = 4e8
+"""Bytes a second at which a checkpoint is hashed, written and loaded to be checked."""
 
 
 @dataclass(frozen=True)
-class _Speed:
-    """Seconds per token: read in a batch, and written in one."""
+class Speed:
+    """Seconds per token on this machine: through all ``blocks`` and through the ``head``, in a
+    batch; and ``written``, in a batch and ``alone``."""
 
-    read: float
+    blocks: float
+    head: float
     written: float
+    alone: float
+
+    @property
+    def read(self) -> float:
+        """Through the whole model."""
+        return self.blocks + self.head
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: LoadedModel, length: int) -> Speed:
+        """On the model itself, with windows of ``length``."""
+        stack = model.stack
+        vocabulary = int(decoder_config(stack.model.config).vocab_size)
+        length = min(length, stack.max_length or length)
+
+        def ids(rows: int, columns: int) -> Tensor:
+            drawn = torch.Generator().manual_seed(0)
+            return torch.randint(vocabulary, (rows, columns), generator=drawn)
+
+        def through(hidden: Tensor, calls: list[Any]) -> Tensor:
+            for i, call in enumerate(calls):
+                hidden = stack.run(i, hidden, call)
+            return hidden
+
+        one = ids(1, length)
+        hidden, calls = stack.enter(one)
+        first = _best(stack, lambda: through(hidden, calls), 2)
+        rows = max(1, min(TIMED // length, default_batch(stack, length), int(ENOUGH_S / first)))
+        batch, calls = stack.enter(ids(rows, length))
+        blocks = _best(stack, lambda: through(batch, calls)) if rows > 1 else first
+        head = _best(stack, lambda: stack.exit(batch).float().log_softmax(-1))
+        together = max(1, min(at_once(stack, PIECE), 128))
+        device = stack.input_device
+        written, alone = (
+            _best(stack, partial(model.model, input_ids=new)) / len(new)
+            for new in (ids(together, 1).to(device), ids(1, 1).to(device))
+        )
+        tokens = rows * length
+        return cls(blocks / tokens, head / tokens, written, alone)
 
 
-@torch.inference_mode()
-def _timed(model: LoadedModel, length: int) -> _Speed:
-    """On the model itself: the best of a few times, as others may use the machine for a moment."""
-    device = model.stack.input_device
-    vocabulary = int(decoder_config(model.stack.model.config).vocab_size)
-    together = max(1, min(at_once(model.stack, PIECE), TIMED))
-    spent = []
-    for shape in ((1, min(length, TIMED)), (together, 1)):
-        ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-        best = math.inf
-        for _ in range(TIMES):
-            start = time.perf_counter()
-            model.model(input_ids=ids.to(device))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        spent.append(best / ids.numel())
-    return _Speed(*spent)
+def _best(stack: BlockStack, work: Callable[[], Any], times: int = TIMES) -> float:
+    """Seconds that ``work`` takes: the best of a few times, as others may use the machine for a
+    moment."""
+    device, best, spent = stack.input_device, math.inf, 0.0
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+        if spent > ENOUGH_S and times == TIMES:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a run has to do, in numbers: ``removed`` of ``n`` blocks; tokens of texts by role, of
+    which ``own`` are written by the model; and ``asked`` prompts, whose windows are ``row`` tokens
+    long, with at most ``answer`` tokens of an answer. ``compares``: sets that the search ends with
+    are compared after quick repairs."""
+
+    n: int
+    removed: int
+    windows: int
+    search: int
+    heldout: int
+    fitted: int
+    validation: int
+    own: int
+    compared: int
+    asked: int
+    answer: int
+    row: int
+    compares: bool
+
+    @property
+    def fit(self) -> float:
+        """Passes of a fit over its tokens: the dense model up to behind the last gap, the cut one
+        from the first on, and the blocks beside gaps, some of which are re-fitted. A cut of
+        several blocks is taken to have two gaps, in the middle."""
+        gaps = min(2, self.removed)
+        beside = min(self.n - self.removed, (1 + REACH) * gaps)
+        return min(1.0, 0.6 + beside / self.n) + 0.2 + FITTED_BLOCK * beside / self.n
+
+    def searching(self, speed: Speed, exact: bool) -> float:
+        """Seconds: a candidate's windows go through half of the blocks, and through the head."""
+        candidates = max(1, self.n - 2)
+        sets = sum(candidates - turn for turn in range(self.removed))
+        share = EXACT if exact else min(EXACT, RACE / self.windows**0.5)
+        each = share * self.search * (speed.blocks / 2 + speed.head)
+        if not self.compares:
+            return sets * each
+        sets += max(0, candidates - self.removed + 1)  # runs of neighbours
+        scored = self.search + self.compared + self.asked // 6 * self.row
+        compared = 2 * self.fit * FINAL_TOKENS * speed.blocks + 3 * scored * speed.read
+        return sets * each + compared
+
+    def repairing(self, speed: Speed) -> float:
+        """Seconds: a fit, and after it a look at each gap whether it stays."""
+        answers = (self.asked - self.asked // 3 - self.asked // 8) * self.row
+        judged = self.validation + self.asked // 8 * self.row
+        tokens = self.fitted + self.own + answers
+        looks = 1 + 1.5 * min(2, self.removed)
+        return self.fit * tokens * speed.blocks + looks * judged * speed.read
+
+    def measuring(self, speed: Speed) -> float:
+        """Seconds: dense, cut and repaired; and the cut answers most of what it is measured on."""
+        answers = self.asked // 3
+        read = 3 * self.heldout + 4 * answers * self.row
+        return read * speed.read + answers * self.answer * speed.written
 
 
 def estimate(
@@ -75,44 +187,88 @@ def estimate(
 ) -> Estimate:
     """What :func:`sleb.prune` of a loaded model will take from now on. It is timed for a second or
     two of a small model; a search races, so how long it takes depends on the model, too."""
-    n, length = len(model.stack), config.length
-    speed = _timed(model, length)
+    n = len(model.stack)
+    speed = Speed.of(model, config.length)
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
-    removed = blocks_to_remove(goal.remove, n) if goal.remove is not None else max(1, n // 4)
-    fitted = 0 if split.repair_given is None else split.repair_given.tokens
-    writes = can_generate(model.stack)
-    own = fitted // 2 if writes else 0
-    asked, answer = 0, config.new_tokens or NEW_TOKENS[kind]
-    if specs := prompt_files(model, config, embedded=True):
-        asked = min(len(prompts_of(specs)), config.max_prompts or MAX_PROMPTS[kind])
-    candidates = max(1, n - 2)
-    sets = sum(candidates - turn for turn in range(removed))
-    windows = len(split.search.ids)
-    share = EXACT if config.exact else min(EXACT, RACE / windows**0.5)
-    passes = share * sets / 2 * (FINALS if fitted else 1)
-    answers = asked * (answer + length // 2)
-    measured = 0 if split.heldout is None else 3 * split.heldout.tokens
+    work = _work(model, split, goal, config, kind)
+    nbytes = Checkpoint.open(model.source.path).nbytes
+    asked = work.asked * (work.answer * speed.written + (work.row - work.answer) * speed.blocks)
     phases = {
-        TEXT: speed.written * (own + asked * answer),
-        SEARCH: speed.read * passes * (split.search.tokens + answers // 6),
-        REPAIR: speed.read * FIT * (fitted + own + answers),
-        MEASURE: speed.read * (measured + answers),
-        WRITE: speed.read * CHECKS,
+        TEXT: speed.written * (work.own + work.compared) + asked,
+        SEARCH: work.searching(speed, config.exact),
+        REPAIR: work.repairing(speed),
+        MEASURE: work.measuring(speed),
+        WRITE: speed.read * CHECKS + 3 * nbytes / LOADED + CHECKED_S,
     }
-    if not fitted:
+    if not work.fitted:
         del phases[REPAIR]
     total = sum(phases.values())
-    nbytes = Checkpoint.open(model.source.path).nbytes
-    left = nbytes if config.keep else nbytes * (n - removed) // n
+    left = nbytes if config.keep else nbytes * (n - work.removed) // n
     if out.suffix == ".gguf":
-        left = Path(model.source.ref).expanduser().stat().st_size * (n - removed) // n
+        left = Path(model.source.ref).expanduser().stat().st_size * (n - work.removed) // n
     return Estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
-        memory=_memory(model, length),
+        memory=_memory(model, config.length),
         disk=left,
         device="a GPU" if kind == "cuda" else "this CPU",
         shorter=_shorter(phases) if kind == "cpu" and total > LONG_S else (),
     )
+
+
+def comparing(speed: Speed, prompts: int, answer: int) -> float:
+    """Seconds for both models to answer prompts one by one, as `sleb compare` does."""
+    return 2 * prompts * answer * speed.alone
+
+
+def timing(speed: Speed, cases: Sequence[Case], runs: int, nbytes: int) -> float:
+    """Seconds to time both models, as `sleb bench` does, each in a process that loads it."""
+    once = (
+        c.batch * c.prompt_tokens * speed.blocks
+        + c.new_tokens * max(speed.alone, c.batch * speed.written)
+        for c in cases
+    )
+    return 2 * ((runs + 1) * sum(once) + STARTED_S + nbytes / LOADED)
+
+
+def _work(
+    model: LoadedModel, split: CalibrationSplit, goal: Goal, config: PruneConfig, kind: str
+) -> _Work:
+    n = len(model.stack)
+    removed = blocks_to_remove(goal.remove, n) if goal.remove is not None else max(1, n // 4)
+    fitted = 0 if split.repair_given is None else split.repair_given.tokens
+    judging = 0 if split.repair_validation is None else split.repair_validation.tokens
+    writes = bool(fitted) and can_generate(model.stack)
+    windows = len(split.search.ids)
+    least, most = GENERATED_VALIDATION
+    compared = min(most, max(least, windows // 2)) * config.length if writes else 0
+    specs = prompt_files(model, config, embedded=True)
+    prompts = prompts_of(specs) if specs else ()
+    answer = config.new_tokens or NEW_TOKENS[kind]
+    texts = [sum(len(said) for _, said in prompt.turns) for prompt in prompts]
+    mean = sum(texts) // CHARACTERS // max(1, len(texts))
+    return _Work(
+        n=n,
+        removed=removed,
+        windows=windows,
+        search=split.search.tokens,
+        heldout=0 if split.heldout is None else split.heldout.tokens,
+        fitted=fitted,
+        validation=judging,
+        own=fitted // 2 if writes else 0,
+        compared=compared,
+        asked=min(len(prompts), config.max_prompts or MAX_PROMPTS[kind]),
+        answer=answer,
+        row=mean + TEMPLATE + answer,
+        compares=bool(fitted) and removed > 1 and _compares(goal, config),
+    )
+
+
+def _compares(goal: Goal, config: PruneConfig) -> bool:
+    """Whether the strategy will be ``greedy-or-window``, see :func:`sleb.pipeline.prune`."""
+    if config.strategy:
+        return config.strategy == GREEDY_OR_WINDOW
+    plain = config.unit == "block" and config.metric in ("loss", "answers")
+    return plain and goal.remove is not None
 
 
 def _memory(model: LoadedModel, length: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 
 from sleb import estimates
-from sleb.calibration.answers import ANSWERS
+from sleb.calibration.answers import ANSWERS, prompt_hashes
 from sleb.calibration.overlap import shared_with
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows
@@ -37,10 +37,10 @@ from sleb.core.files import enough_space, record_path, staged_dir, writable_targ
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
-from sleb.core.statistics import interval
+from sleb.core.statistics import shares
 from sleb.distillation import distill
 from sleb.distillation.distill import Healing
-from sleb.distillation.mix import TEXTS
+from sleb.distillation.mix import TEXTS, group_of
 from sleb.distillation.record import Healed
 from sleb.distillation.stages import first_stages, stages_folder
 from sleb.evaluation.agreement import agreement_of, measure_answers
@@ -102,7 +102,7 @@ def prune(
 ) -> Pruned:
     """Search, repair, measure on held-out windows, write the checkpoint, verify it; all or nothing.
 
-    ``out`` appears only after every exactness gate has passed. It holds the checkpoint, plan.json,
+    ``out`` appears only after every exactness check has passed. It holds the checkpoint, plan.json,
     run.json and a model card. Of a plan of parts of blocks no checkpoint is written: ``out`` holds
     plan.json, which :func:`sleb.load` applies, run.json, and the repaired tensors. If ``model`` and
     ``out`` both end in .gguf, ``out`` is the file without these blocks or parts, in its own
@@ -116,7 +116,7 @@ def prune(
     ``stages`` go into the record as they are.
 
     Raises:
-        VerificationFailed: a gate did not pass, or a limit on loss allows no removal; nothing was
+        VerificationFailed: a check did not pass, or a limit on loss allows no removal; nothing was
             written.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
@@ -151,7 +151,11 @@ def prune(
 
 @takes(PruneConfig)
 def estimate(
-    model: str | Path, out: str | Path, config: PruneConfig, *, progress: Progress = silent
+    model: LoadedModel | str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    *,
+    progress: Progress = silent,
 ) -> Estimate:
     """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment;
     nothing is written.
@@ -160,10 +164,12 @@ def estimate(
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
     """
     out = Path(out)
-    _gguf(model, out, config.force)
+    _gguf(place(model), out, config.force)
     goal = check_options(config)
-    check_request(model, config, progress)
-    loaded = load(model, **dict(config.part(LoadOptions)), progress=progress)
+    check_request(place(model), config, progress)
+    loaded = model
+    if not isinstance(loaded, LoadedModel):
+        loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
     if loaded.stack.streamed:
         raise InputError("a model whose blocks are read from disk is not timed: leave out --stream")
     _check_space(out, goal, loaded, config)
@@ -212,13 +218,15 @@ def heal(
     :func:`prune` does, and heal.json.
 
     Raises:
-        VerificationFailed: healing made nothing better, or a gate did not pass.
+        VerificationFailed: healing made nothing better, or a check did not pass.
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     out, watch = Path(out), Stopwatch(progress)
     found: list[RunRecord] = []
 
     def finish(stage: Path, healing: Healing, done: Healed) -> None:
+        healing.healed = healing.healed.seeing(_learned(healing))
+        healing.healed.save(stage / "plan.json")
         facts = _healed_facts(healing, stage, config, watch)
         source, device = healing.dense.source.path, healing.dense.stack.input_device
         how = {"generate_on": device, "trust_remote_code": config.trust_remote_code}
@@ -313,6 +321,8 @@ def _healed_facts(
         "similarity": old and old.similarity,
     }
     measured = healing.material.measured
+    if measured is not None:  # the cut may have been made by others than the healing
+        measured = measured.without(plan.seen)
     if measured is None:
         return facts
     kept = measure_answers(dense, measured, plan.removed, patch, progress)
@@ -320,14 +330,20 @@ def _healed_facts(
     if before := stored_repair(healing.plan, healing.cut, dense):
         repaired = partial(before.patch, dense.stack)
         found = agreement_of(dense, measured, plan.removed, repaired, progress=progress)
-        unhealed = interval(found[:, 1])
+        unhealed = shares(found[:, 1])
     return facts | {"prompts": replace(kept, unhealed=unhealed)}
+
+
+def _learned(healing: Healing) -> list[str]:
+    """The prompts by whose answers a healing was done."""
+    kinds = [*healing.material.train.items(), *healing.material.validation.items()]
+    return [seen for name, w in kinds if group_of(name) == ANSWERS for seen in prompt_hashes(w)]
 
 
 def _verified(
     stage: Path, out: Path, model: str | Path, plan: Plan, watch: Stopwatch, **how: Any
 ) -> Verification:
-    """What the gates found on the folder that is to be ``out``.
+    """What the checks found on the folder that is to be ``out``.
 
     Raises:
         VerificationFailed: one did not pass.
@@ -458,7 +474,7 @@ def _write_gguf(
     """Cut the GGUF file, check it and record it, all or nothing; the record goes to ``told``.
 
     Raises:
-        VerificationFailed: a gate did not pass.
+        VerificationFailed: a check did not pass.
     """
     watch, records = told
 
@@ -485,7 +501,7 @@ def _write(
     """Cut, verify and record; ``out`` appears only if that succeeds.
 
     Raises:
-        VerificationFailed: a gate did not pass.
+        VerificationFailed: a check did not pass.
     """
     record: list[RunRecord] = []
     if found.plan.parts:

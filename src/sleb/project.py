@@ -8,94 +8,52 @@ stages that depend on it.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+from typing_extensions import Self
 
+from sleb import estimates, pipeline
 from sleb.acceptance import Gate
-from sleb.calibration.answers import DEFAULT, prompts_of
+from sleb.calibration.answers import prompts_of
 from sleb.calibration.prompts import read_prompts
-from sleb.calibration.sources import parse_source
-from sleb.calibration.windows import load_windows
+from sleb.calibration.windows import DEFAULT_WINDOWS, load_windows
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import (
-    AS_CUT,
-    NO_PROMPTS,
-    CompareConfig,
+    BenchConfig,
     DeviceOptions,
-    EvalConfig,
-    HealConfig,
     LoadOptions,
-    Options,
-    PruneConfig,
     RunConfig,
     TransferConfig,
-    like,
     takes,
 )
+from sleb.core.display import spelled
 from sleb.core.errors import InputError
-from sleb.core.files import file_sha256
 from sleb.core.plan import Plan
-from sleb.core.progress import Begins, Progress, silent, tell
-from sleb.core.toml import read_toml, replace_value
+from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
 from sleb.pipeline import prune, prune_and_heal
+from sleb.project_file import ProjectFile
 from sleb.record import RunRecord
 from sleb.repairs import stored_repair
-from sleb.runtimes.bench import Speed, bench
+from sleb.runtimes.bench import FULL, QUICK, Speed, bench
 from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
 from sleb.views.report import write_report
 
-_ELSEWHERE = {
-    "text": "texts have names here: give them in [text]",
-    "curve": "sleb run always measures it",
-    "force": "give it to sleb run",
-}
-"""Options of `sleb prune` that do not stand in [search], and why."""
 
-
-class Measure(Options):
-    """[measure]: what is measured on the result; see `sleb compare`, `eval --task`, `bench`."""
-
-    prompts: str | None = None
-    new_tokens: int = like(CompareConfig, "new_tokens")
-    tasks: tuple[str, ...] = ()
-    tasks_folder: str | None = like(EvalConfig, "tasks_folder")
-    limit: int | None = like(EvalConfig, "limit")
-    bench: bool = True
-    bench_quick: bool | None = None
-    transfer: bool = False
-    reports: tuple[Literal["en", "ja"], ...] = ("en",)
-
-
-class Project(Options):
-    """sleb.toml. Paths in it are relative to its own folder.
-
-    ``heal``: the cut is OUT-cut, and ``out`` that healed, on the texts and prompts of the search.
-    ``search`` holds all options of `sleb prune`: [search], the texts of [text], and those of
-    loading, which may stand above the tables, as they hold for what is measured too.
-    """
-
-    model: str
-    out: str
-    text: dict[str, str] = Field(min_length=1)
-    search: PruneConfig
-    heal: HealConfig | None = None
-    measure: Measure = Measure()
-    gate: dict[str, Any] | None = None
-    folder: Path = Path()
+class Project(ProjectFile):
+    """A project file with all that it names."""
 
     @classmethod
-    def load(cls, path: str | Path, settings: Sequence[str] = ()) -> Project:
+    def load(cls, path: str | Path, settings: Sequence[str] = ()) -> Self:
         """Read and check a project file, with ``settings`` such as ``search.remove=3`` in place of
         its own.
 
@@ -103,26 +61,7 @@ class Project(Options):
             InputError: missing, not TOML, a key or value that is not possible, or a file it names
                 that is not there.
         """
-        values = {**read_toml(path, "make one with: sleb init"), "folder": Path(path).parent}
-        for setting in settings:
-            replace_value(values, setting)
-        loading = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
-        asked = values.get("search", {})
-        if isinstance(asked, dict):
-            values["search"] = _options(loading, asked, f"{path}: ")
-        own = values.pop("heal", None)
-        if own is not None and not isinstance(own, dict):
-            raise InputError(f"{path}: heal is a table: [heal]")
-        for name in AS_CUT & {*(own or {})}:
-            raise InputError(f"{path}: [heal] {name}: it is that of [search]; leave it out")
-        project = cls.of(values, f"{path}: ")
-        texts = {
-            "text": [f"{name}={project._text(spec)}" for name, spec in project.text.items()],
-            "prompts": [project._prompts(spec) for spec in project.search.prompts],
-        }
-        search = project.search.replaced(texts)
-        healing = None if own is None else HealConfig.after(search, own, f"{path}: [heal] ")
-        project = project.model_copy(update={"search": search, "heal": healing})
+        project = cls.read(path, settings)
         if project.gate is not None:
             Gate.parse(project.gate, f"{path}: gate")
         project._check(path)
@@ -153,68 +92,11 @@ class Project(Options):
         if measure.transfer and len(self.text) < 2:
             raise InputError(f"{path}: transfer compares texts; give two or more in [text]")
 
-    def beside(self, name: str) -> str:
-        """A path in the file, as seen from the current folder."""
-        return str(self.folder / Path(name).expanduser())
-
-    @property
-    def source(self) -> str:
-        """The model: a path beside the file, or a hub id."""
-        path = self.beside(self.model)
-        return path if Path(path).exists() or self.model[0] in "./~" else self.model
-
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks: paths of .jsonl files, or names."""
-        return [self.beside(t) if t.endswith(".jsonl") else t for t in self.measure.tasks]
-
-    @property
-    def target(self) -> Path:
-        """The folder that gets the checkpoint, the record and the reports."""
-        return self.folder / self.out
-
-    def _text(self, spec: str) -> str:
-        return spec if spec.startswith("hub:") or spec == "default" else self.beside(spec)
-
-    def _prompts(self, spec: str) -> str:
-        return spec if spec in (DEFAULT, NO_PROMPTS) else self.beside(spec)
-
-    def keys(self) -> dict[str, str]:
-        """For each stage a hash of all that its result depends on."""
-        measure, search = self.measure, self.search
-        texts = [_digest(parse_source(spec).location) for spec in search.text]
-        asked = [_digest(spec) for spec in search.prompts]
-        healed = [self.heal.model_dump()] if self.heal else []
-        prune = [self.source, search.model_dump(), *texts, *asked, *healed]
-        own = {
-            "prune": [],
-            "similarity": [],
-            "tasks": [self.tasks, measure.tasks_folder, measure.limit, *map(_digest, self.tasks)],
-            "answers": [measure.new_tokens, _digest(self.beside(measure.prompts or ""))],
-            "speed": [measure.bench_quick],
-            "transfer": [],
-        }
-        return {
-            stage: hashlib.sha256(json.dumps([prune, needs]).encode()).hexdigest()
-            for stage, needs in own.items()
-        }
-
-
-def _options(loading: dict[str, Any], search: dict[str, Any], where: str) -> PruneConfig:
-    """What [search] and the options of loading above it ask for."""
-    for name in search:
-        if name in _ELSEWHERE:
-            raise InputError(f"{where}[search] {name}: {_ELSEWHERE[name]}")
-        if name in loading:
-            raise InputError(f"{where}{name} stands above the tables and in [search]: give one")
-    above = PruneConfig.of({"curve": True}).replaced(loading, where)
-    return above.replaced(search, f"{where}[search] ")
-
 
 @takes(RunConfig)
 def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> RunRecord:
     """Do all that the project file at ``path`` asks for and that is not done yet: search, cut,
-    prove, measure, check the gate, write the reports.
+    prove, measure, hold it against the limits, write the reports.
 
     ``settings``, each as ``"search.remove=3"``, replace those of the file; ``force`` starts anew
     where settings of the search have changed.
@@ -222,8 +104,8 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     Raises:
         InputError: the file or something that it names cannot be used, or its ``out`` is from
             other settings.
-        VerificationFailed: no block may go, or the checkpoint is not exact. (A gate that fails
-            raises nothing: see the record's ``gate``.)
+        VerificationFailed: no block may go, or the checkpoint is not exact. (A limit that is not
+            kept raises nothing: see the record's ``gate``.)
     """
     project = Project.load(path, config.settings)
     if project.gate is not None and not project.search.prompts:
@@ -238,7 +120,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     ]
     if left:
         tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
-        tell(progress, f"next (not estimated): {', '.join(stage for stage, _ in left)}")
+        tell(progress, session.told([stage for stage, _ in left]))
     for stage, work in left:
         done = {**record.stages, stage: keys[stage]}
         record = RunRecord.update(out, stages=done, **{stage: work()})
@@ -249,6 +131,46 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     for lang in project.measure.reports:
         write_report([out], out / f"report.{lang}.html", lang, force=True)
     return record
+
+
+@takes(RunConfig)
+def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> Estimate:
+    """What :func:`run` would take: as :func:`sleb.pipeline.estimate`, and what is measured after
+    the cut. Nothing is written.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see :func:`run`.
+    """
+    project = Project.load(path, config.settings)
+    search = project.search.replaced({"force": True})
+    dense = load(project.source, **dict(search.part(LoadOptions)), progress=progress)
+    found = pipeline.estimate(dense, project.target, search, progress=progress)
+    seconds = {phase.name: phase.seconds for phase in found.phases}
+    later, unknown = _later(project, dense, seconds[estimates.SEARCH])
+    phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
+    healed = ("healing",) if project.heal else ()
+    return replace(found, phases=phases, unknown=(*healed, *unknown))
+
+
+def _later(
+    project: Project, dense: LoadedModel, searching: float
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Seconds of the stages after the cut, where one search takes ``searching``; and those whose
+    work is not known."""
+    search, measure = project.search, project.measure
+    speed = estimates.Speed.of(dense, search.length)
+    found = {"similarity": speed.blocks * (search.windows or DEFAULT_WINDOWS) * search.length}
+    if measure.transfer:
+        found["transfer"] = (len(project.text) + 1) * searching
+    if measure.prompts:
+        asked = len(read_prompts(project.beside(measure.prompts)))
+        found["answers"] = estimates.comparing(speed, asked, measure.new_tokens)
+    if measure.bench:
+        on_cpu = dense.stack.input_device.type == "cpu"
+        cases = QUICK if (measure.bench_quick is None and on_cpu) or measure.bench_quick else FULL
+        nbytes = Checkpoint.open(dense.source.path).nbytes
+        found["speed"] = estimates.timing(speed, cases, BenchConfig().runs, nbytes)
+    return found, ("tasks",) if measure.tasks else ()
 
 
 def _check_chats(project: Project, path: str | Path) -> None:
@@ -302,6 +224,15 @@ class _Session:
             ("answers", measure.prompts is not None, self.answers),
             ("speed", measure.bench, self.speed),
         ]
+
+    def told(self, left: Sequence[str]) -> str:
+        """What will be measured, and about how long each takes where that is known."""
+        known = dict[str, float]()
+        if not self.dense.stack.streamed:
+            searched = sum(s for name, s in self.record.seconds.items() if name == "searching")
+            known, _ = _later(self.project, self.dense, searched)
+        said = (f"{name} {f'{spelled(known[name])}' if name in known else '?'}" for name in left)
+        return f"next, about: {', '.join(said)}"
 
     @property
     def dense(self) -> LoadedModel:
@@ -378,8 +309,3 @@ class _Session:
             progress=self.progress,
         )
         return found
-
-
-def _digest(path: str) -> str:
-    """SHA-256 of a file; empty for what is none, as a task's name."""
-    return file_sha256(Path(path)) if Path(path).is_file() else ""

@@ -173,12 +173,12 @@ class GateResult:
         else:
             bound = "most" if row.at_most else "least"
             unit = "" if row.unit == "%" else f" {row.unit}"
-            shown = "" if row.measured is None else f"{row.measured:.5g}{unit}, "
-            worst = f"at worst {row.worst:.5g}{unit}"
-            why = f"{shown}{worst}; allowed is at {bound} {row.limit:.5g}{unit}"
+            shown = "" if row.measured is None else f"{row.measured:.4g}{unit}, "
+            worst = f"at worst {row.worst:.4g}{unit}"
+            why = f"{shown}{worst}; allowed is at {bound} {row.limit:.4g}{unit}"
         raise VerificationFailed(
-            f"the gate failed: {name}: {why} (of {len(self.rows)} limits {len(broken)} not kept, "
-            f"{len(unclear)} cannot be told yet)"
+            f"a limit is not kept: {name}: {why} (of {len(self.rows)} limits {len(broken)} not "
+            f"kept, {len(unclear)} cannot be told yet)"
         )
 
 

@@ -23,6 +23,7 @@ from sleb.calibration.prompts import read_prompts
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
+from sleb.checkpoints.checksums import SUMS
 from sleb.checkpoints.cut import Cut
 from sleb.config import (
     ApplyConfig,
@@ -76,7 +77,7 @@ from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
 from sleb.surgery import apply as cutting
 from sleb.surgery import verification
 from sleb.surgery.adapter import CutAdapter, cut_adapter
-from sleb.surgery.gates import Check
+from sleb.surgery.gates import Check, check_checksums
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
 from sleb.surgery.nemotron_nas import write_nemotron_nas
 from sleb.surgery.verification import Verification
@@ -332,7 +333,7 @@ def applied(
             writable_target(target, force=config.force)
         fixed = _repair(model, given, config.part(RepairConfig), progress=progress)
     if fixed is not None:
-        cut = cut.with_repair(fixed.record, fixed.tensors)
+        cut, given = cut.with_repair(fixed.record, fixed.tensors), given.seeing(fixed.prompts_seen)
     elif config.repair is False:
         cut = cut.without_repair()
     else:
@@ -443,8 +444,8 @@ def _check_gguf(
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was checked: the checkpoint's gates, and, where asked for, runtimes and limits. A GGUF
-    file has no gates: it is verified by running it."""
+    """What was checked: the checkpoint's checks, and, where asked for, runtimes and limits. A GGUF
+    file has no checks: it is verified by running it."""
 
     verification: Verification | None
     runtimes: RuntimeReport | None = None
@@ -463,18 +464,18 @@ class Verified:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The gates."""
+        """What was compared, and what each found."""
         return self._gates.checks
 
     @property
     def passed(self) -> bool:
-        """Whether every gate passed."""
+        """Whether every check passed."""
         return self._gates.passed
 
     @property
     def _gates(self) -> Verification:
         if self.verification is None:
-            raise AttributeError("a GGUF file has no gates: see runtimes")
+            raise AttributeError("a GGUF file has no checks: see runtimes")
         return self.verification
 
     def require(self) -> None:
@@ -484,7 +485,7 @@ class Verified:
                 part.require()
 
     def sections(self) -> dict[str, Any]:
-        """What a run record gets: nothing of a checkpoint that failed its gates."""
+        """What a run record gets: nothing of a checkpoint that failed its checks."""
         if self.verification is not None and not self.verification.passed:
             return {}
         found: dict[str, Any] = {}
@@ -510,7 +511,8 @@ def verify(
     """Check that ``out`` is ``model`` without the plan's blocks, that ``runtimes`` run it as such,
     and that its record keeps the limits of ``gate``.
 
-    ``plan`` is by default the one that lies with ``out``. The result's ``require()`` raises what
+    ``plan`` is by default the one that lies with ``out``. With ``recorded`` the proof is that of
+    the run record, if the files are still the same. The result's ``require()`` raises what
     failed.
 
     Raises:
@@ -523,7 +525,9 @@ def verify(
     judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
     checked, shared = config.part(CheckOptions), {"model": model, "plan": used}
     found = None
-    if Path(out).is_dir():
+    if Path(out).is_dir() and config.recorded:
+        found = _recorded(Path(out), model, used, config.depth, progress)
+    elif Path(out).is_dir():
         found = verification.verify(out, checked, **shared, progress=progress)
     ran = None
     if tried and (found is None or found.passed):
@@ -539,8 +543,31 @@ def verify(
     return Verified(verification=found, runtimes=ran, gate=judged, record=record)
 
 
+def _recorded(
+    out: Path, model: str | Path, plan: Plan, depth: int | None, progress: Progress
+) -> Verification:
+    """The proof in the run record of ``out``, with the checksums as they are now.
+
+    Raises:
+        InputError: it is of another cut or model, or there are no checksums.
+    """
+    proof = RunRecord.load(out).verification
+    if tuple(proof.removed) != plan.at_depth(depth) or not (out / SUMS).is_file():
+        raise InputError(
+            f"{out} has no recorded proof of this plan's files, with their checksums: leave out "
+            "--recorded, and it is proved now"
+        )
+    source = resolve(model, progress)
+    checkpoint = Checkpoint.open(source.path)
+    with progress.stage("hashing the model", checkpoint.nbytes) as tick:
+        check_fingerprint(plan.model, fingerprint(checkpoint, plan.model.blocks, tick), source.ref)
+    now = check_checksums(out, progress)
+    others = [check for check in proof.checks if check.key != now.key]
+    return replace(proof, checkpoint=str(out), checks=(now, *(others if now.passed else ())))
+
+
 def plan_of(out: str | Path, *, running: bool = False) -> Path:
-    """The plan that lies with a checkpoint. A GGUF file can only be run, as no gate reads it."""
+    """The plan that lies with a checkpoint. A GGUF file can only be run, as no check reads it."""
     out = Path(out)
     if out.is_dir():
         return out / "plan.json"
@@ -561,7 +588,8 @@ def evaluate(
     **options: Any,
 ) -> Evaluation | tuple[TaskResult, ...] | AnswersKept:
     """Perplexity, or with ``task`` scores of tasks; with ``plan``, dense and cut side by side. With
-    ``prompts`` and a plan: what the cut keeps of the model's answers.
+    ``prompts`` and a plan: what the cut keeps of the model's answers, but for those that it was
+    made by.
 
     With the plan's full depth the cut is scored with the repair that lies beside the plan.
     ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
@@ -595,8 +623,16 @@ def evaluate(
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):
+        assert plan is not None  # see EvalConfig
         found = answers_to(loaded, specs, config, most=math.inf, progress=progress)
-        return measure_answers(loaded, found, removed, patch, progress)
+        others = found.without(plan.seen)
+        if others is None:
+            raise InputError(
+                "the cut was made by the answers to all of these prompts, so they cannot tell what "
+                "it keeps of others: give --prompts that had no part in it"
+            )
+        kept = measure_answers(loaded, others, removed, patch, progress)
+        return replace(kept, left_out=len(found.prompts) - len(others.prompts))
     if config.task:
         return run_tasks(loaded, config, removed=removed, patch=patch, progress=progress)
     scored, _ = load_windows(

@@ -7,8 +7,9 @@ too: each is a window of its own, prompt and answer, of which the answer's token
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
@@ -18,14 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.calibration.windows import Windows, digest, written_source
-from sleb.config import NO_PROMPTS
+from sleb.config import DEFAULT_PROMPTS, NO_PROMPTS
 from sleb.core.errors import InputError
 from sleb.core.plan import Calibration
 
 ANSWERS = "answers"
 """The name of answers among the texts that they stand beside."""
-DEFAULT = "default"
-"""Stands for the embedded prompts."""
+DEFAULT = DEFAULT_PROMPTS
 LEAST = 12
 """Prompts that there have to be, for every role to get one."""
 MEASURED, SEARCH, VALIDATION = 96, 32, 32
@@ -42,6 +42,17 @@ class Answers:
     new_tokens: int
     source: str
     run_code: bool = False
+
+    def without(self, seen: Collection[str]) -> Answers | None:
+        """Those to prompts that are not among ``seen``, see :func:`prompt_hashes`; None if there
+        are none."""
+        rows = [i for i, known in enumerate(prompt_hashes(self.windows)) if known not in seen]
+        return self.take(rows) if rows else None
+
+    def take(self, rows: Sequence[int]) -> Answers:
+        """The answers ``rows``."""
+        prompts = tuple(self.prompts[i] for i in rows)
+        return replace(self, prompts=prompts, windows=self.windows.take(rows))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,12 +89,24 @@ class AnswerSplit:
             fit=answers.windows.take(fit),
             files=tuple(answers.prompts[i].file for i in (*search, *fit)),
             validation=answers.windows.take(validation),
-            measured=replace(
-                answers,
-                prompts=tuple(answers.prompts[i] for i in measured),
-                windows=answers.windows.take(measured),
-            ),
+            measured=answers.take(measured),
         )
+
+    @property
+    def seen(self) -> list[str]:
+        """The prompts of all roles but ``measured``."""
+        return prompt_hashes(self.search + self.fit + self.validation)
+
+
+def prompt_hashes(windows: Windows) -> list[str]:
+    """What tells prompts apart, of windows of answers: 12 hex digits of the SHA-256 of each one's
+    token ids, as the model reads it."""
+    assert windows.scored is not None
+    found = []
+    for row, counts in zip(windows.ids, windows.scored, strict=True):
+        prompt = row[: int(counts.nonzero()[0])]
+        found.append(hashlib.sha256(prompt.numpy().astype("<i8").tobytes()).hexdigest()[:12])
+    return found
 
 
 def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:

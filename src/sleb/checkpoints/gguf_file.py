@@ -141,6 +141,21 @@ class GGUFFile:
             )
         return file
 
+    @staticmethod
+    def depth(path: str | Path) -> int | None:
+        """The number of blocks that a file states, read without the rest of its header; those
+        beside the decoder's own count too.
+
+        Raises:
+            DataError, UnsupportedModel: as :meth:`open`.
+        """
+        path = Path(path)
+        with open(path, "rb") as stream:
+            if stream.read(4) != MAGIC:
+                raise DataError(f"{path} does not start as a GGUF file: fetch it again")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                return _Parser(path, buffer, path.stat().st_size).depth()
+
     def value(self, key: str) -> Any:
         """A field's value: a number, text, or a list of numbers; None if there is no such field.
 
@@ -198,7 +213,17 @@ class _Parser:
         self.path, self.buffer, self.size = path, buffer, size
         self.at = len(MAGIC)
 
-    def file(self) -> GGUFFile:
+    def depth(self) -> int | None:
+        """What the first field that names a number of blocks says."""
+        for _ in range(self._counts()[2]):
+            field = self._field()
+            if field.key.endswith(".block_count") and field.kind in _SCALARS:
+                layout = "<" + _SCALARS[field.kind]
+                return int(struct.unpack_from(layout, self.buffer, field.data)[0])
+        return None
+
+    def _counts(self) -> tuple[int, int, int]:
+        """The version, and how many tensors and fields there are."""
         (version,) = self._take("I")
         if version and not version & 0xFFFF:
             raise UnsupportedModel(f"{self.path} is a big-endian GGUF file; convert it again here")
@@ -209,6 +234,11 @@ class _Parser:
         tensors, count = self._take("QQ")
         if tensors * 24 + count * 13 > self.size:  # the least that an entry takes
             raise self._corrupt(f"counts {count} fields and {tensors} tensors")
+        return version, tensors, count
+
+    def file(self) -> GGUFFile:
+        """The checked header."""
+        version, tensors, count = self._counts()
         fields: dict[str, Field] = {}
         for _ in range(count):
             field = self._field()

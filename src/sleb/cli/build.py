@@ -4,6 +4,7 @@ configuration, under the headings of the groups."""
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -140,6 +141,8 @@ class _Command(TyperCommand):
             if row is not None:
                 kind = "Arguments" if param.param_type_name == "argument" else "Options"
                 title = getattr(param, "rich_help_panel", None) or kind
+                if kind == "Arguments":  # typer adds the type, as Python writes it
+                    row = (re.sub(r" <[^<>]*>$", "", row[0]), row[1])
                 sections[title].append(row)
         for title, rows in sections.items():
             if rows:

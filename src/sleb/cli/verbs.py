@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from sleb.core.process_group import Lost, group, leave_group
 if TYPE_CHECKING:
     import typer
 
-    from sleb.config import Options
+    from sleb.config import Options, SearchConfig
 
 Given = Mapping[str, Any]
 """The values of a command's parameters, by name."""
@@ -70,7 +70,7 @@ FORCE = _switch("force", "Replace an existing output.")
 DRY_RUN = _switch("estimate", "Say what it would take, and do nothing.", "--dry-run")
 RECORD = Argument(
     "record",
-    "Add the result to RUN/run.json, for gate and report.",
+    "Add the result to RUN/run.json, for limits and report.",
     "--record",
     "RUN",
     str | None,
@@ -240,9 +240,11 @@ def _check_report(given: Given) -> None:
 
 
 def _check_project(given: Given) -> None:
-    from sleb.core.toml import read_toml
+    from sleb.project_file import ProjectFile
 
-    read_toml(given["path"], "make one with: sleb init")
+    project = ProjectFile.read(given["path"], given["settings"])
+    _check_texts(project.search.text, project.search.prompts)
+    _check_search(project.search, project.source)
 
 
 def _described(found: Any) -> Any:
@@ -483,7 +485,7 @@ VERBS = (
         name="verify",
         group=STEPS,
         help="Prove that a checkpoint is the original without the plan's blocks, and with "
-        "--runtime, that these run it as such. Exit code 3 if not, or if a limit of the gate is "
+        "--runtime, that these run it as such. Exit code 3 if not, or if a limit (--gate) is "
         "not kept.",
         example="sleb verify ./smaller --model ./model --plan plan.json",
         arguments=(
@@ -494,6 +496,11 @@ VERBS = (
         config="VerifyConfig",
         check=_check_verify,
         facts=_verified_facts,
+        notes=lambda found, given: (
+            ["the proof is run.json's: files and model are those that it is of"]
+            if given["recorded"]
+            else []
+        ),
         sections=lambda found, given: found.sections(),
     ),
     Verb(
@@ -627,11 +634,12 @@ VERBS = (
     Verb(
         name="run",
         group=PROJECT,
-        help="Do all that a project file asks for, from search to report. Exit code 3 if its gate "
-        "fails.",
+        help="Do all that a project file asks for, from search to report. Exit code 3 if a "
+        "limit ([gate]) is not kept.",
         example="sleb run sleb.toml --set search.remove=3",
         arguments=(Argument("path", "Project file from sleb init.", metavar="FILE"),),
         config="RunConfig",
+        dry="project.estimate",
         check=_check_project,
         drawn=lambda record: (record, record.gate) if record.gate else record,
         notes=_reports,
@@ -739,7 +747,7 @@ def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     """What a run would take."""
     from sleb.core.display import estimated
 
-    places = {name: given[name] for name in ("model", "out")}
+    places = {name: given[name] for name in ("model", "out", "path") if name in given}
     found = verb.named(verb.dry)(**places, config=config, progress=progress)
     if given["json"]:
         _show(found, json=True)
@@ -757,7 +765,7 @@ def _close(progress: Any) -> None:
 def _check(verb: Verb, config: Options, given: Given) -> None:
     """Find mistakes before torch is imported, which takes seconds."""
     from sleb.cli.build import choose
-    from sleb.config import NO_PROMPTS, SearchConfig
+    from sleb.config import SearchConfig
 
     for argument in verb.arguments:
         choose(argument.name, given[argument.name], argument.choices)
@@ -766,16 +774,50 @@ def _check(verb: Verb, config: Options, given: Given) -> None:
         from sleb.selection.goal import Goal
 
         Goal.of(config)
-    if asked := given.get("prompts"):
-        from sleb.calibration.rows import existing_file
+    asked = given.get("prompts") or ()
+    _check_texts((), [asked] if isinstance(asked, str) else asked)
+    if given.get("device"):
+        from sleb.models.on_disk import check_device
 
-        for file in [asked] if isinstance(asked, str) else asked:
-            if file not in (NO_PROMPTS, "default"):
-                existing_file(file)
+        check_device(given["device"])
     if verb.model and given[verb.model] is not None and verb.name not in ("init", "demo"):
         from sleb.models.source import find
 
-        find(given[verb.model])
+        found = find(given[verb.model])
+        if isinstance(config, SearchConfig):
+            _check_depth(config, found)
+
+
+def _check_search(config: SearchConfig, model: str) -> None:
+    """The same of a search that a project file asks for."""
+    from sleb.models.on_disk import check_device
+    from sleb.models.source import find
+    from sleb.selection.goal import Goal
+
+    Goal.of(config)
+    check_device(config.device)
+    _check_depth(config, find(model))
+
+
+def _check_depth(config: SearchConfig, found: Any) -> None:
+    """Refuse what cannot be removed from so many blocks; ``found``: see find."""
+    from sleb.models.on_disk import stated_depth
+    from sleb.selection.goal import Goal
+
+    if isinstance(found, Path) and config.unit == "block" and (n := stated_depth(found)):
+        Goal.of(config).check_depth(n, config.protect)
+
+
+def _check_texts(texts: Sequence[str], prompts: Iterable[str]) -> None:
+    """Find out that files are not there."""
+    from sleb.calibration.rows import existing_file
+    from sleb.calibration.sources import check_sources
+    from sleb.config import DEFAULT_PROMPTS, NO_PROMPTS
+
+    check_sources(texts)
+    for file in prompts:
+        if file not in (NO_PROMPTS, DEFAULT_PROMPTS):
+            existing_file(file)
 
 
 def _show(facts: Any, json: bool = False) -> None:
@@ -808,7 +850,14 @@ def _check_record(given: Given) -> None:
         return
     from sleb.core.plan import Plan
 
-    removed = Plan.load(given["plan"]).at_depth(given["depth"])
+    plan = Plan.load(given["plan"])
+    if given.get("prompts") and plan.saw_unknown:
+        raise InputError(
+            f"{given['plan']} is of an older sleb and does not say by which prompts the cut was "
+            "made, so what --prompts measures may be no held-out figure: prune again, or leave out "
+            "--record"
+        )
+    removed = plan.at_depth(given["depth"])
     if known.removed != removed:
         raise InputError(
             f"--record {folder} is of a model without blocks {list(known.removed)}, and these are "

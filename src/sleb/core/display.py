@@ -41,6 +41,8 @@ def estimated(e: Estimate) -> list[str]:
         f"about {spelled(e.seconds)} on {e.device}: {phases}",
         f"about {e.memory / 1e9:.2g} GB of memory, {_size(e.disk)} on disk",
     ]
+    if e.unknown:
+        lines.append(f"not estimated: {', '.join(e.unknown)}")
     if e.shorter:
         lines.append(f"that is long for a CPU; it would be shorter with {'; '.join(e.shorter)}")
     return lines

@@ -323,6 +323,8 @@ class Plan(_Record, Tabular):
     ``racing``: candidates that were clearly worse were not scored on all windows; ``compiled``:
     blocks ran through torch.compile. ``split``: by role (``search``, ``heldout``, ``repair_fit``,
     ``repair_validation``) the SHA-256 of the token ids of the windows that had it.
+    ``prompts_seen``: those by whose answers the cut was made, 12 hex digits each, see
+    :func:`sleb.calibration.answers.prompt_hashes`.
     """
 
     schema_version: Literal[3] = SCHEMA
@@ -345,6 +347,7 @@ class Plan(_Record, Tabular):
     saving: Saving | None = None
     calibration: Calibration | None = None
     split: dict[Text, Digest] = {}
+    prompts_seen: Annotated[str, Field(pattern=r"^([0-9a-f]{12})*$")] = ""
     curve: Curve | None = None
     repair: RepairRecord | None = None
     versions: dict[Text, Text] = {}
@@ -435,9 +438,24 @@ class Plan(_Record, Tabular):
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what most plans do not have."""
         found: dict[str, Any] = write(self)
-        if self.saving is None:
-            found.pop("saving", None)
+        for name in ("saving", "prompts_seen"):
+            if not getattr(self, name):
+                found.pop(name, None)
         return found
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The prompts by whose answers the cut was made."""
+        return frozenset(re.findall(".{12}", self.prompts_seen))
+
+    def seeing(self, prompts: Collection[str]) -> Plan:
+        """The plan of a cut that was made by the answers to these ``prompts`` too."""
+        return self.model_copy(update={"prompts_seen": "".join(sorted(self.seen | {*prompts}))})
+
+    @property
+    def saw_unknown(self) -> bool:
+        """Whether prompts had a part in making the cut, and an older sleb did not write which."""
+        return "answers_search" in self.split and not self.prompts_seen
 
     @property
     def parts(self) -> tuple[int, ...]:

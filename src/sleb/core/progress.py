@@ -26,13 +26,15 @@ class Phase:
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run will take: its phases in order, bytes of memory and of disk at most, on which
-    device. ``shorter``: options that would take less time, where it takes hours on a CPU."""
+    device. ``shorter``: options that would take less time, where it takes hours on a CPU.
+    ``unknown``: what comes as well, and is not estimated."""
 
     phases: tuple[Phase, ...]
     memory: int
     disk: int
     device: str
     shorter: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:

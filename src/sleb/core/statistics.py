@@ -72,6 +72,28 @@ def interval(values: Values) -> Interval:
     return Interval(value=mean, low=mean - half, high=mean + half)
 
 
+def shares(values: Values) -> Interval:
+    """As :func:`interval`, of values in 0..1. Where all of several are alike they show no spread,
+    and the ends are those of a :func:`proportion`: six answers that are kept in full do not prove
+    that the next one is."""
+    found = interval(values)
+    if found.low is None or found.high is None:
+        return found
+    if values.min() == values.max():
+        low, high = _wilson(found.value, values.size)
+    else:
+        low, high = max(0.0, found.low), min(1.0, found.high)
+    return Interval(value=found.value, low=low, high=high)
+
+
+def _wilson(share: float, items: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, which need not be a whole number of ``items``."""
+    more = Z95**2 / items
+    middle = (share + more / 2) / (1 + more)
+    half = float(np.sqrt(more * (share * (1 - share) + more / 4))) / (1 + more)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def exponential(logs: Interval) -> Interval:
     """From nats/token to perplexity, or from a difference of logs to a ratio; bounds included."""
 

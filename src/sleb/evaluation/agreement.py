@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
-from sleb.core.statistics import Interval, Values, interval, proportion
+from sleb.core.statistics import Interval, Values, interval, proportion, shares
 from sleb.evaluation.grading import Judged, gradable, judged
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered
@@ -69,7 +69,8 @@ class AnswersKept:
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
     any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
     ``unhealed``: of the cut as it was before its healing. ``worst``: right answers that were lost,
-    then others, each by how little is kept; none that the cut alone has right.
+    then others, each by how little is kept; none that the cut alone has right. ``left_out``: other
+    prompts of ``source``, by whose answers the cut was made.
     """
 
     source: str
@@ -84,6 +85,7 @@ class AnswersKept:
     unhealed: Interval | None = None
     right: RightAnswers | None = None
     worst: tuple[Example, ...] = ()
+    left_out: int = 0
 
 
 def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:
@@ -164,11 +166,11 @@ def measure_answers(
         prompts=len(windows.ids),
         tokens=int(windows.scored.sum()),
         new_tokens=answers.new_tokens,
-        agreement=interval(agreement),
+        agreement=shares(agreement),
         divergence=interval(divergence),
         until_first=interval(first),
         reproduced=proportion(int(reproduced.sum()), len(reproduced)),
-        unrepaired=None if plain is None else interval(plain[:, 1]),
+        unrepaired=None if plain is None else shares(plain[:, 1]),
         right=_right([one for one in graded if one]) if told else None,
         worst=tuple(
             Example(

@@ -21,10 +21,8 @@ from sleb.config import InspectConfig, takes
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Progress, silent
+from sleb.models.on_disk import DEPTHS
 from sleb.models.source import find, resolve
-
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""How configs name the number of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)

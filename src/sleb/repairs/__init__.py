@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,14 @@ step away from the original weights."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Repair:
-    """New tensors by name in the original checkpoint, in its dtypes, on the CPU; and the record."""
+    """New tensors by name in the original checkpoint, in its dtypes, on the CPU; and the record.
+    ``prompts_seen``: see :class:`sleb.core.plan.Plan`."""
 
     record: RepairRecord
     tensors: Mapping[str, Tensor] = field(repr=False)
 
     prefix: str
+    prompts_seen: Collection[str] = ()
 
     def patch(self, stack: BlockStack) -> AbstractContextManager[None]:
         """The model of ``stack`` with the new tensors, until the context ends."""
@@ -155,7 +157,8 @@ def fit_repair(
     if can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress))
     fit, validation = split.repair_fit, split.validation
-    return repair(model, removed, fit, validation, self_generated=False, progress=progress)
+    found = repair(model, removed, fit, validation, self_generated=False, progress=progress)
+    return replace(found, prompts_seen=split.answers.seen) if split.answers else found
 
 
 def given_tokens(stack: BlockStack, tokens: int | None = None) -> int:

@@ -70,7 +70,7 @@ def search(
     strategy = config.strategy or METRICS[config.metric].strategy
     if strategy == GREEDY_OR_WINDOW and split.generated is None and can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress), compare=True)
-    return find_blocks(
+    plan = find_blocks(
         model,
         config,
         split,
@@ -80,3 +80,4 @@ def search(
         keep_journal=keep_journal,
         progress=progress,
     )
+    return plan.seeing(split.answers.seen) if split.answers else plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from sleb.config import TargetOptions
 from sleb.core.errors import InputError
-from sleb.core.plan import Target, parse_removal
+from sleb.core.plan import Target, blocks_to_remove, parse_blocks, parse_removal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,18 @@ class Goal:
         if self.size is not None:
             parse_bytes(self.size, "--size")
 
+    def check_depth(self, n_blocks: int, protect: str) -> None:
+        """Refuse what can be seen of a number of blocks alone: more are to go than there are, or
+        than are not protected.
+
+        Raises:
+            InputError: so it is, or a protected block is none of the model's.
+        """
+        protected = parse_blocks(protect, n_blocks)
+        if self.remove is not None:
+            n = blocks_to_remove(self.remove, n_blocks)
+            check_candidates(n, n_blocks - len(protected), n_blocks, len(protected))
+
     @property
     def limit(self) -> float | None:
         """The most that a removal may cost on text or answers that took no part in the choice:
@@ -70,6 +82,15 @@ class Goal:
         if config.curve and all(value is None for value in given.values()):
             return cls(remove="50%")
         return cls(**given)
+
+
+def check_candidates(n: int, candidates: int, n_blocks: int, protected: int) -> None:
+    """Raise InputError if ``n`` cannot be removed of so many."""
+    if n > candidates:
+        raise InputError(
+            f"cannot remove {n} of {candidates} candidates ({n_blocks} less {protected} "
+            "protected); remove fewer, or protect fewer with --protect ''"
+        )
 
 
 def parse_bytes(text: int | str, option: str) -> int:

@@ -19,7 +19,7 @@ from sleb.models.fixed_blocks import fixed_blocks, refuse_parts
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config, giving_positions
-from sleb.selection.goal import Goal, parse_bytes
+from sleb.selection.goal import Goal, check_candidates, parse_bytes
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import STRATEGIES
@@ -114,12 +114,7 @@ def candidates_for(
         candidates = candidates + [Unit.of(b, ATTENTION) for b in blocks if b not in keep]
     if unit in (MLP, "any"):
         candidates = candidates + [Unit.of(b, MLP) for b in blocks]
-    n = removals(goal, n_blocks)
-    if n > len(candidates):
-        raise InputError(
-            f"cannot remove {n} of {len(candidates)} candidates ({n_blocks} less "
-            f"{len(protected)} protected); remove fewer, or protect fewer with --protect ''"
-        )
+    check_candidates(removals(goal, n_blocks), len(candidates), n_blocks, len(protected))
     if unit in ("block", "any"):
         _some_cut_is_exact(config, blocks)
     return candidates

@@ -176,13 +176,13 @@ def nothing_within_limit(
     if goal.keep_answers is not None:
         return VerificationFailed(
             f"nothing can be removed within --keep-answers {goal.keep_answers:g}: without block "
-            f"{block} alone as few as {1 - bound:.4f} of the tokens are kept{after} (95 % bound on "
+            f"{block} alone as few as {1 - bound:.3f} of the tokens are kept{after} (95 % bound on "
             f"{windows} answers); more --prompts tighten the bound"
         )
     return VerificationFailed(
         f"nothing can be removed within --max-loss-increase {goal.max_loss_increase:g}: without "
         f"block {block} alone "
-        f"the held-out loss rises by up to {bound:.4f} nats/token{after} (95 % bound on {windows} "
+        f"the held-out loss rises by up to {bound:.3g} nats/token{after} (95 % bound on {windows} "
         "windows); more text tightens the bound"
     )
 

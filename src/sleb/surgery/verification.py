@@ -63,7 +63,7 @@ MAX_PROBE = 1040
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """All gates of one checkpoint."""
+    """All checks of one checkpoint."""
 
     checkpoint: str
     removed: tuple[UnitId, ...]
@@ -71,16 +71,16 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate passed."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def require(self) -> None:
-        """Raise VerificationFailed, naming the first gate that failed."""
+        """Raise VerificationFailed, naming the first check that failed."""
         for check in self.checks:
             if not check.passed:
                 raise VerificationFailed(
-                    f"{self.checkpoint} failed the gate '{check.key}' ({check.found}); do not ship "
-                    "it"
+                    f"{self.checkpoint} failed the check '{check.key}' ({check.found}); do not "
+                    "ship it"
                 )
 
 

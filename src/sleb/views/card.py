@@ -14,7 +14,7 @@ from sleb.core.printable import printable
 from sleb.record import RunRecord
 from sleb.views.locale import Locale
 from sleb.views.model import Item, Listing, Text
-from sleb.views.quality import prompt_words, warning
+from sleb.views.quality import prompts_told, warning
 from sleb.views.results import evaluated_on, items, sizes
 from sleb.views.terminal import markdown
 
@@ -96,7 +96,7 @@ def _measured(t: Locale, r: RunRecord) -> Iterator[Item]:
     """All that the record has of the result."""
     yield sizes(t, r)
     if r.prompts:
-        yield Text(t("kept.text", **prompt_words(t, r.prompts)))
+        yield Text(prompts_told(t, r.prompts))
         yield from warning(t, r.prompts)
     e = r.evaluation
     if e and e.perplexity_ratio:

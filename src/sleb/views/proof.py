@@ -50,7 +50,7 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
             for c in v.checks
         )
         bad = frozenset(i for i, c in enumerate(v.checks) if not c.passed)
-        heads = ("", "gate", "measured")
+        heads = ("", "check", "measured")
         return [Table(columns=heads, rows=rows, words=frozenset(range(3)), bad=bad)]
     columns: Columns = {
         "check": name,
@@ -75,7 +75,7 @@ def gate(t: Locale, rows: Sequence[GateRow]) -> list[Item]:
     items += [Text(f"{'; '.join(names)}: {why}") for why, names in lacking.items()]
     counts = counted(rows)
     key = "passed" if counts["kept"] == len(rows) else "failed"
-    return [*items, Text(f"gate: {t(f'verdict.{key}_text', **counts)}")]
+    return [*items, Text(f"limits: {t(f'verdict.{key}_text', **counts)}")]
 
 
 def counted(rows: Sequence[GateRow]) -> dict[str, int]:

@@ -223,7 +223,7 @@ def answers_kept(t: Locale, k: AnswersKept) -> list[Item]:
         (t("kept.divergence"), t.interval(k.divergence, t.nats)),
     ]
     facts = Facts(tuple(rows))
-    return [facts, *warning(t, k), Text(t("kept.text", **prompt_words(t, k)))]
+    return [facts, *warning(t, k), Text(prompts_told(t, k))]
 
 
 def answer_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
@@ -244,11 +244,12 @@ def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
     return [Text(t("kept.below", share=t.percent(k.agreement.value), floor=t.percent(FLOOR)))]
 
 
-def prompt_words(t: Locale, k: AnswersKept) -> dict[str, str]:
-    """What is filled into the sentence on what was asked."""
+def prompts_told(t: Locale, k: AnswersKept) -> str:
+    """What was asked."""
     counts = {"prompts": k.prompts, "answered": k.tokens, "tokens": k.new_tokens}
     source = t.join(names(k.source.split(", ")).values())
-    return {"source": source, **{name: t.count(n) for name, n in counts.items()}}
+    told = t("kept.text", source=source, **{name: t.count(n) for name, n in counts.items()})
+    return f"{told} {t('kept.left_out', count=t.count(k.left_out))}" if k.left_out else told
 
 
 def _right(t: Locale, right: RightAnswers) -> str:

@@ -116,13 +116,13 @@ def _(r: RunRecord) -> list[Item]:
     elif r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
     lines = [f"removed blocks {T.join(r.removed)}"]
-    lines += [T("kept.text", **quality.prompt_words(T, r.prompts))] if r.prompts else []
+    lines += [quality.prompts_told(T, r.prompts)] if r.prompts else []
     lines.append(f"perplexity: {evaluated_on(r)}")
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
     lines += requantized_told(r.requantized)
-    lines.append(f"verified: {passed} of {checks} gates passed")
+    lines.append(f"verified: {passed} of {checks} checks passed")
     longest = sorted(r.seconds.items(), key=lambda item: -item[1])
     named = [f"{title} {seconds:.0f} s" for title, seconds in longest if seconds >= 1][:5]
     lines += [f"longest: {T.join(named)}"] if named else []
