@@ -175,6 +175,30 @@ def test_batches_do_not_matter():
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "apart"), [("llama", True), ("gemma2", True), ("cohere", False)]
+)
+def test_a_fit_by_halves_of_blocks_is_that_by_whole_ones(family, apart, monkeypatch):
+    """Attention and MLP of a block one after the other, but where they stand side by side."""
+    found = {}
+    for how in ("halves", "whole"):
+        if how == "whole":
+            monkeypatch.setattr(Regression, "_apart", lambda self, block: ())
+        model, _ = zoo.tiny(family)
+        stack, calls = BlockStack(model), []
+        attention = stack.blocks[5].get_submodule(stack.parts(5)["attention"].name)
+        matrix = next(m for m in attention.modules() if isinstance(m, torch.nn.Linear))
+        matrix.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        ids = torch.randint(3, 90, (40, 20), generator=torch.Generator().manual_seed(5))
+        fitter = Regression(stack, {2, 4}, ids, 8, rounded=in_float32)
+        for gap in gaps({2, 4}, len(stack), 2):
+            fitter.fit(gap, (0.1,))
+        weights = torch.cat([p.detach().flatten() for p in stack.blocks.parameters()])
+        found[how] = weights, len(calls)
+    torch.testing.assert_close(found["halves"][0], found["whole"][0], rtol=1e-3, atol=1e-4)
+    assert (found["halves"][1] < found["whole"][1]) is apart
+
+
 def test_what_is_refused_leaves_no_trace():
     model, _ = zoo.tiny("llama")
     stack, asked = BlockStack(model), []

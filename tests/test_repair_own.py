@@ -193,7 +193,7 @@ def test_tokens_are_drawn_by_their_probabilities_at_their_temperature():
     heat = torch.ones(2 * rows, 1)
     heat[rows:] = 2.0
     torch.manual_seed(0)
-    drawn = own._sampler(heat, never)(shares.log().expand(2 * rows, -1))
+    drawn = own.Sampler(heat, never)(shares.log().expand(2 * rows, -1))
     for part, power in ((drawn[:rows], 1.0), (drawn[rows:], 0.5)):
         wanted = shares**power
         wanted[never] = 0

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
@@ -21,7 +21,7 @@ from sleb.core.statistics import Interval, Values, interval, proportion, shares
 from sleb.evaluation.grading import Judged, gradable, judged
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered
-from sleb.selection.metrics import TokenMetric, mean_of, token_kl
+from sleb.selection.metrics import TokenMetric, mean_of, quality_of, token_kl
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Patch, Sweep
 
@@ -96,6 +96,13 @@ def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None)
     return torch.stack((token_kl(logits, targets, dense), same), -1)
 
 
+def _answer_quality_of(
+    head: nn.Linear, given: Tensor, targets: Tensor, dense: Tensor | None = None
+) -> Tensor:
+    """:func:`answer_quality` of S sets. [S, N, D], [N], [N, D] -> float32 [S, N, 2]."""
+    return quality_of(head, given, targets, dense)[..., 1:]
+
+
 def _of_answer(values: Tensor, scored: Tensor) -> Tensor:
     """Mean divergence and agreement, tokens before the first that differs, and whether there is
     none. values [B, P, 2], scored [B, P] -> [B, 4]."""
@@ -111,6 +118,7 @@ ANSWER_QUALITY = TokenMetric(
     tokens=answer_quality,
     needs_dense=True,
     window=_of_answer,
+    of=_answer_quality_of,
 )
 
 

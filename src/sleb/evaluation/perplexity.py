@@ -109,25 +109,30 @@ def evaluate(
     sweep = Sweep(model.stack, windows.ids, metric, batch=batch, patch=patch, scored=windows.scored)
     n, length = windows.ids.shape
     counts = windows.counts.numpy()
-    work = n * (block_forwards(sets, len(model.stack)) + len(sets))
+    work = n * (block_forwards(sets, len(model.stack)) + len(sets)) * (2 if patch else 1)
     with progress.stage("evaluating", work) as tick:
         sweep.on_work(tick)
         values = sweep.values(sets, 0, n)  # [sets, windows] or [sets, windows, 3]
+        plain = None
+        if patch and removed:
+            sweep = Sweep(model.stack, windows.ids, metric, batch=batch, scored=windows.scored)
+            sweep.on_work(tick)
+            plain = np.concatenate((values[:1], sweep.values(sets[1:], 0, n)))
     source = np.array(windows.source)
-    plain = None
-    if patch:
-        plain = evaluate(model, windows, removed=removed, batch=batch, progress=progress)
-    return Evaluation(
-        unrepaired=plain,
-        **vars(_quality(values, counts)),
-        length=length,
-        removed=tuple(sorted(removed)),
-        domains={
-            name: _quality(values[:, source == i], counts[source == i])
-            for i, name in enumerate(windows.names)
-            if (source == i).any()
-        },
-    )
+
+    def of(values: Values) -> Evaluation:
+        return Evaluation(
+            **vars(_quality(values, counts)),
+            length=length,
+            removed=tuple(sorted(removed)),
+            domains={
+                name: _quality(values[:, source == i], counts[source == i])
+                for i, name in enumerate(windows.names)
+                if (source == i).any()
+            },
+        )
+
+    return replace(of(values), unrepaired=None if plain is None else of(plain))
 
 
 def _quality(values: Values, counts: Any) -> Quality:

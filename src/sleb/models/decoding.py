@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleb.core.progress import Tick
+from sleb.models.heads import likeliest, plain_head
 from sleb.models.stack import decoder_config
 
 WARM_UP = 3
@@ -25,8 +26,13 @@ CHECK = 16
 """Steps between looks at whether all have ended, each of which waits for the GPU."""
 GROUPED = "sleb-grouped"
 
+FILLED = 32
+"""A CPU attends to whole parts of so many tokens of the cache, as far as it is filled."""
+
+
 Choose = Callable[[Tensor], Tensor]
-"""From logits [B, V] the next tokens [B]."""
+"""From logits [B, V] the next tokens [B]. One with ``of(head, given [B, D])`` finds them from what
+a plain head is given, see :mod:`sleb.models.heads`."""
 
 
 def capturable(network: Any) -> bool:
@@ -44,9 +50,17 @@ def capturable(network: Any) -> bool:
     )
 
 
-def greedy(logits: Tensor) -> Tensor:
+class _Greedy:
     """The most probable token of each row."""
-    return logits.argmax(-1)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def of(self, head: nn.Linear, given: Tensor) -> Tensor:
+        return likeliest(head, given)
+
+
+greedy: Choose = _Greedy()
 
 
 @torch.inference_mode()
@@ -127,7 +141,9 @@ def writing(
     from transformers import StaticCache
 
     (batch, start), device = ids.shape, ids.device
-    total = start + new_tokens
+    total, filled = start + new_tokens, start
+    of = getattr(choose, "of", None)
+    head = plain_head(network) if of else None
     cache = StaticCache(config=network.config, max_cache_len=total)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     first = network(
@@ -148,6 +164,8 @@ def writing(
     ended = (token == stops).any(1)
 
     def step() -> None:
+        nonlocal filled
+        filled += 1
         seen.index_fill_(3, at, True)
         out = network(
             input_ids=token,
@@ -156,18 +174,35 @@ def writing(
             past_key_values=cache,
             use_cache=True,
         )
-        token.copy_(choose(out.logits[:, -1])[:, None])
+        last = out.logits[:, -1]
+        token.copy_((of(head, last) if of and head else choose(last))[:, None])
         written.index_copy_(1, turn, token)
         ended.logical_or_((token == stops).any(1))
         for counter in (at, turn, place):
             counter.add_(1)
 
+    def until() -> int:
+        return total if device.type == "cuda" else -(-filled // FILLED) * FILLED
+
     done, run = 0, step
-    with _grouped_attention(network):
+    with _grouped_attention(network, until), _given_back(head):
         if device.type == "cuda":
             done = min(WARM_UP, new_tokens - 1)
             run = _captured(step, done, device)
         yield run, written, ended, done
+
+
+@contextlib.contextmanager
+def _given_back(head: nn.Linear | None) -> Iterator[None]:
+    """In place of logits the model gives what its head is given."""
+    if head is None:
+        yield
+        return
+    vars(head)["forward"] = lambda given: given
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
 
 
 def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Callable[[], None]:
@@ -186,9 +221,10 @@ def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Call
 
 
 @contextlib.contextmanager
-def _grouped_attention(network: Any) -> Iterator[None]:
+def _grouped_attention(network: Any, until: Callable[[], int]) -> Iterator[None]:
     """Attention of one token a row reads a head's keys and values once for all query heads that
-    share them. (With a mask, transformers repeats them in memory, several gigabytes a step.)"""
+    share them, and none behind ``until()``. (With a mask, transformers repeats them in memory,
+    several gigabytes a step.)"""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -213,6 +249,8 @@ def _grouped_attention(network: Any) -> Iterator[None]:
                 module, query, key, value, mask, scaling=scaling, **more
             )
         batch, heads, _, width = query.shape
+        end = until()
+        key, value, mask = key[:, :, :end], value[:, :, :end], mask[..., :end]
         shared = query.view(batch, key.shape[1], heads // key.shape[1], width)
         scores = shared @ key.transpose(2, 3) * (scaling or width**-0.5)
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -27,6 +27,7 @@ from sleb.calibration.images import Images, with_images
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan
 from sleb.core.units import ATTENTION, block_of, canonical, parse_unit, part_of
+from sleb.models.heads import plain_head
 from sleb.models.offload import Reader, fetch, offloading
 from sleb.models.parts import Nothing, Part, find_parts
 
@@ -111,6 +112,7 @@ class BlockStack:
         self.path, self.blocks = find_blocks(model)
         self._width: dict[int, int | None] | None = None
         self._parts: dict[int, dict[str, Part]] = {}
+        self._head: tuple[nn.Linear | None] | None = None
         self.reader = Reader()
         self.images: Images | None = None  # what windows with images are given by
         # that blocks run one by one are the model's own forward pass: of texts, of images
@@ -196,6 +198,28 @@ class BlockStack:
         with self._shadowed(shadows):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
+
+    @torch.inference_mode()
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the output head is given behind the last block. hidden [B, T, D] -> [B, T, D]; see
+        :attr:`plain_head`."""
+        head, given = self.plain_head, []
+        assert head is not None
+
+        def forward(x: Tensor) -> Tensor:
+            given.append(x)
+            raise _Entered
+
+        with self._shadowed({head: forward}), contextlib.suppress(_Entered):
+            self.exit(hidden)
+        return given[0]
+
+    @property
+    def plain_head(self) -> nn.Linear | None:
+        """See :func:`sleb.models.heads.plain_head`."""
+        if self._head is None:
+            self._head = (None if self.streamed else plain_head(self.model),)
+        return self._head[0]
 
     @contextlib.contextmanager
     def holding(self, i: int, then: int | None = None) -> Iterator[None]:

@@ -30,9 +30,9 @@ from sleb.models.decoding import Choose, capturable, decode, greedy
 from sleb.models.load import LoadedModel
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import (
+    Sampler,
     at_once,
     can_generate,
-    sampler,
     seeded,
     write,
     write_prompts,
@@ -160,7 +160,7 @@ def sampled_answers(
     key = _key(model, "sampled", new_tokens, seed, asked)
 
     def sampled() -> list[list[int]]:
-        choose = sampler(torch.ones(1, 1, device=model.stack.input_device))
+        choose = Sampler(torch.ones(1, 1, device=model.stack.input_device))
         with seeded(seed, model.stack.input_device):
             return answered(model, asked, new_tokens, progress, "sampling answers", choose)
 

@@ -32,9 +32,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sleb.calibration.windows import unpadded, used_length
 from sleb.checkpoints.cut import consecutive_runs
+from sleb.core.errors import UnsupportedModel
 from sleb.core.process_group import group
 from sleb.core.progress import Tick
-from sleb.core.units import block_of, canonical, part_of, parts_in
+from sleb.core.units import block_of, canonical, part_of, parts_in, parts_of
 from sleb.models.overrides import WeightOverrides, whole
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.residual_writers import (
@@ -140,6 +141,8 @@ class Regression:
         self.changes = WeightOverrides(stack)
         self._writers = {} if writers is None else writers
         self._dense = dense
+        self.leave_out: tuple[int, ...] = ()  # the half of a block that a pass is not about
+        self._halves: dict[int, tuple[int, ...]] = {}
         self._parts: dict[int, tuple[int, ...]] = {}  # that blocks are without, by block
         for unit in parts_in(self.removed):
             self._parts[block_of(unit)] = (unit,)
@@ -226,14 +229,20 @@ class Regression:
         self.at = max(self.at, block)
 
     def run(
-        self, i: int, streams: Sequence[Tensor], without: Collection[int] = ()
+        self,
+        i: int,
+        streams: Sequence[Tensor],
+        without: Collection[int] = (),
+        *,
+        counted: bool = True,
     ) -> Iterator[Tensor]:
-        """The streams [B, T, D] behind block i."""
+        """The streams [B, T, D] behind block i. What is not ``counted`` is no work to tell of."""
         for hidden, calls in zip(streams, self.calls, strict=True):
             with self.stack.bypassed(without):
                 out = self.stack.run(i, hidden, calls[i])
             yield out
-            self.tick(len(hidden) * group().size)  # the others do as much meanwhile
+            if counted:
+                self.tick(len(hidden) * group().size)  # the others do as much meanwhile
 
     def _dense_behind(self, i: int) -> list[Tensor]:
         """The dense streams behind block i, which nothing is fitted in."""
@@ -244,9 +253,10 @@ class Regression:
             known[i] = list(self.run(i, self.dense))
         return known[i]
 
-    def run_cut(self, i: int) -> Iterator[Tensor]:
-        """The cut's streams behind block i, without the parts of it that are removed."""
-        return self.run(i, self.cut, self._parts.get(i, ()))
+    def run_cut(self, i: int, *, counted: bool = True) -> Iterator[Tensor]:
+        """The cut's streams behind block i, without the parts of it that are removed, or those
+        that a pass is not about."""
+        return self.run(i, self.cut, self._parts.get(i, self.leave_out), counted=counted)
 
     def _fit_block(self, block: int, ridge: float) -> None:
         """Fit one block towards the dense stream at the next kept block, and step over it."""
@@ -263,17 +273,50 @@ class Regression:
             for gone in range(block + 1, self._behind(block)):
                 with self._held(gone):
                     self.dense = self._dense_behind(gone)
+            apart = self._apart(block)
             if writers.inner and not (self.same and writers.final):  # nothing is lost yet
                 if not writers.final:  # attention has to make up for the gap as well
                     before_last = [
                         mid + (target.to(out.device) - out)
                         for mid, target, out in zip(before_last, self.dense, after, strict=True)
                     ]
+                self.leave_out = apart[1:]
                 self._solve(block, writers.inner, before_last, ridge)
+            del before_last, after  # their memory is needed
+            if apart:
+                self.leave_out = apart[1:]
+                self.cut = list(self.run_cut(block, counted=False))
+                self.leave_out = apart[:1]
             if writers.final:
                 self._solve(block, writers.final, self.dense, ridge)
             self.cut = list(self.run_cut(block))
+            self.leave_out = ()
         self.at, self.same = self._behind(block), False
+
+    def _last(self, writers: ResidualWriters) -> Mapping[str, float]:
+        """What the pass at hand adds to the stream behind attention."""
+        return {} if self.leave_out else writers.last
+
+    def _apart(self, block: int) -> tuple[int, ...]:
+        """Attention and MLP of a block, where the one can be run and then the other, so that a pass
+        that is about one need not compute both. Empty where the block is of another kind: on the
+        first windows both ways have to agree to the bit."""
+        if block in self._parts or not self.parts or group().tp > 1:
+            return ()
+        if block not in self._halves:
+            attention, mlp = parts_of(block)
+            hidden, call = self.cut[0], self.calls[0][block]
+            try:
+                with self.stack.bypassed([mlp]):
+                    middle = self.stack.run(block, hidden, call)
+                with self.stack.bypassed([attention]):
+                    found = self.stack.run(block, middle, call)
+            except UnsupportedModel:
+                same = False
+            else:
+                same = torch.equal(found, self.stack.run(block, hidden, call))
+            self._halves[block] = (attention, mlp) if same else ()
+        return self._halves[block]
 
     def _solve(
         self,
@@ -291,8 +334,8 @@ class Regression:
         maps = {name: factor for name, factor in maps.items() if name not in writers.norms}
         if not maps:
             return
-        names = list(maps)
-        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *writers.last])])
+        names, last = list(maps), self._last(writers)
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([*names, *last])])
         weights = [weight_of(self.module(block, name)) for name in names]
         seen_width = sum(weight.shape[1] for weight in weights) + 1
         gram = torch.zeros(
@@ -304,7 +347,7 @@ class Regression:
         with seen.recorded():
             outs = zip(self.run_cut(block), targets, self.real, strict=True)
             for out, target, real in outs:
-                value = stream_before(out, seen, writers.last) if inner else out
+                value = stream_before(out, seen, last) if inner else out
                 for x, y in _weighted(seen, names, target, value, real):
                     self._add_products(gram, cross, x, y)
         group().sum_(gram, cross)
@@ -343,7 +386,8 @@ class Regression:
         norm = writers.norms[name]
         factor = {**writers.inner, **writers.final}[name]
         matrix, gain_of = self.module(block, name), self.module(block, norm.path)
-        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([name, *writers.last])])
+        last = self._last(writers)
+        seen = Outputs(self.stack.blocks[block], [*dict.fromkeys([name, *last])])
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             """Inputs x / rms(y) [R, in], directions y / rms(y) [R, D] and residuals [R, D], in
@@ -351,7 +395,7 @@ class Regression:
             with seen.recorded():
                 outs = zip(self.run_cut(block), targets, self.real, strict=True)
                 for out, target, real in outs:
-                    value = stream_before(out, seen, writers.last) if name in writers.inner else out
+                    value = stream_before(out, seen, last) if name in writers.inner else out
                     wanted = _rows(target.to(value.device), real).float()
                     root = gain_weight(wanted)
                     y = _rows(seen.outputs[name], real).float()

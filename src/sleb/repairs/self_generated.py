@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleb.calibration.split import SHARE, joined
 from sleb.calibration.tokens import opening_tokens, special_tokens
@@ -23,7 +23,8 @@ from sleb.calibration.windows import Windows
 from sleb.core.errors import DataError, InputError
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
-from sleb.models.decoding import Choose, decode
+from sleb.models.decoding import decode
+from sleb.models.heads import drawn, room_for, sampled
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.selection.resources import room_bytes
@@ -122,7 +123,7 @@ def _continued(model: LoadedModel, prompts: Tensor, heat: Tensor, piece: int, ti
     network: Any = model.model
     ends = network.generation_config.eos_token_id
     never = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=prompts.device)
-    choose = sampler(heat, never.long())
+    choose = Sampler(heat, never.long())
     new = decode(network, prompts, torch.ones_like(prompts), piece - 1, tick, choose)
     return torch.cat((prompts, new), 1)
 
@@ -135,22 +136,27 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def sampler(heat: Tensor, never: Tensor | None = None) -> Choose:
+class Sampler:
     """Samples tokens at temperatures ``heat`` [B, 1] or [1, 1], none of those in ``never``."""
 
-    def sampled(logits: Tensor) -> Tensor:
-        logits = logits.float() / heat
-        if never is not None:
-            logits = logits.index_fill(1, never, float("-inf"))
-        share = logits.softmax(-1)
+    def __init__(self, heat: Tensor, never: Tensor | None = None) -> None:
+        none = torch.empty(0, dtype=torch.long, device=heat.device)
+        self._heat, self._never = heat, none if never is None else never
+        self._room: Tensor | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """From logits [B, V] the next tokens [B]."""
+        share = (logits.float() / self._heat).index_fill(1, self._never, float("-inf")).softmax(-1)
         if share.device.type == "cpu":  # one random number a row; a GPU adds up in any order
-            up_to = share.cumsum(-1)
-            drawn = torch.rand(len(share), 1) * up_to[:, -1:]
-            return torch.searchsorted(up_to, drawn, right=True)[:, 0].clamp_max(share.shape[1] - 1)
+            return drawn(share, torch.rand(len(share), 1))
         # the largest of p / Exp(1) is a sample of p, without a look at the values
         return (share / torch.empty_like(share).exponential_()).argmax(-1)
 
-    return sampled
+    def of(self, head: nn.Linear, given: Tensor) -> Tensor:
+        """See :class:`sleb.models.decoding.Choose`."""
+        if self._room is None or len(self._room) != len(given):
+            self._room = room_for(head, len(given))
+        return sampled(head, given, self._heat, self._never.tolist(), self._room)
 
 
 @torch.inference_mode()
@@ -165,7 +171,7 @@ def write_prompts(model: LoadedModel, n: int, seed: int, progress: Progress) -> 
         return []
     ends = tuple(special_tokens(tokenizer))
     ids = torch.tensor([opening], device=device).expand(n, -1)
-    choose, tokens = sampler(torch.ones(1, 1, device=device)), PROMPT_TOKENS
+    choose, tokens = Sampler(torch.ones(1, 1, device=device)), PROMPT_TOKENS
     stage = progress.stage("writing prompts", n * tokens)
     with stage as tick, seeded(seed, device):
         new = decode(model.model, ids, torch.ones_like(ids), tokens, tick, choose, ends)

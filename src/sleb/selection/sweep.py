@@ -322,6 +322,8 @@ class Sweep:
         """Mean over the T-1 predicted tokens of each window, or what else the metric makes of them.
         hidden [S*B, T, D] of S sets, dense [B, T, D], ids [B, T], scored [B, T-1] -> float64 [S, B]
         or [S, B, M] on the CPU."""
+        if self.metric.of and hidden.device.type == "cpu" and self.stack.plain_head:
+            return self._score_by_head(hidden, dense, ids, scored)
         batch, predicted = len(ids), ids.shape[1] - 1
         vocab = int(decoder_config(self.stack.model.config).vocab_size)
         rows = max(1, logit_bytes(self.stack) // (4 * vocab))
@@ -349,6 +351,23 @@ class Sweep:
             scored = scored.to(values.device).repeat(len(hidden) // batch, 1)
         found = self.metric.reduced(values, scored)
         return found.view(-1, batch, *found.shape[1:]).cpu()
+
+    def _score_by_head(
+        self, hidden: Tensor, dense: Tensor | None, ids: Tensor, scored: Tensor | None
+    ) -> Tensor:
+        """:meth:`_score` without logits, and only of positions that are scored."""
+        head, of, batch = self.stack.plain_head, self.metric.of, len(ids)
+        assert head is not None
+        assert of is not None
+        which = torch.ones_like(ids[:, 1:], dtype=torch.bool) if scored is None else scored
+        given = self.stack.before_head(hidden)
+        given = given.view(-1, batch, *given.shape[1:])[:, :, :-1][:, which]
+        base = None if dense is None else self.stack.before_head(dense)[:, :-1][which]
+        found = of(head, given, ids[:, 1:][which], base)
+        values = found.new_zeros((*found.shape[:1], *which.shape, *found.shape[2:]))
+        values[:, which] = found
+        means = [self.metric.reduced(each, scored) for each in values]
+        return torch.stack(means)
 
     def _check(self, final: dict[BlockSet, Tensor], ids: Tensor) -> None:
         """Once per model: the walk must agree with the model's own forward pass. Where blocks are
