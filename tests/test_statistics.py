@@ -99,13 +99,23 @@ def test_the_interval_ends_at_the_limit_with_so_many_items():
         half = (found.high - found.low) / 2 * (40 / needed) ** 0.5
         assert half == pytest.approx(abs(limit - found.value), rel=0.1)
     for right, limit in ((0, 0.05), (90, 0.8), (50, 0.6)):
-        needed = items_to_tell(proportion(right, 100), limit, 100, share=True)
+        needed = items_to_tell(proportion(right, 100), limit, 100)
         for items in (needed - 1, needed + 1):
             z, p = 1.959964, right / 100  # Wilson's interval, also of what is no whole count
             half = z * (p * (1 - p) / items + z * z / (4 * items * items)) ** 0.5
             ends = [(p + z * z / (2 * items) + s * half) / (1 + z * z / items) for s in (-1, 1)]
             assert (ends[0] <= limit <= ends[1]) == (items < needed)
     assert items_to_tell(found, found.value, 40) is None
+
+
+def test_answers_alike_are_told_from_a_limit_by_the_interval_that_they_have():
+    """Of answers that are kept in full so many, and the interval ends at the limit."""
+    found = shares(np.ones(6))
+    needed = items_to_tell(found, 0.93, 6)
+    assert shares(np.ones(needed)).low >= 0.93 > shares(np.ones(needed - 1)).low
+    of_prompts = items_to_tell(proportion(17, 20), 0.7, 50)  # a share of 20 of 50 prompts
+    of_them = items_to_tell(proportion(17, 20), 0.7, 20)
+    assert of_prompts == pytest.approx(2.5 * of_them, abs=3)
 
 
 def test_an_interval_that_holds_what_means_no_change_is_noise():

@@ -36,9 +36,9 @@ Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of a record, measured on so many ``items``; ``share``: of them. ``of``: the text,
-    task or case, empty for all; ``dense``: the same of the dense model, or what means no change;
-    ``missing``: why there is none."""
+    """A figure of a record, measured on so many ``items``. ``of``: the text, task or case,
+    empty for all; ``dense``: the same of the dense model, or what means no change; ``missing``: why
+    there is none."""
 
     value: Interval | float | None
     of: str = ""
@@ -46,7 +46,6 @@ class _Figure:
     path: str = ""
     runtime: str = ""
     items: int = 0
-    share: bool = False
     dense: float | None = None
 
 
@@ -129,7 +128,7 @@ class Limit:
         """How many items would tell; the intervals of ratios narrow as logarithms."""
         if self.unit == "x" and min(limit, found.low or 0.0) > 0:
             found, limit = found.mapped(log), log(limit)
-        return items_to_tell(found, limit, figure.items, share=figure.share)
+        return items_to_tell(found, limit, figure.items)
 
 
 def _alone(figures: list[_Figure]) -> bool:
@@ -186,7 +185,7 @@ def _answered(share: Callable[[Comparison], Interval | None]) -> Getter:
         both = record.answers
         if both is None:
             return [_Figure(None)]
-        return [_Figure(share(both), missing="no-json-prompt", items=both.prompts, share=True)]
+        return [_Figure(share(both), missing="no-json-prompt", items=both.prompts)]
 
     return figures
 

@@ -86,7 +86,7 @@ def shares(values: Values) -> Interval:
     return Interval(value=found.value, low=low, high=high)
 
 
-def _wilson(share: float, items: int) -> tuple[float, float]:
+def _wilson(share: float, items: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, which need not be a whole number of ``items``."""
     more = Z95**2 / items
     middle = (share + more / 2) / (1 + more)
@@ -106,18 +106,31 @@ def proportion(successes: int, items: int) -> Interval:
     return Interval(value=successes / items, low=float(found.low), high=float(found.high))
 
 
-def items_to_tell(found: Interval, limit: float, items: int, *, share: bool = False) -> int | None:
+def items_to_tell(found: Interval, limit: float, items: int) -> int | None:
     """About how many items would tell a figure, measured on ``items``, from ``limit``, if its value
-    stayed: those at which its interval would end there. ``share``: it is a :func:`proportion`,
-    whose interval ends at L where (value - L)^2 = z^2 L (1 - L) / n; others narrow with the root
-    of the number. None where no number would do."""
+    stayed: those at which its interval would end there. Intervals narrow with the root of the
+    number; Wilson's of a share ends at L where (value - L)^2 = z^2 L (1 - L) / n. None where no
+    number would do."""
     gap = abs(limit - found.value)
     end = found.high if limit > found.value else found.low
     if not gap > 0 or end is None:
         return None
-    if share:
-        return ceil(Z95**2 * limit * (1 - limit) / gap**2) or None
-    return ceil(items * ((end - found.value) / gap) ** 2)
+    more = ((end - found.value) / gap) ** 2
+    if _is_wilson(found):
+        more *= limit * (1 - limit) / (end * (1 - end))
+    return ceil(items * more) or None
+
+
+def _is_wilson(found: Interval) -> bool:
+    """Whether the ends are those that Wilson's rule gives a share, of however many items."""
+    low, high, share = found.low, found.high, found.value
+    if low is None or high is None or not 0 <= low < high <= 1:
+        return False
+    end = low if low > 0 else high
+    if end in (share, 1):
+        return False
+    items = Z95**2 * end * (1 - end) / (share - end) ** 2
+    return bool(np.allclose((low, high), _wilson(share, items), rtol=0, atol=1e-6))
 
 
 def flips(before: Sequence[bool], after: Sequence[bool]) -> Flips:
