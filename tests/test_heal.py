@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,18 @@ from cli_tools import refused, run, tree
 from conftest import byte_tokenizer, save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
 from sleb.acceptance import Gate
-from sleb.calibration.answers import ANSWERS, Answers, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.answers import (
+    ANSWERS,
+    Answers,
+    AnswerSplit,
+    answer_windows,
+    prompt_hashes,
+    prompts_of,
+)
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import HealConfig
 from sleb.core.errors import InputError, UnsupportedModel, VerificationFailed
+from sleb.core.finding import finding
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.distillation import heal, training
@@ -28,10 +37,13 @@ from sleb.distillation.loss import Batch
 from sleb.distillation.mix import TEXTS, Material, by_file, evenly, heal_windows, rows_of
 from sleb.distillation.state import LOWER, LOWERED, Schedule, TrainingState
 from sleb.distillation.student import Student
+from sleb.evaluation.agreement import measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.repairs import answering
 from sleb.repairs.answering import OWN_ANSWERS
 from sleb.repairs.self_generated import write_prompts
+from sleb.views.results import items
+from sleb.views.terminal import markdown
 
 home = heal_tools.home
 
@@ -401,6 +413,34 @@ def test_a_healed_folder_is_measured_verified_and_read_as_any_other(
     again = sleb.apply(out / "plan.json", model, tmp_path / "again")
     digests = [{n: c.digest(n) for n in c.tensors} for c in map(Checkpoint.open, (out, again))]
     assert digests[0] == digests[1]
+
+
+def test_where_no_prompt_is_left_unseen_it_is_said(learned, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(f'"ask {i}"' for i in range(12)))
+    model, cut, out = learned / "model", tmp_path / "CUT", tmp_path / "H"
+    asked = {"prompts": [str(tmp_path / "prompts.jsonl")], "new_tokens": 9}
+    shared = {**CPU, **asked, "text": [str(learned / "text.txt")]}
+    measured: list[str] = []
+
+    def noted(dense, answers, *more):
+        measured.extend(prompt_hashes(answers.windows))
+        return measure_answers(dense, answers, *more)
+
+    monkeypatch.setattr("sleb.pipeline.measure_answers", noted)
+    small = {"remove": 2, "windows": 4, "length": 16, "repair": False}
+    before = sleb.prune(model, cut, **small, **shared).record
+    Plan.load(cut / "plan.json").seeing(measured).save(cut / "plan.json")
+    found = sleb.heal(cut, model, out, **shared, tokens=400, length=32, lr=1e-3).record
+
+    assert found.prompts is None
+    assert found.unasked == finding("all-seen", prompts=12 // 3)
+    told = "by all 4 prompts that were set aside"
+    assert told in "\n".join(markdown(items(found)))
+    assert told in sleb.report(out, tmp_path / "page.html").read_text()
+    assert told in (out / "README.md").read_text()
+    later = replace(found, prompts=before.prompts)  # as by sleb eval --record
+    assert told not in "\n".join(markdown(items(later)))
 
 
 def test_one_command_cuts_and_heals_and_goes_on_where_it_was_stopped(

@@ -30,6 +30,7 @@ from report_tools import (
 )
 from sleb.acceptance import LIMITS
 from sleb.core.errors import InputError
+from sleb.core.finding import finding
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.evaluation.grading import Judged
@@ -506,6 +507,8 @@ def variety():
     yield from [(repaired(), repaired_plan()), (full, put(chosen, "rounds.0.scores.1.block", 4))]
     yield repaired(), put(repaired_plan(), "curve.fitted", 8192)
     yield healed(), chosen
+    seen = finding("all-seen", prompts=11)
+    yield replace(healed(), prompts=None, answers=None, unasked=seen), chosen
     yield complete(answers=None), chosen
     yield complete(kept=True, file_nbytes=9), chosen
     yield complete(file_nbytes=10**12), chosen

@@ -34,6 +34,7 @@ from sleb.config import (
 )
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import enough_space, record_path, staged_dir, writable_target
+from sleb.core.finding import finding
 from sleb.core.plan import Plan, blocks_to_remove
 from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
@@ -321,10 +322,12 @@ def _healed_facts(
         "similarity": old and old.similarity,
     }
     measured = healing.material.measured
-    if measured is not None:  # the cut may have been made by others than the healing
-        measured = measured.without(plan.seen)
     if measured is None:
         return facts
+    given = len(measured.prompts)  # the cut may have been made by others than the healing
+    measured = measured.without(plan.seen)
+    if measured is None:
+        return facts | {"unasked": finding("all-seen", prompts=given)}
     kept = measure_answers(dense, measured, plan.removed, patch, progress)
     unhealed = kept.unrepaired
     if before := stored_repair(healing.plan, healing.cut, dense):

@@ -190,8 +190,9 @@ class RunRecord:
     The plan is not repeated here; it is plan.json in the same folder. Tuples of two are (dense,
     pruned). ``evaluation_text`` is null where no text was left to measure on, ``repair`` in records
     from before there was one. ``prompts``: how much of the dense model's answers the result keeps;
-    ``answers``: both models' texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the
-    dense model's states i and j (0 is the embedding, i + 1 the output of block i).
+    ``unasked``: why that was not measured, where prompts were given; ``answers``: both models'
+    texts, from `sleb compare`. ``similarity[i][j]``: mean cosine of the dense model's states i and
+    j (0 is the embedding, i + 1 the output of block i).
     ``file_nbytes``: of the GGUF file that a folder was made from, whose weights ``nbytes`` are.
     ``kept``: the folder holds what `sleb restore` needs.
     ``requantized``: of a GGUF file, the repaired tensors, which were quantized again.
@@ -218,6 +219,7 @@ class RunRecord:
     tasks: tuple[TaskResult, ...] | None = None
     answers: Comparison | None = None
     prompts: AnswersKept | None = None
+    unasked: Finding | None = None
     speed: Speed | None = None
     transfer: Transfer | None = None
     gate: GateResult | None = None

@@ -98,6 +98,8 @@ def _measured(t: Locale, r: RunRecord) -> Iterator[Item]:
     if r.prompts:
         yield Text(prompts_told(t, r.prompts))
         yield from warning(t, r.prompts)
+    elif r.unasked:
+        yield Text(t.said("unasked", r.unasked))
     e = r.evaluation
     if e and e.perplexity_ratio:
         yield Text(

@@ -176,6 +176,8 @@ class Report:
         """What of answers to the user's own prompts was not measured, and the command for it; both
         models' own texts are not compared where one is a file."""
         kept, file = self.record.prompts, self._out.endswith(".gguf")
+        if not kept and self.record.unasked:
+            return [Missing(self.t.said("unasked", self.record.unasked))]
         own = kept is not None and kept.source.split(", ") != [DEFAULT]
         if own and file:
             return []

@@ -117,6 +117,7 @@ def _(r: RunRecord) -> list[Item]:
         found.append(quality.by_text(T, r.evaluation))
     lines = [f"removed blocks {T.join(r.removed)}"]
     lines += [quality.prompts_told(T, r.prompts)] if r.prompts else []
+    lines += [T.said("unasked", r.unasked)] if r.unasked and not r.prompts else []
     lines.append(f"perplexity: {evaluated_on(r)}")
     if r.repair:
         lines.append(f"repair: {repair_told(r.repair)}")
