@@ -50,7 +50,8 @@ FITTED_BLOCK = 7.0
 tried, and the sums of products."""
 CHARACTERS, TEMPLATE = 4, 20
 """Of a prompt: characters of a token, and tokens of what a chat template puts around it."""
-CHECKS = 600  # tokens that are read and written by the checks of a result
+CHECKS, GENERATED = 600, 72
+"""Tokens that the checks of a result read in a batch, and passes in which they generate alone."""
 CHECKED_S = 1.0
 """To check a result however small."""
 STARTED_S = 5.0
@@ -146,12 +147,17 @@ class _Work:
     compares: bool
 
     @property
+    def gaps(self) -> int:
+        """Where runs of neighbours are compared one mostly wins, and is one gap; else a cut of
+        several blocks is taken to have two."""
+        return 1 if self.compares else min(2, self.removed)
+
+    @property
     def fit(self) -> float:
         """Passes of a fit over its tokens: the dense model up to behind the last gap, the cut one
-        from the first on, and the blocks beside gaps, some of which are re-fitted. A cut of
-        several blocks is taken to have two gaps, in the middle."""
-        gaps = min(2, self.removed)
-        beside = min(self.n - self.removed, (1 + REACH) * gaps)
+        from the first on, and the blocks beside gaps, some of which are re-fitted. Gaps are taken
+        to be in the middle."""
+        beside = min(self.n - self.removed, (1 + REACH) * self.gaps)
         return min(1.0, 0.6 + beside / self.n) + 0.2 + FITTED_BLOCK * beside / self.n
 
     def searching(self, speed: Speed, exact: bool) -> float:
@@ -172,7 +178,7 @@ class _Work:
         answers = (self.asked - self.asked // 3 - self.asked // 8) * self.row
         judged = self.validation + self.asked // 8 * self.row
         tokens = self.fitted + self.own + answers
-        looks = 1 + 1.5 * min(2, self.removed)
+        looks = 1 + 1.5 * self.gaps
         return self.fit * tokens * speed.blocks + looks * judged * speed.read
 
     def measuring(self, speed: Speed) -> float:
@@ -198,7 +204,7 @@ def estimate(
         SEARCH: work.searching(speed, config.exact),
         REPAIR: work.repairing(speed),
         MEASURE: work.measuring(speed),
-        WRITE: speed.read * CHECKS + 3 * nbytes / LOADED + CHECKED_S,
+        WRITE: speed.read * CHECKS + speed.alone * GENERATED + 3 * nbytes / LOADED + CHECKED_S,
     }
     if not work.fitted:
         del phases[REPAIR]
