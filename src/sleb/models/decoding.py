@@ -198,11 +198,14 @@ def _given_back(head: nn.Linear | None) -> Iterator[None]:
     if head is None:
         yield
         return
+    before = vars(head).get("forward")  # accelerate's
     vars(head)["forward"] = lambda given: given
     try:
         yield
     finally:
         del vars(head)["forward"]
+        if before is not None:
+            vars(head)["forward"] = before
 
 
 def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Callable[[], None]:

@@ -9,7 +9,7 @@ its own largest logit, and put together in the end (Milakov and Gimelshein, 1805
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,20 +23,20 @@ LOG2_E = math.log2(math.e)
 
 
 @torch.inference_mode()
-def plain_head(network: Any) -> nn.Linear | None:
+def plain_head(network: Any, logits: Callable[[], Tensor] | None = None) -> nn.Linear | None:
     """The output head of a model on a CPU, where its weights are at hand and logits are its product
     with what it is given and nothing else; None where they are scaled, capped or computed in
-    another way. Found by a forward pass of two tokens."""
+    another way. Found by ``logits`` of a few positions, by default a forward pass."""
     head = network.get_output_embeddings()
     if type(head) is not nn.Linear or type(head.weight.data) is not Tensor:
         return None
-    if head.weight.device.type != "cpu" or "forward" in vars(head):  # accelerate's
+    if head.weight.device.type != "cpu":
         return None
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _, args, out: seen.append(out))
+    ids = torch.zeros((1, 2), dtype=torch.long)
     try:
-        ids = torch.zeros((1, 2), dtype=torch.long)
-        own = network(input_ids=ids, use_cache=False).logits
+        own = logits() if logits else network(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
     return head if len(seen) == 1 and torch.equal(seen[0], own) else None

@@ -216,9 +216,12 @@ class BlockStack:
 
     @property
     def plain_head(self) -> nn.Linear | None:
-        """See :func:`sleb.models.heads.plain_head`."""
+        """See :func:`sleb.models.heads.plain_head`. No block is run, which may be on disk."""
         if self._head is None:
-            self._head = (None if self.streamed else plain_head(self.model),)
+            width, device = decoder_config(self.model.config).hidden_size, self.input_device
+            hidden = torch.linspace(-1, 1, 2 * width, device=device, dtype=self.dtype)
+            _ = self.used  # is found by a pass through the head
+            self._head = (plain_head(self.model, lambda: self.exit(hidden.view(1, 2, width))),)
         return self._head[0]
 
     @contextlib.contextmanager

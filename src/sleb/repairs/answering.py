@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -131,11 +132,15 @@ def own_answers(
     if not (model.tokenizer.chat_template and writes_fast(model)):
         return None
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
-    if not texts:
-        return None
     prompts = [Prompt(id=f"own {i}", text=text, messages=None) for i, text in enumerate(texts)]
     new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
-    found = _answered(model, prompts, new_tokens, ["its own prompts"], seed, progress)
+    room = (model.stack.max_length or math.inf) - new_tokens
+    read = read_as(model.tokenizer, prompts, model.source.ref, ask=True)
+    ids = [one.ids for one in read if len(one.ids) <= room]
+    if not ids:
+        return None
+    answers = written(model, ids, new_tokens, progress)
+    found = answer_windows(ids, answers, specs=["its own prompts"], seed=seed)
     return replace(found, names=(OWN_ANSWERS,))
 
 
