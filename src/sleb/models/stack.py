@@ -218,10 +218,8 @@ class BlockStack:
     def plain_head(self) -> nn.Linear | None:
         """See :func:`sleb.models.heads.plain_head`. No block is run, which may be on disk."""
         if self._head is None:
-            width, device = decoder_config(self.model.config).hidden_size, self.input_device
-            hidden = torch.linspace(-1, 1, 2 * width, device=device, dtype=self.dtype)
-            _ = self.used  # is found by a pass through the head
-            self._head = (plain_head(self.model, lambda: self.exit(hidden.view(1, 2, width))),)
+            hidden, _ = self.enter(torch.zeros((1, 2), dtype=torch.long))
+            self._head = (plain_head(self.model, lambda: self.exit(hidden)),)
         return self._head[0]
 
     @contextlib.contextmanager
