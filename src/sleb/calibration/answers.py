@@ -15,6 +15,7 @@ from importlib import resources
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sleb.calibration.prompts import Prompt, read_prompts
@@ -101,12 +102,15 @@ class AnswerSplit:
 def prompt_hashes(windows: Windows) -> list[str]:
     """What tells prompts apart, of windows of answers: 12 hex digits of the SHA-256 of each one's
     token ids, as the model reads it."""
+    prompts = (prompt.numpy().astype("<i8").tobytes() for prompt in prompt_tokens(windows))
+    return [hashlib.sha256(prompt).hexdigest()[:12] for prompt in prompts]
+
+
+def prompt_tokens(windows: Windows) -> list[Tensor]:
+    """Token ids of the prompts, of windows of answers."""
     assert windows.scored is not None
-    found = []
-    for row, counts in zip(windows.ids, windows.scored, strict=True):
-        prompt = row[: int(counts.nonzero()[0])]
-        found.append(hashlib.sha256(prompt.numpy().astype("<i8").tobytes()).hexdigest()[:12])
-    return found
+    starts = windows.scored.int().argmax(1).tolist()
+    return [row[:start] for row, start in zip(windows.ids, starts, strict=True)]
 
 
 def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:

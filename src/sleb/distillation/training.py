@@ -482,8 +482,7 @@ class Training:
         if self.where.checked(self._divergences(self.validations)):
             self._keep()
         elif self.where.lost:
-            self.student.take(self.best)
-            self._anew()
+            self._again()
             self.where.lowered, self.where.worse = self.where.lowered + 1, 0
 
     def save(self) -> None:

@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from sleb.core.progress import Tick
 from sleb.models.heads import likeliest, plain_head
-from sleb.models.stack import decoder_config
+from sleb.models.stack import decoder_config, shadowed
 
 WARM_UP = 3
 """Steps before the capture, so that kernels have been chosen and memory is there."""
 CHECK = 16
 """Steps between looks at whether all have ended, each of which waits for the GPU."""
 GROUPED = "sleb-grouped"
-
 FILLED = 32
 """A CPU attends to whole parts of so many tokens of the cache, as far as it is filled."""
-
 
 Choose = Callable[[Tensor], Tensor]
 """From logits [B, V] the next tokens [B]. One with ``of(head, given [B, D])`` finds them from what
@@ -185,27 +183,12 @@ def writing(
         return total if device.type == "cuda" else -(-filled // FILLED) * FILLED
 
     done, run = 0, step
-    with _grouped_attention(network, until), _given_back(head):
+    given_back: dict[nn.Module, Any] = {head: lambda given: given} if head else {}
+    with _grouped_attention(network, until), shadowed(given_back):
         if device.type == "cuda":
             done = min(WARM_UP, new_tokens - 1)
             run = _captured(step, done, device)
         yield run, written, ended, done
-
-
-@contextlib.contextmanager
-def _given_back(head: nn.Linear | None) -> Iterator[None]:
-    """In place of logits the model gives what its head is given."""
-    if head is None:
-        yield
-        return
-    before = vars(head).get("forward")  # accelerate's
-    vars(head)["forward"] = lambda given: given
-    try:
-        yield
-    finally:
-        del vars(head)["forward"]
-        if before is not None:
-            vars(head)["forward"] = before
 
 
 def _captured(step: Callable[[], None], warm: int, device: torch.device) -> Callable[[], None]:

@@ -88,7 +88,6 @@ _SLIDES = frozenset({"gemma2", "gemma3", "gpt-oss"})
 _OF_ITS_OWN = frozenset({"qwen35", "gemma4"})
 """Architectures for which transformers has code that reads what the file states of positions."""
 _FREQUENCIES = "rope_freqs.weight"
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 def corrections(file: GGUFFile, config: Any) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def correct_tokens(path: Path, tokenizer: Any) -> None:
     """Have ``tokenizer``, which transformers made of a GGUF file, read whole what the file marks as
     a token of its own, and end a text as the file does. transformers 5.17 has three such tokens of
     Qwen2, and another end."""
-    from gguf import GGUFReader
+    from gguf import GGUFReader, TokenType
     from transformers import AddedToken
 
     fields = GGUFReader(path).fields
@@ -155,7 +154,7 @@ def correct_tokens(path: Path, tokenizer: Any) -> None:
     )
     if model != "gpt2" or not kinds or not tokens:
         return  # that of a SentencePiece model is made of all its parts
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         known = tokenizer.added_tokens_decoder
         lost = [tokens[i] for i, found in enumerate(kinds) if found == kind and i not in known]
         marked = [AddedToken(text, normalized=False, special=special) for text in lost]

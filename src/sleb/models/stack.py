@@ -462,21 +462,28 @@ class BlockStack:
 
     @contextlib.contextmanager
     def _shadowed(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-        """Put functions in the modules' instance slot ``forward``, and put back what was there
-        (accelerate keeps its device hooks in that very slot)."""
+        """See :func:`shadowed`."""
         if forwards:
             self._widths()
-        before = {module: vars(module).get("forward") for module in forwards}
-        try:
-            for module, forward in forwards.items():
-                module.forward = forward
+        with shadowed(forwards):
             yield
-        finally:
-            for module, old in before.items():
-                if old is None:
-                    vars(module).pop("forward", None)
-                else:
-                    module.forward = old
+
+
+@contextlib.contextmanager
+def shadowed(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Put functions in the modules' instance slot ``forward``, and put back what was there
+    (accelerate keeps its device hooks in that very slot)."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, old in before.items():
+            if old is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = old
 
 
 def giving_positions(config: Any) -> set[int]:

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb.calibration.answers import DEFAULT, Answers, AnswerSplit, answer_windows, prompts_of
+from sleb.calibration.answers import (
+    DEFAULT,
+    Answers,
+    AnswerSplit,
+    answer_windows,
+    prompt_tokens,
+    prompts_of,
+)
 from sleb.calibration.prompts import Prompt, read_as
 from sleb.calibration.split import CalibrationSplit, Writer
 from sleb.calibration.windows import Windows
@@ -113,7 +120,8 @@ def answers_to(
     prompts = prompts_of(specs)
     n = int(min(len(prompts), config.max_prompts or most or MAX_PROMPTS[kind]))
     prompts = tuple(prompts[i * len(prompts) // n] for i in range(n))
-    windows = _answered(model, prompts, new_tokens, specs, seed, progress)
+    ids = prompt_ids(model, prompts, new_tokens)
+    windows = answer_windows(ids, written(model, ids, new_tokens, progress), specs=specs, seed=seed)
     source = ", ".join(specs)
     return Answers(
         prompts=prompts,
@@ -134,9 +142,8 @@ def own_answers(
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
     prompts = [Prompt(id=f"own {i}", text=text, messages=None) for i, text in enumerate(texts)]
     new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
-    room = (model.stack.max_length or math.inf) - new_tokens
     read = read_as(model.tokenizer, prompts, model.source.ref, ask=True)
-    ids = [one.ids for one in read if len(one.ids) <= room]
+    ids = [one.ids for one in read if len(one.ids) <= room_for_prompt(model, new_tokens)]
     if not ids:
         return None
     answers = written(model, ids, new_tokens, progress)
@@ -159,8 +166,7 @@ def sampled_answers(
     n = min(most, SAMPLED * len(windows.ids))
     if n <= 0 or not writes_fast(model):
         return None
-    starts = windows.scored.int().argmax(1).tolist() if windows.scored is not None else []
-    prompts = [row[:start] for row, start in zip(windows.ids.tolist(), starts, strict=True)]
+    prompts = [prompt.tolist() for prompt in prompt_tokens(windows)]
     asked = [prompts[i % len(prompts)] for i in range(n)]
     key = _key(model, "sampled", new_tokens, seed, asked)
 
@@ -177,19 +183,6 @@ def writes_fast(model: LoadedModel) -> bool:
     return model.stack.input_device.type in QUICK and capturable(model.model)
 
 
-def _answered(
-    model: LoadedModel,
-    prompts: Sequence[Prompt],
-    new_tokens: int,
-    specs: Sequence[str],
-    seed: int,
-    progress: Progress,
-) -> Windows:
-    """Prompts and the model's answers to them."""
-    ids = prompt_ids(model, prompts, new_tokens)
-    return answer_windows(ids, written(model, ids, new_tokens, progress), specs=specs, seed=seed)
-
-
 def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
     """Token ids of prompts; plain text is asked as a chat's turn where there is a template.
 
@@ -197,14 +190,19 @@ def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -
         InputError: one leaves no room for an answer of ``new_tokens``.
     """
     read = [one.ids for one in read_as(model.tokenizer, prompts, model.source.ref, ask=True)]
-    room = model.stack.max_length
     for prompt, ids in zip(prompts, read, strict=True):
-        if room is not None and len(ids) + new_tokens > room:
+        if len(ids) > room_for_prompt(model, new_tokens):
             raise InputError(
-                f"prompt '{prompt.id}' takes {len(ids)} of the {room} tokens that the model reads, "
-                f"and an answer of {new_tokens} does not fit; shorten it, or give --new-tokens"
+                f"prompt '{prompt.id}' takes {len(ids)} of the {model.stack.max_length} tokens "
+                f"that the model reads, and an answer of {new_tokens} does not fit; shorten it, or "
+                "give --new-tokens"
             )
     return read
+
+
+def room_for_prompt(model: LoadedModel, new_tokens: int) -> float:
+    """Tokens of a prompt at most, so that an answer of ``new_tokens`` fits behind it."""
+    return (model.stack.max_length or math.inf) - new_tokens
 
 
 def written(
