@@ -7,7 +7,8 @@
 FOLDER holds the texts of texts.py, on whose calibration part cuts are made; prompts that are given
 to them, ``answers/*_fit.jsonl``; and others of the same kinds that are asked in the end,
 ``answers/code_dev.jsonl`` (``prompt``, ``tests``) and ``math_dev.jsonl`` (``prompt``, ``answer``).
-Perplexity is over the dense model's, on all test texts. Rows that are in out.json already are not
+Perplexity is over the dense model's, on all test texts; ``divergence`` from it, nats/token, on what
+it answered, in the run that measured it. Rows that are in out.json already are not
 made again, only timed: speeds are of one run. The code that a model writes is run: see
 `sleb eval --run-code`.
 """
@@ -29,10 +30,12 @@ from common import asked, main_of, measure, save, setting
 from texts import Texts, prepare
 
 import sleb
+from sleb.calibration.answers import answer_windows
 from sleb.calibration.prompts import read_prompts
 from sleb.core.errors import SlebError
 from sleb.core.progress import silent
 from sleb.core.statistics import flips, proportion
+from sleb.distillation.loss import SplitModel, Validation
 from sleb.evaluation.grading import are_right, gradable
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered, prompt_ids
@@ -62,6 +65,8 @@ HEALING = (
     "product_teraflops",
 )
 """What is told of a healing, from heal.json."""
+AT_ONCE = 8192
+"""Tokens of the dense model's answers in a pass."""
 PROMPT = (16, 512)
 """Windows and tokens of the pass that is timed."""
 
@@ -76,16 +81,17 @@ class Measure:
             for kind in ("code", "math")
         }
         self.dense: dict[str, Any] = {}
+        self.said: dict[str, Validation] = {}
+        """What the dense model answered, where it was measured in this run."""
 
     def of(self, model: LoadedModel) -> dict[str, Any]:
         """What is measured of a model: by kind of prompt, by text, and of a pass."""
         found: dict[str, Any] = {"ms": self.milliseconds(model)}
         for kind, prompts in self.prompts.items():
             ids = prompt_ids(model, prompts, self.options.new)
+            tokens = answered(model, ids, self.options.new, silent)
             said = model.tokenizer.batch_decode(
-                answered(model, ids, self.options.new, silent),
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             good = are_right([p.expected for p in prompts], said, gradable(run_code=True))
             row: dict[str, Any] = {"right": asdict(proportion(sum(good), len(good)))}
@@ -95,6 +101,12 @@ class Measure:
                 change = flips(before, good)
                 row |= {"lost": change.lost, "won": change.won}
                 row["kept"] = round(sum(good) / max(1, sum(before)), 4)
+            else:
+                windows = answer_windows(ids, tokens, specs=[kind], seed=0)
+                self.said[kind] = Validation(SplitModel(model.model), windows, AT_ONCE)
+            if kind in self.said:
+                kl = self.said[kind](SplitModel(model.model))[:, 2]
+                row["divergence"] = round(float(kl.mean()), 4)
             found[kind] = row
         found["loss"] = self._losses(model)
         if self.dense:

@@ -22,7 +22,6 @@ __all__ = ["render"]
 QUALITY = ("quality-h200-smollm2.json", "quality-h200-gemma-3-270m.json")
 FINALS = ("finals-h200-smollm2.json", "finals-h200-gemma-3-270m.json")
 ANSWERS = (
-    "answers-h200-plain.json",
     "answers-h200-1.5b.json",
     "answers-h200-qwen2.5-coder-1.5b.json",
     "answers-h200-6-tight-healed.json",
@@ -47,6 +46,10 @@ SYSTEMS = {
     "window": "best window",
     "beam": "beam of 4",
     "repair-aware": "loss after a repair",
+}
+REPAIRED = {
+    "default": "the default of prune, repaired",
+    "texts alone": "the same without prompts",
 }
 
 
@@ -181,7 +184,7 @@ def plain_rows() -> Iterator[dict[str, Any]]:
                 "removed": len(cut["removed"]),
                 "how": SYSTEMS[cut["system"]] + ", plain"
                 if cut["system"] in SYSTEMS
-                else cut["system"].replace("default", "the default of prune, repaired"),
+                else REPAIRED.get(cut["system"], "the default of prune, repaired and healed"),
                 "blocks": ", ".join(map(str, sorted(cut["removed"]))),
                 "tasks": cut["code"]["kept"],
                 "sums": cut["math"]["kept"],

@@ -189,6 +189,7 @@ def draw_answers(report: dict[str, Any], out: Path) -> None:
         panel.axhline(100 * dense["value"], color="black", lw=0.8)
         for system, colour in zip(systems, COLOURS, strict=False):
             rows = [cut for cut in report["cuts"] if cut["system"] == system and "error" not in cut]
+            rows.sort(key=lambda cut: cut["speedup"])
             right = [cut[kind]["right"] for cut in rows]
             spread = [[100 * abs(r["value"] - r[end]) for r in right] for end in ("low", "high")]
             x, y = [cut["speedup"] for cut in rows], [100 * r["value"] for r in right]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from sleb.distillation import heal, training
 from sleb.distillation.loss import Batch
 from sleb.distillation.mix import TEXTS, Material, by_file, evenly, heal_windows, rows_of
 from sleb.distillation.state import LOWER, LOWERED, Schedule, TrainingState
-from sleb.distillation.student import Student
+from sleb.distillation.student import Student, dithered
 from sleb.evaluation.agreement import measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.repairs import answering
@@ -195,28 +196,48 @@ def test_no_kernel_is_planned_for_each_length_while_it_trains(home, tmp_path, mo
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-def test_short_runs_go_on_from_the_range_test_to_the_rate_that_trains_best(
-    home, tmp_path, monkeypatch
+@pytest.mark.parametrize("amount", [{"tokens": 24 * 8 * 32}, {"tokens": None, "minutes": 0.2}])
+def test_short_runs_go_on_from_the_range_test_to_the_highest_rate_that_trains(
+    home, tmp_path, monkeypatch, amount
 ):
-    """Where a run has steps for them, the rate is that of the best short run, neighbours of which
-    are worse or were not left to be tried; and what these trained is undone."""
+    """Where a run has steps for them, the rate is the highest of those short runs that gain about
+    as much as the best; and what these trained is undone."""
     monkeypatch.setattr(training, "FIRST", 4)  # all of the run, so that it may be small
     begun, steps = [], training.Training._steps
 
     def noted(self, *args):
         weights = self.student.trained
         begun.append(all(torch.equal(weights[name], self.best[name]) for name in weights))
+        begun.append(self.where.lr)
         return steps(self, *args)
 
     monkeypatch.setattr(training.Training, "_steps", noted)
-    done = healed(home, tmp_path / "out", lr=None, tokens=24 * 8 * 32)
+    done = healed(home, tmp_path / "out", lr=None, **amount)
     found = dict(done.trials)
-    assert begun == [True]
+    assert begun[0]
     assert 2 <= len(found) <= training.TRIALS
-    first, *others = found
-    assert first == min(done.rates[1:], key=lambda pair: pair[1])[0]
-    assert others[0] == pytest.approx(LOWER * first)
-    assert done.lr == min(found, key=found.__getitem__)
+    best, start = min(found.values()), done.rates[0][1]
+    assert next(iter(found)) == pytest.approx(LOWER * min(done.rates[1:], key=itemgetter(1))[0])
+    gaining = [r for r, one in found.items() if start - one >= training.GAINING * (start - best)]
+    assert begun[1:] == [max(gaining)]
+
+
+def test_steps_too_small_for_bfloat16_still_move_the_weights():
+    """The mean of many weights moves as far as they do in float32, up and down; a weight that is
+    already a bfloat16 stays, and no other is more than one number away."""
+    drawn = torch.Generator().manual_seed(0)
+    stored = (0.02 * torch.randn(512, 384, generator=drawn)).bfloat16()
+    weights = stored.float()
+    assert torch.equal(dithered(weights, torch.bfloat16), stored)
+    for step in (1e-6, -1e-6, 1e-5, -1e-5):
+        wanted = weights + step
+        found = dithered(wanted, torch.bfloat16).float()
+        assert (found - weights).mean().item() == pytest.approx(step, rel=0.05)
+        assert abs((wanted.bfloat16().float() - weights).mean().item()) < 0.3 * abs(step)
+        spacing = 2.0 ** (wanted.abs().log2().floor() - 7)
+        assert bool(((found - wanted).abs() < spacing).all())
+    assert dithered(weights, torch.float32) is weights
+    assert dithered(weights.double() + 1e-9, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_answers_are_learned_beside_texts_and_never_those_that_measure(home, tmp_path):

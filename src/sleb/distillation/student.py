@@ -16,6 +16,8 @@ from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix, pieces
 
 HOST = torch.device("cpu")
+DITHER = -1_640_531_527
+"""2^32 over the golden ratio, as int32: multiples of it are spread evenly over all numbers."""
 
 
 class Student:
@@ -27,8 +29,9 @@ class Student:
 
     ``trained``: what the optimizer changes, float32. Where the model computes in another dtype
     these are copies, which gather the gradients of its parameters (mixed precision, 1710.03740);
-    :meth:`rounded` hands what they became back to the model. With ``optimizer`` "adamw-host" they
-    are in the machine's memory; with "adamw-8bit" it changes the model's own, in their dtype.
+    :meth:`rounded` hands what they became back to the model, see :func:`dithered`. With
+    ``optimizer`` "adamw-host" they are in the machine's memory; with "adamw-8bit" it changes the
+    model's own, in their dtype.
 
     Raises:
         UnsupportedModel: a weight is quantized, or stored under a name that is not its own.
@@ -90,7 +93,7 @@ class Student:
         """Give the model the trained weights, in its own dtype."""
         for name, parameter in self._computing.items():
             if (master := self.trained[name]) is not parameter:
-                parameter.copy_(master)
+                parameter.copy_(dithered(master, parameter.dtype))
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
@@ -141,11 +144,24 @@ class Student:
             parameters = dict(self.model.named_parameters())
             for name, (known, *_) in self.stored.items():
                 dtype = getattr(torch, TORCH_DTYPES[self.checkpoint.tensors[known].dtype])
-                rounded = self.trained.get(name, parameters[name]).to(dtype)
+                rounded = dithered(self.trained.get(name, parameters[name]), dtype)
                 parameters[name].copy_(rounded)
                 stored = self._pieces(name, rounded.cpu())
                 found |= {each: piece.contiguous() for each, piece in stored.items()}
         return found
+
+
+def dithered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype``; from float32 to bfloat16 it goes up or down, each weight from a
+    point of its own, which are spread evenly. So the mean of many moves as far as they do. To the
+    nearest number none would: a step of training is much smaller than half of what lies between two
+    numbers, and the weights of a checkpoint are all at one.
+    """
+    if (weight.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return weight.to(dtype)
+    points = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) * DITHER
+    bits = weight.contiguous().view(torch.int32) + ((points >> 16) & 0xFFFF).view(weight.shape)
+    return (bits & ~0xFFFF).view(torch.float32).to(dtype)
 
 
 def _trained(name: str, parameter: Tensor, stack: BlockStack) -> bool:

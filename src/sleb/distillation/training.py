@@ -45,6 +45,8 @@ RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 wrecks any model."""
 TRIALS, TRIED = 3, 4
 """Short runs with a rate at most, and steps that one has at least to tell anything."""
+GAINING = 0.5
+"""Of what the best short run gains, what a higher rate has to gain."""
 FIRST = 10 * (1 + TRIALS)
 """Of a run, single steps of the range test take one part in so many, and so does each short run."""
 PROBED = 4
@@ -278,8 +280,9 @@ class Training:
     def _find_rate(self, stopped: Callable[[], bool], progress: Progress) -> bool:
         """A range test (1506.01186): steps from the start with rates that rise, up to where the
         divergence does. A first step of Adam is larger than later ones, so it finds too low a rate
-        for a long run: short runs go on from it, to higher or lower rates while these are better.
-        False, with nothing changed, if it was stopped."""
+        for a long run: short runs go on from above it, to higher or lower rates while these are
+        better. What a rate loses to noise a short run has less time to take back, so the highest is
+        taken that gains ``GAINING`` of the best. False, with nothing changed, if it was stopped."""
         if self.lr is not None:
             self.where.lr = self.lr
             return True
@@ -296,8 +299,10 @@ class Training:
             self._again()
             if not self._short_runs(probes, stopped, tick):
                 return False
-        if where.trials:
-            where.lr = min(where.trials, key=lambda pair: pair[1])[0]
+        least = min((found for _, found in where.trials), default=math.inf)
+        if least < start:
+            enough = start - GAINING * (start - least)
+            where.lr = max(rate for rate, found in where.trials if found <= enough)
         where.seconds += time.monotonic() - begun
         return True
 
@@ -338,35 +343,38 @@ class Training:
     def _short_runs(
         self, probes: Sequence[Validation], stopped: Callable[[], bool], tick: Callable[..., None]
     ) -> bool:
-        """Runs at the rate found and at neighbours of the best, noted in ``where.trials``; none
-        where one would be of too few steps. False if it was stopped."""
-        where, steps, seconds = self.where, self.schedule.steps, self.schedule.seconds
-        short = Schedule(
-            steps=steps and max(1, steps // FIRST), seconds=seconds and seconds / FIRST
-        )
-        if short.steps and short.steps < TRIED:
-            return True
-        mix, tried, rate = self.mix.smaller(math.inf), dict[float, float](), where.lr
-        while rate not in tried and len(tried) < TRIALS:
-            run, begun = TrainingState(), time.monotonic()
-            while short.over(run) is None:
-                along = rate * short.share(run.step, run.seconds)
-                if not self._step(mix, run.step, along, stopped, lambda *_, **__: None):
+        """Runs at the rate above the one found and at neighbours of the best, noted in
+        ``where.trials``; none where one would be of too few steps. False if it was stopped."""
+        mix = self.mix.smaller(math.inf)
+
+        def step(turn: int, rate: float) -> bool:
+            return self._step(mix, turn, rate, stopped, lambda *_, **__: None)
+
+        steps = math.inf if self.schedule.steps is None else self.schedule.steps // FIRST
+        if (seconds := self.schedule.seconds) and steps >= TRIED:
+            for turn in range(2):  # the first takes memory, and compiles
+                begun = time.monotonic()
+                if not step(turn, self.where.lr):
                     return False
                 if self.on_gpu:
                     torch.cuda.synchronize()
-                run.step += 1
-                (run.seconds,) = _agreed(time.monotonic() - begun)
-            if run.step < TRIED:
-                self._again()
-                return True
+            (spent,) = _agreed(time.monotonic() - begun)
+            steps = min(steps, seconds // (FIRST * spent))
+            self._again()
+        if steps < TRIED:
+            return True
+        short, tried = Schedule(steps=int(steps)), dict[float, float]()
+        rate = self.where.lr * LOWER
+        while rate not in tried and len(tried) < TRIALS:
+            if not all(step(turn, rate * short.share(turn, 0.0)) for turn in range(int(steps))):
+                return False
             found = mean(self._divergences(probes))
             self._again()
             tried[rate] = found if math.isfinite(found) else math.inf
             tick(1, note=f"{rate:g}: {found:.4f}")
             best = min(tried, key=tried.__getitem__)
             rate = best * LOWER if best == max(tried) else best / LOWER
-        where.trials = tuple(pair for pair in tried.items() if math.isfinite(pair[1]))
+        self.where.trials = tuple(pair for pair in tried.items() if math.isfinite(pair[1]))
         return True
 
     def _step(
