@@ -108,6 +108,20 @@ def test_what_will_come_and_every_phase_that_ended_stay_to_be_read(capsys, displ
     tell(silent, TWO)  # nobody listens, and nothing happens
 
 
+@pytest.mark.parametrize(("took", "then"), [(60, "40 s"), (1, "30 s"), (360, "4 min")])
+def test_what_is_to_come_is_corrected_by_what_phases_took(capsys, monkeypatch, took, then):
+    """By the same share, but by no more than four times."""
+    now = iter([0.0, took, took])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    lines = progress.Lines()
+    lines.tell(TWO)
+    for phase in TWO.phases:
+        lines.tell(Begins(phase.name))
+    said = capsys.readouterr().err.splitlines()
+    assert "1 of 2: search: about 3 min, and 2 min after it" in said
+    assert said[-1] == f"2 of 2: repair: about {then}"
+
+
 @given(st.lists(st.integers(1, 40), min_size=3, max_size=60))
 def test_the_time_left_is_steady(steps):
     """It never jumps: in one step it falls or rises by no more than the share of half a minute that

@@ -16,6 +16,9 @@ LONG_S = 10.0
 BRIEF_S = 20.0
 """Of a run that will take less nothing is said in advance."""
 LINE_EVERY_S = 15.0
+MISJUDGED = 4.0
+"""By what phases that ended correct the estimate of those to come, at most: each is counted in work
+of its own, and on a machine that is busy for a moment all are timed too slow."""
 
 
 def since(began: float | None) -> float:
@@ -60,6 +63,7 @@ class Shown:
         self.least = least
         self._expected: dict[str, float] = {}
         self._phase, self._since = "", 0.0
+        self._took: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -71,15 +75,16 @@ class Shown:
             if what.seconds < BRIEF_S and self.least:
                 return
             self._expected = {phase.name: phase.seconds for phase in what.phases}
+            self._took.clear()
             for line in estimated(what):
                 self.say(line)
         elif isinstance(what, Begins):
             self.finish()
             if what.name in self._expected:
                 self._phase, self._since = what.name, time.monotonic()
-                later = sum([*self._expected.values()][self._number :])
+                later = self._corrected * sum([*self._expected.values()][self._number :])
                 rest = f", and {spelled(later)} after it" if later else ""
-                takes = spelled(self._expected[what.name])
+                takes = spelled(self._corrected * self._expected[what.name])
                 self.say(f"{self._prefix}{what.name}: about {takes}{rest}")
         else:
             self.say(what)
@@ -89,7 +94,16 @@ class Shown:
         if self._phase:
             spent = time.monotonic() - self._since
             self.say(f"{self._prefix}{self._phase}: done in {spelled(spent)}")
+            self._took[self._phase] = spent
         self._phase = ""
+
+    @property
+    def _corrected(self) -> float:
+        """How much longer phases take than was estimated, by those that ended."""
+        expected = sum(self._expected[name] for name in self._took)
+        if not expected:
+            return 1.0
+        return min(MISJUDGED, max(1 / MISJUDGED, sum(self._took.values()) / expected))
 
     @property
     def _number(self) -> int:
