@@ -2,11 +2,13 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 
 import sleb.project as project_module
 from conftest import save_tiny
+from sleb import estimates
 from sleb.cli.main import main
 from sleb.config import HealConfig, PruneConfig
 from sleb.core.errors import InputError
@@ -62,7 +64,7 @@ def change(place, before, after):
     path.write_text(path.read_text().replace(before, after))
 
 
-def test_what_a_run_will_take_is_said_without_doing_it(place, capsys):
+def test_what_a_run_will_take_is_said_without_doing_it(place, monkeypatch, capsys):
     """The phases of prune, and those behind it."""
 
     def phases(*more):
@@ -77,7 +79,10 @@ def test_what_a_run_will_take_is_said_without_doing_it(place, capsys):
     assert all(seconds > 0 for name, seconds in found.items() if name != "text")
     assert "speed" not in phases()
     assert not (place / "smaller").exists()
+    once = Mock(wraps=estimates.Speed.of)
+    monkeypatch.setattr(estimates.Speed, "of", once)
     text = main(["run", str(place / "sleb.toml"), "--dry-run"]), capsys.readouterr().out
+    assert once.call_count == 1, "a large model takes long to time"
     assert "not estimated: tasks" in text[1]
 
 

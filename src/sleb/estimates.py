@@ -18,6 +18,7 @@ from sleb.calibration.answers import prompts_of
 from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.config import MAX_PROMPTS, NEW_TOKENS, PruneConfig
+from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
 from sleb.models.load import LoadedModel
@@ -78,8 +79,16 @@ class Speed:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: LoadedModel, length: int) -> Speed:
-        """On the model itself, with windows of ``length``."""
+        """On the model itself, with windows of ``length``.
+
+        Raises:
+            InputError: its blocks are read from disk, and would be several times.
+        """
         stack = model.stack
+        if stack.streamed:
+            raise InputError(
+                "a model whose blocks are read from disk is not timed: leave out --stream"
+            )
         vocabulary = int(decoder_config(stack.model.config).vocab_size)
         length = min(length, stack.max_length or length)
 
@@ -189,12 +198,16 @@ class _Work:
 
 
 def estimate(
-    model: LoadedModel, split: CalibrationSplit, goal: Goal, config: PruneConfig, out: Path
+    model: LoadedModel,
+    speed: Speed,
+    split: CalibrationSplit,
+    goal: Goal,
+    config: PruneConfig,
+    out: Path,
 ) -> Estimate:
-    """What :func:`sleb.prune` of a loaded model will take from now on. It is timed for a second or
-    two of a small model; a search races, so how long it takes depends on the model, too."""
+    """What :func:`sleb.prune` of a loaded model will take from now on; a search races, so how long
+    it takes depends on the model, too."""
     n = len(model.stack)
-    speed = Speed.of(model, config.length)
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
     work = _work(model, split, goal, config, kind)
     nbytes = Checkpoint.open(model.source.path).nbytes

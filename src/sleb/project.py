@@ -144,21 +144,21 @@ def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent
     project = Project.load(path, config.settings)
     search = project.search.replaced({"force": True})
     dense = load(project.source, **dict(search.part(LoadOptions)), progress=progress)
-    found = pipeline.estimate(dense, project.target, search, progress=progress)
+    speed = estimates.Speed.of(dense, search.length)
+    found = pipeline.estimate(dense, project.target, search, speed=speed, progress=progress)
     seconds = {phase.name: phase.seconds for phase in found.phases}
-    later, unknown = _later(project, dense, seconds[estimates.SEARCH])
+    later, unknown = _later(project, dense, speed, seconds[estimates.SEARCH])
     phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
     healed = ("healing",) if project.heal else ()
     return replace(found, phases=phases, unknown=(*healed, *unknown))
 
 
 def _later(
-    project: Project, dense: LoadedModel, searching: float
+    project: Project, dense: LoadedModel, speed: estimates.Speed, searching: float
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Seconds of the stages after the cut, where one search takes ``searching``; and those whose
     work is not known."""
     search, measure = project.search, project.measure
-    speed = estimates.Speed.of(dense, search.length)
     found = {"similarity": speed.blocks * (search.windows or DEFAULT_WINDOWS) * search.length}
     if measure.transfer:
         found["transfer"] = (len(project.text) + 1) * searching
@@ -230,7 +230,8 @@ class _Session:
         known = dict[str, float]()
         if not self.dense.stack.streamed:
             searched = sum(s for name, s in self.record.seconds.items() if name == "searching")
-            known, _ = _later(self.project, self.dense, searched)
+            speed = estimates.Speed.of(self.dense, self.project.search.length)
+            known, _ = _later(self.project, self.dense, speed, searched)
         said = (f"{name} {f'{spelled(known[name])}' if name in known else '?'}" for name in left)
         return f"next, about: {', '.join(said)}"
 
