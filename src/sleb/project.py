@@ -35,6 +35,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
 from sleb.evaluation.answers import Comparison, compare
+from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
@@ -148,9 +149,11 @@ def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent
     found = pipeline.estimate(dense, project.target, search, speed=speed, progress=progress)
     seconds = {phase.name: phase.seconds for phase in found.phases}
     later, unknown = _later(project, dense, speed, seconds[estimates.SEARCH])
+    if project.heal:
+        kind = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
+        later = {"healing": estimates.healing(speed, project.heal, kind), **later}
     phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
-    healed = ("healing",) if project.heal else ()
-    return replace(found, phases=phases, unknown=(*healed, *unknown))
+    return replace(found, phases=phases, unknown=unknown)
 
 
 def _later(
@@ -170,7 +173,12 @@ def _later(
         cases = QUICK if (measure.bench_quick is None and on_cpu) or measure.bench_quick else FULL
         nbytes = Checkpoint.open(dense.source.path).nbytes
         found["speed"] = estimates.timing(speed, cases, BenchConfig().runs, nbytes)
-    return found, ("tasks",) if measure.tasks else ()
+    named = [task for task in project.tasks if not task.endswith(".jsonl")]
+    if project.tasks and not named:
+        files = map(read_questions, project.tasks)
+        scored = (estimates.scoring(speed, file, measure.limit, dense.tokenizer) for file in files)
+        found["tasks"] = estimates.STARTED_S + sum(scored)
+    return found, ("tasks",) if named else ()
 
 
 def _check_chats(project: Project, path: str | Path) -> None:
