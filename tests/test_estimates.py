@@ -1,11 +1,14 @@
 """What a run will take, by the work that it then does."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
 
 import sleb
 from sleb import estimates
+from sleb.config import HealConfig
+from sleb.evaluation.questions import read_questions
 
 SETTINGS = {"windows": 8, "length": 32, "heldout": 4, "repair_tokens": 2000, "prompts": ["none"]}
 
@@ -50,3 +53,40 @@ def test_a_pass_is_timed_in_its_parts(loaded_learned):
     speed = estimates.Speed.of(loaded_learned, 32)
     assert min(speed.blocks, speed.head, speed.written) > 0
     assert speed.alone > speed.written, "a token alone costs what the whole batch does, nearly"
+
+
+def test_healing_takes_as_long_as_it_is_given_and_more_for_more_tokens():
+    speed = estimates.Speed(blocks=1e-3, head=1e-3, written=2e-3, alone=4e-3)
+
+    def seconds(**options):
+        return estimates.healing(speed, HealConfig.of({"prompts": ("none",), **options}), "cpu")
+
+    one, two = seconds(tokens=10_000), seconds(tokens=20_000)
+    assert two == pytest.approx(2 * one)
+    passes = (one - 2e-3 * 10_000 / 3) / (2e-3 * 10_000)
+    assert 4 < passes < 8, "a dense pass, a cut one, back, and what finds the rate and checks"
+    assert seconds(tokens=10_000, lr=1e-5) < one < seconds(tokens=10_000, recompute=True)
+    assert seconds(tokens=10_000, minutes=1e6) == one
+    assert seconds(minutes=2) - seconds(minutes=1) == pytest.approx(60)
+    few, many = (seconds(tokens=10_000, max_prompts=n, prompts=()) for n in (9, 10))
+    assert many - few == pytest.approx(96 * 2e-3)
+
+
+def test_questions_are_read_with_every_choice_by_both_models(loaded_learned, tmp_path):
+    speed = estimates.Speed(blocks=0.5, head=0.5, written=1.0, alone=1.0)
+    row = {"question": "One and one?", "choices": ["two", "three"], "answer": 0}
+    words = {"question": "One and one?", "answer": "two"}
+    tokens = loaded_learned.tokenizer
+
+    def seconds(row, rows, limit=None):
+        (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n" * rows)
+        questions = read_questions(tmp_path / "q.jsonl")
+        return estimates.scoring(speed, questions, limit, tokens), questions
+
+    three, questions = seconds(row, 3)
+    text = next(iter(questions.items.values())).text
+    once = sum(len(tokens(text + choice).input_ids) for choice in row["choices"])
+    assert three == 2 * 3 * once
+    assert seconds(row, 9, limit=3)[0] == three
+    written, questions = seconds(words, 1)
+    assert written == 2 * (len(tokens(text).input_ids) + questions.answer_tokens(tokens))

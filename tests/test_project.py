@@ -2,11 +2,13 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 
 import sleb.project as project_module
 from conftest import save_tiny
+from sleb import estimates
 from sleb.cli.main import main
 from sleb.config import HealConfig, PruneConfig
 from sleb.core.errors import InputError
@@ -62,23 +64,30 @@ def change(place, before, after):
     path.write_text(path.read_text().replace(before, after))
 
 
-def test_what_a_run_will_take_is_said_without_doing_it(place, capsys):
+def test_what_a_run_will_take_is_said_without_doing_it(place, monkeypatch, capsys):
     """The phases of prune, and those behind it."""
 
     def phases(*more):
         assert main(["run", str(place / "sleb.toml"), "--dry-run", "--json", *more]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert found["unknown"] == ["tasks"]
+        assert found["unknown"] == []
         return {phase["name"]: phase["seconds"] for phase in found["phases"]}
 
     found = phases("--set", "measure.bench=true")
-    later = ["similarity", "transfer", "answers", "speed"]
+    later = ["similarity", "transfer", "answers", "speed", "tasks"]
     assert [*found] == ["text", "search", "repair", "measure", "write and check", *later]
     assert all(seconds > 0 for name, seconds in found.items() if name != "text")
     assert "speed" not in phases()
     assert not (place / "smaller").exists()
+    once = Mock(wraps=estimates.Speed.of)
+    monkeypatch.setattr(estimates.Speed, "of", once)
     text = main(["run", str(place / "sleb.toml"), "--dry-run"]), capsys.readouterr().out
-    assert "not estimated: tasks" in text[1]
+    assert once.call_count == 1, "a large model takes long to time"
+    assert "not estimated" not in text[1]
+    change(place, "transfer = true", "")  # which is of whole blocks
+    monkeypatch.setattr(project_module, "check_tasks", lambda *_, **__: None)
+    named = project_module.estimate(place / "sleb.toml", settings=['measure.tasks=["arc_easy"]'])
+    assert named.unknown == ("tasks",), "how many items those have is not known here"
 
 
 def test_one_command_goes_from_search_to_reports(place, capsys):
@@ -97,7 +106,7 @@ def test_one_command_goes_from_search_to_reports(place, capsys):
     printed, told = capsys.readouterr()
     assert "report.ja.html" in printed
     assert re.search(
-        r"next, about: similarity \d+ s, tasks \?, transfer \d+ s, answers \d+ s\n", told
+        r"next, about: similarity \d+ s, tasks \d+ s, transfer \d+ s, answers \d+ s\n", told
     )
     assert "1,000" in printed or "1000" in printed
 

@@ -125,12 +125,25 @@ def test_every_number_reaches_the_page(which):
 def test_a_record_without_sections_says_how_to_measure_each():
     found = seen(sparse(), bare_plan())
     for place in ("texts", "tasks", "answers", "speed", "draft", "transfer", "similarity", "curve"):
-        assert "not measured" in found.text(place), place
+        assert "Not measured: " in found.text(place), place
         assert "sleb " in found.text(place), place
-    assert "not tried" in found.text("runtimes")
-    untested = found.text("sum-untested")
-    assert untested.count("not measured") == 5
-    assert "not measured" not in seen().text("sum-untested")
+    assert "--runtime transformers" in found.text("runtimes")
+
+
+@pytest.mark.parametrize("out", ["small", "small.gguf"])
+def test_page_one_says_once_what_was_not_measured_and_how_to(out):
+    found = seen(put(sparse(), "verification.checkpoint", out), bare_plan())
+    assert {i for i in found.ids if i.startswith("sum-")} == {
+        *("sum-removed", "sum-untested", "sum-rollback")
+    }
+    told = [
+        line for line in found.lines("summary").split("\n") if "FILE" in line or "bench" in line
+    ]
+    for part in ("--text FILE --record", "--prompts", "--task", "sleb bench", "sleb transfer"):
+        assert sum(part in line for line in told) == 1, part
+    assert len(told) == 5
+    assert found.text("summary").count("not measured") == 1  # the heading
+    assert "sleb " not in seen().text("sum-untested")
 
 
 @pytest.mark.parametrize("out", ["small", "small.gguf"])
@@ -141,11 +154,10 @@ def test_answers_that_were_measured_are_not_called_unmeasured(out):
 
     own = sparse(prompts=complete().prompts)
     for text in told(own):
-        assert "Answers to your own" not in text
-        assert "Answers to prompts" not in text
-        assert ("not compared" in text) == (out == "small")
+        assert "answers to your own" not in text
+        assert ("sleb compare" in text) == (out == "small")
     for text in told(put(own, "prompts.source", "default")):
-        assert "Answers to your own prompts: not measured" in text
+        assert "answers to your own prompts" in text
 
 
 @pytest.mark.parametrize(

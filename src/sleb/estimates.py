@@ -17,9 +17,19 @@ from torch import Tensor
 from sleb.calibration.answers import prompts_of
 from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
-from sleb.config import MAX_PROMPTS, NEW_TOKENS, PruneConfig
+from sleb.config import (
+    HEAL_PROMPTS,
+    HEAL_TOKENS,
+    MAX_PROMPTS,
+    NEW_TOKENS,
+    NO_PROMPTS,
+    HealConfig,
+    PruneConfig,
+)
+from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
+from sleb.evaluation.questions import Questions
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.answering import prompt_files
@@ -52,6 +62,10 @@ CHARACTERS, TEMPLATE = 4, 20
 """Of a prompt: characters of a token, and tokens of what a chat template puts around it."""
 CHECKS, GENERATED = 600, 72
 """Tokens that the checks of a result read in a batch, and passes in which they generate alone."""
+TRAINED, RATE, VALIDATED = 4.0, 1.1, 1.5
+"""Of a token that is trained on: passes through a model, one through the dense one and three
+through the cut, there and back; how many times that with the search for a learning rate; and
+passes of checks on windows set aside."""
 CHECKED_S = 1.0
 """To check a result however small."""
 STARTED_S = 5.0
@@ -78,8 +92,16 @@ class Speed:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: LoadedModel, length: int) -> Speed:
-        """On the model itself, with windows of ``length``."""
+        """On the model itself, with windows of ``length``.
+
+        Raises:
+            InputError: its blocks are read from disk, and would be several times.
+        """
         stack = model.stack
+        if stack.streamed:
+            raise InputError(
+                "a model whose blocks are read from disk is not timed: leave out --stream"
+            )
         vocabulary = int(decoder_config(stack.model.config).vocab_size)
         length = min(length, stack.max_length or length)
 
@@ -189,12 +211,16 @@ class _Work:
 
 
 def estimate(
-    model: LoadedModel, split: CalibrationSplit, goal: Goal, config: PruneConfig, out: Path
+    model: LoadedModel,
+    speed: Speed,
+    split: CalibrationSplit,
+    goal: Goal,
+    config: PruneConfig,
+    out: Path,
 ) -> Estimate:
-    """What :func:`sleb.prune` of a loaded model will take from now on. It is timed for a second or
-    two of a small model; a search races, so how long it takes depends on the model, too."""
+    """What :func:`sleb.prune` of a loaded model will take from now on; a search races, so how long
+    it takes depends on the model, too."""
     n = len(model.stack)
-    speed = Speed.of(model, config.length)
     kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
     work = _work(model, split, goal, config, kind)
     nbytes = Checkpoint.open(model.source.path).nbytes
@@ -224,6 +250,30 @@ def estimate(
 def comparing(speed: Speed, prompts: int, answer: int) -> float:
     """Seconds for both models to answer prompts one by one, as `sleb compare` does."""
     return 2 * prompts * answer * speed.alone
+
+
+def scoring(speed: Speed, questions: Questions, limit: int | None, tokenizer: Any) -> float:
+    """Seconds to score both models on questions, as `sleb eval --task` does: each choice is
+    read behind its question, and an answer in words written."""
+    items = [*questions.items.values()][:limit]
+    texts = [q.text + choice for q in items for choice in q.choices or ("",)]
+    read = sum(map(len, tokenizer(texts).input_ids))
+    written = len(items) * questions.answer_tokens(tokenizer)
+    return 2 * (read * speed.read + written * speed.written)
+
+
+def healing(speed: Speed, config: HealConfig, kind: str) -> float:
+    """Seconds of `sleb heal` on a ``kind`` of device: the dense model writes, then the cut is
+    trained."""
+    tokens = config.tokens or HEAL_TOKENS[kind]
+    rate = 1.0 if config.lr else RATE
+    training = tokens * speed.read * (rate * (TRAINED + config.recompute) + VALIDATED)
+    if config.minutes is not None:
+        most = 60 * config.minutes
+        training = most if config.tokens is None else min(training, most)
+    asked = 0 if config.prompts == (NO_PROMPTS,) else config.max_prompts or HEAL_PROMPTS[kind]
+    own = tokens // (6 if asked else 3)
+    return training + speed.written * (own + asked * (config.new_tokens or NEW_TOKENS[kind]))
 
 
 def timing(speed: Speed, cases: Sequence[Case], runs: int, nbytes: int) -> float:

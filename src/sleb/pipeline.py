@@ -156,10 +156,11 @@ def estimate(
     out: str | Path,
     config: PruneConfig,
     *,
+    speed: estimates.Speed | None = None,
     progress: Progress = silent,
 ) -> Estimate:
-    """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment;
-    nothing is written.
+    """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment,
+    unless its ``speed`` is known; nothing is written.
 
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
@@ -171,10 +172,9 @@ def estimate(
     loaded = model
     if not isinstance(loaded, LoadedModel):
         loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
-    if loaded.stack.streamed:
-        raise InputError("a model whose blocks are read from disk is not timed: leave out --stream")
     _check_space(out, goal, loaded, config)
-    return estimates.estimate(loaded, _split(loaded, config)[0], goal, config, out)
+    speed = speed or estimates.Speed.of(loaded, config.length)
+    return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, out)
 
 
 def place(model: LoadedModel | str | Path) -> str | Path:
@@ -390,8 +390,8 @@ def _find(
         split, status = _split(loaded, config)
     if not stack.streamed:  # to time it would be to read it, several times
         with watch.stage("estimating", None):
-            took = estimates.estimate(loaded, split, goal, config, out)
-        tell(watch, took)
+            speed = estimates.Speed.of(loaded, config.length)
+        tell(watch, estimates.estimate(loaded, speed, split, goal, config, out))
     tell(watch, Begins(estimates.TEXT))
     split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs

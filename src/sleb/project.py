@@ -35,6 +35,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import Plan
 from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
 from sleb.evaluation.answers import Comparison, compare
+from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
 from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
@@ -144,21 +145,23 @@ def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent
     project = Project.load(path, config.settings)
     search = project.search.replaced({"force": True})
     dense = load(project.source, **dict(search.part(LoadOptions)), progress=progress)
-    found = pipeline.estimate(dense, project.target, search, progress=progress)
+    speed = estimates.Speed.of(dense, search.length)
+    found = pipeline.estimate(dense, project.target, search, speed=speed, progress=progress)
     seconds = {phase.name: phase.seconds for phase in found.phases}
-    later, unknown = _later(project, dense, seconds[estimates.SEARCH])
+    later, unknown = _later(project, dense, speed, seconds[estimates.SEARCH])
+    if project.heal:
+        kind = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
+        later = {"healing": estimates.healing(speed, project.heal, kind), **later}
     phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
-    healed = ("healing",) if project.heal else ()
-    return replace(found, phases=phases, unknown=(*healed, *unknown))
+    return replace(found, phases=phases, unknown=unknown)
 
 
 def _later(
-    project: Project, dense: LoadedModel, searching: float
+    project: Project, dense: LoadedModel, speed: estimates.Speed, searching: float
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Seconds of the stages after the cut, where one search takes ``searching``; and those whose
     work is not known."""
     search, measure = project.search, project.measure
-    speed = estimates.Speed.of(dense, search.length)
     found = {"similarity": speed.blocks * (search.windows or DEFAULT_WINDOWS) * search.length}
     if measure.transfer:
         found["transfer"] = (len(project.text) + 1) * searching
@@ -170,7 +173,12 @@ def _later(
         cases = QUICK if (measure.bench_quick is None and on_cpu) or measure.bench_quick else FULL
         nbytes = Checkpoint.open(dense.source.path).nbytes
         found["speed"] = estimates.timing(speed, cases, BenchConfig().runs, nbytes)
-    return found, ("tasks",) if measure.tasks else ()
+    named = [task for task in project.tasks if not task.endswith(".jsonl")]
+    if project.tasks and not named:
+        files = map(read_questions, project.tasks)
+        scored = (estimates.scoring(speed, file, measure.limit, dense.tokenizer) for file in files)
+        found["tasks"] = estimates.STARTED_S + sum(scored)
+    return found, ("tasks",) if named else ()
 
 
 def _check_chats(project: Project, path: str | Path) -> None:
@@ -230,7 +238,8 @@ class _Session:
         known = dict[str, float]()
         if not self.dense.stack.streamed:
             searched = sum(s for name, s in self.record.seconds.items() if name == "searching")
-            known, _ = _later(self.project, self.dense, searched)
+            speed = estimates.Speed.of(self.dense, self.project.search.length)
+            known, _ = _later(self.project, self.dense, speed, searched)
         said = (f"{name} {f'{spelled(known[name])}' if name in known else '?'}" for name in left)
         return f"next, about: {', '.join(said)}"
 

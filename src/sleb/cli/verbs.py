@@ -774,8 +774,8 @@ def _check(verb: Verb, config: Options, given: Given) -> None:
         from sleb.selection.goal import Goal
 
         Goal.of(config)
-    asked = given.get("prompts") or ()
-    _check_texts((), [asked] if isinstance(asked, str) else asked)
+    if asked := given.get("prompts"):
+        _check_texts((), [asked] if isinstance(asked, str) else asked)
     if given.get("device"):
         from sleb.models.on_disk import check_device
 

@@ -43,7 +43,12 @@ Count = Annotated[int, Field(ge=0)]
 class _Record(BaseModel):
     """Frozen, strict about its fields, and without NaN or infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        defer_build=True,  # most that imports this takes one class of it, and no plan
+    )
 
 
 class Fingerprint(_Record):

@@ -102,6 +102,15 @@ class Questions:
     name: str
     items: dict[str, Question]
 
+    def answer_tokens(self, tokenizer: Any) -> int:
+        """The most that is written of an answer in words: clearly more than any accepted one has;
+        0 where there are choices."""
+        answers = [answer for q in self.items.values() if not q.choices for answer in q.answers]
+        longest = map(
+            len, tokenizer(answers, add_special_tokens=False).input_ids if answers else ()
+        )
+        return 2 * max(longest) + 8 if answers else 0
+
     def task(self, tokenizer: Any) -> dict[str, Any]:
         """The task's definition in the terms of lm-evaluation-harness.
 
@@ -137,15 +146,13 @@ class Questions:
                 "doc_to_choice": "choices",
                 "metric_list": [{"metric": name, **mean} for name in ("acc", "acc_norm")],
             }
-        answers = [answer for item in self.items.values() for answer in item.answers]
-        longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False).input_ids)
         exact = {"ignore_case": True, "regexes_to_ignore": list(IGNORED)}
         return shared | {
             "output_type": "generate_until",
             # a cut-off answer must not match, and other tokens may spell the same text
             "generation_kwargs": {
                 "until": ["\n"],
-                "max_gen_toks": 2 * longest + 8,
+                "max_gen_toks": self.answer_tokens(tokenizer),
                 "do_sample": False,
             },
             "metric_list": [{"metric": "exact_match", **mean, **exact}],

@@ -18,6 +18,7 @@ from sleb.calibration.answers import DEFAULT
 from sleb.core.errors import InputError
 from sleb.core.files import record_path, writable_target, write_text
 from sleb.core.plan import Plan
+from sleb.evaluation.tasks import TaskResult
 from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Ratio
 from sleb.surgery.gguf_cut import plan_beside
@@ -113,7 +114,7 @@ class Report:
                 "sum-{}",
                 "summary.{}",
                 {
-                    "worst": lambda: quality.worst_pair(t, r.answers, r.prompts) or self._unasked(),
+                    "worst": lambda: quality.worst_pair(t, r.answers, r.prompts),
                     "removed": self._removed,
                     "quality": self._quality,
                     "servers": lambda: speed.servers(t, r.speed, self._ratios),
@@ -131,14 +132,16 @@ class Report:
     def _panels(
         self, name: str, title: str, parts: dict[str, Callable[[], list[Item]]]
     ) -> tuple[Panel, ...]:
+        """Of those parts that have something to say."""
         return tuple(
             Panel(
                 name=name.format(key),
                 title=self.t(title.format(key)),
-                items=tuple(items()),
+                items=tuple(items),
                 wide=key == "worst",
             )
-            for key, items in parts.items()
+            for key, make in parts.items()
+            if (items := make())
         )
 
     # -- what several parts need ------------------------------------------------------------------
@@ -168,22 +171,29 @@ class Report:
         words = (shlex.quote(known[word]) if word in known else word for word in command.split())
         return self.t.code(" ".join(words))
 
-    def _missing(self, key: str) -> list[Item]:
+    def _unmeasured(self, key: str, text: str = "missing.text") -> str:
         """That something was not measured, and the command that measures it."""
-        return [Missing(self.t(f"missing.{key}", command=self._command(key)))]
+        if key == "kept" and self.record.unasked and not self.record.prompts:
+            return self.t.said("unasked", self.record.unasked)
+        return self.t(text, what=self.t(f"unmeasured.{key}"), command=self._command(key))
 
-    def _unasked(self) -> list[Item]:
-        """What of answers to the user's own prompts was not measured, and the command for it; both
-        models' own texts are not compared where one is a file."""
-        kept, file = self.record.prompts, self._out.endswith(".gguf")
-        if not kept and self.record.unasked:
-            return [Missing(self.t.said("unasked", self.record.unasked))]
-        own = kept is not None and kept.source.split(", ") != [DEFAULT]
-        if own and file:
-            return []
-        key = "compared" if own else "answers" if kept or not file else "kept"
-        command = self._command("kept" if file else "answers")
-        return [Missing(self.t(f"missing.{key}", command=command))]
+    def _missing(self, key: str) -> list[Item]:
+        return [Missing(self._unmeasured(key))]
+
+    @property
+    def _unasked(self) -> tuple[str, ...]:
+        """What of answers to the user's own prompts was not measured; both models' own texts are
+        not compared where one is a file."""
+        r = self.record
+        if r.answers:
+            return ()
+        if r.prompts is None or r.prompts.source.split(", ") == [DEFAULT]:
+            return ("kept",)
+        return () if self._out.endswith(".gguf") else ("compared",)
+
+    @property
+    def _paired(self) -> list[TaskResult]:
+        return [task for task in self.record.tasks or () if task.pruned is not None]
 
     @property
     def _repaired(self) -> int:
@@ -267,28 +277,24 @@ class Report:
         return [Facts(tuple((t(key), value) for key, value in rows.items()))]
 
     def _quality(self) -> list[Item]:
-        t, e = self.t, self.record.evaluation
-        kept = self.record.prompts
-        first = quality.answers_kept(t, kept) if kept else self._missing("kept")
-        items = [] if e and e.perplexity_ratio else self._missing("evaluation")
-        tasks = [task for task in self.record.tasks or () if task.pruned is not None]
+        t = self.t
+        kept, tasks = self.record.prompts, self._paired
         return [
-            *first,
-            *items,
-            *([quality.worst_tasks(t, tasks)] if tasks else self._missing("tasks")),
+            *(quality.answers_kept(t, kept) if kept else []),
+            *([quality.worst_tasks(t, tasks)] if tasks else []),
         ]
 
     def _untested(self) -> list[Item]:
-        names = ["evaluation", "tasks", "answers", "speed", "transfer"]
-        lacking = [name for name in names if not getattr(self.record, name)]
-        lines = [
-            item.text
-            for name in lacking
-            for item in (self._unasked() if name == "answers" else self._missing(name))
-            if isinstance(item, Missing)
+        """The one place of page one that names what was not measured."""
+        r = self.record
+        lacking = [
+            *([] if r.evaluation and r.evaluation.perplexity_ratio else ["evaluation"]),
+            *self._unasked,
+            *([] if self._paired else ["tasks"]),
+            *(name for name in ("speed", "transfer") if not getattr(r, name)),
         ]
-        left_out = self.record.speed.skipped if self.record.speed else ()
-        lines += [speed.skipped(self.t, what) for what in left_out]
+        lines = [self._unmeasured(key, "untested.text") for key in lacking]
+        lines += [speed.skipped(self.t, what) for what in (r.speed.skipped if r.speed else ())]
         return [Listing((*lines, self.t("untested.other")))]
 
     def _rollback(self) -> list[Item]:
@@ -328,7 +334,8 @@ class Report:
                 "texts": self._texts,
                 "tasks": lambda: shown("tasks", r.tasks, lambda: quality.tasks(t, r.tasks or ())),
                 "answers": lambda: [
-                    *(quality.answers(t, r.answers) if r.answers else self._unasked()),
+                    *(quality.answers(t, r.answers) if r.answers else ()),
+                    *(item for key in self._unasked for item in self._missing(key)),
                     *quality.examples(t, r.prompts),
                 ],
                 "speed": lambda: speed.speed(t, r.speed) if r.speed else self._missing("speed"),

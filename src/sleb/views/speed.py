@@ -13,7 +13,7 @@ from sleb.runtimes.compatibility import RuntimeReport, Verdict
 from sleb.runtimes.rules import phrase
 from sleb.runtimes.speculative import Drafting
 from sleb.views.locale import DASH, Locale, names
-from sleb.views.model import Bars, Dots, Figure, Item, Listing, Missing, Table, Text
+from sleb.views.model import Bars, Dots, Figure, Item, Listing, Table, Text
 
 SERVERS = 10  # the example's load, as a number of servers that it now keeps busy
 UNSTEADY = 0.2  # between quartiles, as a share of the median
@@ -210,20 +210,19 @@ def servers(t: Locale, s: Speed | None, found: tuple[Ratio, ...]) -> list[Item]:
     """What the measured ratio of one case means for a load that keeps SERVERS servers busy.
 
     The case is the one that generates most tokens at once, which is how servers work. Nothing is
-    claimed but of a ratio that is above 1 at its worse end too.
+    claimed but of a ratio that is above 1 at its worse end too; nothing said where none is known.
     """
-    none: list[Item] = [Missing(t("servers.none"))]
     sizes: Mapping[str, Any] = (
         {c.name: (c.new_tokens > 1, c.batch, c.new_tokens) for c in s.cases} if s else {}
     )
     known = [r for r in found if r.case in sizes and r.ratio.value > 0]
     if s is None or not known or not s.models:
-        return none
+        return []
     chosen = max(known, key=lambda r: sizes[r.case])
     dense = _model(s, chosen.runtime, s.models[0].path)
     run = next((x for x in dense.runs if x.case == chosen.case), None) if dense else None
     if run is None:
-        return none
+        return []
 
     def needed(ratio: float) -> str:
         return t.number(SERVERS / ratio, 1)
