@@ -37,6 +37,7 @@ from sleb.repairs.regression import REACH
 from sleb.repairs.self_generated import PIECE, at_once, can_generate
 from sleb.runtimes.bench import Case
 from sleb.selection.goal import Goal
+from sleb.selection.metrics import METRICS
 from sleb.selection.resources import default_batch
 from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.strategies import GREEDY_OR_WINDOW
@@ -152,7 +153,8 @@ class _Work:
     """What a run has to do, in numbers: ``removed`` of ``n`` blocks; tokens of texts by role, of
     which ``own`` are written by the model; and ``asked`` prompts, whose windows are ``row`` tokens
     long, with at most ``answer`` tokens of an answer. ``compares``: sets that the search ends with
-    are compared after quick repairs."""
+    are compared after quick repairs. ``strategy``: empty where a metric of profiles reads texts
+    once."""
 
     n: int
     removed: int
@@ -166,6 +168,7 @@ class _Work:
     asked: int
     answer: int
     row: int
+    strategy: str
     compares: bool
 
     @property
@@ -184,13 +187,17 @@ class _Work:
 
     def searching(self, speed: Speed, exact: bool) -> float:
         """Seconds: a candidate's windows go through half of the blocks, and through the head."""
+        if not self.strategy:
+            return self.search * speed.blocks
         candidates = max(1, self.n - 2)
-        sets = sum(candidates - turn for turn in range(self.removed))
+        runs = max(0, candidates - self.removed + 1)
+        greedy = sum(candidates - turn for turn in range(self.removed))
+        sets = {"one-shot": candidates, "window": runs}.get(self.strategy, greedy)
         share = EXACT if exact else min(EXACT, RACE / self.windows**0.5)
         each = share * self.search * (speed.blocks / 2 + speed.head)
         if not self.compares:
             return sets * each
-        sets += max(0, candidates - self.removed + 1)  # runs of neighbours
+        sets += runs
         scored = self.search + self.compared + self.asked // 6 * self.row
         compared = 2 * self.fit * FINAL_TOKENS * speed.blocks + 3 * scored * speed.read
         return sets * each + compared
@@ -299,6 +306,7 @@ def _work(
     compared = min(most, max(least, windows // 2)) * config.length if writes else 0
     specs = prompt_files(model, config, embedded=True)
     prompts = prompts_of(specs) if specs else ()
+    strategy = _strategy(goal, config)
     answer = config.new_tokens or NEW_TOKENS[kind]
     texts = [sum(len(said) for _, said in prompt.turns) for prompt in prompts]
     mean = sum(texts) // CHARACTERS // max(1, len(texts))
@@ -315,16 +323,16 @@ def _work(
         asked=min(len(prompts), config.max_prompts or MAX_PROMPTS[kind]),
         answer=answer,
         row=mean + TEMPLATE + answer,
-        compares=bool(fitted) and removed > 1 and _compares(goal, config),
+        strategy=strategy if METRICS[config.metric].token else "",
+        compares=bool(fitted) and removed > 1 and strategy == GREEDY_OR_WINDOW,
     )
 
 
-def _compares(goal: Goal, config: PruneConfig) -> bool:
-    """Whether the strategy will be ``greedy-or-window``, see :func:`sleb.pipeline.prune`."""
-    if config.strategy:
-        return config.strategy == GREEDY_OR_WINDOW
+def _strategy(goal: Goal, config: PruneConfig) -> str:
+    """The one that the search will have, see :func:`sleb.pipeline.prune`."""
     plain = config.unit == "block" and config.metric in ("loss", "answers")
-    return plain and goal.remove is not None
+    of_metric = METRICS[config.metric].strategy
+    return config.strategy or (GREEDY_OR_WINDOW if plain and goal.remove is not None else of_metric)
 
 
 def _memory(model: LoadedModel, length: int) -> int:

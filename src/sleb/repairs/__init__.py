@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from operator import le
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from sleb.repairs.regression import REACH, Gap, Regression, default_tokens, gaps
 from sleb.repairs.residual_writers import ResidualWriters, find_residual_writers
 from sleb.repairs.self_generated import can_generate, with_self_generated
 from sleb.selection.metrics import NLL
-from sleb.selection.objective import BlockSet
+from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.sweep import Sweep
 
 RIDGES = (0.1, 1.0, 10.0)
@@ -79,13 +80,14 @@ def repair(
 
     The fit sees ``windows`` and, with ``self_generated``, half as many that the model itself
     writes; by default it does where :func:`sleb.repairs.self_generated.can_generate`. A gap's fit
-    stays only if on ``validation`` windows the mean loss falls, and rises on none of their texts;
-    else it is made with a larger ridge, or left out.
+    stays only if on ``validation`` windows less is lost against the dense model, and on none of
+    their texts more; else it is made with a larger ridge, or left out. Where a cut is by chance
+    better than the dense model on a text, a fit takes it back, and that is no loss.
 
     Blocks may be offloaded, or split over processes. For each ridge tried, an offloaded block is
     read once to fit, from where the gap before ended to where this one ends; to validate, each kept
     block is read once, or as often as the validation windows' hidden states are more than half of
-    the free memory.
+    the free memory; and all blocks once more, for the dense model's losses.
 
     Raises:
         UnsupportedModel: no matrix around the gaps writes into the stream as it is, or the weights
@@ -277,6 +279,7 @@ class _Validation:
 
     def __init__(self, sweep: Sweep, removed: Collection[int], windows: Windows) -> None:
         self._sweep, self._sets, self._windows = sweep, [BlockSet(removed)], windows
+        self.dense = sweep.values([DENSE], 0, len(windows.ids))[0]
         self.last = np.zeros(0)
 
     def loss(self) -> Values:
@@ -285,14 +288,19 @@ class _Validation:
         return self.last
 
     def better_than(self, before: Values) -> Callable[[], bool]:
-        """Tells of the model as it is whether the mean loss has fallen, and risen on no text."""
+        """Tells of the model as it is whether it loses less against the dense model than with
+        losses ``before``, and on no text more."""
 
         def accept() -> bool:
-            old, new = self.by_text(before), self.by_text(self.loss())
-            falls = bool(self.last.mean() < before.mean())
-            return falls and all(new[text] <= old[text] for text in old)
+            old, new = self._lost(before), self._lost(self.loss())
+            return sum(new) < sum(old) and all(map(le, new, old))
 
         return accept
+
+    def _lost(self, losses: Values) -> list[float]:
+        """What the loss is above the dense model's, at least 0: of each text, over its windows."""
+        above, source = losses - self.dense, np.array(self._windows.source)
+        return [max(0.0, float(above[source == i].sum())) for i in np.unique(source)]
 
     def by_text(self, losses: Values) -> dict[str, float]:
         """Mean loss on each text, nats/token."""
