@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sleb
 from conftest import byte_tokenizer
+from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from sleb.calibration.windows import Windows, load_windows
 from sleb.core.errors import InputError
 
@@ -65,6 +67,28 @@ def test_a_changed_model_is_searched_and_cut_as_it_is(tiny_dir, model, tmp_path)
     cut = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)
     with sleb.bypassed(model, done.plan.removed), torch.inference_mode():
         assert torch.equal(model(ids).logits, cut(ids).logits)
+
+
+@pytest.mark.usefixtures("readable")
+def test_a_model_that_transformers_unpacked_from_a_gguf_is_any_model(tmp_path):
+    write_tiny(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    quantizer, kept = model.hf_quantizer, model.config.quantization_config
+    plan = sleb.search(model, tokenizer=byte_tokenizer(), remove=2, **SMALL)
+    assert model.hf_quantizer is quantizer
+    assert model.config.quantization_config is kept
+    source = sleb.load(model, tokenizer=byte_tokenizer()).source.path
+    saved = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert not hasattr(saved.config, "quantization_config")
+    for name, tensor in model.state_dict().items():
+        assert saved.state_dict()[name].equal(tensor), name
+    cut = AutoModelForCausalLM.from_pretrained(sleb.apply(plan, source, tmp_path / "out"))
+    ids = torch.arange(20)[None]
+    with sleb.bypassed(model, plan.removed), torch.inference_mode():
+        assert torch.equal(model(ids).logits, cut(ids).logits)
+    quantizer.packed_modules = {"model.layers.0.mlp.up_proj": None}  # as on a GPU with its kernels
+    with pytest.raises(InputError, match=r"quantized \(gguf\).*sleb.load\(PATH\)"):
+        sleb.load(model, tokenizer=byte_tokenizer())
 
 
 def test_an_adapter_computes_along_and_the_plan_is_of_its_base(tiny_dir, model, tmp_path):
