@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sleb
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, save_tiny
 from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from sleb.calibration.windows import Windows, load_windows
 from sleb.core.errors import InputError
@@ -115,8 +115,33 @@ def test_a_plan_in_memory_is_applied_checked_and_bypassed(tiny_dir, tiny_plan, t
     logits = sleb.load(out, device="cpu", dtype="float32").model(ids).logits
     with sleb.bypassed(loaded, tiny_plan):
         assert loaded.model(ids, use_cache=False).logits.equal(logits)
-    with pytest.raises(InputError, match="path of its file"):
-        sleb.evaluate(loaded, plan=tiny_plan)
+
+
+def test_a_plan_in_memory_is_scored_as_the_one_in_its_file(tiny_dir, tiny_plan, tmp_path):
+    loaded = sleb.load(tiny_dir, device="cpu", dtype="float32")
+    tiny_plan.save(tmp_path / "plan.json")
+    windows, _ = load_windows(loaded.tokenizer, (), windows=4, length=16, seed=0)
+    for depth in (None, 1):
+        how = {"text": TEXTS, "length": 16, "depth": depth}
+        known = sleb.evaluate(loaded, plan=tmp_path / "plan.json", **how)
+        assert known.removed == tiny_plan.at_depth(depth)
+        assert sleb.evaluate(loaded, plan=tiny_plan, **how) == known
+        found = sleb.evaluate(loaded, windows, plan=tiny_plan, depth=depth)
+        assert found == sleb.evaluate(loaded, windows, removed=known.removed)
+    other = sleb.load(save_tiny(tmp_path / "other", seed=1), device="cpu", dtype="float32")
+    for given in ({"text": TEXTS}, {"windows": windows}):
+        with pytest.raises(InputError, match="plan"):
+            sleb.evaluate(other, plan=tiny_plan, length=16, **given)
+    fixed = sleb.repair(loaded, tiny_plan, length=16, repair_tokens=400)
+    with_repair = tiny_plan.model_copy(update={"repair": fixed.record})
+    with pytest.raises(InputError, match="path of its file.*model_copy"):
+        sleb.evaluate(loaded, plan=with_repair, text=TEXTS)
+
+
+def test_a_misspelt_option_is_told_as_on_the_command_line(tiny_dir):
+    for call in (sleb.search, sleb.similarity, sleb.evaluate):
+        with pytest.raises(InputError, match=r"no option windws \(did you mean 'windows'\?\)"):
+            call(tiny_dir, windws=2)
 
 
 def test_evaluating_and_repairing_take_it_too(model, tiny_plan):
