@@ -134,7 +134,7 @@ def test_a_plan_in_memory_is_scored_as_the_one_in_its_file(tiny_dir, tiny_plan, 
             sleb.evaluate(other, plan=tiny_plan, length=16, **given)
     fixed = sleb.repair(loaded, tiny_plan, length=16, repair_tokens=400)
     with_repair = tiny_plan.model_copy(update={"repair": fixed.record})
-    with pytest.raises(InputError, match="path of its file.*model_copy"):
+    with pytest.raises(InputError, match=r"path of its file.*model_copy"):
         sleb.evaluate(loaded, plan=with_repair, text=TEXTS)
 
 

@@ -583,7 +583,9 @@ def plan_of(out: str | Path, *, running: bool = False) -> Path:
     if out.suffix != ".gguf" or not out.is_file():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     if not running:
-        raise InputError(f"{out} is a GGUF file, which is verified by running it: --runtime llama-cpp")
+        raise InputError(
+            f"{out} is a GGUF file, which is verified by running it: --runtime llama-cpp"
+        )
     return plan_beside(out)
 
 
