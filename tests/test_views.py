@@ -47,6 +47,7 @@ from sleb.views.locale import LANGUAGES, LINK, Locale, names
 from sleb.views.quality import warning
 from sleb.views.report import write_report
 from sleb.views.results import items
+from sleb.views.selection import block_map
 from sleb.views.terminal import draw
 
 EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
@@ -637,6 +638,15 @@ def test_commands_on_the_page_exist(key):
     options = {o for p in command.params for o in p.opts}
     assert {a for a in arguments if a.startswith("-")} <= options
     assert EN.raw(f"commands.{key}") == JA.raw(f"commands.{key}")
+
+
+def test_blocks_that_left_together_have_no_order():
+    for chosen, turns in ((plan(), list(plan().order)), (run_plan(plan().rounds[:1]), [])):
+        drawn_map = block_map(EN, chosen)
+        by_turn = sorted((b.turn, b.number) for b in drawn_map.blocks if b.turn)
+        assert [number for _, number in by_turn] == turns
+        assert {b.number for b in drawn_map.blocks if b.state == "removed"} == set(chosen.order)
+        assert ("together" in str(drawn_map.legend)) == (not turns)
 
 
 def test_a_ratio_whose_interval_says_nothing_has_none():
