@@ -671,7 +671,7 @@ def test_that_too_little_is_kept_is_said_flatly_only_where_it_is_told():
 
 
 def test_nobody_is_asked_for_more_questions_than_anybody_has():
-    for count, shown in ((9_500, "9,500 questions"), (19_000, "too small")):
+    for count, shown in ((9_500, "9,500 questions"), (19_000, "too close")):
         assert shown in proof.needed(Locale(), count, "items")
         assert proof.needed(JA, count, "items")
 
