@@ -102,8 +102,8 @@ def assert_says(said: str, nouns: str) -> None:
 @pytest.mark.parametrize(
     ("options", "nouns"),
     [
-        ("--remove 6", "--remove 6.*at most 5"),
-        ("--remove 100%", "100%.*at most 5"),
+        ("--remove 6", "--remove 6.*at most 4"),
+        ("--remove 100%", "100%.*at most 4"),
         ("--remove 0", "--remove 0"),
         ("--remove half", "'half'"),
         ("--remove -1", "'-1'"),

@@ -4,13 +4,15 @@ import copy
 import json
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import sleb
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, save_tiny
+from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from sleb.calibration.windows import Windows, load_windows
 from sleb.core.errors import InputError
 
@@ -67,6 +69,28 @@ def test_a_changed_model_is_searched_and_cut_as_it_is(tiny_dir, model, tmp_path)
         assert torch.equal(model(ids).logits, cut(ids).logits)
 
 
+@pytest.mark.usefixtures("readable")
+def test_a_model_that_transformers_unpacked_from_a_gguf_is_any_model(tmp_path):
+    write_tiny(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    quantizer, kept = model.hf_quantizer, model.config.quantization_config
+    plan = sleb.search(model, tokenizer=byte_tokenizer(), remove=2, **SMALL)
+    assert model.hf_quantizer is quantizer
+    assert model.config.quantization_config is kept
+    source = sleb.load(model, tokenizer=byte_tokenizer()).source.path
+    saved = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert not hasattr(saved.config, "quantization_config")
+    for name, tensor in model.state_dict().items():
+        assert saved.state_dict()[name].equal(tensor), name
+    cut = AutoModelForCausalLM.from_pretrained(sleb.apply(plan, source, tmp_path / "out"))
+    ids = torch.arange(20)[None]
+    with sleb.bypassed(model, plan.removed), torch.inference_mode():
+        assert torch.equal(model(ids).logits, cut(ids).logits)
+    quantizer.packed_modules = {"model.layers.0.mlp.up_proj": None}  # as on a GPU with its kernels
+    with pytest.raises(InputError, match=r"quantized \(gguf\).*sleb.load\(PATH\)"):
+        sleb.load(model, tokenizer=byte_tokenizer())
+
+
 def test_an_adapter_computes_along_and_the_plan_is_of_its_base(tiny_dir, model, tmp_path):
     adapted = with_adapter(model)
     plan = sleb.search(adapted, remove=2, **SMALL)
@@ -91,8 +115,33 @@ def test_a_plan_in_memory_is_applied_checked_and_bypassed(tiny_dir, tiny_plan, t
     logits = sleb.load(out, device="cpu", dtype="float32").model(ids).logits
     with sleb.bypassed(loaded, tiny_plan):
         assert loaded.model(ids, use_cache=False).logits.equal(logits)
-    with pytest.raises(InputError, match="path of its file"):
-        sleb.evaluate(loaded, plan=tiny_plan)
+
+
+def test_a_plan_in_memory_is_scored_as_the_one_in_its_file(tiny_dir, tiny_plan, tmp_path):
+    loaded = sleb.load(tiny_dir, device="cpu", dtype="float32")
+    tiny_plan.save(tmp_path / "plan.json")
+    windows, _ = load_windows(loaded.tokenizer, (), windows=4, length=16, seed=0)
+    for depth in (None, 1):
+        how = {"text": TEXTS, "length": 16, "depth": depth}
+        known = sleb.evaluate(loaded, plan=tmp_path / "plan.json", **how)
+        assert known.removed == tiny_plan.at_depth(depth)
+        assert sleb.evaluate(loaded, plan=tiny_plan, **how) == known
+        found = sleb.evaluate(loaded, windows, plan=tiny_plan, depth=depth)
+        assert found == sleb.evaluate(loaded, windows, removed=known.removed)
+    other = sleb.load(save_tiny(tmp_path / "other", seed=1), device="cpu", dtype="float32")
+    for given in ({"text": TEXTS}, {"windows": windows}):
+        with pytest.raises(InputError, match="plan"):
+            sleb.evaluate(other, plan=tiny_plan, length=16, **given)
+    fixed = sleb.repair(loaded, tiny_plan, length=16, repair_tokens=400)
+    with_repair = tiny_plan.model_copy(update={"repair": fixed.record})
+    with pytest.raises(InputError, match=r"path of its file.*model_copy"):
+        sleb.evaluate(loaded, plan=with_repair, text=TEXTS)
+
+
+def test_a_misspelt_option_is_told_as_on_the_command_line(tiny_dir):
+    for call in (sleb.search, sleb.similarity, sleb.evaluate):
+        with pytest.raises(InputError, match=r"no option windws \(did you mean 'windows'\?\)"):
+            call(tiny_dir, windws=2)
 
 
 def test_evaluating_and_repairing_take_it_too(model, tiny_plan):

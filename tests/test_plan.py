@@ -1,6 +1,7 @@
 """The plan: round trips, depth, and nothing that an untrusted file could do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from plan_tools import minimal
 from sleb.core.errors import InputError
 from sleb.core.plan import Plan, Round, Score, blocks_to_remove, parse_blocks
+from sleb.selection.goal import Goal
 
 
 def write(tmp_path, value):
@@ -126,6 +128,17 @@ def test_targets_round_up_as_in_the_paper(target, blocks, want):
 def test_impossible_targets_are_refused(target, message):
     with pytest.raises(InputError, match=message):
         blocks_to_remove(target, 30)
+
+
+def test_the_number_that_is_named_as_possible_is():
+    for protect in ("", "0", "0,-1", "0-29"):
+        with pytest.raises(InputError) as refused:
+            Goal(remove=31).check_depth(30, protect)
+        most = int(re.search(r"at most (\d+) can go", str(refused.value))[1])
+        if most:
+            Goal(remove=most).check_depth(30, protect)
+        with pytest.raises(InputError):
+            Goal(remove=most + 1).check_depth(30, protect)
 
 
 def test_block_lists():

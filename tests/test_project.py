@@ -219,9 +219,14 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / 'a "model"')
     assert main(["init", "--model", 'a "model"']) == 0
-    assert "sleb run sleb.toml" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sleb run sleb.toml" in out
+    assert "note" not in out
     assert main(["init"]) == 2
     assert "exists" in capsys.readouterr().err
+    for there, model in ((False, "./nothere"), (True, "maker/nothere")):
+        assert main(["init", "-o", "other.toml", "--force", "--model", model]) == 0
+        assert ("no model at ./nothere" in capsys.readouterr().out) != there
     project = Project.load("sleb.toml")
     assert project.source == 'a "model"'
     # what is commented out is right as well

@@ -240,7 +240,7 @@ def test_a_gguf_file_alone_is_run(quick, capsys, monkeypatch):
     monkeypatch.setattr(worker, "Child", Child)
     file = quick.out.with_name("out.gguf")
     verify = ["verify", file, "--model", quick.dense]
-    assert "verified by running it: --runtime" in refused(capsys, 2, *verify)
+    assert "verified by running it: --runtime llama-cpp" in refused(capsys, 2, *verify)
     assert "no plan" in refused(capsys, 2, *verify, "--runtime", "llama-cpp")
     quick.plan.save(quick.out.with_name("out.plan.json"))
     ran = run(capsys, *verify, "--runtime", "llama.cpp", "--json")

@@ -118,6 +118,21 @@ def test_answers_alike_are_told_from_a_limit_by_the_interval_that_they_have():
     assert of_prompts == pytest.approx(2.5 * of_them, abs=3)
 
 
+def test_no_interval_is_beyond_what_is_possible():
+    counts = np.array([0.0, 0.0, 1.0, 5.0])
+    free, found = interval(counts), interval(counts, 0.0, 5.0)
+    assert free.low < 0
+    assert free.high > 5
+    assert found == Interval(value=1.5, low=0.0, high=min(free.high, 5.0))
+    assert interval(counts, -9.0, 9.0) == free
+    assert interval(np.full(3, -1e-9), 0.0).low == pytest.approx(0, abs=1e-8)  # by rounding
+    found = interval(counts, 0.0, 9.0)
+    assert items_to_tell(found, 0.2, 4) == items_to_tell(free, 0.2, 4)  # as if it were not clipped
+    assert items_to_tell(interval(1 - counts / 9, 0.0, 1.0), 0.95, 4) == items_to_tell(
+        interval(1 - counts / 9), 0.95, 4
+    )
+
+
 def test_an_interval_that_holds_what_means_no_change_is_noise():
     found = Interval(value=1.2, low=1.0, high=1.5)
     assert [found.holds(x) for x in (0.99, 1.0, 1.5, 1.51)] == [False, True, True, False]

@@ -40,11 +40,14 @@ from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
 from sleb.surgery.restore import Restored
+from sleb.views import proof
 from sleb.views.card import model_card
 from sleb.views.compare import comparison
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
+from sleb.views.quality import warning
 from sleb.views.report import write_report
 from sleb.views.results import items
+from sleb.views.selection import block_map
 from sleb.views.terminal import draw
 
 EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
@@ -575,6 +578,9 @@ def variety():
         "answers.pairs.4.pruned.text": "",
         "speed.ratios.3.ratio": Interval(value=0.9, low=0.8, high=1.1),
         "speed.ratios.0.ratio": alone,
+        "speed.ratios.1.ratio": Interval(value=0.9, low=0.0, high=1e5),
+        "prompts.agreement": Interval(value=0.7, low=0.5, high=0.95),
+        "gate.rows.0": replace(full.gate.rows[0], verdict="unclear", needed=19_000),
         "tasks.0.flips.won": 90,
         "tasks.1.flips": None,
         "tasks.0.chance": 0.9,
@@ -644,6 +650,42 @@ def test_commands_on_the_page_exist(key):
     options = {o for p in command.params for o in p.opts}
     assert {a for a in arguments if a.startswith("-")} <= options
     assert EN.raw(f"commands.{key}") == JA.raw(f"commands.{key}")
+
+
+def test_blocks_that_left_together_have_no_order():
+    for chosen, turns in ((plan(), list(plan().order)), (run_plan(plan().rounds[:1]), [])):
+        drawn_map = block_map(EN, chosen)
+        by_turn = sorted((b.turn, b.number) for b in drawn_map.blocks if b.turn)
+        assert [number for _, number in by_turn] == turns
+        assert {b.number for b in drawn_map.blocks if b.state == "removed"} == set(chosen.order)
+        assert ("together" in str(drawn_map.legend)) == (not turns)
+
+
+def test_a_ratio_whose_interval_says_nothing_has_none():
+    wide, narrow = Interval(value=0.88, low=1e-9, high=1e5), Interval(value=0.9, low=0.1, high=8.0)
+    for t in (EN, JA, Locale()):
+        assert "100,000" not in t.interval(wide, t.times)
+        assert t.times(wide.value) in t.interval(wide, t.times)
+        assert "8.0" in t.interval(narrow, t.times)
+        assert "100,000" in t.interval(wide, t.number)  # no ratio
+
+
+def test_that_too_little_is_kept_is_said_flatly_only_where_it_is_told():
+    kept = complete().prompts
+    for high, flat, more in ((0.92, True, False), (0.95, False, True), (None, False, False)):
+        share = Interval(value=0.7, low=None if high is None else 0.5, high=high)
+        (text,) = warning(Locale(), replace(kept, agreement=share))
+        assert ("Only 70.0" in text.text) == flat
+        assert ("cannot tell" in text.text) != flat
+        assert ("would tell" in text.text) == more
+    enough = Interval(value=0.95, low=0.9, high=0.97)
+    assert not warning(Locale(), replace(kept, agreement=enough))
+
+
+def test_nobody_is_asked_for_more_questions_than_anybody_has():
+    for count, shown in ((9_500, "9,500 questions"), (19_000, "too close")):
+        assert shown in proof.needed(Locale(), count, "items")
+        assert proof.needed(JA, count, "items")
 
 
 SPAN = Interval(value=0.5, low=0.4, high=0.6)

@@ -168,10 +168,14 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
 
     def wrap(function: Callable[..., R]) -> Callable[..., R]:
         own = inspect.signature(function)
+        names = {*own.parameters, *kind.model_fields} - {"config"}
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> R:
             fields = {name: kwargs.pop(name) for name in [*kwargs] if name in kind.model_fields}
+            for name in kwargs:
+                if name not in own.parameters:
+                    raise InputError(f"there is no option {name}{did_you_mean(name, names)}")
             given = own.bind_partial(*args, **kwargs)
             config = given.arguments.get("config")
             config = kind.of(fields) if config is None else config.replaced(fields)

@@ -83,6 +83,8 @@ from sleb.surgery.nemotron_nas import write_nemotron_nas
 from sleb.surgery.verification import Verification
 from sleb.views.report import write_report
 
+IN_MEMORY = "in memory"
+"""In place of the path of a plan that was given as it is."""
 _BENCH, _OUTPUT, _ANY = BenchConfig(), OutputOptions(), LoadOptions()
 
 
@@ -96,6 +98,13 @@ def _loaded(model: Model, config: Options, progress: Progress, tokenizer: Any) -
     if isinstance(model, nn.Module):
         return load(model, tokenizer=tokenizer)
     return load(model, **dict(config.part(LoadOptions)), tokenizer=tokenizer, progress=progress)
+
+
+def _check_model(plan: Plan, loaded: LoadedModel, model: Model) -> None:
+    """Raise InputError if the plan is of another model."""
+    identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
+    named = str(model) if isinstance(model, (str, Path)) else loaded.source.ref
+    check_fingerprint(plan.model, identity, named)
 
 
 def _plan(plan: Plan | str | Path) -> Plan:
@@ -574,7 +583,9 @@ def plan_of(out: str | Path, *, running: bool = False) -> Path:
     if out.suffix != ".gguf" or not out.is_file():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     if not running:
-        raise InputError(f"{out} is a GGUF file, which is verified by running it: --runtime")
+        raise InputError(
+            f"{out} is a GGUF file, which is verified by running it: --runtime llama-cpp"
+        )
     return plan_beside(out)
 
 
@@ -591,7 +602,8 @@ def evaluate(
     ``prompts`` and a plan: what the cut keeps of the model's answers, but for those that it was
     made by.
 
-    With the plan's full depth the cut is scored with the repair that lies beside the plan.
+    With the plan's full depth the cut is scored with the repair that lies beside the plan's file; a
+    plan without a repair may be in memory.
     ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
     is :func:`sleb.evaluation.perplexity.evaluate`.
 
@@ -599,16 +611,24 @@ def evaluate(
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.
     """
     progress = shown(progress)
-    if isinstance(options.get("plan"), Plan):
-        raise InputError(
-            "give plan as the path of its file, which its repair lies beside; a plan in memory has "
-            "none: evaluate(model, windows, removed=plan.removed)"
-        )
+    given = options.get("plan")
+    given = given if isinstance(given, Plan) else None
+    if given is not None:
+        if given.repair is not None:
+            raise InputError(
+                "give plan as the path of its file, which its repair lies beside; to score the cut "
+                "without it: plan.model_copy(update={'repair': None})"
+            )
+        options["plan"] = IN_MEMORY
     if isinstance(windows, (Windows, Tensor)):
         loaded = _loaded(model, _ANY, progress, tokenizer)
+        if given is not None:
+            _check_model(given, loaded, model)
+            del options["plan"]
+            options["removed"] = given.at_depth(options.pop("depth", None))
         return perplexity.evaluate(loaded, Windows.given(windows), progress=progress, **options)
     config = EvalConfig.of({**options, "windows": windows})
-    plan = Plan.load(config.plan) if config.plan else None
+    plan = given or (Plan.load(config.plan) if config.plan else None)
     removed = plan.at_depth(config.depth) if plan else ()
     check_sources(config.text)
     prompts_of(config.prompts)
@@ -617,9 +637,8 @@ def evaluate(
     loaded = _loaded(model, config, progress, tokenizer)
     patch = None
     if plan and config.plan:
-        identity = fingerprint(Checkpoint.open(loaded.source.path), len(loaded.stack))
-        check_fingerprint(plan.model, identity, str(model))
-        if removed == plan.removed:
+        _check_model(plan, loaded, model)
+        if given is None and removed == plan.removed:
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):

@@ -310,6 +310,16 @@ def _pruned_drawn(p: Any) -> Any:
     return (p.record, *depths(p.plan), *([] if p.quantized is None else [p.quantized]))
 
 
+def _not_there(model: str) -> Iterator[str]:
+    """That no model is at a path; whether a hub id is one is not asked."""
+    from sleb.models.source import find
+
+    try:
+        find(model)
+    except InputError as error:
+        yield f"note: {error}"
+
+
 def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
     if p.gguf:
         yield f"written: {p.path}, with {p.gguf.plan.name} and {p.path.stem}.run.json beside it"
@@ -628,6 +638,7 @@ VERBS = (
         check=_new_file,
         notes=lambda out, given: (
             f"{out} written; set the model and the texts in it, then: sleb run {out}",
+            *_not_there(given["model"]),
         ),
         json=False,
     ),

@@ -577,8 +577,9 @@ def parse_removal(target: float | str) -> tuple[int | None, float | None]:
     )
 
 
-def blocks_to_remove(target: float | str, n_blocks: int) -> int:
-    """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB).
+def blocks_to_remove(target: float | str, n_blocks: int, protected: int = 0) -> int:
+    """Number of blocks for ``6``, ``"6"`` or ``"20%"``; a percentage is rounded up (as in SLEB). So
+    many as are ``protected`` cannot go, which the error tells.
 
     Raises:
         InputError: as :func:`parse_removal`, or not fewer than ``n_blocks``.
@@ -588,7 +589,8 @@ def blocks_to_remove(target: float | str, n_blocks: int) -> int:
     # Round before the ceiling: 0.07 * 100 is 7.000000000000001 in binary.
     n = math.ceil(round(percent / 100 * n_blocks, 6)) if percent is not None else count or 0
     if n >= n_blocks:
-        most = f"at most {n_blocks - 1} can go"
+        most = f"at most {n_blocks - max(1, protected)} can go"
+        most += f", as {protected} are protected (--protect)" if protected else ""
         raise InputError(f"--remove {text} is {n} of the model's {n_blocks} blocks; {most}")
     return n
 

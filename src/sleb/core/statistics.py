@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,26 +63,26 @@ def standard_error(values: Values) -> float | None:
     return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else None
 
 
-def interval(values: Values) -> Interval:
-    """Mean of independent values [n] with its 95 % interval (Student's t)."""
+def interval(values: Values, least: float = -inf, most: float = inf) -> Interval:
+    """Mean of independent values [n] with its 95 % interval (Student's t), which ends where values
+    do: no mean of what is from ``least`` to ``most`` is beyond these."""
     mean, error = float(values.mean()), standard_error(values)
     if error is None:
         return Interval(value=mean, low=None, high=None)
     half = float(stats.t.ppf(0.975, values.size - 1)) * error
-    return Interval(value=mean, low=mean - half, high=mean + half)
+    # rounding may leave a mean itself a little beyond
+    low, high = max(mean - half, min(least, mean)), min(mean + half, max(most, mean))
+    return Interval(value=mean, low=low, high=high)
 
 
 def shares(values: Values) -> Interval:
     """As :func:`interval`, of values in 0..1. Where all of several are alike they show no spread,
     and the ends are those of a :func:`proportion`: six answers that are kept in full do not prove
     that the next one is."""
-    found = interval(values)
-    if found.low is None or found.high is None:
+    found = interval(values, 0.0, 1.0)
+    if found.low is None or values.min() != values.max():
         return found
-    if values.min() == values.max():
-        low, high = _wilson(found.value, values.size)
-    else:
-        low, high = max(0.0, found.low), min(1.0, found.high)
+    low, high = _wilson(found.value, values.size)
     return Interval(value=found.value, low=low, high=high)
 
 
@@ -115,9 +115,12 @@ def items_to_tell(found: Interval, limit: float, items: int) -> int | None:
     end = found.high if limit > found.value else found.low
     if not gap > 0 or end is None:
         return None
-    more = ((end - found.value) / gap) ** 2
+    half = abs(end - found.value)
     if _is_wilson(found):
-        more *= limit * (1 - limit) / (end * (1 - end))
+        half *= sqrt(limit * (1 - limit) / (end * (1 - end)))
+    elif end in (0.0, 1.0) and found.low is not None and found.high is not None:
+        half = max(found.value - found.low, found.high - found.value)  # this end may be clipped
+    more = (half / gap) ** 2
     return ceil(items * more) or None
 
 

@@ -36,11 +36,11 @@ class HealedText:
         """From what :func:`sleb.distillation.loss.validate` found before and after, [N, 3]."""
         return cls(
             windows=len(cut),
-            perplexity=exponential(interval(cut[:, 0])),
+            perplexity=exponential(interval(cut[:, 0], 0.0)),
             cut_ratio=exponential(interval(cut[:, 1] - cut[:, 0])),
             healed_ratio=exponential(interval(healed[:, 1] - healed[:, 0])),
-            cut_divergence=interval(cut[:, 2]),
-            healed_divergence=interval(healed[:, 2]),
+            cut_divergence=interval(cut[:, 2], 0.0),
+            healed_divergence=interval(healed[:, 2], 0.0),
         )
 
 

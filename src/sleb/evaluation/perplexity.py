@@ -139,17 +139,17 @@ def _quality(values: Values, counts: Any) -> Quality:
     """Of the values [sets, windows] or [sets, windows, 3], each the mean of so many tokens."""
     n, tokens = len(counts), int(counts.sum())
     losses = values[..., 0] if values.ndim == 3 else values
-    dense = interval(losses[0])
+    dense = interval(losses[0], 0.0)
     plain = Quality(windows=n, tokens=tokens, loss=dense, perplexity=exponential(dense))
     if values.ndim == 2:
         return plain
-    pruned, increase = interval(losses[1]), interval(losses[1] - losses[0])
+    pruned, increase = interval(losses[1], 0.0), interval(losses[1] - losses[0])
     return replace(
         plain,
         pruned_loss=pruned,
         pruned_perplexity=exponential(pruned),
         loss_increase=increase,
         perplexity_ratio=exponential(increase),
-        divergence=interval(values[1, :, 1]),
-        agreement=interval(values[1, :, 2]),
+        divergence=interval(values[1, :, 1], 0.0),
+        agreement=interval(values[1, :, 2], 0.0, 1.0),
     )

@@ -12,6 +12,8 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +64,38 @@ def source_of(model: Any, adapted: bool, tokenizer: Any) -> ModelSource:
         for path in origin.iterdir():
             os.symlink(path.resolve(), folder / path.name)
         return ModelSource(ref=str(model.config._name_or_path), path=folder)
-    with quiet_transformers():
+    with quiet_transformers(), _unpacked(model):
         model.save_pretrained(folder, state_dict=own)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return ModelSource(ref=f"{type(model).__name__} in memory", path=folder)
+
+
+@contextmanager
+def _unpacked(model: Any) -> Iterator[None]:
+    """Take from a model what transformers keeps of the GGUF file that it was read from, as it saves
+    no model that has it, though the weights are as any model's once they are unpacked.
+
+    Raises:
+        InputError: the weights are packed, so that they cannot be saved.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_serializable():
+        yield
+        return
+    method = str(getattr(quantizer.quantization_config.quant_method, "value", "its way"))
+    if method != "gguf" or quantizer.packed_modules:
+        raise InputError(
+            f"the model's weights are quantized ({method}) and cannot be saved as they are in "
+            "memory; give what it was loaded from: sleb.load(PATH), a folder or a .gguf file"
+        )
+    config, kept = model.config, model.config.quantization_config
+    del config.quantization_config
+    model.hf_quantizer = None
+    try:
+        yield
+    finally:
+        config.quantization_config, model.hf_quantizer = kept, quantizer
 
 
 def _origin(model: Any, own: dict[str, Tensor]) -> Path | None:

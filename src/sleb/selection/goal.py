@@ -56,7 +56,7 @@ class Goal:
         """
         protected = parse_blocks(protect, n_blocks)
         if self.remove is not None:
-            n = blocks_to_remove(self.remove, n_blocks)
+            n = blocks_to_remove(self.remove, n_blocks, len(protected))
             check_candidates(n, n_blocks - len(protected), n_blocks, len(protected))
 
     @property

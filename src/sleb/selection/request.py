@@ -89,9 +89,9 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
         candidates_for(goal, config.protect, blocks, loaded, config.unit)
 
 
-def removals(goal: Goal, n_blocks: int) -> int:
+def removals(goal: Goal, n_blocks: int, protected: int = 0) -> int:
     """How many blocks the goal removes at least."""
-    return 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks)
+    return 1 if goal.remove is None else blocks_to_remove(goal.remove, n_blocks, protected)
 
 
 def candidates_for(
@@ -114,7 +114,8 @@ def candidates_for(
         candidates = candidates + [Unit.of(b, ATTENTION) for b in blocks if b not in keep]
     if unit in (MLP, "any"):
         candidates = candidates + [Unit.of(b, MLP) for b in blocks]
-    check_candidates(removals(goal, n_blocks), len(candidates), n_blocks, len(protected))
+    least = removals(goal, n_blocks, len(protected) if unit == "block" else 0)
+    check_candidates(least, len(candidates), n_blocks, len(protected))
     if unit in ("block", "any"):
         _some_cut_is_exact(config, blocks)
     return candidates

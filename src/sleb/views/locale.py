@@ -64,6 +64,11 @@ def bounds(found: Interval) -> tuple[float, float] | None:
     return found.low, found.high
 
 
+def _says_nothing(ratio: float, low: float, high: float) -> bool:
+    """Whether the ends of a ratio's interval are ten times as far to either side."""
+    return 10 * low < ratio and high > 10 * ratio
+
+
 def _shown(value: object) -> object:
     """What is filled in, unless it was made here; a name of a file may be hostile, or endless."""
     if isinstance(value, str) and not isinstance(value, Markup):
@@ -255,7 +260,11 @@ class Locale:
         if found is None:
             return DASH
         shown, ends = show(found.value), bounds(found)
-        return shown if ends is None else self.between(shown, *map(show, ends))
+        if ends is None:
+            return shown
+        if show in (self.times, self.ratio) and _says_nothing(found.value, *ends):
+            return self.raw("format.wide").format(value=shown)
+        return self.between(shown, *map(show, ends))
 
     def between(self, shown: str, low: str, high: str) -> str:
         """A value and its interval, each written with its unit, which then is said once."""

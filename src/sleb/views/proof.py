@@ -25,6 +25,9 @@ COUNTED = {
 }
 """What figures are measured on, by limit or by table; else on windows."""
 
+MOST = 10_000
+"""Measurements that may be asked for."""
+
 Columns = dict[str, Callable[[Any], str]]
 
 
@@ -182,13 +185,20 @@ def _open(t: Locale, row: GateRow, command: str) -> str:
     if row.needed is not None:
         table = row.name.partition(".")[0]
         kind = COUNTED.get(row.name, COUNTED.get(table, "windows"))
-        return t("gate.needed", count=t(f"counted.{kind}", count=t.count(_about(row.needed))))
+        return needed(t, row.needed, kind)
     if not row.missing:
         return t("gate.never")
     reason = t(f"reasons.{row.missing}", name=row.of, judged=row.judged)
     if row.near:
         reason += t("reasons.near", name=row.near)
     return t("gate.missing", reason=reason, command=command) if command else reason
+
+
+def needed(t: Locale, count: int, kind: str) -> str:
+    """How many measurements would tell, or that nobody makes so many; ``kind``: see COUNTED."""
+    if count > MOST:
+        return t("gate.beyond")
+    return t("gate.needed", count=t(f"counted.{kind}", count=t.count(_about(count))))
 
 
 def _about(count: int) -> int:

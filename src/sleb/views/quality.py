@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb.core.plan import RepairedGap, RepairRecord
-from sleb.core.statistics import Flips, Interval
+from sleb.core.statistics import Flips, Interval, items_to_tell
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import FLOOR, AnswersKept, Example, RightAnswers
 from sleb.evaluation.answers import Answer, Comparison, Pair
@@ -30,6 +30,7 @@ from sleb.views.model import (
     Table,
     Text,
 )
+from sleb.views.proof import needed
 
 BLANK = re.compile(r"\A(?:[^\S\n]*\n)+|\s+\Z")
 """Blank lines before a text, whose first line keeps its indent, and what is blank after it."""
@@ -238,10 +239,15 @@ def answer_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
 
 
 def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
-    """That too little is kept, where it is."""
+    """That too little is kept, where it is, or that this cannot be told."""
     if k is None or k.agreement.value >= FLOOR:
         return []
-    return [Text(t("kept.below", share=t.percent(k.agreement.value), floor=t.percent(FLOOR)))]
+    told = {"share": t.percent(k.agreement.value), "floor": t.percent(FLOOR)}
+    if k.agreement.high is not None and k.agreement.high < FLOOR:
+        return [Text(t("kept.below", **told))]
+    more = items_to_tell(k.agreement, FLOOR, k.prompts)
+    would = t("kept.uncertain_needed", needed=needed(t, more, "prompts")) if more else ""
+    return [Text(t("kept.uncertain", prompts=t.count(k.prompts), needed=would, **told))]
 
 
 def prompts_told(t: Locale, k: AnswersKept) -> str:

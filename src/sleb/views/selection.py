@@ -78,18 +78,22 @@ def _compared(t: Locale, f: FinalComparison) -> str:
 
 
 def block_map(t: Locale, plan: Plan) -> BlockMap:
-    """All blocks, and what became of them."""
+    """All blocks, and what became of them; those of a run have no order."""
+    removed = "removed_together" if plan.of_runs else "removed"
     turns = {block_of(unit): i for i, unit in enumerate(plan.order, 1)}
 
     def cell(b: int) -> Block:
         state = "removed" if b in turns else "protected" if b in plan.protected else "kept"
         unit = str(plan.order[turns[b] - 1]) if b in turns else b
-        label = t.plain(f"map.{state}_label", block=unit, turn=turns.get(b, ""))
-        return Block(number=b, state=state, label=label, turn=turns.get(b))
+        key = removed if b in turns else state
+        label = t.plain(f"map.{key}_label", block=unit, turn=turns.get(b, ""))
+        turn = None if plan.of_runs else turns.get(b)
+        return Block(number=b, state=state, label=label, turn=turn)
 
     blocks = tuple(cell(b) for b in range(plan.model.blocks))
     present = [s for s in ("kept", "removed", "protected") if any(b.state == s for b in blocks)]
-    return BlockMap(blocks=blocks, legend=tuple((s, t(f"map.{s}")) for s in present))
+    words = {"removed": removed}
+    return BlockMap(blocks=blocks, legend=tuple((s, t(f"map.{words.get(s, s)}")) for s in present))
 
 
 def reasons(t: Locale, plan: Plan, alike: Similarity | None) -> list[Item]:
