@@ -4,14 +4,14 @@
         --variant "lr 3e-5: lr=3e-5" --variant "answers: mix=texts:1+answers:2, batch=8"
 
 CUT is a folder from `sleb prune` or `sleb apply` on MODEL, and made first where it is not there, of
-``--removed`` blocks; FOLDER is laid out as texts.py and answers.py say, with prompts to learn from
-in ``answers/*_fit.jsonl``. The cut is healed once for each variant: a name, and behind a colon
-what it has of its own: options of `sleb heal`; ``mix``, the kinds of windows that are learned from,
-with their parts; and constants of the modules that heal, such as ``PASSES=10``. Of the result, of
-the cut and of MODEL are measured right answers to ``answers/*_dev.jsonl`` (as answers.py does) and
-perplexity on test texts of texts.py, none of which was learned from. The file is written after each
-variant; those that are in it are not done again, and none is begun that would not be done within
-``--budget`` seconds. Answers need a GPU.
+``--removed`` blocks, by the ``--system`` of answers.py; FOLDER is laid out as texts.py and
+answers.py say, with prompts to learn from in ``answers/*_fit.jsonl``. The cut is healed once for
+each variant: a name, and behind a colon what it has of its own: options of `sleb heal`; ``mix``,
+the kinds of windows that are learned from, with their parts; and constants of the modules that
+heal, such as ``PASSES=10``. Of the result, of the cut and of MODEL are measured right answers to
+``answers/*_dev.jsonl`` (as answers.py does) and perplexity on test texts of texts.py, none of which
+was learned from. The file is written after each variant; those that are in it are not done again,
+and none is begun that would not be done within ``--budget`` seconds. Answers need a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from answers import HEALING, Measure, prompts_given
+from answers import HEALING, SYSTEMS, Measure, prompts_given
 from common import asked, main_of, save, setting
 from texts import prepare
 
@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", dest="variants", metavar="NAME: OPTION=VALUE")
     parser.add_argument("--data", type=Path, required=True, help="folder of texts and prompts")
     parser.add_argument("--removed", type=int, help="blocks that CUT lacks, if it is to be made")
+    parser.add_argument("--system", choices=SYSTEMS, default="default", help="that makes it then")
     parser.add_argument("--minutes", type=float, help="of training, of every variant")
     parser.add_argument("--tokens", type=int, help="or so many")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds for all")
@@ -158,7 +159,8 @@ def main() -> None:
             if not options.removed:
                 raise InputError(f"there is no cut at {options.cut}: give --removed to make it")
             made = {"windows": 64, "length": 512, "remove": options.removed}  # as answers.py does
-            sleb.prune(options.model, options.cut, keep=False, run_code=True, **made, **given)
+            asked_for = {**made, **given, **SYSTEMS[options.system]}
+            sleb.prune(options.model, options.cut, keep=False, run_code=True, **asked_for)
 
         def measured(folder: str | Path) -> dict[str, Any]:
             return measure.of(sleb.load(folder, device=options.device))
