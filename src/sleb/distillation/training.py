@@ -352,7 +352,7 @@ class Training:
 
         steps = math.inf if self.schedule.steps is None else self.schedule.steps // FIRST
         if (seconds := self.schedule.seconds) and steps >= TRIED:
-            for turn in range(2):  # the first takes memory, and compiles
+            for turn in range(1 + self.on_gpu):  # the first there takes memory, and compiles
                 begun = time.monotonic()
                 if not step(turn, self.where.lr):
                     return False
