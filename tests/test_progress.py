@@ -108,9 +108,11 @@ def test_what_will_come_and_every_phase_that_ended_stay_to_be_read(capsys, displ
     tell(silent, TWO)  # nobody listens, and nothing happens
 
 
-@pytest.mark.parametrize(("took", "then"), [(60, "40 s"), (1, "30 s"), (360, "4 min")])
+@pytest.mark.parametrize(
+    ("took", "then"), [(60, "40 s"), (1, "2 min"), (360, "4 min"), (7200, "8 min")]
+)
 def test_what_is_to_come_is_corrected_by_what_phases_took(capsys, monkeypatch, took, then):
-    """By the same share, but by no more than four times."""
+    """By the same share, but by no more than four times, and not where nothing had to be done."""
     now = iter([0.0, took, took])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     lines = progress.Lines()

@@ -18,7 +18,8 @@ BRIEF_S = 20.0
 LINE_EVERY_S = 15.0
 MISJUDGED = 4.0
 """By what phases that ended correct the estimate of those to come, at most: each is counted in work
-of its own, and on a machine that is busy for a moment all are timed too slow."""
+of its own, and on a machine that is busy for a moment all are timed too slow. One that took less
+than that was not done: what it makes was known from before."""
 
 
 def since(began: float | None) -> float:
@@ -94,7 +95,8 @@ class Shown:
         if self._phase:
             spent = time.monotonic() - self._since
             self.say(f"{self._prefix}{self._phase}: done in {spelled(spent)}")
-            self._took[self._phase] = spent
+            if MISJUDGED * spent >= self._expected[self._phase]:
+                self._took[self._phase] = spent
         self._phase = ""
 
     @property
@@ -103,7 +105,7 @@ class Shown:
         expected = sum(self._expected[name] for name in self._took)
         if not expected:
             return 1.0
-        return min(MISJUDGED, max(1 / MISJUDGED, sum(self._took.values()) / expected))
+        return min(MISJUDGED, sum(self._took.values()) / expected)
 
     @property
     def _number(self) -> int:
