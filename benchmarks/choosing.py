@@ -47,9 +47,11 @@ SYSTEMS = {
     "beam": "beam of 4",
     "repair-aware": "loss after a repair",
 }
-REPAIRED = {
+CUTS = {
+    **{system: f"{words}, plain" for system, words in SYSTEMS.items()},
     "default": "the default of prune, repaired",
-    "texts alone": "the same without prompts",
+    "default, healed": "the default of prune, repaired and healed",
+    "texts alone": "the default of prune without prompts, repaired",
 }
 
 
@@ -182,9 +184,7 @@ def plain_rows() -> Iterator[dict[str, Any]]:
             {
                 "model": name(report["model"]),
                 "removed": len(cut["removed"]),
-                "how": SYSTEMS[cut["system"]] + ", plain"
-                if cut["system"] in SYSTEMS
-                else REPAIRED.get(cut["system"], "the default of prune, repaired and healed"),
+                "how": CUTS[cut["system"]],
                 "blocks": ", ".join(map(str, sorted(cut["removed"]))),
                 "tasks": cut["code"]["kept"],
                 "sums": cut["math"]["kept"],

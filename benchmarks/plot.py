@@ -69,6 +69,26 @@ def markdown(report: dict[str, Any]) -> str:
     return found.strip("\n")
 
 
+def answers(report: dict[str, Any]) -> str:
+    """The table of one result of answers.py, by depth: shares of the right answers kept."""
+    systems = list(dict.fromkeys(cut["system"] for cut in report["cuts"]))
+    made = [cut for cut in report["cuts"] if "error" not in cut]
+    rows = [
+        (
+            len(cut["removed"]),
+            cut["system"],
+            ", ".join(map(str, cut["removed"])),
+            f"{cut['code']['kept']:.0%}".replace("%", " %"),
+            f"{cut['math']['kept']:.0%}".replace("%", " %"),
+            f"{cut['perplexity_ratio']:.3f}",
+            f"{cut['speedup']:.2f}",
+        )
+        for cut in sorted(made, key=lambda c: (len(c["removed"]), systems.index(c["system"])))
+    ]
+    head = ("removed", "system", "blocks", "code kept", "sums kept", "perplexity", "speed-up")
+    return table(head, rows, words=3)
+
+
 def draw(reports: Sequence[dict[str, Any]], out: Path) -> None:
     """A row of panels for each result: the five domains, unseen texts, accuracy where measured."""
     from matplotlib.lines import Line2D
@@ -203,6 +223,13 @@ def draw_answers(report: dict[str, Any], out: Path) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
+def tables(report: dict[str, Any]) -> str:
+    """All that a result has, by what made it."""
+    if "depths" in report:
+        return finals(report)
+    return answers(report) if "cuts" in report else markdown(report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
@@ -214,7 +241,7 @@ def main() -> None:
         parser.error("give -o FILE.svg, --markdown or --against FILE")
     reports = [json.loads(path.read_text()) for path in options.results]
     if options.markdown:
-        print("\n\n".join(finals(r) if "depths" in r else markdown(r) for r in reports))
+        print("\n\n".join(map(tables, reports)))
     if options.against:
         print(changes(reports[0], json.loads(options.against.read_text())))
     if options.out and "systems" in reports[0]:

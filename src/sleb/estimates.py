@@ -30,7 +30,7 @@ from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
 from sleb.evaluation.questions import Questions
-from sleb.models.load import LoadedModel
+from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.repairs.answering import prompt_files
 from sleb.repairs.regression import REACH
@@ -38,6 +38,7 @@ from sleb.repairs.self_generated import PIECE, at_once, can_generate
 from sleb.runtimes.bench import Case
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import METRICS
+from sleb.selection.request import strategy_before_repair
 from sleb.selection.resources import default_batch
 from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.strategies import GREEDY_OR_WINDOW
@@ -228,7 +229,7 @@ def estimate(
     """What :func:`sleb.prune` of a loaded model will take from now on; a search races, so how long
     it takes depends on the model, too."""
     n = len(model.stack)
-    kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
+    kind = cuda_or_cpu(model.stack.input_device)
     work = _work(model, split, goal, config, kind)
     nbytes = Checkpoint.open(model.source.path).nbytes
     asked = work.asked * (work.answer * speed.written + (work.row - work.answer) * speed.blocks)
@@ -306,7 +307,8 @@ def _work(
     compared = min(most, max(least, windows // 2)) * config.length if writes else 0
     specs = prompt_files(model, config, embedded=True)
     prompts = prompts_of(specs) if specs else ()
-    strategy = _strategy(goal, config)
+    metric = METRICS[config.metric]
+    strategy = strategy_before_repair(goal, config) or metric.strategy
     answer = config.new_tokens or NEW_TOKENS[kind]
     texts = [sum(len(said) for _, said in prompt.turns) for prompt in prompts]
     mean = sum(texts) // CHARACTERS // max(1, len(texts))
@@ -323,16 +325,9 @@ def _work(
         asked=min(len(prompts), config.max_prompts or MAX_PROMPTS[kind]),
         answer=answer,
         row=mean + TEMPLATE + answer,
-        strategy=strategy if METRICS[config.metric].token else "",
+        strategy=strategy if metric.token else "",
         compares=bool(fitted) and removed > 1 and strategy == GREEDY_OR_WINDOW,
     )
-
-
-def _strategy(goal: Goal, config: PruneConfig) -> str:
-    """The one that the search will have, see :func:`sleb.pipeline.prune`."""
-    plain = config.unit == "block" and config.metric in ("loss", "answers")
-    of_metric = METRICS[config.metric].strategy
-    return config.strategy or (GREEDY_OR_WINDOW if plain and goal.remove is not None else of_metric)
 
 
 def _memory(model: LoadedModel, length: int) -> int:

@@ -57,7 +57,7 @@ from sleb.repairs.self_generated import can_generate
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import MISSED, NLL
 from sleb.selection.objective import DENSE, BlockSet
-from sleb.selection.request import check_options, check_request
+from sleb.selection.request import check_options, check_request, strategy_before_repair
 from sleb.selection.strategies import GREEDY_OR_WINDOW
 from sleb.selection.sweep import Sweep
 from sleb.selection.targets import Costs, nothing_within_limit, upper_bound
@@ -397,9 +397,7 @@ def _find(
     limited = None  # the target, where it is a limit on what the repaired cut costs
     # with text beside its own windows, a search can see what a repair will leave
     if split.repair_given is not None and len(split.repair_given.ids) > len(split.search.ids):
-        chosen = config.strategy or config.unit != "block"
-        if not chosen and config.metric in ("loss", "answers") and goal.remove is not None:
-            config = config.replaced({"strategy": GREEDY_OR_WINDOW})
+        config = config.replaced({"strategy": strategy_before_repair(goal, config)})
         if not stack.streamed:  # a fit of every depth would read its blocks anew
             limited = goal if goal.limit is not None else None
     if split.repair_given is not None and can_generate(stack):

@@ -38,7 +38,7 @@ from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
-from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
+from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
 from sleb.pipeline import prune, prune_and_heal
 from sleb.project_file import ProjectFile
@@ -150,8 +150,8 @@ def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent
     seconds = {phase.name: phase.seconds for phase in found.phases}
     later, unknown = _later(project, dense, speed, seconds[estimates.SEARCH])
     if project.heal:
-        kind = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
-        later = {"healing": estimates.healing(speed, project.heal, kind), **later}
+        on = cuda_or_cpu(dense.stack.input_device)
+        later = {"healing": estimates.healing(speed, project.heal, on), **later}
     phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
     return replace(found, phases=phases, unknown=unknown)
 

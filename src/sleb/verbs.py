@@ -638,7 +638,7 @@ def evaluate(
     patch = None
     if plan and config.plan:
         _check_model(plan, loaded, model)
-        if given is None and removed == plan.removed:
+        if plan.repair is not None and removed == plan.removed:
             fixed = stored_repair(plan, Path(config.plan).parent, loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):

@@ -118,8 +118,8 @@ def items_to_tell(found: Interval, limit: float, items: int) -> int | None:
     half = abs(end - found.value)
     if _is_wilson(found):
         half *= sqrt(limit * (1 - limit) / (end * (1 - end)))
-    elif end in (0.0, 1.0) and found.low is not None and found.high is not None:
-        half = max(found.value - found.low, found.high - found.value)  # this end may be clipped
+    elif found.low is not None and found.high is not None:
+        half = max(found.value - found.low, found.high - found.value)  # one end may be clipped
     more = (half / gap) ** 2
     return ceil(items * more) or None
 

@@ -43,7 +43,7 @@ from sleb.distillation.record import Healed, HealedText, Reason, by_text
 from sleb.distillation.state import LOWER, Schedule
 from sleb.distillation.student import Student, check_installed
 from sleb.distillation.training import Training
-from sleb.models.load import LoadedModel, load, load_config, strict_model
+from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_config, strict_model
 from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
@@ -161,7 +161,7 @@ class Healing:
                 f"{len(plan.removed)}: it is not of this plan"
             )
         self.device, self.processes = dense.stack.input_device, group().size
-        on = "cuda" if self.device.type == "cuda" else "cpu"
+        on = cuda_or_cpu(self.device)
         tokens = config.tokens or HEAL_TOKENS[on]
         limited = config.tokens is not None or config.minutes is None
         self.config = config = config.replaced({"tokens": tokens})

@@ -23,7 +23,7 @@ from sleb.config import HEAL_BATCH, HEAL_PROMPTS, HealConfig
 from sleb.core.errors import InputError
 from sleb.core.progress import Progress
 from sleb.distillation.loss import passes
-from sleb.models.load import LoadedModel
+from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.repairs.answering import (
     OWN_ANSWERS,
     answers_to,
@@ -177,7 +177,7 @@ class Material:
         wanted = -(-tokens // (share * length))
         texts, validation = heal_windows(dense.tokenizer, config, wanted=wanted, length=length)
         given = len(texts.ids)
-        on = "cuda" if dense.stack.input_device.type == "cuda" else "cpu"
+        on = cuda_or_cpu(dense.stack.input_device)
         own = min(OWN, max(given // (SHARE - 1), wanted - given))
         if own and can_generate(dense.stack):
             texts = joined(texts, own_text(dense, own, length, config.seed, progress))

@@ -19,7 +19,7 @@ from sleb.core.plan import Plan
 from sleb.core.process_group import group
 from sleb.core.progress import Progress
 from sleb.distillation.distill import gaps_of, heal
-from sleb.models.load import pick_device
+from sleb.models.load import cuda_or_cpu, pick_device
 from sleb.surgery.apply import apply, cut_checkpoint
 
 
@@ -80,7 +80,7 @@ def _share(config: HealConfig) -> HealConfig:
     """The options of one stage, whose part of the training is as large as any other's."""
     tokens, minutes = config.tokens, config.minutes
     if tokens is None and minutes is None:
-        tokens = HEAL_TOKENS["cuda" if pick_device(config.device).type == "cuda" else "cpu"]
+        tokens = HEAL_TOKENS[cuda_or_cpu(pick_device(config.device))]
     part = {
         "tokens": tokens and max(1, tokens // config.stages),
         "minutes": minutes and minutes / config.stages,

@@ -93,7 +93,7 @@ class Student:
         """Give the model the trained weights, in its own dtype."""
         for name, parameter in self._computing.items():
             if (master := self.trained[name]) is not parameter:
-                parameter.copy_(dithered(master, parameter.dtype))
+                parameter.copy_(dithered(master.to(parameter.device), parameter.dtype))
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:

@@ -363,10 +363,10 @@ class Training:
             self._again()
         if steps < TRIED:
             return True
-        short, tried = Schedule(steps=int(steps)), dict[float, float]()
-        rate = self.where.lr * LOWER
+        count, tried, rate = int(steps), dict[float, float](), self.where.lr * LOWER
+        short = Schedule(steps=count)
         while rate not in tried and len(tried) < TRIALS:
-            if not all(step(turn, rate * short.share(turn, 0.0)) for turn in range(int(steps))):
+            if not all(step(turn, rate * short.share(turn, 0.0)) for turn in range(count)):
                 return False
             found = mean(self._divergences(probes))
             self._again()

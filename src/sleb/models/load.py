@@ -524,6 +524,11 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     return model
 
 
+def cuda_or_cpu(device: torch.device) -> str:
+    """As defaults are given: those of a CUDA device, or those of any other."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 def pick_device(device: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU. Of several processes on a machine each has a GPU of
     its own.

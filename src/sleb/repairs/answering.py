@@ -35,7 +35,7 @@ from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick
 from sleb.models.decoding import Choose, capturable, decode, greedy
-from sleb.models.load import LoadedModel
+from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.models.source import cache_dir
 from sleb.repairs.self_generated import (
     Sampler,
@@ -115,7 +115,7 @@ def answers_to(
     """The model's answers to the prompts of ``specs``. Of many, to some that are spread evenly over
     all: to so many as the config says, or else to ``most``, by default as many as a repair has.
     Raises as :func:`with_answers`."""
-    kind = "cuda" if model.stack.input_device.type == "cuda" else "cpu"
+    kind = cuda_or_cpu(model.stack.input_device)
     new_tokens = config.new_tokens or NEW_TOKENS[kind]
     prompts = prompts_of(specs)
     n = int(min(len(prompts), config.max_prompts or most or MAX_PROMPTS[kind]))

@@ -22,7 +22,7 @@ from sleb.models.stack import decoder_config, giving_positions
 from sleb.selection.goal import Goal, check_candidates, parse_bytes
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
-from sleb.selection.strategies import STRATEGIES
+from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES
 
 
 def check_options(config: SearchConfig) -> Goal:
@@ -87,6 +87,14 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
         candidates_for(goal, config.protect, blocks, loaded, config.unit)
+
+
+def strategy_before_repair(goal: Goal, config: SearchConfig) -> str | None:
+    """The strategy of a search whose result is repaired: for a number of blocks, by default the one
+    that compares sets after quick repairs. None for the metric's own."""
+    plain = config.unit == "block" and config.metric in ("loss", "answers")
+    compares = plain and goal.remove is not None
+    return config.strategy or (GREEDY_OR_WINDOW if compares else None)
 
 
 def removals(goal: Goal, n_blocks: int, protected: int = 0) -> int:
