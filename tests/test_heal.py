@@ -18,6 +18,7 @@ import zoo
 from cli_tools import refused, run, tree
 from conftest import byte_tokenizer, save_tiny
 from heal_tools import CPU, SMALL, Stopping, cut_model, healed, scripted
+from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration.answers import (
     ANSWERS,
@@ -462,6 +463,36 @@ def test_where_no_prompt_is_left_unseen_it_is_said(learned, tmp_path, monkeypatc
     assert told in (out / "README.md").read_text()
     later = replace(found, prompts=before.prompts)  # as by sleb eval --record
     assert told not in "\n".join(markdown(items(later)))
+
+
+def test_a_cut_that_is_healed_is_chosen_by_answers(learned, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(f'"ask {i}"' for i in range(14)))
+    asked = {"prompts": [str(tmp_path / "prompts.jsonl")], "new_tokens": 4, "repair": False}
+    given = {**CPU, **asked, "text": [str(learned / "text.txt")], "windows": 4, "length": 16}
+
+    def metric(name, to_heal=True, **more):
+        target = {} if "max_loss_increase" in more else {"remove": 1}
+        options = {**given, **target, **more}
+        plan = pipeline.prune(learned / "model", tmp_path / name, to_heal=to_heal, **options).plan
+        return plan.metric
+
+    assert metric("A") == "answers"
+    assert metric("B", to_heal=False) == "loss"
+    assert metric("C", metric="kl") == "kl"
+    assert metric("D", prompts=["none"]) == "loss"
+    assert metric("E", max_loss_increase=9.0, heldout=2) == "loss"
+
+    class Stop(Exception):
+        pass
+
+    def stopped(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(pipeline.distill, "heal", stopped)
+    with pytest.raises(Stop):
+        sleb.prune(learned / "model", tmp_path / "F", heal=True, remove=1, **given)
+    assert Plan.load(tmp_path / "F-cut/plan.json").metric == "answers"
 
 
 def test_one_command_cuts_and_heals_and_goes_on_where_it_was_stopped(

@@ -343,18 +343,21 @@ def pruned(learned, tmp_path_factory):
     return done
 
 
-def test_parts_are_chosen_by_texts_and_answers_together(learned, tmp_path, monkeypatch):
+def test_parts_are_chosen_by_answers_where_there_are_prompts(learned, tmp_path, monkeypatch):
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     shutil.copy(learned / "text.txt", tmp_path / "t.txt")
     (tmp_path / "p.jsonl").write_text("\n".join(f'"the block {i}"' for i in range(14)))
     given = {"prompts": (str(tmp_path / "p.jsonl"),), "new_tokens": 4, "repair": False}
     given |= {"text": (str(tmp_path / "t.txt"),), "windows": 4, "length": 32, "remove": 1}
-    windows = {
-        unit: sleb.prune(learned / "model", tmp_path / unit, unit=unit, **given).plan.calibration
+    by = {
+        unit: sleb.prune(learned / "model", tmp_path / unit, unit=unit, **given).plan.metric
         for unit in ("attention", "block")
     }
-    assert [len(windows[unit].sources) for unit in windows] == [2, 1]
-    assert windows["attention"].windows > windows["block"].windows == 4
+    assert by == {"attention": "answers", "block": "loss"}
+    given.pop("repair")
+    attention = sleb.search(learned / "model", unit="attention", **given)
+    assert attention.metric == "answers"
+    assert sleb.search(learned / "model", unit="attention", metric="kl", **given).metric == "kl"
 
 
 def test_pruning_parts_leaves_a_plan_and_its_repair(pruned, learned):

@@ -283,10 +283,11 @@ class SelectionOptions(Options):
         ge=1,
     )
     sequences: int = option(1, "With --save: texts that are written at once.", ge=1)
-    metric: str = option(
-        "loss",
+    metric: str | None = option(
+        None,
         "loss (SLEB), one-shot-loss, cosine, kl, repaired-loss, or answers: divergence on answers "
-        "to --prompts. See docs/method.md.",
+        "to --prompts. See docs/method.md. Default: loss; answers for prune --heal and "
+        "--unit, where the model gives any.",
         metavar="NAME",
         choices=("loss", "one-shot-loss", "cosine", "kl", "repaired-loss", "answers"),
     )
@@ -306,6 +307,11 @@ class SelectionOptions(Options):
     min_similarity: float | str | None = option(
         None, "Candidates are blocks at least this similar; or auto.", metavar="X"
     )
+
+    @property
+    def chosen_by(self) -> str:
+        """The metric: by default SLEB's."""
+        return self.metric or "loss"
 
 
 class TextOptions(Options):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleb.calibration.answers import SEARCH as ANSWERS_SEARCHED
 from sleb.calibration.answers import prompts_of
 from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -307,24 +308,30 @@ def _work(
     compared = min(most, max(least, windows // 2)) * config.length if writes else 0
     specs = prompt_files(model, config, embedded=True)
     prompts = prompts_of(specs) if specs else ()
-    metric = METRICS[config.metric]
+    metric = METRICS[config.chosen_by]
     strategy = strategy_before_repair(goal, config) or metric.strategy
     answer = config.new_tokens or NEW_TOKENS[kind]
     texts = [sum(len(said) for _, said in prompt.turns) for prompt in prompts]
     mean = sum(texts) // CHARACTERS // max(1, len(texts))
+    asked = min(len(prompts), config.max_prompts or MAX_PROMPTS[kind])
+    row = mean + TEMPLATE + answer
+    scored, tokens = windows, split.search.tokens
+    if metric.answers:
+        scored = min(ANSWERS_SEARCHED, asked // 6)
+        tokens = scored * row
     return _Work(
         n=n,
         removed=removed,
-        windows=windows,
-        search=split.search.tokens,
+        windows=scored,
+        search=tokens,
         heldout=0 if split.heldout is None else split.heldout.tokens,
         fitted=fitted,
         validation=judging,
         own=fitted // 2 if writes else 0,
         compared=compared,
-        asked=min(len(prompts), config.max_prompts or MAX_PROMPTS[kind]),
+        asked=asked,
         answer=answer,
-        row=mean + TEMPLATE + answer,
+        row=row,
         strategy=strategy if metric.token else "",
         compares=bool(fitted) and removed > 1 and strategy == GREEDY_OR_WINDOW,
     )

@@ -52,7 +52,7 @@ from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
 from sleb.repairs.answering import with_answers, writer
-from sleb.repairs.search import search
+from sleb.repairs.search import search, with_metric
 from sleb.repairs.self_generated import can_generate
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import MISSED, NLL
@@ -97,6 +97,7 @@ def prune(
     out: str | Path,
     config: PruneConfig,
     *,
+    to_heal: bool = False,
     command: str = "sleb.prune",
     stages: dict[str, str] | None = None,
     progress: Progress = silent,
@@ -113,8 +114,9 @@ def prune(
     Options, also as keywords: :class:`sleb.config.PruneConfig`. A repair is by default made where
     it is possible, and the record says why it was not; two thirds of what it is fitted on are the
     given texts, or all where blocks are offloaded. Where it is possible, whole blocks go and
-    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``command`` and
-    ``stages`` go into the record as they are.
+    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``to_heal``: see
+    :func:`sleb.repairs.search.with_metric`. ``command`` and ``stages`` go into the record as they
+    are.
 
     Raises:
         VerificationFailed: a check did not pass, or a limit on loss allows no removal; nothing was
@@ -130,7 +132,7 @@ def prune(
     check_placing(**placing)
     check_request(model, config, watch)
     journal = out.with_name(out.name + ".journal")
-    found = _find(given, out, config, goal, (journal, gguf), watch)
+    found = _find(given, out, config, goal, (journal, gguf), to_heal, watch)
     found.facts.update(command=command, stages=stages or {}, started=watch.started)
     gc.collect()  # the model's memory is needed for the verification
     tell(watch, Begins(estimates.WRITE))
@@ -290,11 +292,10 @@ def prune_and_heal(
     asked = config.model_dump(mode="json", exclude={"force"})
     key = hashlib.sha256(json.dumps([str(place(model)), asked]).encode()).hexdigest()
     known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
+    how: dict[str, Any] = {"command": command, "progress": progress}
     if not known or known.stages.get("cut") != key:
-        prune(model, cut, config, command=command, stages={"cut": key}, progress=progress)
-    model = place(model)
-    how: dict[str, Any] = {"command": command, "stage_keys": stages, "progress": progress}
-    return heal(cut, model, out, healing, **how)
+        prune(model, cut, config, to_heal=True, stages={"cut": key}, **how)
+    return heal(cut, place(model), out, healing, stage_keys=stages, **how)
 
 
 def _healed_facts(
@@ -375,6 +376,7 @@ def _find(
     config: PruneConfig,
     goal: Goal,
     beside: tuple[Path, GGUFModel | None],
+    to_heal: bool,
     watch: Stopwatch,
 ) -> _Found:
     """Load the model, choose blocks, repair the cut and measure it. ``beside``: where scores are
@@ -386,6 +388,7 @@ def _find(
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
+    config = with_metric(loaded, config, to_heal=to_heal)
     with watch.stage("reading text", None):
         split, status = _split(loaded, config)
     if not stack.streamed:  # to time it would be to read it, several times

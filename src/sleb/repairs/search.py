@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from sleb.calibration.split import CalibrationSplit
 from sleb.config import LoadOptions, SearchConfig, takes
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.models.load import LoadedModel, load
-from sleb.repairs.answering import with_answers, writer
+from sleb.repairs.answering import prompt_files, with_answers, writer
 from sleb.repairs.scoring import repaired_scorer
 from sleb.repairs.self_generated import can_generate
 from sleb.selection.metrics import METRICS
 from sleb.selection.request import check_options, check_request
 from sleb.selection.search import find_blocks
 from sleb.selection.strategies import GREEDY_OR_WINDOW
+
+C = TypeVar("C", bound=SearchConfig)
+
+
+def with_metric(model: LoadedModel, config: C, *, to_heal: bool = False) -> C:
+    """``config`` with its metric. By default that is SLEB's, and answers where a choice by texts
+    costs most of these and the model gives any: for parts of blocks (docs/units.md), and for a cut
+    that is ``to_heal``, which gives back what texts lose more by it (docs/heal.md), unless the
+    target is a limit on the loss of texts."""
+    by_answers = config.unit != "block" or (to_heal and config.max_loss_increase is None)
+    if config.metric is None and by_answers and prompt_files(model, config, embedded=True):
+        return config.replaced({"metric": "answers"})
+    return config
 
 
 @takes(SearchConfig)
@@ -54,6 +68,7 @@ def search(
         check_request(model, config, progress)
         model = load(model, **dict(config.part(LoadOptions)), progress=progress)
     if split is None:
+        config = with_metric(model, config)
         measures_heldout = config.curve or goal.max_loss_increase is not None
         split = CalibrationSplit.of(
             model.tokenizer,
@@ -65,9 +80,9 @@ def search(
             loss_on=config.loss_on,
             images=model.stack.images,
         )
-        of_answers = METRICS[config.metric].answers or goal.keep_answers is not None
+        of_answers = METRICS[config.chosen_by].answers or goal.keep_answers is not None
         split = with_answers(model, split, config, progress, embedded=of_answers)
-    strategy = config.strategy or METRICS[config.metric].strategy
+    strategy = config.strategy or METRICS[config.chosen_by].strategy
     if strategy == GREEDY_OR_WINDOW and split.generated is None and can_generate(model.stack):
         split = split.with_self_generated(writer(model, progress), compare=True)
     plan = find_blocks(

@@ -33,7 +33,7 @@ def check_options(config: SearchConfig) -> Goal:
             is no number; a metric, strategy and target that do not go together.
     """
     goal = Goal.of(config)
-    metric = METRICS[config.metric]
+    metric = METRICS[config.chosen_by]
     strategy = config.strategy or metric.strategy
     STRATEGIES[strategy]
     if config.min_similarity is not None:
@@ -41,7 +41,8 @@ def check_options(config: SearchConfig) -> Goal:
     if config.max_memory is not None:
         parse_bytes(config.max_memory, "--max-memory")
     if metric.token is None and strategy != metric.strategy:
-        raise InputError(f"--metric {config.metric} ranks all blocks at once: it has no --strategy")
+        by = config.chosen_by
+        raise InputError(f"--metric {by} ranks all blocks at once: it has no --strategy")
     if goal.limit is not None and strategy not in ("greedy", "one-shot"):
         asked = "--max-loss-increase" if goal.keep_answers is None else "--keep-answers"
         raise InputError(
@@ -63,7 +64,7 @@ def _check_parts(config: SearchConfig, strategy: str) -> None:
         f"--strategy {strategy}": strategy != "greedy",
         "--min-similarity": config.min_similarity is not None,
         "--compile": config.compile,
-        f"--metric {config.metric}": METRICS[config.metric].repaired,
+        f"--metric {config.chosen_by}": METRICS[config.chosen_by].repaired,
     }
     for asked, given in refused.items():
         if given:
@@ -92,7 +93,7 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
 def strategy_before_repair(goal: Goal, config: SearchConfig) -> str | None:
     """The strategy of a search whose result is repaired: for a number of blocks, by default the one
     that compares sets after quick repairs. None for the metric's own."""
-    plain = config.unit == "block" and config.metric in ("loss", "answers")
+    plain = config.unit == "block" and config.chosen_by in ("loss", "answers")
     compares = plain and goal.remove is not None
     return config.strategy or (GREEDY_OR_WINDOW if compares else None)
 

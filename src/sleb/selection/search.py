@@ -101,7 +101,7 @@ def find_blocks(
         removed=canonical(order),
         order=order,
         protected=search.protected,
-        metric=config.metric,
+        metric=config.chosen_by,
         unit=search.unit,
         strategy=finals.sets[0].strategy if finals else search.strategy,
         racing=of_sets and not config.exact,
@@ -138,7 +138,7 @@ class _Search:
         self.model, self.config, self.split = model, config, split
         self.repaired, self.progress = repaired, progress
         self.goal = check_options(config)
-        self.metric = METRICS[config.metric]
+        self.metric = METRICS[config.chosen_by]
         self.windows = self._scored()
         self.strategy = config.strategy or self.metric.strategy
         stack, n_blocks = model.stack, len(model.stack)
@@ -203,14 +203,11 @@ class _Search:
             InputError: the metric is of answers, and there are none.
         """
         if not self.metric.answers:
-            if self.config.unit == "block" or self.split.answers is None:
-                return self.split.search
-            # one attention less may cost texts nothing and answers all (docs/units.md)
-            return self.split.search.beside(self.split.answers.search)
+            return self.split.search
         if self.split.answers is None:
             raise InputError(
-                f"--metric {self.config.metric} is measured on answers to prompts, and the model "
-                "answers no chats: give --prompts"
+                f"--metric {self.config.chosen_by} is measured on answers to prompts, and the "
+                "model answers no chats: give --prompts"
             )
         return self.split.answers.search
 
@@ -230,7 +227,7 @@ class _Search:
         """Identity of all that every score depends on."""
         record, config = self.windows.record, self.config
         how = self.model.dtype + (", compiled" if config.compile else "")
-        parts = [self.identity.model_dump(), record.sha256, record.seed, config.metric, how]
+        parts = [self.identity.model_dump(), record.sha256, record.seed, config.chosen_by, how]
         parts += [config.exact, versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
