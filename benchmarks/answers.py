@@ -19,6 +19,7 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from math import exp
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from common import asked, main_of, measure, save, setting
+from merging import merging
 from texts import Texts, prepare
 
 import sleb
@@ -47,8 +49,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "texts alone": {"prompts": ("none",)},
     "default": {},
     "answers": {"metric": "answers", "strategy": "greedy-or-window"},
+    "merged": {},
 }
-"""Options of `sleb prune`. "texts alone" is as it was before there were prompts."""
+"""Options of `sleb prune`. "texts alone" is as it was before there were prompts; "merged" is the
+default with the repair of merging.py."""
 HEALING = (
     "tokens",
     "steps",
@@ -251,7 +255,8 @@ class Bench:
         out, start = self.place / f"{name}-{depth}", time.perf_counter()
         asked_for = {**self.searched, **self.given, "keep": False, "run_code": True}
         asked_for |= {"remove": depth, **SYSTEMS[name]}
-        done = sleb.prune(self.model.source.path, out, **asked_for)
+        with merging() if name == "merged" else nullcontext():
+            done = sleb.prune(self.model.source.path, out, **asked_for)
         more: dict[str, Any] = {"removed": done.plan.removed}
         more["seconds"] = round(time.perf_counter() - start, 1)
         more["phases"] = done.record.seconds

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from answers import prompts_given
 from common import asked, main_of, measure, save, setting
+from merging import Merging
 from texts import prepare
 from torch import Tensor
 
@@ -34,12 +34,12 @@ from sleb.core.progress import silent
 from sleb.models.load import LoadedModel
 from sleb.repairs import given_tokens
 from sleb.repairs.answering import with_answers
-from sleb.repairs.scoring import RepairedScores
+from sleb.repairs.regression import gaps
+from sleb.repairs.scoring import RIDGE, RepairedScores
 from sleb.selection.metrics import MISSED, NLL
 from sleb.selection.objective import DENSE, BlockSet
+from sleb.selection.resources import default_batch
 from sleb.selection.sweep import Sweep
-
-RIDGE = 0.1
 
 
 def parse() -> argparse.Namespace:
@@ -206,101 +206,18 @@ CHOICES: dict[str, Callable[[Study, int, str], BlockSet]] = {
 }
 
 
-@contextmanager
-def refitted(study: Study, blocks: BlockSet, *, merge: bool) -> Iterator[None]:
-    """The block before each run of ``blocks`` with an MLP of the channels that matter most of its
-    own and, with ``merge``, those of the run (as FlattenGPT, 2602.08858, and CoMe, 2510.15304,
-    merge neighbours); its last matrix fitted so that the stream behind is the dense one."""
-    layers, kept = study.stack.blocks, []
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][-1] == block - 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    for run in runs:
-        host: Any = layers[run[0] - 1]
-        kept.append((host.mlp, [p.clone() for p in host.mlp.parameters()]))
-        seen = _streams(study, host, [run[0] - 1, *run], run[-1])
-        if merge:
-            _merge(host, [layers[i] for i in run], seen["weights"])
-        _fit(study, host, blocks, run[0] - 1, seen["wanted"])
+def merged(study: Study, blocks: BlockSet) -> dict[str, float]:
+    """What a set costs where the blocks before its gaps take in channels of what is gone."""
+    stack, fit = study.stack, study.fit
+    fitter = Merging(
+        stack, blocks, fit.ids, default_batch(stack, fit.ids.shape[1]), scored=fit.scored
+    )
     try:
-        yield
+        for gap in gaps(blocks, len(stack)):
+            fitter.fit(gap, (RIDGE,))
+        return study.costs(blocks, repaired=False)
     finally:
-        for mlp, values in kept:
-            for parameter, value in zip(mlp.parameters(), values, strict=True):
-                parameter.data.copy_(value)
-
-
-@torch.inference_mode()
-def _streams(study: Study, host: Any, blocks: list[int], last: int) -> dict[str, Any]:
-    """The dense stream behind block ``last``, and how much each channel of MLPs adds to it."""
-    stack, wanted = study.stack, []
-    power: dict[int, Any] = dict.fromkeys(blocks, 0.0)
-
-    def note(i: int) -> Callable[..., None]:
-        def hook(_: Any, args: Any) -> None:
-            power[i] = power[i] + args[0].flatten(0, 1).float().square().sum(0)
-
-        return hook
-
-    layers: Any = stack.blocks
-    handles = [layers[i].mlp.down_proj.register_forward_pre_hook(note(i)) for i in blocks]
-    for ids in torch.split(study.fit.ids, 8):
-        hidden, calls = stack.enter(ids)
-        for i in range(last + 1):
-            hidden = stack.run(i, hidden, calls[i])
-        wanted.append(hidden.cpu())
-    for handle in handles:
-        handle.remove()
-    weights = [power[i] * layers[i].mlp.down_proj.weight.float().square().sum(0) for i in blocks]
-    return {"wanted": wanted, "weights": weights}
-
-
-@torch.inference_mode()
-def _merge(host: Any, others: Sequence[Any], weights: Sequence[Tensor]) -> None:
-    width = host.mlp.down_proj.weight.shape[1]
-    best = torch.cat([*weights]).topk(width).indices
-    own = host.post_attention_layernorm.weight.float()
-    parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
-    for block in (host, *others):
-        # channels of other blocks read the host's norm, so they take the ratio of the gains
-        gain = block.post_attention_layernorm.weight.float() / own
-        for name in ("gate_proj", "up_proj"):
-            parts[name].append(getattr(block.mlp, name).weight.float() * gain)
-        parts["down_proj"].append(block.mlp.down_proj.weight.float().T)
-    for name, rows in parts.items():
-        chosen = torch.cat(rows)[best]
-        weight = getattr(host.mlp, name).weight
-        weight.copy_(chosen.T if name == "down_proj" else chosen)
-
-
-@torch.inference_mode()
-def _fit(study: Study, host: Any, gone: BlockSet, at: int, wanted: Sequence[Tensor]) -> None:
-    """Ridge regression of the host's last matrix on what is missing of the dense stream."""
-    stack, down = study.stack, host.mlp.down_proj
-    gram: Any = 0.0
-    cross: Any = 0.0
-    given: list[Tensor] = []
-    handle = down.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    parts = torch.split(study.fit.ids, 8)
-    for k, ids in enumerate(parts):
-        hidden, calls = stack.enter(ids)
-        for i in range(at + 1):
-            if i not in gone:
-                hidden = stack.run(i, hidden, calls[i])
-        x = given.pop()
-        now = x.float() @ down.weight.float().T
-        missing = wanted[k].to(hidden.device).float() - hidden.float() + now
-        # the first positions hold massive activations
-        x, missing = (t[:, 4:].flatten(0, 1).float() for t in (x, missing))
-        gram, cross = gram + (x.T @ x).double(), cross + (x.T @ missing).double()
-    handle.remove()
-    old = down.weight.double().T
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device).double()
-    change = torch.linalg.solve(gram + ridge, cross - gram @ old)
-    down.weight.copy_((old + change).T)
+        fitter.restore()
 
 
 def main() -> None:
@@ -336,11 +253,8 @@ def main() -> None:
                     add({**row, "seconds": round(seconds, 1), **known[blocks]})
             if hasattr(model.stack.blocks[0], "post_attention_layernorm"):
                 blocks = min(known, key=lambda s: known[s]["repaired"]["texts"])
-                for merge in (False, True):
-                    with refitted(study, blocks, merge=merge):
-                        cost = study.costs(blocks, repaired=False)
-                    way = "merged, its last matrix fitted" if merge else "its last matrix fitted"
-                    add({"removed": n, "way": way, "blocks": sorted(blocks), "repaired": cost})
+                cost = merged(study, blocks)
+                add({"removed": n, "way": "merged", "blocks": sorted(blocks), "repaired": cost})
 
 
 if __name__ == "__main__":

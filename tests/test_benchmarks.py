@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 import sleb
 from sleb.core.errors import InputError
 from sleb.models.stack import BlockStack
+from sleb.repairs.regression import Regression, gaps
 from sleb.selection.objective import BlockSet
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ import plot  # noqa: E402
 import quality  # noqa: E402
 import scale  # noqa: E402
 from latency import against_line, generated  # noqa: E402
+from merging import Merging  # noqa: E402
 from pages import render  # noqa: E402
 from race_model import Losses, Spread, fit  # noqa: E402
 from shapes import SHAPES, random_llama, shape_of, shortened  # noqa: E402
@@ -149,8 +152,8 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
     asked += ["--test-windows", 2, "--device", "cpu"]
     asked = [learned / "model", "--data", data, *asked, "--systems"]
     run("answers", *asked, "window", "-o", tmp_path / "o.json")
-    report = run("answers", *asked, "window,default", "-o", tmp_path / "o.json")
-    systems = ["window", "default", "default, healed"]
+    report = run("answers", *asked, "window,default,merged", "-o", tmp_path / "o.json")
+    systems = ["window", "default", "default, healed", "merged", "merged, healed"]
     assert [cut["system"] for cut in report["cuts"]] == systems, "what was there stays"
     for cut in report["cuts"]:
         assert len(cut["removed"]) == 1
@@ -158,9 +161,39 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
         assert set(cut["loss"]) == {*DOMAINS, *UNSEEN}
     plot.draw_answers(report, tmp_path / "plot.svg")
     assert "default, healed" in (tmp_path / "plot.svg").read_text()
-    window, default, healed = (cut["perplexity_ratio"] for cut in report["cuts"])
+    window, default, healed, merged, _ = (cut["perplexity_ratio"] for cut in report["cuts"])
     assert healed < default * 1.01
     assert window >= default, "the same block, bypassed or cut"
+    assert merged not in (window, default)
+
+
+def test_a_repair_that_merges_takes_channels_of_the_blocks_that_are_gone(learned):
+    stack, ids = sleb.load(learned / "model").stack, torch.randint(3, 250, (8, 32))
+    block, gone = (dict(stack.blocks[i].named_parameters()) for i in (1, 2))
+    before = {name: value.clone() for name, value in block.items()}
+    rows, norm = "mlp.gate_proj.weight", "post_attention_layernorm.weight"
+    left, (gap,) = {}, gaps([2], len(stack))
+    for kind in (Regression, Merging):
+        fitter = kind(stack, [2], ids, 4)
+        fitter.fit(replace(gap, blocks=(1,)), (1e-3,))
+        left[kind] = (_behind(stack, ids, 3, [2]) - _behind(stack, ids, 3, [])).norm()
+        found = dict(stack.blocks[1].named_parameters())[rows].clone()
+        fitter.restore()
+    assert all(torch.equal(p, before[n]) for n, p in stack.blocks[1].named_parameters())
+    assert found.shape == before[rows].shape
+    candidates = before[rows], gone[rows] * gone[norm] / before[norm]
+    own, taken = ((found[:, None] - each).abs().amax(2).amin(1) < 1e-6 for each in candidates)
+    assert (own ^ taken).all()
+    assert own.any()
+    assert taken.any()
+    assert left[Merging] < left[Regression]
+
+
+def _behind(stack, ids, block, removed):
+    hidden, calls = stack.enter(ids)
+    for i in range(block):
+        hidden = hidden if i in removed else stack.run(i, hidden, calls[i])
+    return hidden
 
 
 @pytest.mark.slow

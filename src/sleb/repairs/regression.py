@@ -396,12 +396,12 @@ class Regression:
                 outs = zip(self.run_cut(block), targets, self.real, strict=True)
                 for out, target, real in outs:
                     value = stream_before(out, seen, last) if name in writers.inner else out
-                    wanted = _rows(target.to(value.device), real).float()
+                    wanted = real_rows(target.to(value.device), real).float()
                     root = gain_weight(wanted)
-                    y = _rows(seen.outputs[name], real).float()
+                    y = real_rows(seen.outputs[name], real).float()
                     scale = root * y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-                    x = _rows(seen.given(name), real).float()
-                    yield x * scale, y * scale, (wanted - _rows(value, real).float()) * root
+                    x = real_rows(seen.given(name), real).float()
+                    yield x * scale, y * scale, (wanted - real_rows(value, real).float()) * root
 
         for _ in range(ROUNDS):
             weight, gains = weight_of(matrix), weight_of(gain_of)
@@ -431,7 +431,7 @@ class Regression:
             self.write(block, f"{norm.path}.weight", new)
 
 
-def _rows(x: Tensor, real: Tensor | None) -> Tensor:
+def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
     """The real tokens of x [B, T, D] -> [R, D]."""
     return x.flatten(0, -2) if real is None else x[real.to(x.device)]
 
@@ -441,8 +441,8 @@ def _weighted(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs with a one behind them [rows, inputs + 1] and residuals [rows, D], in float32, both
     times the root of the token's weight; at most ``ROWS`` rows at a time."""
-    columns = [_rows(seen.given(name), real) for name in names]
-    target, value = _rows(target, real), _rows(value, real)
+    columns = [real_rows(seen.given(name), real) for name in names]
+    target, value = real_rows(target, real), real_rows(value, real)
     for a in range(0, len(target), ROWS):
         rows = slice(a, a + ROWS)
         wanted = target[rows].to(value.device).float()
