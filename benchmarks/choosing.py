@@ -21,17 +21,18 @@ __all__ = ["render"]
 
 QUALITY = ("quality-h200-smollm2.json", "quality-h200-gemma-3-270m.json")
 FINALS = ("finals-h200-smollm2.json", "finals-h200-gemma-3-270m.json")
-ANSWERS = (
-    "answers-h200-1.5b.json",
-    "answers-h200-qwen2.5-coder-1.5b.json",
-    "answers-h200-6-tight-healed.json",
+ANSWERS = "answers-h200-1.5b.json"
+HEALS = (
+    "heal-h200-1.5b-default-3.json",
+    "heal-h200-1.5b-answers-3.json",
+    "heal-h200-1.5b-default-6.json",
+    "heal-h200-1.5b-answers-6.json",
 )
+"""Of benchmarks/heal.py on that model; they name its cache."""
 HEALED = "heal-h200-window.json"
-UNITS = "units-h200-qwen2.5-coder-1.5b.json"
+UNITS = "units-h200-1.5b.json"
 ROUNDED = ("quantize-smollm2.json", "quantize-gemma-3-270m.json")
 CODER = "Qwen2.5-Coder-1.5B-Instruct"
-MINUTES = "heal-h200-qwen2.5-coder-1.5b-3.json"
-"""Of benchmarks/heal.py on that model, 3 of 28 blocks removed; it names the model's cache."""
 BLOCKS = {CODER: 28}
 NAMES = {
     "qwen.gguf": CODER,
@@ -50,7 +51,7 @@ SYSTEMS = {
 CUTS = {
     **{system: f"{words}, plain" for system, words in SYSTEMS.items()},
     "default": "the default of prune, repaired",
-    "default, healed": "the default of prune, repaired and healed",
+    "merged": "the default of prune, repaired by merging",
     "texts alone": "the default of prune without prompts, repaired",
 }
 
@@ -77,11 +78,6 @@ def seconds(value: float) -> str:
         if value < 600
         else f"{value / 60:.0f} min"
     )
-
-
-def trained_for(report: dict[str, Any]) -> str:
-    """Of a result of answers.py, as it was asked for."""
-    return f"{report['what']['heal']:g} min"
 
 
 def quality_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,32 +124,16 @@ def sizes() -> dict[str, tuple[float, float]]:
     return found
 
 
-def answer_cuts() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """File, report and cut of each result of answers.py, with the cut's number of blocks gone."""
-    for file in ANSWERS:
-        report = read(file)
-        for cut in report["cuts"]:
-            yield file, report, cut
+def healings() -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """Report, how it was made, and measured, of each cut and of that healed."""
+    for report in map(read, HEALS):
+        by = "by answers" if report["what"]["system"] == "answers" else "as by default"
+        yield report, f"chosen {by}, repaired", report["cut"]
+        yield report, f"chosen {by}, healed", report["healed"][0]
 
 
 def heal_rows() -> Iterator[dict[str, Any]]:
-    healed = {
-        (file, tuple(cut["removed"])) for file, _, cut in answer_cuts() if "healed" in cut["system"]
-    }
-    for file, report, cut in answer_cuts():
-        if (file, tuple(cut["removed"])) in healed:
-            trained = "healed" in cut["system"]
-            yield {
-                "model": name(report["model"]),
-                "removed": f"{len(cut['removed'])} of {report['blocks']}",
-                "how": "healed" if trained else "repaired",
-                "tasks": cut["code"]["kept"],
-                "sums": cut["math"]["kept"],
-                "perplexity": cut["perplexity_ratio"],
-                "time": trained_for(report) if trained else "",
-            }
-    report = read(MINUTES)
-    for how, row in (("repaired", report["cut"]), ("healed", report["healed"][0])):
+    for report, how, row in healings():
         yield {
             "model": CODER,
             "removed": f"{report['what']['removed']} of {BLOCKS[CODER]}",
@@ -161,7 +141,7 @@ def heal_rows() -> Iterator[dict[str, Any]]:
             "tasks": row["code"]["kept"],
             "sums": row["math"]["kept"],
             "perplexity": row["perplexity_ratio"],
-            "time": f"{report['what']['minutes']:g} min" if how == "healed" else "",
+            "time": seconds(row["healing"]["seconds"]) if "healing" in row else "",
         }
     report = read(HEALED)
     for how in ("cut", "healed"):
@@ -178,8 +158,8 @@ def heal_rows() -> Iterator[dict[str, Any]]:
 
 def plain_rows() -> Iterator[dict[str, Any]]:
     """Right answers of plain cuts, of what `prune` makes, and of that healed, by depth."""
-    rows = []
-    for file, report, cut in answer_cuts():
+    rows, report = [], read(ANSWERS)
+    for cut in report["cuts"]:
         rows.append(
             {
                 "model": name(report["model"]),
@@ -191,7 +171,6 @@ def plain_rows() -> Iterator[dict[str, Any]]:
                 "asked": f"{len(report['dense']['code']['items'])}, "
                 f"{len(report['dense']['math']['items'])}",
                 "perplexity": cut["perplexity_ratio"],
-                "file": file,
             }
         )
     yield from sorted(rows, key=lambda row: (row["removed"], row["sums"]))
@@ -225,22 +204,30 @@ def model_rows(
                 "perplexity": row["all"],
                 "time": seconds(row["seconds"]),
             }
-    for _, report, cut in answer_cuts():
-        if not cut["system"].startswith("default"):
-            continue
-        model, removed = name(report["model"]), len(cut["removed"])
+    report = read(ANSWERS)
+    cuts = [
+        (report, "repaired", len(cut["removed"]), cut, cut["seconds"])
+        for cut in report["cuts"]
+        if cut["system"] == "default"
+    ]
+    cuts += [
+        (report, how, report["what"]["removed"], row, row["healing"]["seconds"])
+        for report, how, row in healings()
+        if "healing" in row
+    ]
+    for report, how, removed, row, took in cuts:
         yield {
-            "model": model,
+            "model": CODER,
             "machine": report["machine"],
             "removed": removed,
-            "blocks": report["blocks"],
-            "how": "healed" if "healed" in cut["system"] else "repaired",
-            "size": size(model, removed),
-            "tasks": cut["code"]["kept"],
-            "sums": cut["math"]["kept"],
+            "blocks": BLOCKS[CODER],
+            "how": how,
+            "size": size(CODER, removed),
+            "tasks": row["code"]["kept"],
+            "sums": row["math"]["kept"],
             "questions": None,
-            "perplexity": cut["perplexity_ratio"],
-            "time": trained_for(report) if "healed" in cut["system"] else seconds(cut["seconds"]),
+            "perplexity": row["perplexity_ratio"],
+            "time": seconds(took),
         }
 
 
@@ -270,7 +257,7 @@ def render() -> str:
         quantized=[*map(read, ROUNDED)],
         blocks={name(report["model"]): report["blocks"] for report, _ in qualities},
         models=[*model_rows(qualities)],
-        files=[*QUALITY, *FINALS, *ANSWERS, MINUTES, HEALED, UNITS, *ROUNDED],
+        files=[*QUALITY, *FINALS, ANSWERS, *HEALS, HEALED, UNITS, *ROUNDED],
     )
 
 

@@ -34,6 +34,7 @@ from texts import prepare
 
 import sleb
 from sleb.core.errors import InputError, SlebError
+from sleb.core.plan import Plan
 from sleb.core.progress import silent
 from sleb.distillation import heal, mix, state, training
 from sleb.distillation.mix import Material, Mix, group_of
@@ -173,6 +174,7 @@ def main() -> None:
             report["what"] = asked(options, *left)
             report["dense"] = measure.of(dense)
             del dense
+            report["removed"] = Plan.load(Path(options.cut) / "plan.json").removed
             report["cut"] = measured(options.cut)
             save(options.out, report)
         measure.dense = report["dense"]

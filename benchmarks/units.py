@@ -35,9 +35,9 @@ from sleb.selection.savings import NEW, cache_bytes, step_seconds
 SYSTEMS: dict[str, dict[str, Any]] = {
     "blocks": {},
     "attention": {"unit": "attention", "save": "time"},
-    "attention by answers": {"unit": "attention", "save": "time", "metric": "answers"},
+    "attention by texts": {"unit": "attention", "save": "time", "metric": "loss"},
     "any": {"unit": "any", "save": "time"},
-    "any by answers": {"unit": "any", "save": "time", "metric": "answers"},
+    "any by texts": {"unit": "any", "save": "time", "metric": "loss"},
 }
 """Options of `sleb prune`. The first says how much time the others are to save."""
 
