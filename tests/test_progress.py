@@ -1,6 +1,7 @@
 """What a person sees while waiting."""
 
 import io
+import math
 import time
 
 import pytest
@@ -11,7 +12,16 @@ from rich.console import Console
 from cli_tools import run
 from sleb.core import display as progress
 from sleb.core.bars import Bars
-from sleb.core.progress import Begins, Estimate, Phase, TimeLeft, silent, tell
+from sleb.core.progress import (
+    EARLY_PART,
+    EARLY_S,
+    Begins,
+    Estimate,
+    Phase,
+    TimeLeft,
+    silent,
+    tell,
+)
 from sleb.record import Stopwatch
 
 TWO = Estimate(
@@ -126,20 +136,26 @@ def test_what_is_to_come_is_corrected_by_what_phases_took(capsys, monkeypatch, t
 
 @given(st.lists(st.integers(1, 40), min_size=3, max_size=60))
 def test_the_time_left_is_steady(steps):
-    """It never jumps: in one step it falls or rises by no more than the share of half a minute that
-    went by, towards what the mean speed says."""
+    """It never jumps: in one step it falls or rises by no more than the share of half a minute, or
+    of an eighth of what is behind, that went by, towards what the mean speed says."""
     total, done, now = sum(steps) + 1, 0, 0.0
-    clock, before = TimeLeft(total, 0.0), None
+    clock, before, first = TimeLeft(total, 0.0), None, None
     for step in steps:
         done, now = done + step, now + 1.0
         left = clock.at(done, now)
-        fresh = now * (total - done) / done
+        first = first or (done, now)
+        known, since = first if done > first[0] else (0, 0.0)
+        fresh = (now - since) * (total - done) / (done - known)
+        if done * EARLY_PART < total and now < EARLY_S:
+            assert left is None
+            continue
         assert left is not None
         assert left >= 0
         if before is not None:
             due = max(0.0, before - 1)
             assert min(due, fresh) - 1e-6 <= left <= max(due, fresh) + 1e-6
-            assert abs(left - due) <= abs(fresh - due) / 25 + 1e-9
+            share = 1 - math.exp(-1 / min(30, now / 8))
+            assert abs(left - due) <= abs(fresh - due) * share + 1e-9
         before = left
 
 
@@ -147,6 +163,16 @@ def test_where_all_units_take_as_long_the_time_left_is_right():
     clock = TimeLeft(100, 0.0)
     for done in range(1, 100):
         assert clock.at(done, 2.0 * done) == pytest.approx(2.0 * (100 - done))
+
+
+def test_a_slow_start_is_soon_forgotten():
+    """13 s for the first of 200 units, and then 7 in a second."""
+    clock = TimeLeft(200, 0.0)
+    assert clock.at(1, 13.0) is None
+    for second in range(1, 11):
+        left = clock.at(1 + 7 * second, 13.0 + second)
+    assert left is not None
+    assert left < 1.5 * (199 - 70) / 7
 
 
 def test_a_run_says_what_it_will_take_and_a_dry_run_says_only_that(

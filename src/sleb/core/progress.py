@@ -11,8 +11,11 @@ from typing import Protocol
 Tick = Callable[..., None]
 """``tick(n=1, note="")``: n more units are done; ``note`` is shown beside the bar."""
 
-SMOOTH_S = 30.0
-"""Time over which a new speed takes the place of an old one in the time left."""
+SMOOTH_S, SMOOTH_PART = 30.0, 8
+"""Time over which a new speed takes the place of an old one in the time left, and at most one part
+in so many of what has gone by."""
+EARLY_S, EARLY_PART = 30.0, 100
+"""Before so many seconds, less than one part in so many says nothing of the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +72,33 @@ def tell(progress: Progress, what: Estimate | Begins | str) -> None:
 
 
 class TimeLeft:
-    """Seconds left of ``total`` units, steady: a new speed counts as much as time went by since,
-    over half a minute. ``start``: the moment when it began."""
+    """Seconds left of ``total`` units, steady: a new speed counts as much as time went by since.
+    ``start``: the moment when it began. Speed is that behind the first units, which may be a
+    hundred times as slow as all others."""
 
     def __init__(self, total: int, start: float) -> None:
         self.total, self.start = total, start
         self._left: float | None = None
+        self._first: tuple[int, float] | None = None
         self._at = start
 
     def at(self, done: int, now: float) -> float | None:
-        """Seconds that are left where ``done`` units are done; None before the first, and
-        where work goes on behind the last."""
+        """Seconds that are left where ``done`` units are done; None where too few are, and where
+        work goes on behind the last."""
         if not 0 < done < self.total:
             return None
-        fresh = (now - self.start) * (self.total - done) / done
+        self._first = self._first or (done, now)
+        if now - self.start < EARLY_S and done * EARLY_PART < self.total:
+            return None
+        known, since = self._first if done > self._first[0] else (0, self.start)
+        fresh = (now - since) * (self.total - done) / (done - known)
         if self._left is None:
             self._left = fresh
         else:
             gone = now - self._at
             due = max(0.0, self._left - gone)
-            self._left = due + (1 - math.exp(-gone / SMOOTH_S)) * (fresh - due)
+            over = min(SMOOTH_S, (now - self.start) / SMOOTH_PART)
+            self._left = due + (1 - math.exp(-gone / over)) * (fresh - due)
         self._at = now
         return self._left
 
