@@ -175,6 +175,13 @@ def test_a_slow_start_is_soon_forgotten():
     assert left < 1.5 * (199 - 70) / 7
 
 
+def test_no_verb_is_silent_while_it_starts(tiny_dir, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    said = run(capsys, "inspect", tiny_dir, "--full").err
+    assert said.index("starting: done in") < said.index("asking transformers: done in")
+    assert run(capsys, "inspect", tiny_dir, "--full", "-q").err == ""
+
+
 def test_a_run_says_what_it_will_take_and_a_dry_run_says_only_that(
     tiny_dir, tmp_path, monkeypatch, capsys
 ):

@@ -710,7 +710,8 @@ def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -
     progress = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
     if given.get("estimate"):
         return _foretold(verb, config, given, progress)
-    function = verb.function
+    with progress.stage("starting", None):  # torch and transformers are imported
+        function = verb.function
     _check_record(given)
     own = {argument.name for argument in verb.own}
     values = {name: value for name, value in given.items() if name not in own}

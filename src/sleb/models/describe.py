@@ -81,7 +81,8 @@ def describe(ref: str | Path, config: InspectConfig, *, progress: Progress = sil
         from sleb.models.structure import gguf_structure
 
         file = GGUFFile.open(path)
-        facts = gguf_structure(file)  # refuses what could not be converted
+        with progress.stage("asking transformers", None):
+            facts = gguf_structure(file)  # refuses what could not be converted
         found = replace(_of_gguf(str(ref), file), **facts)
     if found is None or config.full:
         source = resolve(ref, progress)
@@ -91,7 +92,8 @@ def describe(ref: str | Path, config: InspectConfig, *, progress: Progress = sil
             from sleb.models.structure import structure
 
             trust = config.trust_remote_code
-            facts = structure(checkpoint, trust_remote_code=trust)
+            with progress.stage("asking transformers", None):
+                facts = structure(checkpoint, trust_remote_code=trust)
             found = replace(found, **facts)
             if found.supported and found.gguf is None:
                 found = _sized(found, checkpoint)
