@@ -327,6 +327,9 @@ def test_a_lost_right_answer_is_the_worst_beside_what_was_expected_and_a_won_one
     pairs = complete().answers.pairs
     lost = Judged(expected={"answer": "30 days", "regex": "keep"}, dense=True, pruned=False)
     first = put(complete(), "answers.pairs.6.judged", lost)
+    assert "Right answers, of 1 that can be judged: 1 before, 0 after (lost 1, won 0)." in seen(
+        first
+    ).text("answers")
     text = seen(first).text("sum-worst")
     assert "Prompt q5" in seen().text("sum-worst")
     assert "Prompt q7 " in text
@@ -548,6 +551,7 @@ def variety():
     )
     for path, new in {
         "gate": passed_gate(),
+        "answers.pairs.6.judged": Judged(expected={"answer": "9"}, dense=True, pruned=False),
         "gate.rows.2.verdict": "unclear",
         "gate.rows": tuple(
             replace(full.gate.rows[0], name=name, verdict="unclear", needed=9)

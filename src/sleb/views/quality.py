@@ -307,6 +307,11 @@ def examples(t: Locale, k: AnswersKept | None) -> list[Item]:
 
 def _together(t: Locale, c: Comparison) -> Iterator[str]:
     """What is told of both models' answers together."""
+    if known := [pair.judged for pair in c.pairs if pair.judged]:
+        right = sum(one.dense for one in known), sum(one.pruned for one in known)
+        changed = sum(one.lost for one in known), sum(one.won for one in known)
+        counts = dict(zip(("dense", "pruned", "lost", "won"), (*right, *changed), strict=True))
+        yield t("answers.right_of", judged=len(known), counts=t("kept.counts", **counts))
     yield t("answers.identical", share=t.interval(c.identical, t.percent))
     yield t("answers.parted", tokens=t.count(round(c.agreed_median)))
     key = "answers.switched_share" if c.languages else "answers.scripts_share"
