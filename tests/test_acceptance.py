@@ -225,15 +225,17 @@ def test_tasks_and_answers_that_give_no_figure_say_why():
 
     assert kept(replace(task("sums", -0.1), flips=None)).missing == "not-paired"
     assert kept(task("sums", 0.0, dense=0.0)).missing == "dense-zero"
+    guessed = replace(task("sums", -0.1), chance=0.99)
+    assert (kept(guessed).missing, kept(guessed).needed) == ("at-chance", None)
     assert kept(task("sums", -0.9)).worst == 0  # no less than nothing is kept
     none = RightAnswers(judged=40, dense=0, pruned=1, lost=0, won=1, kept=None)
     prompts = made(AnswersKept, right=none)
     (row,) = check(nested("answers.min_right", 0.9), replace(FULL, prompts=prompts))
     assert (row.verdict, row.missing, row.judged) == ("unclear", "none-right", 40)
-    with pytest.raises(VerificationFailed, match=r"the original had none right of 40 \(of"):
+    with pytest.raises(VerificationFailed, match=r"the original had too few right of 40 \(of"):
         GateResult(rows=(row,)).require()
     told = " ".join(item.text for item in items(GateResult(rows=(row,)))[1:])
-    assert "the original had none right of 40" in told
+    assert "the original had too few right of 40" in told
     assert "sleb eval" not in told
     silent = replace(FULL.answers, pruned=answers(ended=1.0, empty=0.1, repetitive=0.1))
     (row,) = check(nested("answers.min_json_valid", 0), replace(FULL, answers=silent))

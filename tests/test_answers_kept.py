@@ -18,9 +18,9 @@ from sleb.config import PromptOptions
 from sleb.core.errors import InputError, VerificationFailed
 from sleb.core.plan import Plan
 from sleb.core.progress import silent
-from sleb.evaluation import run_code
+from sleb.evaluation import agreement, run_code
 from sleb.evaluation.agreement import agreement_of, measure_answers
-from sleb.evaluation.grading import are_right, gradable
+from sleb.evaluation.grading import Judged, are_right, gradable
 from sleb.repairs import repair
 from sleb.repairs.answering import answered, answers_to, prompt_ids, written
 from sleb.repairs.regression import Regression
@@ -427,3 +427,13 @@ def test_windows_of_several_lengths_stand_beside_each_other(split):
     assert both.tokens == split.fit.tokens + short.tokens == split.fit.tokens + 8
     assert [row[row != 0].tolist() for row in both.ids[n:]] == [[1, 2, 3, 6], [4, 5, 7, 8]]
     assert isinstance(split, AnswerSplit)
+
+
+def test_of_few_right_answers_no_share_is_told():
+    def right(dense):
+        one = Judged(expected={"answer": "1"}, dense=True, pruned=False)
+        return agreement._right([one] * dense + [replace(one, dense=False)] * 9)
+
+    assert right(agreement.FEW - 1).kept is None
+    assert right(agreement.FEW).kept.value == 0
+    assert (right(2).dense, right(2).lost, right(2).judged) == (2, 2, 11)

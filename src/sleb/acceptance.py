@@ -172,6 +172,8 @@ def _retentions(record: RunRecord) -> list[_Figure]:
             return _Figure(None, task.name, "not-paired")
         if not task.dense.value:
             return _Figure(None, task.name, "dense-zero")
+        if task.guesses:
+            return _Figure(None, task.name, "at-chance")
         kept = task.flips.difference.mapped(lambda d: max(0.0, 1 + d / task.dense.value))
         return _Figure(kept, task.name, items=task.items, dense=1.0)
 

@@ -112,10 +112,10 @@ class GateRow:
     ``dense``: the dense model's, or what means no change. ``verdict``: kept by the worst case, not
     kept by the best case either, or unclear; then about ``needed`` windows, items, prompts or runs
     would tell. Where there is no figure or no interval, ``missing`` is ``not-measured``,
-    ``no-interval``, ``not-paired``, ``dense-zero``, ``none-right`` (of ``judged`` answers of the
-    dense model), ``no-json-prompt`` or ``unknown-name``, of which ``near`` is a name that the
-    record has. ``unit``: x, %, MB, nats/token; figures in % are
-    shares in 0..1. Without a ``limit`` there is no verdict; no gate has such a row."""
+    ``no-interval``, ``not-paired``, ``dense-zero``, ``at-chance``, ``none-right`` (or too few, of
+    ``judged`` answers of the dense model), ``no-json-prompt`` or ``unknown-name``, of which
+    ``near`` is a name that the record has. ``unit``: x, %, MB, nats/token; figures in % are shares
+    in 0..1. Without a ``limit`` there is no verdict; no gate has such a row."""
 
     name: str
     of: str = ""
@@ -137,7 +137,7 @@ class GateRow:
     def measured_by(self) -> str:
         """The command that would measure it; empty if every run does, or if there is nothing of the
         dense model's to keep, as no other measurement of the same would tell more."""
-        if self.missing in ("dense-zero", "none-right"):
+        if self.missing in ("dense-zero", "at-chance", "none-right"):
             return ""
         return COMMANDS.get(self.name) or COMMANDS.get(self.name.partition(".")[0], "")
 
@@ -168,7 +168,7 @@ class GateResult:
         if row.worst is None:
             why = row.missing.replace("-", " ")
             if row.missing == "none-right":
-                why = f"the original had none right of {row.judged}"
+                why = f"the original had too few right of {row.judged}"
             why += f"; run: {row.measured_by}" if row.measured_by else ""
         else:
             bound = "most" if row.at_most else "least"

@@ -32,11 +32,16 @@ WORST = 3
 """Examples that a record has."""
 
 
+FEW = 5
+"""Right answers of the dense model, of which a share is told."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RightAnswers:
     """Answers that their rows can tell to be right, of ``judged`` prompts: ``dense`` and ``pruned``
     by each model; ``lost`` by the pruned one alone wrong, ``won`` alone right. ``kept``: the share
-    of the dense model's that the pruned one has, null where that has none."""
+    of the dense model's that the pruned one has, null of fewer than ``FEW``, where one answer is a
+    large part."""
 
     judged: int
     dense: int
@@ -223,7 +228,7 @@ def _right(both: Sequence[Judged]) -> RightAnswers:
         pruned=sum(one.pruned for one in both),
         lost=sum(one.lost for one in both),
         won=sum(one.won for one in both),
-        kept=proportion(sum(kept), len(kept)) if kept else None,
+        kept=proportion(sum(kept), len(kept)) if len(kept) >= FEW else None,
     )
 
 

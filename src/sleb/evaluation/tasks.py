@@ -49,6 +49,13 @@ class TaskResult:
             return None
         return self.pruned.value / self.dense.value
 
+    @property
+    def guesses(self) -> bool:
+        """Whether the dense model is not clearly better than guessing, which leaves nothing to
+        keep."""
+        low = self.dense.low
+        return self.chance is not None and low is not None and low <= self.chance
+
 
 def check_tasks(
     tasks: Sequence[str], *, folder: str | Path | None = None

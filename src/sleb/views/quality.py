@@ -144,11 +144,7 @@ def tasks(t: Locale, results: Sequence[TaskResult]) -> list[Item]:
         ),
         "reading": lambda r: change(t, r.flips),
     }
-    guesses = [
-        Text(t("tasks.guesses", task=r.name))
-        for r in results
-        if r.chance is not None and r.dense.low is not None and r.dense.low <= r.chance
-    ]
+    guesses = [Text(t("tasks.guesses", task=r.name)) for r in results if r.guesses]
     if t.markup:
         both = t.table("tasks", {**scores, **flips}, results, words=["metric", "reading"])
         return [Text(t("tasks.text")), both, *guesses]
