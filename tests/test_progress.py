@@ -81,6 +81,16 @@ def test_without_a_terminal_there_is_a_line_now_and_then_even_if_nothing_moves(l
     assert all("left; round 1" in line for line in log[1:3])
 
 
+def test_the_line_of_a_stage_that_has_ended_names_its_round(log):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    for shown, said in ((progress.Lines(0.0), log), (Bars(console, 0.0), None)):
+        with shown.stage("searching", 2) as tick:
+            tick(1, note="round 1")
+            tick(1, note="round 2 of 6, 3 left")
+        last = said[-1] if said else console.file.getvalue()
+        assert "searching: round 2 of 6, 3 left; done in 0 s" in last
+
+
 def test_where_the_end_is_not_known_or_passed_only_the_time_gone_is_said(log):
     for total, done in ((None, 3), (4, 4), (4, 9)):
         log.clear()

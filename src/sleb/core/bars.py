@@ -54,11 +54,15 @@ class Bars(Shown):
         with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
             task = bars.add_task(printable(f"{self._prefix}{title}"), total=total, note="")
 
+            said = ""
+
             def tick(n: int = 1, note: str = "") -> None:
+                nonlocal said
+                said = note
                 bars.update(task, advance=n, note=printable(note))
 
             yield tick
-        self.ended(title, time.monotonic() - start)
+        self.ended(title, time.monotonic() - start, said)
 
 
 class _Left(ProgressColumn):

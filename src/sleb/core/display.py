@@ -115,10 +115,12 @@ class Shown:
     def _prefix(self) -> str:
         return f"{self._number} of {len(self._expected)}: " if self._number else ""
 
-    def ended(self, title: str, spent: float) -> None:
-        """A stage has ended; of a phase only the whole is worth a line."""
+    def ended(self, title: str, spent: float, note: str = "") -> None:
+        """A stage has ended, of which ``note`` was the last; of a phase only the whole is worth a
+        line."""
         if spent >= self.least and not (self._phase and self.least):
-            self.say(f"{title}: done in {spelled(spent)}")
+            last = f" {note};" if note else ""
+            self.say(f"{title}:{last} done in {spelled(spent)}")
 
 
 class Lines(Shown):
@@ -150,7 +152,7 @@ class Lines(Shown):
 
         with _heartbeat(line):
             yield tick
-        self.ended(title, time.monotonic() - start)
+        self.ended(title, time.monotonic() - start, said)
 
 
 @contextmanager
