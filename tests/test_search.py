@@ -1,6 +1,7 @@
 """The search selects exactly what the published algorithm selects, with the same scores."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
             return toy(weights, pairs)(sets, start, stop)
 
         try:
-            with ScoreCache(path, "key") as cache:
+            with ScoreCache(path, {}) as cache:
                 scorer = Scorer(values=score, step=lambda sets: 2)
                 objective = Objective(scorer, 5, cache=cache, exact=exact)
                 found = STRATEGIES["greedy"](objective, range(7), 4)
@@ -222,20 +223,50 @@ def test_a_search_killed_anywhere_resumes_to_the_identical_result(tmp_path, exac
 
 
 def test_scores_of_another_search_or_kind_are_not_used(tmp_path):
-    def known(key, kind):
-        with ScoreCache(tmp_path / "j", key, keep=True) as cache:
+    def known(seed, kind):
+        with ScoreCache(tmp_path / "j", {"seed": seed}, keep=True) as cache:
             return cache.replay(kind)
 
-    with ScoreCache(tmp_path / "j", "one", keep=True) as cache:
+    with ScoreCache(tmp_path / "j", {"seed": 1}, keep=True) as cache:
         cache.append("loss", [BlockSet({1})], 0, np.ones((1, 2)))
         cache.append("repaired", [BlockSet({2})], 4, np.zeros((1, 2)))
-    ((sets, start, values),) = known("one", "repaired")
+    ((sets, start, values),) = known(1, "repaired")
     assert (sets, start, values.tolist()) == ([BlockSet({2})], 4, [[0.0, 0.0]])
-    assert known("one", "another") == []
-    assert known("two", "loss") == []
+    assert known(1, "another") == []
+    assert known(2, "loss") == []
     (tmp_path / "j").write_text("not json\n")
-    assert known("two", "loss") == []
+    assert known(2, "loss") == []
     assert not (tmp_path / "j").exists()  # of nothing scored nothing is kept
+
+
+def test_scores_of_other_settings_wait_for_these(tmp_path):
+    """Whatever is searched in between, interrupted or not, and what is there is said."""
+    journal = tmp_path / "plan.json.journal"
+
+    def scored(seed, sets=(), done=False):
+        said, display = [], SimpleNamespace(tell=lambda text: said.append(text))
+        with suppress(KeyboardInterrupt), ScoreCache(journal, {"seed": seed, "exact": True}) as c:
+            c.tell(display)
+            known = len(c.replay("loss"))
+            for blocks in sets:
+                c.append("loss", [BlockSet(blocks)], 0, np.ones((1, 2)))
+            if not done:
+                raise KeyboardInterrupt
+        return known, said
+
+    assert scored(1, [{1}, {2}, {3}]) == (0, [])
+    known, (said,) = scored(2, [{1}])
+    (aside,) = set(tmp_path.iterdir()) - {journal}
+    assert known == 0
+    assert said.startswith(f"{journal} has 3 scores of other settings (seed: 2, was 1): kept as")
+    assert str(aside) in said
+    known, (first, second) = scored(1, done=True)
+    assert known == 3
+    assert "seed: 1, was 2" in first
+    assert second == f"going on from {journal}, which has 3 scores of before"
+    assert not journal.exists()
+    assert scored(2, done=True)[0] == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("left", [1, 3, 8])

@@ -15,11 +15,12 @@ made visible (:mod:`sleb.core.printable`), and a very long message loses its mid
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sleb.core.printable import LONGEST_MESSAGE, printable
 
@@ -122,3 +123,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word, `` (did you mean 'cosine'?)``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def changes(now: Mapping[str, Any], was: Mapping[str, Any]) -> list[str]:
+    """What differs between settings, as ``seed: 1, was 0``. Values are JSON's; of those that are
+    SHA-256, only that the content differs."""
+
+    def shown(settings: Mapping[str, Any], name: str) -> str:
+        value = settings.get(name)
+        if isinstance(value, list):
+            return ", ".join(map(str, value)) or "none"
+        return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+    found = []
+    for name in dict.fromkeys([*now, *was]):
+        new, old = shown(now, name), shown(was, name)
+        if new != old:
+            hashed = all(re.fullmatch("[0-9a-f]{64}", value) for value in (new, old))
+            found.append(f"{name}: other content" if hashed else f"{name}: {new}, was {old}")
+    return found

@@ -6,10 +6,11 @@ of scores that survives an interruption, and progress live here once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from sleb.core.errors import VerificationFailed
-from sleb.core.files import disk_errors
+from sleb.core.errors import VerificationFailed, changes
+from sleb.core.files import disk_errors, write_text
 from sleb.core.plan import Saving
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, Tick, silent, tell
@@ -100,8 +101,6 @@ class Objective:
         self._known: dict[BlockSet, Values] = {}
         for sets, start, values in cache.replay(kind) if cache else ():
             self._learn(sets, start, values)
-        if cache:
-            cache.tell(progress)
 
     def scores(self, sets: Sequence[BlockSet], note: str = "") -> Values:
         """Score per set and window, float64 [len(sets), n_windows]. ``note`` goes to progress."""
@@ -244,25 +243,29 @@ class _Round:
 class ScoreCache:
     """One file for all scores of a search: a JSON line per call, which names the kind of score.
 
-    ``key`` identifies all that the scores of every kind depend on; a file with another key, or with
-    a damaged header, is started anew. A line cut short by a crash is dropped. In a job of several
-    ranks the file is the first one's, and the others learn what stands in it.
+    ``settings``: all that the scores of every kind depend on, by name. A file of other settings is
+    set aside under a name of its own, from which a search with those goes on; one with a damaged
+    header is started anew. A line cut short by a crash is dropped. In a job of several ranks the
+    file is the first one's, and the others learn what stands in it.
 
     Used as a context, at whose end the file goes if the search is done, since the plan then holds
     the result, or if nothing was scored; unless ``keep``. Without a path nothing is kept.
     """
 
-    def __init__(self, path: str | Path | None, key: str, *, keep: bool = False) -> None:
+    def __init__(
+        self, path: str | Path | None, settings: Mapping[str, Any], *, keep: bool = False
+    ) -> None:
         self.path, self.keep = None if path is None else Path(path), keep
-        self._header = {"journal": 2, "key": key}
+        known = json.dumps(settings, sort_keys=True)
+        key = hashlib.sha256(known.encode()).hexdigest()
+        self._header = {"journal": 2, "key": key, "settings": json.loads(known)}
         self._stream: IO[str] | None = None
         self._lines: list[dict[str, Any]] = []
-        self._before = 0
+        self._notes: list[str] = []
 
     def __enter__(self) -> ScoreCache:
         if self.path is not None:
-            self._lines = json.loads(group().broadcast_from_main(self._open))
-            self._before = sum(len(line["sets"]) for line in self._lines)
+            self._lines, self._notes = json.loads(group().broadcast_from_main(self._open))
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -274,10 +277,9 @@ class ScoreCache:
             self.path.unlink(missing_ok=True)
 
     def tell(self, progress: Progress) -> None:
-        """Say, once, what was there from before."""
-        if self._before:
-            tell(progress, f"going on from {self.path}, which has {self._before} scores of before")
-        self._before = 0
+        """Say what was there from before."""
+        for note in self._notes:
+            tell(progress, note)
 
     def replay(self, kind: str) -> list[tuple[list[BlockSet], int, Values]]:
         """All scores of a kind so far: sets, first window, values [sets, windows]. ``kind`` says
@@ -291,37 +293,71 @@ class ScoreCache:
     def append(self, kind: str, sets: Sequence[BlockSet], start: int, values: Values) -> None:
         """Keep the scores of ``sets`` on the windows from ``start``, if this process is the one
         that writes."""
-        if self._stream is not None:
-            self._lines.append({"kind": kind, "sets": [*map(sorted, sets)], "start": start})
-            self._lines[-1]["values"] = values.tolist()
-            self._write(self._lines[-1])
-
-    def _open(self) -> str:
-        assert self.path is not None
-        self._lines = self._read(self.path)
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # rewrite what was understood, so that a torn last line never precedes a new one
-            self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (see __exit__)
-            for line in (self._header, *self._lines):
-                self._write(line)
-        return json.dumps(self._lines)
-
-    def _read(self, path: Path) -> list[dict[str, Any]]:
-        lines = []
-        try:
-            for raw in path.read_text(encoding="utf-8").splitlines():
-                lines.append(json.loads(raw))
-        except FileNotFoundError:
-            return []
-        except ValueError:  # not JSON, or not UTF-8
-            logger.info("%s ends in a torn line, which is dropped", path)
-        return lines[1:] if lines and lines[0] == self._header else []
-
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._stream is not None
-        assert self.path is not None
+        if self._stream is None or self.path is None:
+            return
+        line = {"kind": kind, "sets": [*map(sorted, sets)], "start": start}
+        line["values"] = values.tolist()
+        self._lines.append(line)
         with disk_errors(self.path):
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
+
+    def _open(self) -> str:
+        """The lines that are there from before and what there is to say of them, as JSON."""
+        assert self.path is not None
+        key, notes = self._header["key"], list[str]()
+        header, lines = _read(self.path)
+        if header and header["key"] != key:
+            notes = self._set_aside(header, lines)
+            header = {}
+        if not header:
+            header, lines = _read(_aside(self.path, key))
+        if lines:
+            notes.append(f"going on from {self.path}, which has {_scores(lines)} scores of before")
+        with disk_errors(self.path):
+            # rewrite what was understood, so that a torn last line never precedes a new one
+            text = "".join(json.dumps(line) + "\n" for line in (self._header, *lines))
+            write_text(self.path, text)
+            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see __exit__)
+            _aside(self.path, key).unlink(missing_ok=True)
+        return json.dumps([lines, notes])
+
+    def _set_aside(self, header: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+        """Rename the file, which is of other settings; what there is to say of it."""
+        assert self.path is not None
+        if not lines:
+            return []
+        place = _aside(self.path, header["key"])
+        with disk_errors(self.path):
+            os.replace(self.path, place)
+        differ = changes(self._header["settings"], header.get("settings", {}))
+        return [
+            f"{self.path} has {_scores(lines)} scores of other settings ({'; '.join(differ)}): "
+            f"kept as {place}, where a search with those finds them"
+        ]
+
+
+def _aside(path: Path, key: str) -> Path:
+    """Where a journal with this key waits until its settings are asked for again."""
+    return path.with_name(f"{path.stem}.{key[:8]}{path.suffix}")
+
+
+def _scores(lines: list[dict[str, Any]]) -> int:
+    return sum(len(line["sets"]) for line in lines)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and lines of a journal; both empty where there is none."""
+    lines = []
+    try:
+        for raw in path.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(raw))
+    except FileNotFoundError:
+        return {}, []
+    except ValueError:  # not JSON, or not UTF-8
+        logger.info("%s ends in a torn line, which is dropped", path)
+    match lines:
+        case [{"journal": 2, "key": str(key)} as header, *rest] if key.isalnum():
+            return header, rest
+    return {}, []

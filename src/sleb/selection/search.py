@@ -3,7 +3,6 @@ record."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -84,8 +83,9 @@ def find_blocks(
 ) -> Plan:
     """Find the blocks whose removal costs least, and return the plan; see :func:`sleb.search`."""
     search = _Search(model, config, split, repaired, progress)
-    cache = ScoreCache(journal, search.key, keep=keep_journal)
+    cache = ScoreCache(journal, search.settings, keep=keep_journal)
     with on_threads(config.threads), cache:
+        cache.tell(progress)
         evidence = search.heldout(cache, after_repair)
         decides = search.answer_evidence(cache, after_repair) or evidence
         rule = StoppingRule(search.goal, search.costs, search.candidates, decides)
@@ -223,13 +223,24 @@ class _Search:
         return self.config.curve or self.goal.max_loss_increase is not None
 
     @property
-    def key(self) -> str:
-        """Identity of all that every score depends on."""
+    def settings(self) -> dict[str, Any]:
+        """All that every score depends on."""
         record, config = self.windows.record, self.config
-        how = self.model.dtype + (", compiled" if config.compile else "")
-        parts = [self.identity.model_dump(), record.sha256, record.seed, config.chosen_by, how]
-        parts += [config.exact, versions()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return {
+            "model": self.identity.architecture,
+            "config": self.identity.config_sha256,
+            "weights": self.identity.weights_sha256,
+            "metric": config.chosen_by,
+            "text": [source.spec for source in record.sources],
+            "windows": record.windows,
+            "length": record.length,
+            "seed": record.seed,
+            "tokens": record.sha256,
+            "dtype": self.model.dtype,
+            "compile": config.compile,
+            "exact": config.exact,
+            **versions(),
+        }
 
     @cached_property
     def fitted(self) -> Windows:
