@@ -90,7 +90,7 @@ def test_what_a_run_will_take_is_said_without_doing_it(place, monkeypatch, capsy
     assert named.unknown == ("tasks",), "how many items those have is not known here"
 
 
-def test_one_command_goes_from_search_to_reports(place, capsys):
+def test_one_command_goes_from_search_to_reports(place, capsys, monkeypatch):
     assert main(["run", str(place / "sleb.toml")]) == 0
     out = place / "smaller"
     record = RunRecord.load(out)
@@ -101,6 +101,7 @@ def test_one_command_goes_from_search_to_reports(place, capsys):
     assert record.transfer.domains == ("mail", "notes")
     assert record.gate.passed
     assert record.speed is None
+    assert str(record.settings["search.remove"]) == "2"
     for lang in ("en", "ja"):
         assert f'lang="{lang}"' in (out / f"report.{lang}.html").read_text(encoding="utf-8")
     printed, told = capsys.readouterr()
@@ -109,6 +110,11 @@ def test_one_command_goes_from_search_to_reports(place, capsys):
         r"next, about: similarity \d+ s, tasks \d+ s, transfer \d+ s, answers \d+ s\n", told
     )
     assert "1,000" in printed or "1000" in printed
+    assert "measured again" not in told
+    monkeypatch.chdir(place)  # where one stands is no other setting
+    assert main(["run", "sleb.toml"]) == 0
+    when = record.started[:10]
+    assert f"nothing was measured again: all is from the run of {when}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -158,9 +164,20 @@ def test_a_run_goes_on_with_the_stage_that_is_missing(place, monkeypatch):
 def test_other_settings_do_not_overwrite_a_result(place):
     run(place / "sleb.toml")
     before = (place / "smaller" / "run.json").read_bytes()
-    change(place, "remove = 2", "remove = 1")
-    with pytest.raises(InputError, match=r"other settings .* --force"):
+    change(place, "remove = 2", 'remove = "20%"')
+    (place / "mail.txt").write_text(TEXT * 41)
+    differ = (
+        r"other settings .* \(search\.remove: 20%, was 2; mail\.txt: other content\); .* --force"
+    )
+    with pytest.raises(InputError, match=differ):
         run(place / "sleb.toml")
+    record = json.loads(before)
+    del record["settings"]  # as it was before they were kept
+    (place / "smaller" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"texts than now; .* --force"):
+        run(place / "sleb.toml")
+    (place / "smaller" / "run.json").write_bytes(before)
+    change(place, 'remove = "20%"', "remove = 1")
     assert (place / "smaller" / "run.json").read_bytes() == before
     assert len(run(place / "sleb.toml", force=True).removed) == 1
 

@@ -31,7 +31,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.display import spelled
-from sleb.core.errors import InputError
+from sleb.core.errors import InputError, changes
 from sleb.core.plan import Plan
 from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
 from sleb.evaluation.answers import Comparison, compare
@@ -47,6 +47,7 @@ from sleb.repairs import stored_repair
 from sleb.runtimes.bench import FULL, QUICK, Speed, bench
 from sleb.selection.request import check_options
 from sleb.selection.similarity import measure_similarity
+from sleb.views.locale import Locale
 from sleb.views.report import write_report
 
 
@@ -112,7 +113,8 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     if project.gate is not None and not project.search.prompts:
         _check_chats(project, path)
     keys, out = project.keys(), project.target
-    record = _pruned(project, keys["prune"], config.force, progress)
+    known = None if config.force else _known(project, keys["prune"])
+    record = known or _pruned(project, keys["prune"], config.force, progress)
     session = _Session(project, record, progress)
     left = [
         (stage, work)
@@ -122,6 +124,9 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     if left:
         tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
         tell(progress, session.told([stage for stage, _ in left]))
+    elif known:
+        when = Locale("en").moment(known.started)
+        tell(progress, f"nothing was measured again: all is from the run of {when}")
     for stage, work in left:
         done = {**record.stages, stage: keys[stage]}
         record = RunRecord.update(out, stages=done, **{stage: work()})
@@ -196,23 +201,38 @@ def _check_chats(project: Project, path: str | Path) -> None:
         )
 
 
-def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunRecord:
-    """The record of the search and the cut: done before, or now."""
+def _known(project: Project, key: str) -> RunRecord | None:
+    """The record of the search and the cut, if they were done before.
+
+    Raises:
+        InputError: they were, with other settings or texts.
+    """
     out = project.target
-    if (out / "run.json").is_file() and not force:
-        record = RunRecord.load(out)
-        if record.stages.get("prune") == key:
-            return record
-        raise InputError(
-            f"{out} is from other settings or texts than now; give another out, or --force to "
-            "search again and replace it"
-        )
+    if not (out / "run.json").is_file():
+        return None
+    record = RunRecord.load(out)
+    if record.stages.get("prune") == key:
+        return record
+    # a record of before has none, nor has one that `sleb prune` made
+    differ = changes(project.settings, record.settings) if record.settings else []
+    which = f" ({'; '.join(differ)})" if differ else ""
+    raise InputError(
+        f"{out} is from other settings or texts than now{which}; "
+        "give another out, or --force to search again and replace it"
+    )
+
+
+def _pruned(project: Project, key: str, force: bool, progress: Progress) -> RunRecord:
+    """Search and cut; the record."""
+    out = project.target
     how: dict[str, Any] = {"command": "sleb run", "stages": {"prune": key}, "progress": progress}
     search = project.search.replaced({"force": force})
     if project.heal is None:
-        return prune(project.source, out, **dict(search), **how).record
-    healing = project.heal.replaced({"force": force})
-    return prune_and_heal(project.source, out, search, healing, **how).record
+        prune(project.source, out, **dict(search), **how)
+    else:
+        healing = project.heal.replaced({"force": force})
+        prune_and_heal(project.source, out, search, healing, **how)
+    return RunRecord.update(out, settings=project.settings)
 
 
 class _Session:

@@ -122,23 +122,41 @@ class ProjectFile(Options):
     def _prompts(self, spec: str) -> str:
         return spec if spec in (DEFAULT_PROMPTS, NO_PROMPTS) else self.beside(spec)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the cut depends on, named as in the file; of files the SHA-256."""
+        search, heal = self.search, self.heal
+        asked = search.model_dump(mode="json", exclude={"text", "prompts"})
+        healing = heal.model_dump(mode="json", exclude={*AS_CUT}) if heal else {}
+        files = [*(parse_source(spec).location for spec in search.text), *search.prompts]
+        return {
+            "model": self.model,
+            **{f"text.{name}": spec for name, spec in self.text.items()},
+            **{f"search.{name}": value for name, value in asked.items()},
+            "search.prompts": [self._given(spec) for spec in search.prompts],
+            **{f"heal.{name}": value for name, value in healing.items()},
+            **{self._given(path): digest for path in files if (digest := _digest(path))},
+        }
+
+    def _given(self, path: str) -> str:
+        """A path as it stands in the file, which is the same wherever one stands."""
+        inside = Path(path).is_relative_to(self.folder)
+        return str(Path(path).relative_to(self.folder)) if inside else path
+
     def keys(self) -> dict[str, str]:
         """For each stage a hash of all that its result depends on."""
-        measure, search = self.measure, self.search
-        texts = [_digest(parse_source(spec).location) for spec in search.text]
-        asked = [_digest(spec) for spec in search.prompts]
-        healed = [self.heal.model_dump()] if self.heal else []
-        prune = [self.source, search.model_dump(), *texts, *asked, *healed]
+        measure = self.measure
+        folder, tasks = measure.tasks_folder, [*measure.tasks, *map(_digest, self.tasks)]
         own = {
             "prune": [],
             "similarity": [],
-            "tasks": [self.tasks, measure.tasks_folder, measure.limit, *map(_digest, self.tasks)],
+            "tasks": [tasks, folder, measure.limit],
             "answers": [measure.new_tokens, _digest(self.beside(measure.prompts or ""))],
             "speed": [measure.bench_quick],
             "transfer": [],
         }
         return {
-            stage: hashlib.sha256(json.dumps([prune, needs]).encode()).hexdigest()
+            stage: hashlib.sha256(json.dumps([self.settings, needs]).encode()).hexdigest()
             for stage, needs in own.items()
         }
 

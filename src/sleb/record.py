@@ -197,7 +197,8 @@ class RunRecord:
     ``kept``: the folder holds what `sleb restore` needs.
     ``requantized``: of a GGUF file, the repaired tensors, which were quantized again.
     ``healed``: what a training after the cut did, of which all else here is the result.
-    ``stages``: what `sleb run` has done, and a hash of what each stage depended on.
+    ``stages``: what `sleb run` has done, and a hash of what each stage depended on; ``settings``:
+    what the cut did, by name.
     """
 
     command: str
@@ -228,6 +229,7 @@ class RunRecord:
     healed: Healed | None = None
     requantized: tuple[Stored, ...] = ()
     stages: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
     @property
