@@ -184,6 +184,31 @@ def test_what_was_not_measured_fails_and_says_what_measures_it(path):
         GateResult(rows=(row,)).require()
 
 
+def test_what_a_failed_limit_says_is_what_the_table_says():
+    """Not kept or not to be told, with the figures and the next step of its row."""
+
+    def said(low, high):
+        flips = made(Flips, difference=span(0.0, low, high))
+        facts = made(TaskResult, name="facts", dense=span(0.5, 0, 1), flips=flips, items=10)
+        result = Gate.parse({"tasks": {"min_retention": 0.85}}, "").check(
+            replace(FULL, tasks=(facts,))
+        )
+        with pytest.raises(VerificationFailed) as error:
+            result.require()
+        (table, *told) = items(result)
+        (row,) = table.rows
+        assert all(cell.replace("\u00a0", " ") in str(error.value) for cell in row[1:4])
+        return str(error.value), told[0].text.partition(": ")[2]
+
+    message, would = said(-0.45, 0.3)
+    name = "tasks.min_retention, facts"
+    figures = "measured 100.0 %, at worst 10.0 %, allowed at least 85.0 %"
+    of = "(of 1 limits 0 not kept, 1 cannot be told yet)"
+    assert re.fullmatch("about [0-9,]+ questions would tell", would)
+    assert message == f"it cannot be told yet whether {name} is kept: {figures}; {would} {of}"
+    assert said(-0.45, -0.4)[0].startswith(f"a limit is not kept: {name}: {figures} (of 1 ")
+
+
 def test_a_dense_evaluation_is_no_measure_of_the_pruned_model():
     dense = made(Evaluation)
     gate = {"perplexity": {"max_ratio": 9}, "divergence": {"max": 9}, "agreement": {"min": 0}}
@@ -345,7 +370,9 @@ def test_the_example_names_every_limit_and_is_right(tmp_path):
 
 def test_the_result_is_required():
     found = Gate.parse({"divergence": {"max": 0.2}, "agreement": {"min": 0.7}}, "g").check(FULL)
-    said = r"divergence.max: 0.1 .* at worst 0.25 .* 0.2 .*of 2 limits 0 not kept, 1 cannot be told"
+    said = (
+        r"divergence.max is kept: .* 0.1 .* at worst 0.25 .* 0.2 .*of 2 limits 0 not .*, 1 cannot"
+    )
     with pytest.raises(VerificationFailed, match=said):
         found.require()
     GateResult(rows=found.rows[1:]).require()

@@ -688,8 +688,8 @@ def test_that_too_little_is_kept_is_said_flatly_only_where_it_is_told():
 
 def test_nobody_is_asked_for_more_questions_than_anybody_has():
     for count, shown in ((9_500, "9,500 questions"), (19_000, "too close")):
-        assert shown in proof.needed(Locale(), count, "items")
-        assert proof.needed(JA, count, "items")
+        assert shown in proof.needed(Locale(), count, "questions")
+        assert proof.needed(JA, count, "questions")
 
 
 SPAN = Interval(value=0.5, low=0.4, high=0.6)

@@ -25,6 +25,7 @@ from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import record_path, write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Begins, Estimate, Progress, Tick, tell
+from sleb.core.statistics import MOST, about
 from sleb.core.units import UnitId, named, parts_in
 from sleb.distillation.record import Healed
 from sleb.evaluation.agreement import AnswersKept
@@ -58,6 +59,14 @@ COMMANDS |= dict.fromkeys(
 )
 """The command that measures what a limit, or a table of limits, is about."""
 
+COUNTED = {
+    "tasks": "questions",
+    "answers": "prompts",
+    "draft": "prompts",
+    "draft.min_speedup": "runs",
+    "speed": "runs",
+}
+"""What figures are measured on, by limit or by table; else on windows."""
 
 BETWEEN = "between these"
 """What a run's seconds call the time outside of all stages."""
@@ -141,6 +150,41 @@ class GateRow:
             return ""
         return COMMANDS.get(self.name) or COMMANDS.get(self.name.partition(".")[0], "")
 
+    @property
+    def counted(self) -> str:
+        """What it is measured on; see COUNTED."""
+        return COUNTED.get(self.name) or COUNTED.get(self.name.partition(".")[0], "windows")
+
+    @property
+    def title(self) -> str:
+        """Its key in the gate file, and what it is held against."""
+        return f"{self.name}, {self.of}" if self.of else self.name
+
+    @property
+    def told(self) -> str:
+        """Its figures, written as in a terminal's tables; if it is unclear, what would tell."""
+        bound = "allowed at most" if self.at_most else "allowed at least"
+        known = {"measured": self.measured, "at worst": self.worst, bound: self.limit}
+        figures = [f"{what} {self._shown(x)}" for what, x in known.items() if x is not None]
+        said = [", ".join(figures)] if self.measured is not None else []
+        return "; ".join([*said, self._next] if self.verdict == "unclear" else said)
+
+    @property
+    def _next(self) -> str:
+        """What would tell."""
+        if self.needed is not None:
+            if self.needed > MOST:
+                return "too close to the limit for measurements of this kind"
+            return f"about {about(self.needed):,} {self.counted} would tell"
+        why = self.missing.replace("-", " ") or "no number of measurements would tell"
+        if self.missing == "none-right":
+            why = f"the original had too few right of {self.judged}"
+        return f"{why}; run: {self.measured_by}" if self.measured_by and self.missing else why
+
+    def _shown(self, x: float) -> str:
+        shown = {"%": f"{100 * x:,.1f} %", "MB": f"{x:,.1f} MB", "x": f"{x:,.4g}x"}
+        return shown.get(self.unit) or f"{x:,.4g} {self.unit}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
@@ -163,22 +207,15 @@ class GateResult:
         if self.passed:
             return
         broken, unclear = self.of("not-kept"), self.of("unclear")
-        row = (broken or unclear)[0]
-        name = f"{row.name}, {row.of}" if row.of else row.name
-        if row.worst is None:
-            why = row.missing.replace("-", " ")
-            if row.missing == "none-right":
-                why = f"the original had too few right of {row.judged}"
-            why += f"; run: {row.measured_by}" if row.measured_by else ""
-        else:
-            bound = "most" if row.at_most else "least"
-            unit = "" if row.unit == "%" else f" {row.unit}"
-            shown = "" if row.measured is None else f"{row.measured:.4g}{unit}, "
-            worst = f"at worst {row.worst:.4g}{unit}"
-            why = f"{shown}{worst}; allowed is at {bound} {row.limit:.4g}{unit}"
+        counts = f"{len(broken)} not kept, {len(unclear)} cannot be told yet"
+        of = f"(of {len(self.rows)} limits {counts})"
+        if broken:
+            raise VerificationFailed(
+                f"a limit is not kept: {broken[0].title}: {broken[0].told} {of}"
+            )
+        row = unclear[0]
         raise VerificationFailed(
-            f"a limit is not kept: {name}: {why} (of {len(self.rows)} limits {len(broken)} not "
-            f"kept, {len(unclear)} cannot be told yet)"
+            f"it cannot be told yet whether {row.title} is kept: {row.told} {of}"
         )
 
 

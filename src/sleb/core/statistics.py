@@ -106,6 +106,10 @@ def proportion(successes: int, items: int) -> Interval:
     return Interval(value=successes / items, low=float(found.low), high=float(found.high))
 
 
+MOST = 10_000
+"""Measurements that may be asked for."""
+
+
 def items_to_tell(found: Interval, limit: float, items: int) -> int | None:
     """About how many items would tell a figure, measured on ``items``, from ``limit``, if its value
     stayed: those at which its interval would end there. Intervals narrow with the root of the
@@ -122,6 +126,12 @@ def items_to_tell(found: Interval, limit: float, items: int) -> int | None:
         half = max(found.value - found.low, found.high - found.value)  # one end may be clipped
     more = (half / gap) ** 2
     return ceil(items * more) or None
+
+
+def about(count: int) -> int:
+    """Up to two digits that mean something."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def _is_wilson(found: Interval) -> bool:

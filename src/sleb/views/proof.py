@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from sleb.core.plan import Calibration, Plan
+from sleb.core.statistics import MOST, about
 from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.surgery.gates import Check
@@ -15,18 +16,6 @@ from sleb.surgery.verification import Verification
 from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import Facts, Item, Meter, Table, Text
 from sleb.views.speed import case
-
-COUNTED = {
-    "tasks": "items",
-    "answers": "prompts",
-    "draft": "prompts",
-    "draft.min_speedup": "runs",
-    "speed": "runs",
-}
-"""What figures are measured on, by limit or by table; else on windows."""
-
-MOST = 10_000
-"""Measurements that may be asked for."""
 
 Columns = dict[str, Callable[[Any], str]]
 
@@ -183,9 +172,7 @@ def _open(t: Locale, row: GateRow, command: str) -> str:
     if row.verdict != "unclear":
         return ""
     if row.needed is not None:
-        table = row.name.partition(".")[0]
-        kind = COUNTED.get(row.name, COUNTED.get(table, "windows"))
-        return needed(t, row.needed, kind)
+        return needed(t, row.needed, row.counted)
     if not row.missing:
         return t("gate.never")
     reason = t(f"reasons.{row.missing}", name=row.of, judged=row.judged)
@@ -195,16 +182,11 @@ def _open(t: Locale, row: GateRow, command: str) -> str:
 
 
 def needed(t: Locale, count: int, kind: str) -> str:
-    """How many measurements would tell, or that nobody makes so many; ``kind``: see COUNTED."""
+    """How many measurements would tell, or that nobody makes so many; ``kind``: see
+    :data:`sleb.record.COUNTED`."""
     if count > MOST:
         return t("gate.beyond")
-    return t("gate.needed", count=t(f"counted.{kind}", count=t.count(_about(count))))
-
-
-def _about(count: int) -> int:
-    """Up to two digits that mean something."""
-    unit: int = 10 ** max(0, len(str(count)) - 2)
-    return -(-count // unit) * unit
+    return t("gate.needed", count=t(f"counted.{kind}", count=t.count(about(count))))
 
 
 def provenance(
