@@ -91,6 +91,26 @@ def test_commands_that_make_no_sense(place, capsys, command):
     assert tree(place) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "nouns"),
+    [
+        (["--max-prompts", "6"], "--max-prompts: 6 prompts are too few.*at least 12"),
+        (["--prompts", "few.jsonl"], "--prompts few.jsonl: 3 prompts are too few.*at least 12"),
+    ],
+)
+def test_too_few_prompts_are_refused_before_weights_are_read(place, capsys, options, nouns):
+    (place / "bare").mkdir()
+    shutil.copy("MODEL/config.json", "bare")  # of a model without any
+    Path("few.jsonl").write_text('{"prompt": "Who?"}\n' * 3)
+    command = ["bare", "--remove", "2", "-o", "out", *options]
+    assert_says(refused(capsys, 2, "prune", *command), nouns)
+    repair = ["apply", "plan.json", "bare", "--repair", "-o", "out", *options]
+    assert_says(refused(capsys, 2, *repair), nouns)
+    if "few.jsonl" not in options:
+        said = refused(capsys, 2, "prune", *command, "--prompts", "none")
+        assert "no weights" in said  # nothing is asked
+
+
 def assert_says(said: str, nouns: str) -> None:
     at = 0
     for noun in nouns.split(".*"):

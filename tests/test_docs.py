@@ -259,7 +259,7 @@ def test_the_guides_files_are_read(guide, tmp_path):
     prompts, questions = fenced(guide, "json")
     (settings,) = fenced(guide, "toml")
     (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
-    (tmp_path / "real.jsonl").write_text(prompts, encoding="utf-8")
+    (tmp_path / "real.jsonl").write_text('{"prompt": "Who?"}\n' * 12, encoding="utf-8")
     (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
     (tmp_path / "sleb.toml").write_text(settings, encoding="utf-8")
     project = Project.load(tmp_path / "sleb.toml")

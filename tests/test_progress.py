@@ -229,6 +229,15 @@ def test_going_on_from_a_journal_is_said(tiny_dir, tmp_path, monkeypatch, capsys
     assert "going on from p.json.journal" in ran.err
 
 
+@pytest.mark.parametrize(("asked", "note"), [("20%", True), ("50%", False), (2, False)])
+def test_a_share_of_blocks_that_is_rounded_up_is_said_once(tiny_dir, tmp_path, capsys, asked, note):
+    small = ["--windows", 4, "--length", 16, "--curve", "--heldout", 2]
+    out = ["-o", tmp_path / "plan.json"]
+    assert run(capsys, "search", tiny_dir, "--remove", asked, *small, *out).err.count(
+        "20 % of 6 blocks, rounded up: 2\n"
+    ) == int(note)
+
+
 def test_every_second_of_a_run_is_in_a_stage_or_between_them(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -62,6 +62,25 @@ def drawn(*results, width=100):
     return console.export_text()
 
 
+def measured_alone():
+    """An evaluation and tasks where nothing is removed and nothing compared."""
+    whole = complete()
+    nothing = dict.fromkeys(
+        ("pruned_perplexity", "perplexity_ratio", "loss_increase", "divergence", "agreement")
+    )
+    evaluation = replace(whole.evaluation, removed=(), domains={}, unrepaired=None, **nothing)
+    return evaluation, tuple(replace(task, pruned=None, flips=None) for task in whole.tasks)
+
+
+def test_a_model_that_is_measured_alone_is_no_original():
+    both, alone = drawn(complete().evaluation), drawn(*measured_alone())
+    assert "loss of the original" in both
+    assert "ratios paired" in both
+    assert alone.count("this model") == 2
+    assert "original" not in alone
+    assert "ratio" not in alone
+
+
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_the_page_says_what_it_said(lang):
     found = seen(repaired(), repaired_plan(), lang)
@@ -627,7 +646,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
             found = put(record, "tasks.0.flips.difference", noise) if record.tasks else record
             page(found, chosen)
             page(record, chosen)
-        drawn(complete().tasks)
+        drawn(complete().tasks, *measured_alone())
         for one, two in side_by_side():
             comparison(EN, [("a", *one), ("b", *two)], {})
             comparison(EN, [("a", *one), ("b", *two), ("c", sparse(), bare_plan())], {})

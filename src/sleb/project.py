@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from sleb import estimates, pipeline
 from sleb.acceptance import Gate
-from sleb.calibration.answers import prompts_of
+from sleb.calibration.answers import check_prompts
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.windows import DEFAULT_WINDOWS, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ class Project(ProjectFile):
             check_tasks(self.tasks, folder=next(iter(folder), None))
         if measure.prompts:
             read_prompts(self.beside(measure.prompts))
-        prompts_of(self.search.prompts)
+        check_prompts(self.search.prompts, self.search.max_prompts)
         if measure.transfer and len(self.text) < 2:
             raise InputError(f"{path}: transfer compares texts; give two or more in [text]")
 

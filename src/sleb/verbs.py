@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sleb import pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
-from sleb.calibration.answers import prompts_of
+from sleb.calibration.answers import check_prompts, prompts_of
 from sleb.calibration.prompts import read_prompts
 from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows, load_windows
@@ -264,7 +264,7 @@ def repair(
     """
     removed = _plan(plan).at_depth(config.depth)
     check_sources(config.text)
-    prompts_of(config.prompts)
+    check_prompts(config.prompts, config.max_prompts)
     loaded = _loaded(model, config, progress, tokenizer)
     return fit_repair(loaded, removed, config=config, progress=progress)
 

@@ -76,11 +76,7 @@ class AnswerSplit:
             InputError: there are too few for every role.
         """
         n = len(answers.prompts)
-        if n < LEAST:
-            raise InputError(
-                f"{n} prompts are too few to choose, repair and measure on; give at least {LEAST}, "
-                "better a hundred"
-            )
+        _enough(n, answers.source)
         order = random.Random(f"answers {seed}").sample(range(n), n)
         sizes = (min(MEASURED, n // 3), min(SEARCH, n // 6), min(VALIDATION, n // 8))
         starts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes), n]
@@ -134,6 +130,29 @@ def prompts_of(specs: Sequence[str]) -> tuple[Prompt, ...]:
                 raise InputError(f"--prompts {spec} is given twice; give it once")
             found[name] = replace(row, file=spec)
     return tuple(found.values())
+
+
+def check_prompts(specs: Sequence[str], most: int | None) -> None:
+    """Refuse ``--prompts``, and ``most`` of them as ``--max-prompts``, before a model is loaded.
+
+    Raises:
+        InputError, DataError: see :func:`prompts_of`; they are too few for every role.
+    """
+    prompts = prompts_of(specs)
+    if tuple(specs) == (NO_PROMPTS,):
+        return
+    if most is not None:
+        _enough(most, "--max-prompts")
+    if specs:
+        _enough(len(prompts), f"--prompts {', '.join(specs)}")
+
+
+def _enough(n: int, given: str) -> None:
+    if n < LEAST:
+        raise InputError(
+            f"{given}: {n} prompts are too few to choose, repair and measure on; give at least "
+            f"{LEAST}, better a hundred"
+        )
 
 
 def answer_windows(

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sleb.calibration import check_sources
+from sleb.calibration.answers import check_prompts
 from sleb.checkpoints.checkpoint import (
     Checkpoint,
     check_fingerprint,
@@ -119,6 +120,7 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
         )
     check_installed(config.lora, config.optimizer)
     check_sources(config.text)
+    check_prompts(config.prompts, config.max_prompts)
     return Plan.load(cut / "plan.json")
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sleb.calibration import check_sources
-from sleb.calibration.answers import prompts_of
+from sleb.calibration.answers import check_prompts
 from sleb.checkpoints.depth_fields import reindex
 from sleb.config import SearchConfig, UnitKind
 from sleb.core.errors import InputError, UnsupportedModel
-from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks
+from sleb.core.plan import SimilarityGate, blocks_to_remove, parse_blocks, parse_removal
 from sleb.core.process_group import group
-from sleb.core.progress import Progress, silent
+from sleb.core.progress import Progress, silent, tell
 from sleb.core.units import ATTENTION, MLP, Unit
 from sleb.models.fixed_blocks import fixed_blocks, refuse_parts
 from sleb.models.load import load_config
@@ -82,12 +82,20 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     """
     goal = check_options(config)
     check_sources(config.text)
-    prompts_of(config.prompts)
+    check_prompts(config.prompts, config.max_prompts)
     source = group().sequentially(lambda: resolve(model, progress))
     loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it
         candidates_for(goal, config.protect, blocks, loaded, config.unit)
+        _tell_rounded(goal, blocks, progress)
+
+
+def _tell_rounded(goal: Goal, blocks: int, progress: Progress) -> None:
+    percent = None if goal.remove is None else parse_removal(goal.remove)[1]
+    if percent is not None and round(percent * blocks, 4) % 100:
+        n = removals(goal, blocks)
+        tell(progress, f"{percent:g} % of {blocks} blocks, rounded up: {n}")
 
 
 def strategy_before_repair(goal: Goal, config: SearchConfig) -> str | None:

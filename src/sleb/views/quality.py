@@ -45,7 +45,8 @@ Columns = dict[str, Callable[[Any], str]]
 
 def evaluation(t: Locale, e: Evaluation) -> list[Item]:
     """Perplexity by text and of all, and then the loss and what else was compared."""
-    lines = [f"loss of the original {t.interval(e.loss, t.nats)} nats/token"]
+    whose = "the original" if e.removed else "this model"
+    lines = [f"loss of {whose} {t.interval(e.loss, t.nats)} nats/token"]
     if e.loss_increase:
         lines[0] += f"; increase without {t.join(e.removed)} {t.interval(e.loss_increase, t.nats)}"
     if e.unrepaired:
@@ -59,7 +60,8 @@ def evaluation(t: Locale, e: Evaluation) -> list[Item]:
             f"likeliest token is the same for {t.interval(e.agreement, t.percent)}"
         )
     scored = f"{e.windows} windows of {e.length} tokens, {t.count(e.tokens)} tokens scored"
-    return [by_text(t, e), *map(Text, [*lines, f"{scored}; 95 % intervals, ratios paired"])]
+    paired = ", ratios paired" if e.removed else ""
+    return [by_text(t, e), *map(Text, [*lines, f"{scored}; 95 % intervals{paired}"])]
 
 
 def by_text(t: Locale, e: Evaluation) -> Table:
@@ -74,7 +76,7 @@ def by_text(t: Locale, e: Evaluation) -> Table:
     columns: Columns = {
         "text": lambda r: r[0],
         "windows": lambda r: t.count(r[1].windows),
-        "dense": lambda r: t.interval(r[1].perplexity, t.level),
+        "dense" if e.removed else "alone": lambda r: t.interval(r[1].perplexity, t.level),
     }
     if e.removed:
         columns["pruned"] = lambda r: t.interval(r[1].pruned_perplexity, t.level)
@@ -133,7 +135,7 @@ def tasks(t: Locale, results: Sequence[TaskResult]) -> list[Item]:
         "metric": lambda r: r.metric,
         "items": lambda r: t.count(r.items),
         "chance": lambda r: DASH if r.chance is None else t.percent(r.chance),
-        "dense": lambda r: t.interval(r.dense, t.percent),
+        "dense" if compared or t.markup else "alone": lambda r: t.interval(r.dense, t.percent),
     }
     if compared or t.markup:
         scores["pruned"] = lambda r: t.interval(r.pruned, t.percent)
