@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import heal_tools
+import sleb
 from cli_tools import tree
-from heal_tools import Stopping, healed, scripted
+from heal_tools import SMALL, Stopping, healed, scripted
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import DataError, InputError, ResourceError
 from sleb.distillation import computing, training
@@ -87,6 +88,40 @@ def test_an_interrupt_in_the_last_step_is_not_lost(home, tmp_path, unbroken):
     healed(home, tmp_path / "H", **LONG, progress=more)
     assert more.passes == 0
     assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken(None)
+
+
+@pytest.mark.parametrize("title", ["writing the checkpoint", "generating"])
+def test_a_run_that_is_stopped_after_its_training_does_not_train_again(
+    home, tmp_path, unbroken, monkeypatch, title
+):
+    """Through the verb, whose proof of the result ends with "generating"."""
+
+    class After(Stopping):
+        def stage(self, now, total):
+            if now == title:
+                raise KeyboardInterrupt
+            return super().stage(now, total)
+
+    def heal(progress, **how):
+        text = [str(home / "mail.txt"), str(home / "code.txt")]
+        how = {**SMALL, **LONG, "text": text, "prompts": ["none"], "progress": progress, **how}
+        return sleb.heal(home / "OUT", home / "MODEL", tmp_path / "H", **how)
+
+    monkeypatch.setattr(training, "BYTES_PER_SECOND", 1.0)  # too slow to save in between
+    with pytest.raises(KeyboardInterrupt):
+        heal(After(), save_every=0.0)
+    assert [*tree(tmp_path)] == ["H.heal"]
+    assert {name.partition("/")[0] for name in load_file(tmp_path / "H.heal")} == {"best"}
+    more = Stopping()
+    assert heal(more).record.healed.steps == 24
+    assert (more.passes, more.total) == (0, 0)
+    assert (tmp_path / "H/model.safetensors").read_bytes() == unbroken(None)
+    assert not (tmp_path / "H.heal").exists()
+
+
+def test_a_run_shorter_than_the_time_between_two_states_writes_none(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingState, "save", lambda *_: pytest.fail("written"))
+    healed(home, tmp_path / "H")
 
 
 def test_the_best_weights_so_far_survive_a_stop(home, tmp_path, monkeypatch):

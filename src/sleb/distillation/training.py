@@ -128,8 +128,13 @@ class Training:
                 raise KeyboardInterrupt
             with progress.stage("healing", self._left()) as tick:
                 reason = self._steps(stopped, self._timed(tick), save_every)
-            if reason is None or any(_agreed(stopped())):
-                self.save()
+            stop = reason is None or any(_agreed(stopped()))
+            # what comes after it takes minutes and may be stopped too; a run of less than lies
+            # between two states is repeated in less time than a person needs to see it stopped
+            if stop or self.where.seconds >= save_every:
+                with progress.stage("saving the training", None):
+                    self.save(ended=reason is not None)
+            if stop or any(_agreed(stopped())):
                 raise KeyboardInterrupt
         for parameter in self.trained.values():
             parameter.grad = None
@@ -142,7 +147,7 @@ class Training:
         steps, seconds = self.schedule.steps, self.schedule.seconds
         if steps:
             return (steps - self.where.step) * self.mix.step_tokens
-        return round(seconds - self.where.seconds) if seconds else 0
+        return max(0, round(seconds - self.where.seconds)) if seconds else 0
 
     def _timed(self, tick: Callable[..., None]) -> Callable[..., None]:
         """``tick`` in the units of :meth:`_left`."""
@@ -493,12 +498,13 @@ class Training:
             self._again()
             self.where.lowered, self.where.worse = self.where.lowered + 1, 0
 
-    def save(self) -> None:
-        """Write the state, if this is the process that writes."""
+    def save(self, *, ended: bool = False) -> None:
+        """Write the state, if this is the process that writes; of a run that has ``ended`` a
+        quarter of it, the best weights."""
         if not group().is_main:
             return
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.trained.items():
+        for name, parameter in () if ended else self.trained.items():
             tensors[f"weight/{name}"] = parameter
             if self.settings["optimizer"] != "adamw-8bit":  # states of 8 bits begin anew
                 for kind, value in self.optimizer.state.get(parameter, {}).items():
