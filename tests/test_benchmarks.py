@@ -353,7 +353,7 @@ def test_variants_of_healing_are_measured_and_what_is_done_is_kept(
         assert row["perplexity_ratio"] < report["cut"]["perplexity_ratio"]
         assert row["healing"]["tokens_per_second"] > 0
         assert row["phases"]["healing"] > 0
-    assert "nothing was written" in wrong["error"]
+    assert "was not written" in wrong["error"]
     assert run("heal", model, cut, *asked, *three) == report, "no run is done twice"
     late = run("heal", model, cut, *asked, "--budget", 0, "-o", tmp_path / "other.json")
     assert late["healed"] == [], "none is begun that would not be done in time"

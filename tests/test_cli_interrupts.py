@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cli_tools import run, tree
-from sleb import project
+from sleb import pipeline, project
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
@@ -91,6 +91,27 @@ def test_an_interrupted_run_says_that_it_goes_on(place, capsys, monkeypatch):
     ran = run(capsys, "run", "sleb.toml")
     assert ran.code == 130
     assert ran.err.endswith("interrupted; what is finished is kept: repeat the command to go on\n")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (["OUT.heal", "OUT-cut"], "the training so far is in OUT.heal"),
+        (["OUT.stages", "OUT-cut"], "the stages so far are in OUT.stages"),
+        (["OUT-cut.journal"], "scores so far are in OUT-cut.journal"),
+        (["OUT-cut"], "the cut stays in OUT-cut"),
+    ],
+)
+def test_what_a_cut_and_a_healing_leave_is_said(place, capsys, monkeypatch, there, said):
+    def stopped(*args, **options):
+        for name in there:
+            (place / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "prune_and_heal", stopped)
+    ran = run(capsys, "prune", "MODEL", "--remove", "1", "--heal", "-o", "OUT")
+    assert ran.code == 130
+    assert ran.err.endswith(f"interrupted; {said}: repeat the command to go on\n")
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_no_kind_of_window_gets_worse_than_it_was(home, tmp_path, monkeypatch):
 
 def test_a_run_that_makes_nothing_better_writes_nothing(home, tmp_path, monkeypatch):
     scripted(monkeypatch, [1.0] + [9.0] * 10)
-    with pytest.raises(VerificationFailed, match="nothing was written"):
+    with pytest.raises(VerificationFailed, match=r"H was not written, and .*OUT stays"):
         healed(home, tmp_path / "H")
     assert tree(tmp_path) == {}
 
@@ -569,6 +570,41 @@ def test_time_is_kept_and_the_rate_falls_to_zero_with_it(home, tmp_path):
     assert alone.over(TrainingState(step=10**9, seconds=9)) is None
     assert plain.over(TrainingState(step=99)) is None
     assert plain.over(TrainingState(step=100)) == "steps"
+
+
+def test_where_time_is_short_the_search_for_a_rate_leaves_half_of_it(home, tmp_path, monkeypatch):
+    """By a clock that goes on by a second with each step."""
+    now, step = [0.0], training.Training._step
+
+    def slow(self, *args):
+        now[0] += 1
+        return step(self, *args)
+
+    monkeypatch.setattr(training.Training, "_step", slow)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def within(seconds):
+        out = tmp_path / str(seconds)
+        return healed(home, out, lr=None, tokens=None, length=32, minutes=seconds / 60)
+
+    done = within(10)
+    assert [rate for rate, _ in done.rates[1:4]] == [1e-6, 1e-5, 1e-4], "spread over all"
+    assert done.steps >= 5
+    assert (done.stopped, done.seconds, done.trials) == ("time", 10, ())
+    assert done.overall.healed_divergence.value < done.overall.cut_divergence.value
+    assert (one := within(2)).steps == 1
+    assert one.lr == 3e-6, "the lowest rate helped, so the next may"
+    with pytest.raises(InputError, match=r"minutes 0\.01 .*OUT stays: give about 0\.1 or more"):
+        within(0.6)
+    assert {path.name for path in tmp_path.iterdir()} == {"10", "2"}
+    assert within(6).steps >= 3
+
+
+def test_a_long_search_for_a_rate_leaves_out_none():
+    assert training._stride(8, 8.9) == 1
+    assert training._stride(8, 3) == 3
+    assert training._stride(8, 1) == 4, "not from the lowest to the highest"
+    assert training._stride(8, 0.5) == 4
 
 
 def test_every_window_is_taken_once_before_any_is_taken_again():

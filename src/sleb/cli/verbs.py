@@ -905,11 +905,14 @@ def _how_to_go_on(verb: Verb, given: Given) -> str:
     out = given.get("out")
     if verb.name == "run":
         return "what is finished is kept: repeat the command to go on"
-    journal = Path(f"{Path(out)}.journal") if out else None
-    if journal and journal.exists():
-        with_any = ", with any number of processes" if group().several else ""
-        return f"scores so far are in {journal}: repeat the command to go on{with_any}"
-    state = Path(f"{Path(out)}.heal") if out else None
-    if state and state.exists():
-        return f"the training so far is in {state}: repeat the command to go on"
+    cut = f"{out}-cut" if given.get("heal") else out  # what is searched for, before a healing
+    for beside, what in {
+        f"{out}.heal": "the training so far is in {}",
+        f"{out}.stages": "the stages so far are in {}",
+        f"{cut}.journal": "scores so far are in {}",
+        **({f"{out}-cut": "the cut stays in {}"} if given.get("heal") else {}),
+    }.items():
+        if out and Path(beside).exists():
+            with_any = ", with any number of processes" if group().several else ""
+            return f"{what.format(beside)}: repeat the command to go on{with_any}"
     return "nothing was written"

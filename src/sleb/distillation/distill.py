@@ -80,7 +80,7 @@ def heal(
 
     Raises:
         InputError: ``cut`` holds no plan of ``model``, or is healed already; the text is too
-            short; ``out`` exists; the state is of other settings.
+            short, or the minutes too few; ``out`` exists; the state is of other settings.
         UnsupportedModel: weights are quantized or stored under other names.
         VerificationFailed: healing made nothing better, or the result does not load as it was.
         DataError, ResourceError: see ``sleb.core.errors``.
@@ -215,16 +215,18 @@ class Healing:
 
         Raises:
             VerificationFailed: nothing got better.
+            InputError: the minutes were too few for a step.
         """
         with self.progress.stage("measuring the cut", None):
             self.before = self._validated(self.cut)
         dense = self.dense.stack.dtype
         dtype = dense if dense == torch.float32 else torch.bfloat16  # float16's gradients vanish
-        model = self._load(self.cut, dtype)
         kind = self.config.optimizer
-        student = Student(
-            model, self.checkpoint, rank=self.config.lora, seed=self.config.seed, optimizer=kind
-        )
+        with self.progress.stage("loading the cut to train it", None):
+            model = self._load(self.cut, dtype)
+            student = Student(
+                model, self.checkpoint, rank=self.config.lora, seed=self.config.seed, optimizer=kind
+            )
         # weights and best ones, of float32 with two moments; and room to replace the file
         state = (2 * dtype.itemsize if kind == "adamw-8bit" else 16) * student.count
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * state)
@@ -252,10 +254,17 @@ class Healing:
         if not training.where.gained:
             if group().is_main:
                 self.state.unlink(missing_ok=True)
+            left = f"{self.out} was not written, and {self.cut} stays"
+            if not training.where.step:  # all was spent before, of which half is allowed to
+                enough = math.ceil(2 * training.where.seconds / 6) / 10
+                raise InputError(
+                    f"--minutes {self.config.minutes:g} were over before the first step of "
+                    f"training; {left}: give about {enough:g} or more"
+                )
             raise VerificationFailed(
                 f"healing did not bring {self.cut} nearer to the dense model on held-out text in "
-                f"{training.where.step} steps; nothing was written: give more --text, or a lower "
-                "--lr"
+                f"{training.where.step} steps; {left}: give more --text, "
+                f"{'more --minutes, ' if stopped == 'time' else ''}or a lower --lr"
             )
         return training, stopped
 

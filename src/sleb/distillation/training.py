@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -89,6 +89,8 @@ class Training:
     path: Path
     segments: Sequence[Segment] = ()
     hidden: HiddenLoss | None = None
+    quickest: float = field(default=math.inf, init=False)
+    """Seconds of the quickest step of a range test, which is smaller than those of the run."""
 
     def run(self, save_every: float, progress: Progress) -> Reason:
         """Train, from where an earlier run was stopped if there is its state, and leave the best
@@ -108,19 +110,23 @@ class Training:
             return self._run(save_every, progress)
 
     def _run(self, save_every: float, progress: Progress) -> Reason:
-        self.validations = [
-            Validation(self.teacher, windows, self.at_once) for windows in self.validation.values()
-        ]
-        self._anew()
-        self.best = self._snapshot()
-        self.activations = ActivationCache(self.teacher, self.mix.windows, self._room())
-        found = TrainingState.load(self.path, self.settings)
-        if found:
-            self._restore(*found)
-        else:
-            self.where.checks = ((0, self._divergences(self.validations)),)
-            if not all(map(math.isfinite, self.where.checks[0][1])):
-                raise DataError("a loss is NaN or infinite on held-out text; try --dtype float32")
+        with progress.stage("validating the start", None):
+            self.validations = [
+                Validation(self.teacher, windows, self.at_once)
+                for windows in self.validation.values()
+            ]
+            self._anew()
+            self.best = self._snapshot()
+            self.activations = ActivationCache(self.teacher, self.mix.windows, self._room())
+            found = TrainingState.load(self.path, self.settings)
+            if found:
+                self._restore(*found)
+            else:
+                self.where.checks = ((0, self._divergences(self.validations)),)
+                if not all(map(math.isfinite, self.where.checks[0][1])):
+                    raise DataError(
+                        "a loss is NaN or infinite on held-out text; try --dtype float32"
+                    )
         with interruptible() as stopped:
             if self.segments and not found and not self._local(stopped, progress):
                 raise KeyboardInterrupt
@@ -128,13 +134,13 @@ class Training:
                 raise KeyboardInterrupt
             with progress.stage("healing", self._left()) as tick:
                 reason = self._steps(stopped, self._timed(tick), save_every)
-            stop = reason is None or any(_agreed(stopped()))
+            stop = any(_agreed(reason is None or stopped()))
             # what comes after it takes minutes and may be stopped too; a run of less than lies
             # between two states is repeated in less time than a person needs to see it stopped
             if stop or self.where.seconds >= save_every:
                 with progress.stage("saving the training", None):
                     self.save(ended=reason is not None)
-            if stop or any(_agreed(stopped())):
+            if reason is None or any(_agreed(stop or stopped())):
                 raise KeyboardInterrupt
         for parameter in self.trained.values():
             parameter.grad = None
@@ -292,15 +298,16 @@ class Training:
             self.where.lr = self.lr
             return True
         begun, where = time.monotonic(), self.where
-        probes = [
-            Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.at_once)
-            for w in self.validation.values()
-        ]
         with progress.stage("finding a learning rate", len(RATES) + TRIALS) as tick:
+            probes = [
+                Validation(self.teacher, w.take(range(0, len(w.ids), PROBED)), self.at_once)
+                for w in self.validation.values()
+            ]
             start = mean(self._divergences(probes))
-            if not self._range_test(probes, start, stopped, tick):
+            half = (self.schedule.seconds or math.inf) / 2
+            until = begun + half - where.seconds
+            if not self._range_test(probes, start, until, stopped, tick):
                 return False
-            where.lr = min(where.rates[1:], key=lambda pair: pair[1], default=RATES)[0]
             self._again()
             if not self._short_runs(probes, stopped, tick):
                 return False
@@ -320,29 +327,46 @@ class Training:
         self,
         probes: Sequence[Validation],
         start: float,
+        until: float,
         stopped: Callable[[], bool],
         tick: Callable[..., None],
     ) -> bool:
-        """A step with each of ``RATES``, noted in ``where.rates``; False if it was stopped."""
+        """A step with each of ``RATES``, or with as many of them as take half of the run's time,
+        noted in ``where.rates``, the best in ``where.lr``; False if it was stopped. ``until``: when
+        that half is over."""
         seconds = self.schedule.seconds
         total = (self.schedule.steps or 0) * self.mix.step_tokens
         steps = self.mix.smaller(0 if seconds else total / FIRST / len(RATES))
-        found = [(0.0, start)]
-        for turn, rate in enumerate(RATES):
-            stepping = time.monotonic()
-            if not self._step(steps, turn, rate, stopped, lambda *_, **__: None):
+        left: tuple[float, ...] = RATES
+        found, cut = [(0.0, start)], False
+        while left and not cut:
+            rate, left = left[0], left[1:]
+            begun = time.monotonic()
+            if not self._step(steps, len(found) - 1, rate, stopped, lambda *_, **__: None):
                 return False
-            if seconds and not turn:  # now it is known how large a step may be
-                if self.on_gpu:
-                    torch.cuda.synchronize()
-                (spent,) = _agreed(time.monotonic() - stepping)
+            if seconds and len(found) == 1 and self.on_gpu:
+                torch.cuda.synchronize()
+            (spent,) = _agreed(time.monotonic() - begun)
+            self.quickest = min(self.quickest, spent)
+            if seconds and len(found) == 1:  # now it is known how large a step may be
                 fast = steps.step_tokens / spent
                 steps = self.mix.smaller(fast * seconds / (FIRST * len(RATES)))
             found.append((rate, mean(self._divergences(probes))))
             tick(1, note=f"{rate:g}: {found[-1][1]:.4f}")
             if not found[-1][1] < WORSE * start:
                 break
-        self.where.rates = tuple(pair for pair in found if math.isfinite(pair[1]))
+            if len(found) > 2 or not self.on_gpu:  # the first there takes memory
+                now = time.monotonic()
+                more, once = _agreed(until - now, now - begun)
+                cut = bool(left) and more < once
+                if more < once * len(left):  # spread over what is left
+                    left = left[_stride(len(left), more / once) - 1 :]
+        finite = [pair for pair in found if math.isfinite(pair[1])]
+        self.where.rates = tuple(finite)
+        best = min(finite[1:], key=lambda pair: pair[1], default=RATES)[0]
+        if cut and best == finite[-1][0]:  # it still fell: the best may be above
+            best = RATES[RATES.index(best) + 1]
+        self.where.lr = best
         return True
 
     def _short_runs(
@@ -357,6 +381,8 @@ class Training:
 
         steps = math.inf if self.schedule.steps is None else self.schedule.steps // FIRST
         if (seconds := self.schedule.seconds) and steps >= TRIED:
+            if TRIED * self.quickest > seconds / FIRST:  # nor do steps of this size fit
+                return True
             for turn in range(1 + self.on_gpu):  # the first there takes memory, and compiles
                 begun = time.monotonic()
                 if not step(turn, self.where.lr):
@@ -527,6 +553,12 @@ class Training:
                 self.optimizer.state[parameter][kind] = (
                     value if here else value.to(parameter.device)
                 )
+
+
+def _stride(rates: int, turns: float) -> int:
+    """So many rates on in a range test that has time for ``turns`` more: so that these go through
+    all, but not more than half of the way in one."""
+    return min(math.ceil(rates / max(1.0, turns // 1)), -(-rates // 2))
 
 
 def _agreed(*mine: float) -> list[float]:
