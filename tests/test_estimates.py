@@ -5,10 +5,16 @@ from contextlib import contextmanager
 
 import pytest
 
+import heal_tools
 import sleb
+from cli_tools import run
+from heal_tools import SMALL, Stopping
 from sleb import estimates
-from sleb.config import HealConfig
+from sleb.config import HEAL_TOKENS, HealConfig
+from sleb.distillation.mix import SHORTEST, WINDOWS
 from sleb.evaluation.questions import read_questions
+
+home = heal_tools.home
 
 SETTINGS = {"windows": 8, "length": 32, "heldout": 4, "repair_tokens": 2000, "prompts": ["none"]}
 
@@ -80,6 +86,58 @@ def test_healing_takes_as_long_as_it_is_given_and_more_for_more_tokens():
     assert seconds(minutes=2) - seconds(minutes=1) == pytest.approx(60)
     few, many = (seconds(tokens=10_000, max_prompts=n, prompts=()) for n in (9, 10))
     assert many - few == pytest.approx(96 * 2e-3)
+
+
+def test_of_few_minutes_on_a_cpu_there_are_few_tokens():
+    speed = estimates.Speed(blocks=1e-3, head=1e-3, written=2e-3, alone=4e-3)
+
+    def tokens(kind="cpu", **options):
+        return estimates.heal_tokens(speed, HealConfig.of(options), kind)
+
+    assert tokens(minutes=0.1) == WINDOWS * SHORTEST
+    # a token goes through the model 4 times, and a tenth and a half more
+    assert tokens(minutes=5) == 2**14 <= 300 / (2e-3 * 5.9) < 2**15
+    assert tokens(minutes=1e4) == tokens() == HEAL_TOKENS["cpu"]
+    assert tokens("cuda", minutes=0.1) == HEAL_TOKENS["cuda"]
+    assert tokens(minutes=0.1, tokens=10**6) == 10**6
+
+
+def test_a_healing_is_foretold_and_goes_on_with_the_tokens_it_began_with(
+    home, tmp_path, monkeypatch
+):
+    class Told(Stopping):
+        heard = None
+
+        def tell(self, what):
+            self.heard = self.heard or what
+
+    def heal(at, read):
+        speed = estimates.Speed(blocks=read, head=0.0, written=0.0, alone=0.0)
+        monkeypatch.setattr(estimates.Speed, "of", lambda *_: speed)
+        text = [str(home / "mail.txt"), str(home / "code.txt")]
+        how = SMALL | {"tokens": None, "minutes": 0.05, "text": text, "prompts": ["none"]}
+        told = Told(at)
+        try:
+            found = sleb.heal(home / "OUT", home / "MODEL", tmp_path / "H", **how, progress=told)
+        except KeyboardInterrupt:
+            return told.heard
+        return found.record.healed
+
+    found = heal(3, 1e-5)
+    assert [(phase.name, phase.seconds) for phase in found.phases] == [("healing", 3.0)]
+    nbytes = sum(file.stat().st_size for file in (home / "OUT").glob("*.safetensors"))
+    assert found.disk > nbytes + (tmp_path / "H.heal").stat().st_size
+    assert heal(-1, 1e-6).settings["tokens"] == 2**15
+
+
+def test_what_a_cut_and_its_healing_take_is_foretold_together(learned, tmp_path, capsys):
+    command = ["prune", learned / "model", "--remove", "1", "--text", learned / "text.txt"]
+    command += ["--windows", "4", "--length", "32", "--device", "cpu", "--prompts", "none"]
+    command += ["-o", tmp_path / "out", "--dry-run", "--json"]
+    cut, both = (run(capsys, *command, *more).json for more in ([], ["--heal"]))
+    names = [[phase["name"] for phase in found["phases"]] for found in (cut, both)]
+    assert names[1] == [*names[0], "healing"]
+    assert both["disk"] > 2 * cut["disk"], "OUT-cut stays, beside OUT and its state"
 
 
 def test_questions_are_read_with_every_choice_by_both_models(loaded_learned, tmp_path):

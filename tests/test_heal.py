@@ -466,20 +466,23 @@ def test_where_no_prompt_is_left_unseen_it_is_said(learned, tmp_path, monkeypatc
     assert told not in "\n".join(markdown(items(later)))
 
 
+WHOLE = HealConfig()
+
+
 def test_a_cut_that_is_healed_is_chosen_by_answers(learned, tmp_path, monkeypatch):
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "prompts.jsonl").write_text("\n".join(f'"ask {i}"' for i in range(14)))
     asked = {"prompts": [str(tmp_path / "prompts.jsonl")], "new_tokens": 4, "repair": False}
     given = {**CPU, **asked, "text": [str(learned / "text.txt")], "windows": 4, "length": 16}
 
-    def metric(name, to_heal=True, **more):
+    def metric(name, to_heal=WHOLE, **more):
         target = {} if "max_loss_increase" in more else {"remove": 1}
         options = {**given, **target, **more}
         plan = pipeline.prune(learned / "model", tmp_path / name, to_heal=to_heal, **options).plan
         return plan.metric
 
     assert metric("A") == "answers"
-    assert metric("B", to_heal=False) == "loss"
+    assert metric("B", to_heal=None) == "loss"
     assert metric("C", metric="kl") == "kl"
     assert metric("D", prompts=["none"]) == "loss"
     assert metric("E", max_loss_increase=9.0, heldout=2) == "loss"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sleb.config import (
 from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
+from sleb.distillation.mix import SHORTEST, WINDOWS
 from sleb.evaluation.questions import Questions
 from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.models.stack import BlockStack, decoder_config
@@ -46,6 +47,7 @@ from sleb.selection.strategies import GREEDY_OR_WINDOW
 
 TEXT, SEARCH, REPAIR, MEASURE, WRITE = "text", "search", "repair", "measure", "write and check"
 """The phases of `sleb prune`."""
+HEALING = "healing"
 TIMED, TIMES, ENOUGH_S = 1024, 4, 1.0
 """Tokens of a batch that is timed, how often at most, and seconds after which once is enough."""
 LONG_S = 3600.0
@@ -69,6 +71,8 @@ TRAINED, RATE, VALIDATED = 4.0, 1.1, 1.5
 """Of a token that is trained on: passes through a model, one through the dense one and three
 through the cut, there and back; how many times that with the search for a learning rate; and
 passes of checks on windows set aside."""
+ROOM = 600_000_000
+"""Bytes of a process that has loaded what it needs."""
 CHECKED_S = 1.0
 """To check a result however small."""
 STARTED_S = 5.0
@@ -226,9 +230,10 @@ def estimate(
     goal: Goal,
     config: PruneConfig,
     out: Path,
+    heal: HealConfig | None = None,
 ) -> Estimate:
-    """What :func:`sleb.prune` of a loaded model will take from now on; a search races, so how long
-    it takes depends on the model, too."""
+    """What :func:`sleb.prune` of a loaded model will take from now on, and to ``heal`` the cut; a
+    search races, so how long it takes depends on the model, too."""
     n = len(model.stack)
     kind = cuda_or_cpu(model.stack.input_device)
     work = _work(model, split, goal, config, kind)
@@ -247,13 +252,45 @@ def estimate(
     left = nbytes if config.keep else nbytes * (n - work.removed) // n
     if out.suffix == ".gguf":
         left = Path(model.source.ref).expanduser().stat().st_size * (n - work.removed) // n
-    return Estimate(
+    found = Estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
         memory=_memory(model, config.length),
         disk=left,
-        device="a GPU" if kind == "cuda" else "this CPU",
+        device=_named(kind),
         shorter=_shorter(phases) if kind == "cpu" and total > LONG_S else (),
     )
+    if heal is None:
+        return found
+    then = estimate_healing(model, speed, heal, left, n - work.removed)
+    return replace(
+        found,
+        phases=found.phases + then.phases,
+        memory=max(found.memory, then.memory),
+        disk=left + then.disk,
+    )
+
+
+def estimate_healing(
+    model: LoadedModel, speed: Speed, config: HealConfig, nbytes: int, blocks: int
+) -> Estimate:
+    """What :func:`sleb.heal` takes of a cut of ``nbytes``, with so many ``blocks`` of the loaded
+    model's. Disk: the result, and its state while a new one replaces it."""
+    stack, network = model.stack, model.stack.model
+    kind, small = cuda_or_cpu(stack.input_device), config.optimizer == "adamw-8bit"
+    dense = sum(p.numel() * p.element_size() for p in network.parameters())
+    trained = sum(p.numel() for p in stack.blocks.parameters()) * blocks // len(stack)
+    trained = 0 if config.lora else trained
+    best, state = (2, 4) if small else (4, 16)
+    return Estimate(
+        phases=(Phase(name=HEALING, seconds=healing(speed, config, kind)),),
+        memory=dense + nbytes + trained * ((6 if small else 16) + best) + ROOM,
+        disk=nbytes + 2 * state * trained,
+        device=_named(kind),
+    )
+
+
+def _named(kind: str) -> str:
+    return "a GPU" if kind == "cuda" else "this CPU"
 
 
 def comparing(speed: Speed, prompts: int, answer: int) -> float:
@@ -274,15 +311,29 @@ def scoring(speed: Speed, questions: Questions, limit: int | None, tokenizer: An
 def healing(speed: Speed, config: HealConfig, kind: str) -> float:
     """Seconds of `sleb heal` on a ``kind`` of device: the dense model writes, then the cut is
     trained."""
-    tokens = config.tokens or HEAL_TOKENS[kind]
-    rate = 1.0 if config.lr else RATE
-    training = tokens * speed.read * (rate * (TRAINED + config.recompute) + VALIDATED)
+    tokens = heal_tokens(speed, config, kind)
+    training = tokens * speed.read * _passes(config)
     if config.minutes is not None:
         most = 60 * config.minutes
         training = most if config.tokens is None else min(training, most)
     asked = 0 if config.prompts == (NO_PROMPTS,) else config.max_prompts or HEAL_PROMPTS[kind]
     own = tokens // (6 if asked else 3)
     return training + speed.written * (own + asked * (config.new_tokens or NEW_TOKENS[kind]))
+
+
+def heal_tokens(speed: Speed, config: HealConfig, kind: str) -> int:
+    """Tokens to train on: as asked for, or the default. On a CPU, where the model's own text takes
+    longer than to train on it, no more than the minutes allow, as a power of two, so that the next
+    call finds that text in the cache; but as many as the smallest windows need."""
+    if config.tokens or config.minutes is None or kind != "cpu":
+        return config.tokens or HEAL_TOKENS[kind]
+    allowed = max(1, int(60 * config.minutes / (speed.read * _passes(config))))
+    return min(HEAL_TOKENS[kind], max(WINDOWS * SHORTEST, 1 << allowed.bit_length() - 1))
+
+
+def _passes(config: HealConfig) -> float:
+    """Through the whole model, for a token that is trained on."""
+    return (1.0 if config.lr else RATE) * (TRAINED + config.recompute) + VALIDATED
 
 
 def timing(speed: Speed, cases: Sequence[Case], runs: int, nbytes: int) -> float:
@@ -344,7 +395,7 @@ def _memory(model: LoadedModel, length: int) -> int:
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     weights = sum(p.numel() * p.element_size() for p in model.stack.model.parameters())
     states = 1024 * width * len(model.stack) * 4
-    return weights + 3 * inner * inner * 8 + states + 600_000_000
+    return weights + 3 * inner * inner * 8 + states + ROOM
 
 
 def _shorter(phases: dict[str, float]) -> tuple[str, ...]:

@@ -40,14 +40,14 @@ from sleb.core.process_group import group
 from sleb.core.progress import Begins, Estimate, Progress, silent, tell
 from sleb.core.statistics import shares
 from sleb.distillation import distill
-from sleb.distillation.distill import Healing
-from sleb.distillation.mix import TEXTS, group_of
+from sleb.distillation.distill import Healing, Hooks
+from sleb.distillation.mix import LENGTH, TEXTS, group_of
 from sleb.distillation.record import Healed
 from sleb.distillation.stages import first_stages, stages_folder
 from sleb.evaluation.agreement import agreement_of, measure_answers
 from sleb.evaluation.perplexity import evaluate
 from sleb.formats.quantize import Quantized
-from sleb.models.load import LoadedModel, load
+from sleb.models.load import LoadedModel, cuda_or_cpu, load
 from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
@@ -97,7 +97,7 @@ def prune(
     out: str | Path,
     config: PruneConfig,
     *,
-    to_heal: bool = False,
+    to_heal: HealConfig | None = None,
     command: str = "sleb.prune",
     stages: dict[str, str] | None = None,
     progress: Progress = silent,
@@ -114,9 +114,9 @@ def prune(
     Options, also as keywords: :class:`sleb.config.PruneConfig`. A repair is by default made where
     it is possible, and the record says why it was not; two thirds of what it is fitted on are the
     given texts, or all where blocks are offloaded. Where it is possible, whole blocks go and
-    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``to_heal``: see
-    :func:`sleb.repairs.search.with_metric`. ``command`` and ``stages`` go into the record as they
-    are.
+    ``remove`` is the target, ``strategy`` is ``greedy-or-window`` by default. ``to_heal``: how
+    the cut will be healed, see :func:`sleb.repairs.search.with_metric`. ``command`` and ``stages``
+    go into the record as they are.
 
     Raises:
         VerificationFailed: a check did not pass, or a limit on loss allows no removal; nothing was
@@ -159,10 +159,11 @@ def estimate(
     config: PruneConfig,
     *,
     speed: estimates.Speed | None = None,
+    heal: HealConfig | None = None,
     progress: Progress = silent,
 ) -> Estimate:
-    """What :func:`prune` would take, phase by phase. The model is loaded and timed for a moment,
-    unless its ``speed`` is known; nothing is written.
+    """What :func:`prune` would take, and to ``heal`` the cut, phase by phase. The model is
+    loaded and timed for a moment, unless its ``speed`` is known; nothing is written.
 
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
@@ -176,7 +177,7 @@ def estimate(
         loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
     _check_space(out, goal, loaded, config)
     speed = speed or estimates.Speed.of(loaded, config.length)
-    return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, out)
+    return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, out, heal)
 
 
 def place(model: LoadedModel | str | Path) -> str | Path:
@@ -252,11 +253,26 @@ def heal(
         (stage / "README.md").write_text(card, encoding="utf-8")
         found.append(record)
 
+    told: list[Estimate] = []
+
+    def tokens_of(healing: Healing) -> int:
+        dense, own = healing.dense, healing.config
+        with watch.stage("estimating", None):
+            speed = estimates.Speed.of(dense, config.length or LENGTH)
+        if not told:  # of all stages
+            of = (healing.checkpoint.nbytes, healing.blocks)
+            told.append(estimates.estimate_healing(dense, speed, config, *of))
+            tell(watch, told[0])
+            tell(watch, Begins(estimates.HEALING))
+        return estimates.heal_tokens(speed, own, cuda_or_cpu(dense.stack.input_device))
+
     start, last = Path(cut), config
     writable_target(out, force=config.force)
     if config.stages > 1:
-        start, last = first_stages(start, model, out, config, watch)
-    how: dict[str, Any] = {"save_every": save_every, "finish": finish, "progress": watch}
+        hooks = Hooks(tokens=tokens_of)
+        start, last = first_stages(start, model, out, config, hooks=hooks, progress=watch)
+    hooks = Hooks(tokens=tokens_of, finish=finish)
+    how: dict[str, Any] = {"save_every": save_every, "hooks": hooks, "progress": watch}
     distill.heal(start, model, out, last, stage_of=Path(cut), **how)
 
     def end() -> str:
@@ -294,7 +310,7 @@ def prune_and_heal(
     known = RunRecord.load(cut) if (cut / "run.json").is_file() else None
     how: dict[str, Any] = {"command": command, "progress": progress}
     if not known or known.stages.get("cut") != key:
-        prune(model, cut, config, to_heal=True, stages={"cut": key}, **how)
+        prune(model, cut, config, to_heal=healing, stages={"cut": key}, **how)
     return heal(cut, place(model), out, healing, stage_keys=stages, **how)
 
 
@@ -376,7 +392,7 @@ def _find(
     config: PruneConfig,
     goal: Goal,
     beside: tuple[Path, GGUFModel | None],
-    to_heal: bool,
+    to_heal: HealConfig | None,
     watch: Stopwatch,
 ) -> _Found:
     """Load the model, choose blocks, repair the cut and measure it. ``beside``: where scores are
@@ -388,13 +404,13 @@ def _find(
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
     _check_space(out, goal, loaded, config)
-    config = with_metric(loaded, config, to_heal=to_heal)
+    config = with_metric(loaded, config, to_heal=to_heal is not None)
     with watch.stage("reading text", None):
         split, status = _split(loaded, config)
     if not stack.streamed:  # to time it would be to read it, several times
         with watch.stage("estimating", None):
             speed = estimates.Speed.of(loaded, config.length)
-        tell(watch, estimates.estimate(loaded, speed, split, goal, config, out))
+        tell(watch, estimates.estimate(loaded, speed, split, goal, config, out, to_heal))
     tell(watch, Begins(estimates.TEXT))
     split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs

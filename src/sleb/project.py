@@ -38,7 +38,7 @@ from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
-from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_tokenizer, pick_device
+from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
 from sleb.pipeline import prune, prune_and_heal
 from sleb.project_file import ProjectFile
@@ -151,12 +151,10 @@ def estimate(path: str | Path, config: RunConfig, *, progress: Progress = silent
     search = project.search.replaced({"force": True})
     dense = load(project.source, **dict(search.part(LoadOptions)), progress=progress)
     speed = estimates.Speed.of(dense, search.length)
-    found = pipeline.estimate(dense, project.target, search, speed=speed, progress=progress)
+    how: dict[str, Any] = {"speed": speed, "heal": project.heal, "progress": progress}
+    found = pipeline.estimate(dense, project.target, search, **how)
     seconds = {phase.name: phase.seconds for phase in found.phases}
     later, unknown = _later(project, dense, speed, seconds[estimates.SEARCH])
-    if project.heal:
-        on = cuda_or_cpu(dense.stack.input_device)
-        later = {"healing": estimates.healing(speed, project.heal, on), **later}
     phases = (*found.phases, *(Phase(name=name, seconds=s) for name, s in later.items()))
     return replace(found, phases=phases, unknown=unknown)
 

@@ -757,10 +757,14 @@ def _configured(verb: Verb, given: dict[str, Any]) -> Options:
 
 def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     """What a run would take."""
+    from sleb.config import HealConfig, PruneConfig
     from sleb.core.display import estimated
 
     places = {name: given[name] for name in ("model", "out", "path") if name in given}
-    found = verb.named(verb.dry)(**places, config=config, progress=progress)
+    how: dict[str, Any] = {"progress": progress}
+    if isinstance(config, PruneConfig) and given["heal"]:
+        how["heal"] = HealConfig.after(config, {})
+    found = verb.named(verb.dry)(**places, config=config, **how)
     if given["json"]:
         _show(found, json=True)
     for line in () if given["json"] else estimated(found):

@@ -13,6 +13,7 @@ import gc
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from sleb.distillation.local import segments
 from sleb.distillation.loss import HiddenLoss, SplitModel, Validation, agree
 from sleb.distillation.mix import TEXTS, Material, window_length
 from sleb.distillation.record import Healed, HealedText, Reason, by_text
-from sleb.distillation.state import LOWER, Schedule
+from sleb.distillation.state import LOWER, Schedule, TrainingState
 from sleb.distillation.student import Student, check_installed
 from sleb.distillation.training import Training
 from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_config, strict_model
@@ -49,6 +50,18 @@ from sleb.models.stack import BlockStack, decoder_config
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
 from sleb.surgery.verification import probe_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a caller of :func:`heal` does in it. ``tokens``: say how many to train on, unless a
+    stopped run goes on; ``finish``: what else is to be in the folder before it is named ``out``."""
+
+    tokens: Callable[[Healing], int] | None = None
+    finish: Callable[[Path, Healing, Healed], None] | None = None
+
+
+NO_HOOKS = Hooks()
 
 
 @takes(HealConfig)
@@ -60,7 +73,7 @@ def heal(
     *,
     stage_of: Path | None = None,
     save_every: float = 60.0,
-    finish: Callable[[Path, Healing, Healed], None] | None = None,
+    hooks: Hooks = NO_HOOKS,
     progress: Progress = silent,
 ) -> Healed:
     """Train the checkpoint ``cut``, which a plan of ``model`` made, to predict what ``model``
@@ -73,7 +86,7 @@ def heal(
     windows that are not trained on is measured ten times in a run; one that is worse goes on from
     its best weights with a lower rate, and these are taken in the end. Options: see
     :class:`HealConfig`, of which ``stages`` are for :mod:`sleb.distillation.stages`; ``stage_of``:
-    the cut that is healed in these. ``finish`` gets the folder before it is named ``out``.
+    the cut that is healed in these. ``hooks``: what the caller does in between.
 
     What a stopped run needs to go on is in the file ``out``.heal, written every ``save_every``
     seconds and at Ctrl-C; the same call again goes on, on a CPU to the same bits.
@@ -89,13 +102,14 @@ def heal(
     writable_target(out, force=config.force)
     plan = _plan(cut, config)
     refuse_source(out, cut)
-    job = Healing(cut, out, plan, _dense(model, out, config, progress), config, progress)
+    dense = _dense(model, out, config, progress)
+    job = Healing(cut, out, plan, dense, config, progress, hooks.tokens)
     try:
         training, stopped = job.train(save_every)
         found: list[Healed] = []
 
         def write() -> str:
-            found.append(job.write(training, stopped, stage_of or cut, finish))
+            found.append(job.write(training, stopped, stage_of or cut, hooks.finish))
             job.state.unlink(missing_ok=True)
             return TypeAdapter(Healed).dump_json(found[0]).decode()
 
@@ -148,6 +162,7 @@ class Healing:
         dense: LoadedModel,
         config: HealConfig,
         progress: Progress,
+        tokens_of: Callable[[Healing], int] | None,
     ) -> None:
         self.cut, self.out, self.plan, self.dense = cut, out, plan, dense
         self.config, self.progress = config, progress
@@ -164,7 +179,15 @@ class Healing:
             )
         self.device, self.processes = dense.stack.input_device, group().size
         on = cuda_or_cpu(self.device)
-        tokens = config.tokens or HEAL_TOKENS[on]
+        self.state = out.with_name(out.name + ".heal")
+
+        def wanted() -> str:  # a run that was stopped goes on with what it began with
+            known = TrainingState.tokens(self.state)
+            if known is None and tokens_of:
+                return str(tokens_of(self))
+            return str(config.tokens or known or HEAL_TOKENS[on])
+
+        tokens = int(group().broadcast_from_main(wanted))
         limited = config.tokens is not None or config.minutes is None
         self.config = config = config.replaced({"tokens": tokens})
         length = window_length(dense, tokens, config.length)
@@ -190,7 +213,6 @@ class Healing:
             "device": self.device.type,
             "dtype": dense.dtype,
         }
-        self.state = out.with_name(out.name + ".heal")
         self.teacher = SplitModel(dense.model)
 
     def release(self) -> None:

@@ -18,7 +18,7 @@ from sleb.core.files import staged_dir, write_text
 from sleb.core.plan import Plan
 from sleb.core.process_group import group
 from sleb.core.progress import Progress
-from sleb.distillation.distill import gaps_of, heal
+from sleb.distillation.distill import NO_HOOKS, Hooks, gaps_of, heal
 from sleb.models.load import cuda_or_cpu, pick_device
 from sleb.surgery.apply import apply, cut_checkpoint
 
@@ -29,7 +29,13 @@ def stages_folder(out: Path) -> Path:
 
 
 def first_stages(
-    cut: Path, model: str | Path, out: Path, config: HealConfig, progress: Progress
+    cut: Path,
+    model: str | Path,
+    out: Path,
+    config: HealConfig,
+    *,
+    hooks: Hooks = NO_HOOKS,
+    progress: Progress,
 ) -> tuple[Path, HealConfig]:
     """Heal all but the last of the ``config.stages`` stages of the plan of ``cut``; where the last
     one starts, and its options. What is in :func:`stages_folder` already is not done again.
@@ -72,7 +78,7 @@ def first_stages(
             return "healed" if done.exists() else ""
 
         if not group().broadcast_from_main(there) and stage < total:
-            heal(start, model, done, each, progress=progress)
+            heal(start, model, done, each, hooks=hooks, progress=progress)
     return start, each.replaced({"force": config.force, "stages": total})
 
 

@@ -91,6 +91,22 @@ class TrainingState:
                 f"cannot write {path} ({error}); free some space and repeat the command"
             ) from None
 
+    @staticmethod
+    def tokens(path: Path) -> int | None:
+        """Of the run whose state this is; None if there is none.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {})[KEY])["settings"]["tokens"]
+                return int(found)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None
+
     @classmethod
     def load(
         cls, path: Path, settings: Mapping[str, Any]
