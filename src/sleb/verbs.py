@@ -24,7 +24,7 @@ from sleb.calibration.split import SELF_GENERATED, CalibrationSplit
 from sleb.calibration.windows import Windows, load_windows
 from sleb.checkpoints.checkpoint import Checkpoint, check_fingerprint, fingerprint
 from sleb.checkpoints.checksums import SUMS
-from sleb.checkpoints.cut import Cut
+from sleb.checkpoints.cut import Cut, written_with
 from sleb.config import (
     ApplyConfig,
     BenchConfig,
@@ -45,7 +45,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError, SlebError
-from sleb.core.files import writable_target
+from sleb.core.files import record_path, writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Progress, silent
@@ -79,6 +79,7 @@ from sleb.surgery import verification
 from sleb.surgery.adapter import CutAdapter, cut_adapter
 from sleb.surgery.gates import Check, check_checksums
 from sleb.surgery.gguf_cut import CutGGUF, check_gguf, cut_gguf, plan_beside
+from sleb.surgery.gguf_prune import verify_gguf
 from sleb.surgery.nemotron_nas import write_nemotron_nas
 from sleb.surgery.verification import Verification
 from sleb.views.report import write_report
@@ -392,11 +393,17 @@ def _with_stored(cut: Cut, plan: Plan, given: Plan | str | Path, repaired: str |
             "--no-repair for the plain cut"
         )
     how = "(--repaired), fit one anew (--repair and each --text), or leave it out (--no-repair)"
+    where = repaired if repaired or isinstance(given, Plan) else written_with(given)
+    if str(where).endswith(".gguf"):
+        raise InputError(
+            f"{where} holds the repaired tensors rounded, which serves to measure and not to cut: "
+            f"give a folder that was written with this repair {how}"
+        )
     if repaired is None and isinstance(given, Plan):
         cut.check_whole(f"give the folder that was written with it {how}")
         return cut
     try:
-        return Cut.of(plan, folder=repaired or Path(str(given)).parent, parts=bool(cut.parts))
+        return Cut.of(plan, folder=where, parts=bool(cut.parts))
     except InputError as error:
         raise InputError(f"{error} {how}") from None
 
@@ -454,7 +461,7 @@ def _check_gguf(
 @dataclass(frozen=True, kw_only=True)
 class Verified:
     """What was checked: the checkpoint's checks, and, where asked for, runtimes and limits. A GGUF
-    file has no checks: it is verified by running it."""
+    file has checks where the original was given as one."""
 
     verification: Verification | None
     runtimes: RuntimeReport | None = None
@@ -484,7 +491,7 @@ class Verified:
     @property
     def _gates(self) -> Verification:
         if self.verification is None:
-            raise AttributeError("a GGUF file has no checks: see runtimes")
+            raise AttributeError("nothing was compared, as MODEL is no GGUF file: see runtimes")
         return self.verification
 
     def require(self) -> None:
@@ -517,8 +524,8 @@ def verify(
     plan: Plan | str | Path | None = None,
     progress: Progress = silent,
 ) -> Verified:
-    """Check that ``out`` is ``model`` without the plan's blocks, that ``runtimes`` run it as such,
-    and that its record keeps the limits of ``gate``.
+    """Check that ``out``, a folder or a GGUF file, is ``model`` without the plan's blocks, that
+    ``runtimes`` run it as such, and that its record keeps the limits of ``gate``.
 
     ``plan`` is by default the one that lies with ``out``. With ``recorded`` the proof is that of
     the run record, if the files are still the same. The result's ``require()`` raises what
@@ -529,8 +536,16 @@ def verify(
     """
     model, tried = place(model), () if config.runtimes is None else parse_runtimes(config.runtimes)
     interpreters = parse_pythons(config.pythons, tried)
-    beside = plan_of(out, running=bool(tried))  # refuses what there is nothing to check of
+    beside = plan_of(out)  # refuses what there is nothing to check of
     used = _plan(beside if plan is None else plan)
+    to_gguf = Path(out).suffix == ".gguf"
+    if to_gguf and config.recorded:
+        raise InputError("--recorded is for folders; a GGUF file is soon compared: leave it out")
+    if to_gguf and Path(model).suffix != ".gguf" and not tried:
+        raise InputError(
+            f"{out} is a GGUF file, and {model} is not: give the file that it was cut from, or run "
+            "it: --runtime llama-cpp"
+        )
     judged = Gate.load(config.gate).check(RunRecord.load(out)) if config.gate else None
     checked, shared = config.part(CheckOptions), {"model": model, "plan": used}
     found = None
@@ -538,6 +553,9 @@ def verify(
         found = _recorded(Path(out), model, used, config.depth, progress)
     elif Path(out).is_dir():
         found = verification.verify(out, checked, **shared, progress=progress)
+    elif Path(model).suffix == ".gguf":
+        source = Path(model).expanduser()
+        found = verify_gguf(Path(out), source, used, config.depth, progress)
     ran = None
     if tried and (found is None or found.passed):
         ran = check_runtimes(
@@ -548,7 +566,7 @@ def verify(
             pythons=interpreters,
             progress=progress,
         )
-    record = Path(out) if (Path(out) / "run.json").is_file() else None
+    record = Path(out) if record_path(Path(out)).is_file() else None
     return Verified(verification=found, runtimes=ran, gate=judged, record=record)
 
 
@@ -575,17 +593,13 @@ def _recorded(
     return replace(proof, checkpoint=str(out), checks=(now, *(others if now.passed else ())))
 
 
-def plan_of(out: str | Path, *, running: bool = False) -> Path:
-    """The plan that lies with a checkpoint. A GGUF file can only be run, as no check reads it."""
+def plan_of(out: str | Path) -> Path:
+    """The plan that lies with a checkpoint or a GGUF file."""
     out = Path(out)
     if out.is_dir():
         return out / "plan.json"
     if out.suffix != ".gguf" or not out.is_file():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
-    if not running:
-        raise InputError(
-            f"{out} is a GGUF file, which is verified by running it: --runtime llama-cpp"
-        )
     return plan_beside(out)
 
 
@@ -639,7 +653,7 @@ def evaluate(
     if plan and config.plan:
         _check_model(plan, loaded, model)
         if plan.repair is not None and removed == plan.removed:
-            fixed = stored_repair(plan, Path(config.plan).parent, loaded)
+            fixed = stored_repair(plan, written_with(config.plan), loaded)
             patch = partial(fixed.patch, loaded.stack) if fixed else None
     if specs := prompt_files(loaded, config):
         assert plan is not None  # see EvalConfig

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Self
 
+from sleb.checkpoints import gguf_repaired
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import disk_errors
@@ -33,15 +34,18 @@ class Cut:
     ``record`` is the plan's repair, if it is of this very cut. ``repair`` are its tensors on the
     CPU, by their names in the original checkpoint: their SHA-256 are those of the record, which is
     checked when a cut is made. It is None where there is no repair or its tensors are not at hand.
+    ``rounded``: the tensors are those of a GGUF file that was written with the repair, which holds
+    them quantized again.
     """
 
     blocks: int
     removed: tuple[int, ...]
     record: RepairRecord | None = field(default=None, repr=False)
     repair: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    rounded: bool = False
 
     def __post_init__(self) -> None:
-        if self.record is None or self.repair is None:
+        if self.record is None or self.repair is None or self.rounded:
             return
         for name, digest in self.record.tensors.items():
             tensor = self.repair.get(name)
@@ -61,7 +65,8 @@ class Cut:
         parts: bool = False,
     ) -> Self:
         """The cut by the first ``depth`` removals of ``plan``, or by all of them; with its repair's
-        tensors, if it has one, from the repaired checkpoint in ``folder``. ``parts``: whether the
+        tensors, if it has one, from the repaired checkpoint in ``folder``, or as the repaired GGUF
+        file that this is holds them. ``parts``: whether the
         caller can do without the attention or the MLP of a block.
 
         Raises:
@@ -85,14 +90,17 @@ class Cut:
             return cut
         if (beside := Path(folder) / REPAIRED).is_file():
             return cut._checked(folder, read_repaired(beside, record))
+        names = {name: cut.rename(name, block_prefix_of(name)) or "" for name in record.tensors}
+        if Path(folder).suffix == ".gguf":
+            found = gguf_repaired.read_repaired(Path(folder), record.tensors, names)
+            return replace(cut, repair=found, rounded=True)
         if not (Path(folder) / "config.json").is_file():
             raise InputError(
                 f"the plan is of a repaired cut, and {folder} holds no checkpoint with its "
                 "tensors; give the folder that was written with this plan"
             )
         checkpoint, found = Checkpoint.open(folder), {}
-        for name in record.tensors:
-            new = cut.rename(name, block_prefix_of(name)) or ""
+        for name, new in names.items():
             if new not in checkpoint.tensors:
                 raise InputError(
                     f"{folder} lacks {new or name}, a repaired tensor of the plan; give the folder "
@@ -173,6 +181,14 @@ class Cut:
         order = plan.order[:depth]
         record = None if self.repair is None else self.record
         return plan.model_copy(update={"removed": self.removed, "order": order, "repair": record})
+
+
+def written_with(plan: str | Path) -> Path:
+    """What was written with the file ``plan``: the GGUF file that this lies beside, or its
+    folder."""
+    plan = Path(plan)
+    beside = plan.with_name(plan.name.removesuffix(".plan.json") + ".gguf")
+    return beside if plan.name.endswith(".plan.json") and beside.is_file() else plan.parent
 
 
 def write_repaired(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -323,6 +323,8 @@ def _not_there(model: str) -> Iterator[str]:
 def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
     if p.gguf:
         yield f"written: {p.path}, with {p.gguf.plan.name} and {p.path.stem}.run.json beside it"
+        if given["keep"]:
+            yield f"to go back: {given['model']} is unchanged (--keep is for folders)"
         yield f"next: llama-cli -m {p.path}; sleb report {p.path}"
         return
     of_gguf = str(given["model"]).endswith(".gguf")

@@ -24,7 +24,7 @@ from sleb.checkpoints.checkpoint import (
     identity,
     read_json,
 )
-from sleb.checkpoints.cut import REPAIRED, Cut
+from sleb.checkpoints.cut import REPAIRED, Cut, written_with
 from sleb.checkpoints.depth_fields import refuse_unsupported, refused_type
 from sleb.config import LoadOptions, takes
 from sleb.core.errors import (
@@ -107,7 +107,7 @@ def load(
     is no checkpoint. The plan must be of this model; without ``check`` its tensors are not hashed
     for that, which takes as long as reading the whole file. Where the whole plan is used and has a
     repair, the changed tensors come from ``repaired``, the folder of a checkpoint that was written
-    with it; or from repaired.safetensors beside the file ``plan``.
+    with it; or from repaired.safetensors or the .gguf file beside the file ``plan``.
 
     Raises:
         InputError: no such model, or an unknown dtype or device; the plan is for another model, or
@@ -132,8 +132,9 @@ def load(
             "device_map and tp"
         )
     if isinstance(plan, (str, Path)):
-        if repaired is None and (beside := Path(plan).parent / REPAIRED).is_file():
-            repaired = beside.parent
+        made = written_with(plan)
+        if repaired is None and (made.suffix == ".gguf" or (made / REPAIRED).is_file()):
+            repaired = made
         plan = Plan.load(plan)
     source = group().sequentially(lambda: resolve(ref, progress))
     checkpoint = Checkpoint.open(source.path)  # its errors say more than those of loading

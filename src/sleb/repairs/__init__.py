@@ -203,8 +203,8 @@ def _refuse_unless_fitted(
 
 
 def stored_repair(plan: Plan, folder: str | Path, model: LoadedModel) -> Repair | None:
-    """The repair that ``plan`` records, with its tensors from the checkpoint in ``folder``; None if
-    it records none.
+    """The repair that ``plan`` records, with its tensors from the checkpoint in ``folder``, or from
+    the GGUF file that this is; None if it records none.
 
     Raises:
         InputError: the checkpoint is not there, or its tensors are not the plan's.

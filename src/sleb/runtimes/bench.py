@@ -89,8 +89,9 @@ class Runs:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One model under one runtime (transformers, vllm, llama.cpp). Bytes; ``load_seconds`` with
-    files in the page cache and libraries imported; ``peak_bytes`` while it ran, weights included.
+    """One model under one runtime (transformers, vllm, llama.cpp). Bytes; ``file_bytes`` of a GGUF
+    file, or of the weights in a folder; ``load_seconds`` with files in the page cache and libraries
+    imported; ``peak_bytes`` while it ran, weights included.
 
     The peak is over all cases. On the CPU it is the resident memory of the model's own process
     beyond what that held before the model was loaded, looked at every millisecond; on a GPU what
@@ -548,7 +549,7 @@ class Bench:
 
     def _measured(self, i: int, cases: Sequence[Case]) -> Measured:
         model, runs = self.models[i], [self.runs[case.name][Turn(i)] for case in cases]
-        file = model.gguf if self.runtime == "llama.cpp" else None
+        file = model.gguf if self.runtime == "llama.cpp" or model.ref.endswith(".gguf") else None
         parameters, nbytes = model.parameters, model.nbytes
         if model.plan and (left := self.workers[i].parameters):
             dense = self.workers[0].parameters or left

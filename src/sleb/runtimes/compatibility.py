@@ -205,7 +205,7 @@ def check_runtimes(
     reference = None
     if any(all(files[name]) for name in there):
         with progress.stage("reference in transformers", None):
-            reference = _reference(model, config, plan, pruned)
+            reference = _reference(model, config, plan, out, pruned)
         gc.collect()
     verdicts = []
     for name in names:
@@ -242,7 +242,9 @@ def _window(config: dict[str, Any]) -> int | None:
     return config.get("sliding_window") if "sliding_attention" in kinds and len(kinds) > 1 else None
 
 
-def _reference(model: str | Path, config: CheckOptions, plan: Plan, pruned: Path) -> _Reference:
+def _reference(
+    model: str | Path, config: CheckOptions, plan: Plan, out: str | Path, pruned: Path
+) -> _Reference:
     """What transformers computes; the model is gone afterwards."""
     loaded = load(
         model,
@@ -255,7 +257,7 @@ def _reference(model: str | Path, config: CheckOptions, plan: Plan, pruned: Path
     windows, _ = load_windows(loaded.tokenizer, (), windows=1, length=length, seed=0)
     ids = windows.ids[0].tolist()
     prefix = block_prefix(Checkpoint.open(loaded.source.path), loaded.stack)
-    cut = Cut.of(plan, config.depth, pruned, parts=True)
+    cut = Cut.of(plan, config.depth, out if Path(out).suffix == ".gguf" else pruned, parts=True)
     dense = _logprobs(loaded, ids)
     with (
         repaired(loaded.stack, cut.repair or {}, prefix),

@@ -25,6 +25,7 @@ from sleb.checkpoints.gguf_file import (
     Value,
     write_gguf,
 )
+from sleb.checkpoints.gguf_repaired import FIELD, repaired_sha256
 from sleb.core.errors import InputError
 from sleb.core.files import enough_space, staged_files, writable_target
 from sleb.core.plan import Plan
@@ -35,6 +36,9 @@ from sleb.surgery.gguf_parts import as_deci, check_parts, without_parts
 from sleb.surgery.gguf_repair import Requantized, quantize_again
 
 logger = logging.getLogger(__name__)
+
+SOURCE = "sleb.source_sha256"
+"""Field of a cut file: SHA-256 of the whole file that it was cut from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,10 @@ def cut_gguf(
     if cut.repair is not None:
         requantized = quantize_again(model, cut.repair, original)
     values |= _provenance(file, cut)
+    if cut.record and requantized:
+        of = zip(cut.repair or (), requantized, strict=True)
+        said = repaired_sha256(cut.record.tensors, {name: new.content for name, new in of})
+        values[FIELD] = Value(kind=STRING, data=said)
     tensors, names = _renumbered(file, cut, requantized), dict[str, str]()
     if cut.parts:
         values, tensors, names = as_deci(model, cut, values, tensors)
@@ -227,7 +235,7 @@ def _renumbered(file: GGUFFile, cut: Cut, requantized: Collection[Requantized]) 
 
 def _provenance(file: GGUFFile, cut: Cut) -> dict[str, Value]:
     """Fields of our own, which llama.cpp passes over."""
-    values = {"sleb.source_sha256": Value(kind=STRING, data=file.sha256())}
+    values = {SOURCE: Value(kind=STRING, data=file.sha256())}
     if cut.whole:
         values["sleb.removed_blocks"] = Value(kind=ARRAY, item=INT32, data=list(cut.whole))
     if parts := parts_in(cut.removed):

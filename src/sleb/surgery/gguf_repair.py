@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.checkpoints.gguf_file import GGUFTensor
+from sleb.checkpoints.gguf_repaired import decoded, shift, stored_name
 from sleb.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ INSTEAD = "Q8_0"
 ALIKE = 0.5
 """Cosine of a repaired matrix and the original in the file, at least: a repair moves it less, and
 one that is stored transposed or permuted has a cosine near zero."""
-
-PLUS_ONE = ("gemma", "gemma2", "gemma3")
-"""Architectures whose files have the gains of norms, and checkpoints one less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +58,16 @@ def quantize_again(
     Raises:
         UnsupportedModel: a tensor has no counterpart, or is stored in another form.
     """
-    import gguf
-
-    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    if model.name not in by_name:
-        raise UnsupportedModel(f"the gguf package does not know {model.name}: upgrade it")
-    names = gguf.get_tensor_name_map(by_name[model.name], model.blocks)
     found: dict[str, Requantized] = {}
     for name, tensor in tensors.items():
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        info = model.file.tensors.get(own or "")
+        info = model.file.tensors.get(own := stored_name(model, name) or "")
         if info is None or own in found:
             raise UnsupportedModel(
                 f"{name} has no tensor of its own in {model.file.path}: cut without the repair"
             )
-        shift = _shift(model, info.name)
-        _check_form(name, tensor, info, shift, model, original)
-        found[info.name] = _quantized(info, tensor.float() + shift)
+        more = shift(model, info.name)
+        _check_form(name, tensor, info, more, model, original)
+        found[info.name] = _quantized(info, tensor.float() + more)
     return tuple(found.values())
 
 
@@ -92,33 +83,27 @@ def as_stored(
 
     again, found = quantize_again(model, tensors, original), {}
     for (name, tensor), new in zip(tensors.items(), again, strict=True):
-        shift = _shift(model, new.name)
-        values = torch.from_numpy(_decoded(new.content, new.kind, tensor.shape)) - shift
-        found[name] = values.to(tensor.dtype)
+        values = torch.from_numpy(decoded(new.content, new.kind, tensor.shape))
+        found[name] = (values - shift(model, new.name)).to(tensor.dtype)
     return found
-
-
-def _shift(model: GGUFModel, name: str) -> float:
-    """What the file has more than the checkpoint."""
-    return 1.0 if model.name in PLUS_ONE and name.endswith("norm.weight") else 0.0
 
 
 def _check_form(
     name: str,
     tensor: Tensor,
     info: GGUFTensor,
-    shift: float,
+    more: float,
     model: GGUFModel,
     original: Checkpoint | None,
 ) -> None:
-    """Raise UnsupportedModel unless the file stores this tensor as the checkpoint does, ``shift``
+    """Raise UnsupportedModel unless the file stores this tensor as the checkpoint does, ``more``
     higher: converters transpose some and permute the rows of others."""
     import torch
 
     same = tuple(tensor.shape) == info.shape[::-1]
     if same:
         content = model.file.content(info)
-        before = torch.from_numpy(_decoded(content, info.kind, tensor.shape)) - shift
+        before = torch.from_numpy(decoded(content, info.kind, tensor.shape)) - more
         if original is not None:
             stored = original.tensor(name)
             same = torch.equal(before.to(stored.dtype), stored)
@@ -141,7 +126,7 @@ def _quantized(info: GGUFTensor, tensor: Tensor) -> Requantized:
     fits = values.shape[-1] % 32 == 0
     to = was if was.name in WRITABLE else GGMLQuantizationType[INSTEAD if fits else "F16"]
     content = np.ascontiguousarray(quants.quantize(values, to)).tobytes()
-    back = _decoded(content, int(to), values.shape)
+    back = decoded(content, int(to), values.shape)
     norm = float(np.linalg.norm(values))
     return Requantized(
         name=info.name,
@@ -151,14 +136,3 @@ def _quantized(info: GGUFTensor, tensor: Tensor) -> Requantized:
         kind=int(to),
         content=content,
     )
-
-
-def _decoded(content: bytes, kind: int, shape: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Values of a tensor from its bytes, float32, of ``shape``."""
-    from gguf import GGMLQuantizationType, quants
-
-    to = GGMLQuantizationType(kind)
-    direct = {"F32": np.float32, "F16": np.float16}.get(to.name)
-    raw = np.frombuffer(content, dtype=direct or np.uint8)
-    values = raw.astype(np.float32) if direct else quants.dequantize(raw, to)
-    return np.asarray(values, dtype=np.float32).reshape(tuple(shape))

@@ -124,6 +124,11 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
 
 
 def _refuse_without(out: Path, side: Path) -> None:
+    if out.suffix == ".gguf" and out.is_file():
+        raise InputError(
+            f"{out} is a GGUF file, beside which nothing is kept: the file that it was cut from is "
+            "unchanged, so go back to that"
+        )
     if not out.is_dir():
         raise InputError(f"no checkpoint folder at {out}; give one that sleb apply or prune wrote")
     if (out / HEALED).is_file():

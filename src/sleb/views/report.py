@@ -163,6 +163,8 @@ class Report:
         """A command of this run, ready to be typed; ``key`` is in the table ``commands``."""
         words = {"model": self.record.model, "out": self._out, "plan": self._plan}
         quoted = {name: shlex.quote(word) for name, word in words.items()}
+        quoted["other"] = "OTHER.gguf" if self._out.endswith(".gguf") else "OTHER"
+        quoted["plain"] = " --no-repair" if self.plan.repair else ""
         return self.t.code(self.t.plain(f"commands.{key}", **quoted))
 
     def _fill(self, command: str) -> str:

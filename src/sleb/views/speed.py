@@ -133,11 +133,17 @@ def _memory_chart(t: Locale, s: Speed) -> Figure:
     first, last = s.models[0], s.models[-1]
     base = {x.runtime: x for x in reversed(s.models) if x.path == first.path}
 
+    def held(x: Measured) -> int:
+        """Bytes of the weights in memory: llama.cpp alone does not dequantize a GGUF file."""
+        if x.runtime == "llama.cpp" or not x.path.endswith(".gguf"):
+            return x.file_bytes
+        return x.parameters * (4 if s.dtype == "float32" else 2)
+
     def expected(x: Measured) -> float | None:
         dense = base.get(x.runtime)
         if dense is None or x is dense:
             return None
-        return max(0.0, dense.peak_bytes - dense.file_bytes + x.file_bytes)
+        return max(0.0, dense.peak_bytes - held(dense) + held(x))
 
     ends = {"before": t.size(first.peak_bytes), "after": t.size(last.peak_bytes)}
     return Figure(

@@ -1,0 +1,92 @@
+"""The repaired tensors in a cut GGUF file: found by name, proved to be a plan's, dequantized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sleb.checkpoints.gguf_fields import GGUFModel
+from sleb.checkpoints.gguf_file import GGUFFile
+from sleb.core.errors import InputError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIELD = "sleb.repaired_sha256"
+PLUS_ONE = ("gemma", "gemma2", "gemma3")
+"""Architectures whose files have the gains of norms, and checkpoints one less."""
+
+
+def repaired_sha256(fitted: Mapping[str, str], contents: Mapping[str, bytes]) -> str:
+    """What a file says of its repair: SHA-256 over names in the original checkpoint, each with that
+    of the tensor as it was ``fitted`` (as in a plan) and the bytes that the file has of it."""
+    sha = hashlib.sha256()
+    for name in sorted(fitted):
+        sha.update(f"{name} {fitted[name]} ".encode())
+        sha.update(contents[name])
+    return sha.hexdigest()
+
+
+def read_repaired(
+    path: Path, fitted: Mapping[str, str], names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors ``fitted`` (SHA-256 by names in the original checkpoint) as the cut file ``path``
+    holds them, in bfloat16, as all of a GGUF file is read. ``names``: after the cut.
+
+    Raises:
+        InputError: it was not written with them.
+    """
+    import torch
+
+    model = GGUFModel.of(GGUFFile.open(path))
+    own = {name: stored_name(model, names[name]) for name in fitted}
+    infos = {name: model.file.tensors[key] for name, key in own.items() if key}
+    contents = {name: model.file.content(info) for name, info in infos.items()}
+    if len(infos) < len(own) or model.file.value(FIELD) != repaired_sha256(fitted, contents):
+        raise InputError(
+            f"{path} does not hold the repaired tensors that the plan records; give the file that "
+            "was written with this plan"
+        )
+    return {
+        name: (
+            torch.from_numpy(decoded(contents[name], info.kind, info.shape[::-1]))
+            - shift(model, info.name)
+        ).to(torch.bfloat16)
+        for name, info in infos.items()
+    }
+
+
+def stored_name(model: GGUFModel, name: str) -> str | None:
+    """What the file calls a tensor of the checkpoint; None if it has none.
+
+    Raises:
+        UnsupportedModel: the gguf package does not know such models.
+    """
+    import gguf
+
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if model.name not in by_name:
+        raise UnsupportedModel(f"the gguf package does not know {model.name}: upgrade it")
+    names = gguf.get_tensor_name_map(by_name[model.name], model.blocks)
+    own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    return own if own in model.file.tensors else None
+
+
+def shift(model: GGUFModel, name: str) -> float:
+    """What the file has more than the checkpoint."""
+    return 1.0 if model.name in PLUS_ONE and name.endswith("norm.weight") else 0.0
+
+
+def decoded(content: bytes, kind: int, shape: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Values of a tensor from its bytes, float32, of ``shape``."""
+    from gguf import GGMLQuantizationType, quants
+
+    to = GGMLQuantizationType(kind)
+    direct = {"F32": np.float32, "F16": np.float16}.get(to.name)
+    raw = np.frombuffer(content, dtype=direct or np.uint8)
+    values = raw.astype(np.float32) if direct else quants.dequantize(raw, to)
+    return np.asarray(values, dtype=np.float32).reshape(tuple(shape))
