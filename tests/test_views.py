@@ -33,6 +33,7 @@ from sleb.core.errors import InputError
 from sleb.core.finding import finding
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
+from sleb.core.units import MLP, Unit
 from sleb.evaluation.grading import Judged
 from sleb.record import RepairStatus
 from sleb.runtimes.bench import Skipped
@@ -564,6 +565,8 @@ def variety():
     yield whole, run_plan((first,), excess=0.001)
     yield whole, run_plan((first,), answers=0.125, texts=0.25)
     ordered = put(first, "scores", tuple(s for s in first.scores if s.block == 7))
+    part = (Unit.of(7, MLP),)
+    yield sparse(removed=part), plan(order=part, removed=part, rounds=())
     yield (
         complete(removed=(7,)),
         plan(order=(7,), removed=(7,), strategy="refine", rounds=(ordered,)),

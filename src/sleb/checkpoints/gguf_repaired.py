@@ -43,6 +43,11 @@ def read_repaired(
     import torch
 
     model = GGUFModel.of(GGUFFile.open(path))
+    if FIELD not in model.file.fields:
+        raise InputError(
+            f"{path} does not say that it has a repair: it has none, or an older sleb wrote it; "
+            "cut it again, or give the file that was written with this plan"
+        )
     own = {name: stored_name(model, names[name]) for name in fitted}
     infos = {name: model.file.tensors[key] for name, key in own.items() if key}
     contents = {name: model.file.content(info) for name, info in infos.items()}

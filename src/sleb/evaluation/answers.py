@@ -173,6 +173,11 @@ def compare(
     asked = read_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts
     if not asked:
         raise InputError("no prompts to compare on; give at least one")
+    if Path(out).suffix == ".gguf":
+        raise InputError(
+            f"{out} is a GGUF file, and both models' texts are compared of folders: sleb eval "
+            "--plan --prompts tells how much of the answers it keeps"
+        )
     if not Path(out).is_dir():
         raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
     check_expected([prompt.expected for prompt in asked])

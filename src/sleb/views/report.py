@@ -33,6 +33,8 @@ GLANCE = {
     *("memory.max_mb", "size.max_mb"),
 }
 """Limits whose figures are on page one also where the gate does not set them."""
+OF_WHOLE_BLOCKS = ("draft", "runtimes")
+"""What is measured of results that have whole blocks alone."""
 
 
 def write_report(runs: Sequence[Path], out: Path, lang: str = "en", force: bool = False) -> Path:
@@ -156,6 +158,11 @@ class Report:
         return self.record.verification.checkpoint
 
     @property
+    def _gguf(self) -> bool:
+        """Whether the result is a GGUF file."""
+        return self._out.endswith(".gguf")
+
+    @property
     def _plan(self) -> str:
         return str(plan_path(Path(self._out)))
 
@@ -163,7 +170,7 @@ class Report:
         """A command of this run, ready to be typed; ``key`` is in the table ``commands``."""
         words = {"model": self.record.model, "out": self._out, "plan": self._plan}
         quoted = {name: shlex.quote(word) for name, word in words.items()}
-        quoted["other"] = "OTHER.gguf" if self._out.endswith(".gguf") else "OTHER"
+        quoted["other"] = "OTHER.gguf" if self._gguf else "OTHER"
         quoted["plain"] = " --no-repair" if self.plan.repair else ""
         return self.t.code(self.t.plain(f"commands.{key}", **quoted))
 
@@ -177,6 +184,8 @@ class Report:
         """That something was not measured, and the command that measures it."""
         if key == "kept" and self.record.unasked and not self.record.prompts:
             return self.t.said("unasked", self.record.unasked)
+        if self.record.parts and (key in OF_WHOLE_BLOCKS or (key == "speed" and self._gguf)):
+            return self.t("missing.parts", what=self.t(f"unmeasured.{key}"))
         return self.t(text, what=self.t(f"unmeasured.{key}"), command=self._command(key))
 
     def _missing(self, key: str) -> list[Item]:
@@ -191,7 +200,7 @@ class Report:
             return ()
         if r.prompts is None or r.prompts.source.split(", ") == [DEFAULT]:
             return ("kept",)
-        return () if self._out.endswith(".gguf") else ("compared",)
+        return () if self._gguf else ("compared",)
 
     @property
     def _paired(self) -> list[TaskResult]:
@@ -306,9 +315,13 @@ class Report:
             key = "restore" if self.record.file_nbytes is None else "restore_folder"
             lines.append(t(f"rollback.{key}", command=self._command("restore")))
         if depth > 1:
+            loaded = self.record.parts and not self._gguf  # no folder is written without parts
             command = self._command("restore_part" if kept else "apply")
+            if loaded:
+                paths = f"{self.record.model!r}, plan={self._plan!r}"
+                command = t.code(f"sleb.load({paths}, depth=D)")
             lines.append(t("rollback.shallower", most=depth - 1, command=command))
-            lines += [t("rollback.unrepaired")] if self._repaired else []
+            lines += [t("rollback.unrepaired")] if self._repaired and not loaded else []
         return [Listing(tuple(lines))]
 
     # -- the sections ----------------------------------------------------------------------------
