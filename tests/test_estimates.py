@@ -11,7 +11,7 @@ from cli_tools import run
 from heal_tools import SMALL, Stopping
 from sleb import estimates
 from sleb.config import HEAL_TOKENS, HealConfig
-from sleb.distillation.mix import SHORTEST, WINDOWS
+from sleb.distillation.mix import SHORTEST, STEPS
 from sleb.evaluation.questions import read_questions
 
 home = heal_tools.home
@@ -94,7 +94,7 @@ def test_of_few_minutes_on_a_cpu_there_are_few_tokens():
     def tokens(kind="cpu", **options):
         return estimates.heal_tokens(speed, HealConfig.of(options), kind)
 
-    assert tokens(minutes=0.1) == WINDOWS * SHORTEST
+    assert tokens(minutes=0.01) == STEPS * SHORTEST
     # a token goes through the model 4 times, and a tenth and a half more
     assert tokens(minutes=5) == 2**14 <= 300 / (2e-3 * 5.9) < 2**15
     assert tokens(minutes=1e4) == tokens() == HEAL_TOKENS["cpu"]

@@ -30,7 +30,7 @@ from sleb.config import (
 from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
 from sleb.core.progress import Estimate, Phase
-from sleb.distillation.mix import SHORTEST, WINDOWS
+from sleb.distillation.mix import SHORTEST, STEPS
 from sleb.evaluation.questions import Questions
 from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.models.stack import BlockStack, decoder_config
@@ -324,11 +324,11 @@ def healing(speed: Speed, config: HealConfig, kind: str) -> float:
 def heal_tokens(speed: Speed, config: HealConfig, kind: str) -> int:
     """Tokens to train on: as asked for, or the default. On a CPU, where the model's own text takes
     longer than to train on it, no more than the minutes allow, as a power of two, so that the next
-    call finds that text in the cache; but as many as the smallest windows need."""
+    call finds that text in the cache; but enough for STEPS of the smallest windows."""
     if config.tokens or config.minutes is None or kind != "cpu":
         return config.tokens or HEAL_TOKENS[kind]
     allowed = max(1, int(60 * config.minutes / (speed.read * _passes(config))))
-    return min(HEAL_TOKENS[kind], max(WINDOWS * SHORTEST, 1 << allowed.bit_length() - 1))
+    return min(HEAL_TOKENS[kind], max(STEPS * SHORTEST, 1 << allowed.bit_length() - 1))
 
 
 def _passes(config: HealConfig) -> float:

@@ -41,7 +41,7 @@ from sleb.core.progress import Begins, Estimate, Progress, silent, tell
 from sleb.core.statistics import shares
 from sleb.distillation import distill
 from sleb.distillation.distill import Healing, Hooks
-from sleb.distillation.mix import LENGTH, TEXTS, group_of
+from sleb.distillation.mix import SHORTEST, TEXTS, group_of
 from sleb.distillation.record import Healed
 from sleb.distillation.stages import first_stages, stages_folder
 from sleb.evaluation.agreement import agreement_of, measure_answers
@@ -258,7 +258,7 @@ def heal(
     def tokens_of(healing: Healing) -> int:
         dense, own = healing.dense, healing.config
         with watch.stage("estimating", None):
-            speed = estimates.Speed.of(dense, config.length or LENGTH)
+            speed = estimates.Speed.of(dense, config.length or SHORTEST)
         if not told:  # of all stages
             of = (healing.checkpoint.nbytes, healing.blocks)
             told.append(estimates.estimate_healing(dense, speed, config, *of))
