@@ -49,15 +49,74 @@ def test_what_is_measured_is_what_the_file_computes(here, capsys):
         assert (tensor.was, tensor.type) == ("Q8_0", "Q8_0")
 
     dense, cut = sleb.load("m.gguf", **CPU), sleb.load("s.gguf", **CPU)
+    planned = sleb.load("m.gguf", plan="s.plan.json", **CPU)
     windows = {name: SMALL[name] for name in ("windows", "length", "heldout")}
     heldout = CalibrationSplit.of(dense.tokenizer, (), seed=0, **windows).heldout
     for model, stated in (
         (dense, record.evaluation.perplexity),
         (cut, record.evaluation.pruned_perplexity),
+        (planned, record.evaluation.pruned_perplexity),
     ):
         found = sleb.evaluate(model, heldout).perplexity.value
         assert found == pytest.approx(stated.value, rel=1e-6)
+    text = Path("held.txt")
+    text.write_text("the block of a model passes its input through " * 20)
+    own = {"text": [str(text)], "windows": 4, "length": 16, **CPU}
+    both = sleb.evaluate("m.gguf", plan="s.plan.json", **own)
+    assert both.pruned_perplexity.value == pytest.approx(
+        sleb.evaluate("s.gguf", **own).perplexity.value, rel=1e-6
+    )
     assert run(capsys, "report", "s.gguf", "-o", "r.html").code == 0
+
+
+def flipped(name: str) -> None:
+    """Change one bit of a tensor of s.gguf."""
+    raw, info = bytearray(Path("s.gguf").read_bytes()), GGUFFile.open("s.gguf").tensors[name]
+    raw[info.start + 5] ^= 1
+    Path("s.gguf").write_bytes(raw)
+
+
+def test_a_file_is_verified_against_the_one_that_it_was_cut_from(here, capsys):
+    assert run(capsys, "prune", "m.gguf", "--remove", 2, "-o", "s.gguf", *WORDS).code == 0
+    record, whole = RunRecord.load("s.gguf"), Path("s.gguf").read_bytes()
+    Path("limits.toml").write_text("perplexity.max_ratio = 1000.0\nsize.max_mb = 0.01\n")
+    asked = ["verify", "s.gguf", "--model", "m.gguf"]
+    assert run(capsys, *asked).code == 0
+    assert run(capsys, *asked, "--gate", "limits.toml").code == 3  # the size
+    gate = RunRecord.load("s.gguf").gate
+    assert [row.verdict for row in gate.rows] == ["kept", "not-kept"]
+
+    changed = record.requantized[0].name
+    block = int(changed.split(".")[1]) - sum(b < int(changed.split(".")[1]) for b in record.removed)
+    for name, check in (
+        (f"blk.{block}.{changed.split('.', 2)[2]}", "repaired-tensors"),
+        ("token_embd.weight", "weights-but-repaired"),
+    ):
+        flipped(name)
+        found = sleb.verify("s.gguf", model="m.gguf")
+        assert [one.key for one in found.checks if not one.passed] == [check]
+        Path("s.gguf").write_bytes(whole)
+
+    plan = Path("s.plan.json").read_text()
+    assert run(capsys, "apply", "s.plan.json", "m.gguf", "-o", "p.gguf", "--no-repair").code == 0
+    Path("p.plan.json").write_text(plan)
+    assert [c.key for c in sleb.verify("p.gguf", model="m.gguf").checks if not c.passed] == [
+        "repaired-tensors"
+    ]
+    write_tiny(here / "other.gguf", blocks=9)
+    for words, noun in [
+        (["--model", "other.gguf"], "s.gguf was not cut from other.gguf"),
+        (["--model", "m.gguf", "--recorded"], "leave it out"),
+        (["--model", "elsewhere"], "run it: --runtime llama-cpp"),
+    ]:
+        assert noun in refused(capsys, 2, "verify", "s.gguf", *words)
+    for words, noun in [
+        (["apply", "s.plan.json", "m.gguf", "-o", "c.gguf"], "holds the repaired tensors rounded"),
+        (["restore", "s.gguf", "-o", "back"], "unchanged, so go back to that"),
+        (["compare", "m.gguf", "s.gguf", "--prompts", "p.txt"], "of folders"),
+    ]:
+        Path("p.txt").write_text("what is it\n")
+        assert noun in refused(capsys, 2, *words)
 
 
 def test_a_size_is_the_files(here):
