@@ -573,6 +573,7 @@ bench_quick = true
     assert [part_of(unit) for unit in record.removed] == ["attention"] * 2
     assert record.verification.passed
     assert {*record.stages} == {"prune", "similarity", "answers", "speed"}
+    assert {"searching", "measuring similarity"} <= {*record.seconds}, "all is accounted for"
     page = (tmp_path / "out" / "report.en.html").read_text()
     assert all(str(unit) in page for unit in record.removed)
     for wrong in ("[heal]\nminutes = 1", "[measure]\ntransfer = true"):

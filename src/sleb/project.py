@@ -42,7 +42,7 @@ from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
 from sleb.pipeline import prune, prune_and_heal
 from sleb.project_file import ProjectFile
-from sleb.record import RunRecord
+from sleb.record import RunRecord, Stopwatch
 from sleb.repairs import stored_repair
 from sleb.runtimes.bench import FULL, QUICK, Speed, bench
 from sleb.selection.request import check_options
@@ -115,7 +115,8 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     keys, out = project.keys(), project.target
     known = None if config.force else _known(project, keys["prune"])
     record = known or _pruned(project, keys["prune"], config.force, progress)
-    session = _Session(project, record, progress)
+    before, watch = record.seconds, Stopwatch(progress)
+    session = _Session(project, record, watch)
     left = [
         (stage, work)
         for stage, wanted, work in session.stages()
@@ -128,8 +129,10 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
         when = Locale("en").moment(known.started)
         tell(progress, f"nothing was measured again: all is from the run of {when}")
     for stage, work in left:
-        done = {**record.stages, stage: keys[stage]}
-        record = RunRecord.update(out, stages=done, **{stage: work()})
+        done, found = {**record.stages, stage: keys[stage]}, work()
+        spent = {name: round(before.get(name, 0.0) + s, 3) for name, s in watch.seconds.items()}
+        took = {**before, **spent}
+        record = RunRecord.update(out, stages=done, seconds=took, **{stage: found})
     session.close()
     if project.gate is not None:
         gate = Gate.parse(project.gate, f"{path}: gate").check(record)
