@@ -83,7 +83,7 @@ def test_healing_takes_as_long_as_it_is_given_and_more_for_more_tokens():
     assert 4 < passes < 8, "a dense pass, a cut one, back, and what finds the rate and checks"
     assert seconds(tokens=10_000, lr=1e-5) < one < seconds(tokens=10_000, recompute=True)
     assert seconds(tokens=10_000, minutes=1e6) == one
-    assert seconds(minutes=2) - seconds(minutes=1) == pytest.approx(60)
+    assert seconds(minutes=41) - seconds(minutes=40) == pytest.approx(60)
     few, many = (seconds(tokens=10_000, max_prompts=n, prompts=()) for n in (9, 10))
     assert many - few == pytest.approx(96 * 2e-3)
 

@@ -204,7 +204,7 @@ def test_short_runs_go_on_from_the_range_test_to_the_highest_rate_that_trains(
 ):
     """Where a run has steps for them, the rate is the highest of those short runs that gain about
     as much as the best; and what these trained is undone."""
-    monkeypatch.setattr(training, "FIRST", 4)  # all of the run, so that it may be small
+    monkeypatch.setattr(training, "FIRST", 6)  # two thirds of the run, so that it may be small
     begun, steps = [], training.Training._steps
 
     def noted(self, *args):
