@@ -123,7 +123,7 @@ def _(r: RunRecord) -> list[Item]:
         lines.append(f"repair: {repair_told(r.repair)}")
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
     lines += requantized_told(r.requantized)
-    lines.append(f"verified: {passed} of {checks} checks passed")
+    lines.append(f"exact cut, which says nothing of quality: {passed} of {checks} checks passed")
     longest = sorted(r.seconds.items(), key=lambda item: -item[1])
     named = [f"{title} {seconds:.0f} s" for title, seconds in longest if seconds >= 1][:5]
     lines += [f"longest: {T.join(named)}"] if named else []
