@@ -9,7 +9,7 @@ as many are left as the block has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +47,8 @@ class Merging(Regression):
         host = layers[block]
         width = host.mlp.down_proj.in_features
         gate, up, down = (
-            torch.cat(rows) for rows in zip(*map(self._channels(host), run), strict=True)
+            torch.cat(rows)
+            for rows in zip(*(self._channels(host, each) for each in run), strict=True)
         )
         kept = [*zip(*self._seen(block, targets), strict=True)]
         given, missing, root = (torch.cat(parts) for parts in kept)
@@ -82,18 +83,13 @@ class Merging(Regression):
         for name, new in (("gate", gate[picked]), ("up", up[picked]), ("down", weight.T)):
             self.write(block, f"mlp.{name}_proj.weight", new.contiguous())
 
-    def _channels(self, host: Any) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    def _channels(self, host: Any, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down [F, D] of a block's MLP, float64, that reads the norm of ``host``."""
-        own = host.post_attention_layernorm.weight.double()
-
-        def of(block: int) -> tuple[Tensor, Tensor, Tensor]:
-            other: Any = self.stack.blocks[block]
-            gain = other.post_attention_layernorm.weight.double() / own
-            linear = (getattr(other.mlp, f"{name}_proj") for name in ("gate", "up", "down"))
-            gate, up, down = (module.weight.double() for module in linear)
-            return gate * gain, up * gain, down.T
-
-        return of
+        other: Any = self.stack.blocks[block]
+        own, gain = (each.post_attention_layernorm.weight.double() for each in (host, other))
+        linear = (getattr(other.mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+        gate, up, down = (module.weight.double() for module in linear)
+        return gate * (gain / own), up * (gain / own), down.T
 
     def _seen(
         self, block: int, targets: Sequence[Tensor]

@@ -487,6 +487,18 @@ def test_a_cut_that_is_healed_is_chosen_by_answers(learned, tmp_path, monkeypatc
     assert metric("D", prompts=["none"]) == "loss"
     assert metric("E", max_loss_increase=9.0, heldout=2) == "loss"
 
+    foretold = []
+
+    def noted(model, speed, split, goal, config, *more):
+        foretold.append(config.metric)
+        return estimate(model, speed, split, goal, config, *more)
+
+    estimate = pipeline.estimates.estimate
+    monkeypatch.setattr(pipeline.estimates, "estimate", noted)
+    for heal_config in (HealConfig(), None):
+        pipeline.estimate(learned / "model", tmp_path / "G", heal=heal_config, remove=1, **given)
+    assert foretold == ["answers", None]
+
     class Stop(Exception):
         pass
 

@@ -176,6 +176,7 @@ def estimate(
     if not isinstance(loaded, LoadedModel):
         loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
     _check_space(out, goal, loaded, config)
+    config = with_metric(loaded, config, to_heal=heal is not None)
     speed = speed or estimates.Speed.of(loaded, config.length)
     return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, out, heal)
 
@@ -253,18 +254,17 @@ def heal(
         (stage / "README.md").write_text(card, encoding="utf-8")
         found.append(record)
 
-    told: list[Estimate] = []
+    timed: list[estimates.Speed] = []
 
     def tokens_of(healing: Healing) -> int:
         dense, own = healing.dense, healing.config
-        with watch.stage("estimating", None):
-            speed = estimates.Speed.of(dense, config.length or SHORTEST)
-        if not told:  # of all stages
+        if not timed:  # once for all stages, of which the estimate is
+            with watch.stage("estimating", None):
+                timed.append(estimates.Speed.of(dense, config.length or SHORTEST))
             of = (healing.checkpoint.nbytes, healing.blocks)
-            told.append(estimates.estimate_healing(dense, speed, config, *of))
-            tell(watch, told[0])
+            tell(watch, estimates.estimate_healing(dense, timed[0], config, *of))
             tell(watch, Begins(estimates.HEALING))
-        return estimates.heal_tokens(speed, own, cuda_or_cpu(dense.stack.input_device))
+        return estimates.heal_tokens(timed[0], own, cuda_or_cpu(dense.stack.input_device))
 
     start, last = Path(cut), config
     writable_target(out, force=config.force)

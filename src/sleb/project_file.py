@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,9 +123,9 @@ class ProjectFile(Options):
     def _prompts(self, spec: str) -> str:
         return spec if spec in (DEFAULT_PROMPTS, NO_PROMPTS) else self.beside(spec)
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the cut depends on, named as in the file; of files the SHA-256."""
+        """All that the cut depends on, named as in the file; of files the SHA-256, read once."""
         search, heal = self.search, self.heal
         asked = search.model_dump(mode="json", exclude={"text", "prompts"})
         healing = heal.model_dump(mode="json", exclude={*AS_CUT}) if heal else {}

@@ -179,6 +179,8 @@ class GateRow:
         why = self.missing.replace("-", " ") or "no number of measurements would tell"
         if self.missing == "none-right":
             why = f"the original had too few right of {self.judged}"
+        if self.missing == "at-chance":
+            why = "the original is not clearly better than guessing"
         return f"{why}; run: {self.measured_by}" if self.measured_by and self.missing else why
 
     def _shown(self, x: float) -> str:

@@ -66,8 +66,8 @@ class Cut:
     ) -> Self:
         """The cut by the first ``depth`` removals of ``plan``, or by all of them; with its repair's
         tensors, if it has one, from the repaired checkpoint in ``folder``, or as the repaired GGUF
-        file that this is holds them. ``parts``: whether the
-        caller can do without the attention or the MLP of a block.
+        file that this is holds them. ``parts``: whether the caller can do without the attention or
+        the MLP of a block.
 
         Raises:
             UnsupportedModel: parts of blocks are removed, and the caller cuts whole blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,14 +72,20 @@ def stored_name(model: GGUFModel, name: str) -> str | None:
     Raises:
         UnsupportedModel: the gguf package does not know such models.
     """
+    names = _names(model.name, model.blocks)
+    own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    return own if own in model.file.tensors else None
+
+
+@lru_cache(maxsize=2)
+def _names(architecture: str, blocks: int) -> Any:
+    """gguf's map of names, which has those of all blocks."""
     import gguf
 
     by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    if model.name not in by_name:
-        raise UnsupportedModel(f"the gguf package does not know {model.name}: upgrade it")
-    names = gguf.get_tensor_name_map(by_name[model.name], model.blocks)
-    own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    return own if own in model.file.tensors else None
+    if architecture not in by_name:
+        raise UnsupportedModel(f"the gguf package does not know {architecture}: upgrade it")
+    return gguf.get_tensor_name_map(by_name[architecture], blocks)
 
 
 def shift(model: GGUFModel, name: str) -> float:

@@ -911,14 +911,15 @@ def _how_to_go_on(verb: Verb, given: Given) -> str:
     out = given.get("out")
     if verb.name == "run":
         return "what is finished is kept: repeat the command to go on"
-    cut = f"{out}-cut" if given.get("heal") else out  # what is searched for, before a healing
+    with_any = ", with any number of processes" if group().several else ""
+    heals = given.get("heal")
+    cut = f"{out}-cut" if heals else f"{out}"  # what is searched for, before a healing
     for beside, what in {
-        f"{out}.heal": "the training so far is in {}",
-        f"{out}.stages": "the stages so far are in {}",
-        f"{cut}.journal": "scores so far are in {}",
-        **({f"{out}-cut": "the cut stays in {}"} if given.get("heal") else {}),
+        f"{out}.heal": "the training so far is in {}: repeat the command to go on",
+        f"{out}.stages": "the stages so far are in {}: repeat the command to go on",
+        f"{cut}.journal": f"scores so far are in {{}}: repeat the command to go on{with_any}",
+        **({cut: "the cut stays in {}: repeat the command to go on"} if heals else {}),
     }.items():
         if out and Path(beside).exists():
-            with_any = ", with any number of processes" if group().several else ""
-            return f"{what.format(beside)}: repeat the command to go on{with_any}"
+            return what.format(beside)
     return "nothing was written"

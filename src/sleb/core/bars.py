@@ -53,7 +53,6 @@ class Bars(Shown):
         ]
         with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
             task = bars.add_task(printable(f"{self._prefix}{title}"), total=total, note="")
-
             said = ""
 
             def tick(n: int = 1, note: str = "") -> None:

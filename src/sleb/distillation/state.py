@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import le
 from pathlib import Path
@@ -100,12 +101,8 @@ class TrainingState:
         """
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {})[KEY])["settings"]["tokens"]
-                return int(found)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None
+        with _opened(path) as (_, saved):
+            return int(saved["settings"]["tokens"])
 
     @classmethod
     def load(
@@ -119,25 +116,35 @@ class TrainingState:
         """
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                saved = json.loads((file.metadata() or {})[KEY])
-                now = json.loads(json.dumps(settings))  # so that tuples compare with lists
-                for name in {**now, **saved["settings"]}:
-                    old, new = saved["settings"][name], now.get(name)
-                    if old != new:
-                        raise InputError(
-                            f"{path} is of a run with other settings ({name} was {old}, now "
-                            f"{new}); repeat that run's command to finish it, or remove the file "
-                            "to start anew"
-                        )
-                where = cls(**saved["progressed"])
-                where.checks = tuple((step, tuple(found)) for step, found in where.checks)
-                where.rates = tuple((rate, found) for rate, found in where.rates)
-                where.trials = tuple((rate, found) for rate, found in where.trials)
-                return where, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None
+        with _opened(path) as (file, saved):
+            now = json.loads(json.dumps(settings))  # so that tuples compare with lists
+            for name in {**now, **saved["settings"]}:
+                old, new = saved["settings"][name], now.get(name)
+                if old != new:
+                    raise InputError(
+                        f"{path} is of a run with other settings ({name} was {old}, now "
+                        f"{new}); repeat that run's command to finish it, or remove the file "
+                        "to start anew"
+                    )
+            where = cls(**saved["progressed"])
+            where.checks = tuple((step, tuple(found)) for step, found in where.checks)
+            where.rates = tuple((rate, found) for rate, found in where.rates)
+            where.trials = tuple((rate, found) for rate, found in where.trials)
+            return where, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file of a state, and what it says of its run.
+
+    Raises:
+        DataError: it is damaged, also where that is only found out in the context.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads((file.metadata() or {})[KEY])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it to start anew") from None
 
 
 @dataclass(frozen=True, kw_only=True)

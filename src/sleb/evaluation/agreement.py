@@ -30,8 +30,6 @@ FLOOR = 0.93
 answers, and most two thirds."""
 WORST = 3
 """Examples that a record has."""
-
-
 FEW = 5
 """Right answers of the dense model, of which a share is told."""
 
