@@ -27,6 +27,7 @@ class Heard:
 
     def tell(self, what):
         if isinstance(what, estimates.Estimate):
+            self.estimate = what
             self.seconds = {phase.name: phase.seconds for phase in what.phases}
 
     @contextmanager
@@ -62,6 +63,42 @@ def test_the_work_that_is_foretold_is_done(learned, tmp_path, monkeypatch, remov
     assert 1 / 2.5 < search / ticks < 2.5
     # up to three ridges are tried, and sums of products are no block forwards
     assert 1 / 2 < repair / heard.ticks["repairing"] < 4
+
+
+@pytest.mark.parametrize("how", [{}, {"strategy": "one-shot"}, {"strategy": "window"}])
+def test_of_a_search_alone_the_work_is_foretold(learned, tmp_path, monkeypatch, how):
+    speed = estimates.Speed(blocks=6 / SETTINGS["length"], head=0.0, written=0.0, alone=0.0)
+    monkeypatch.setattr(estimates.Speed, "of", lambda *_: speed)
+    settings = {key: SETTINGS[key] for key in ("windows", "length", "prompts")}
+    heard = Heard()
+    where = {"text": [str(learned / "text.txt")], "device": "cpu", "progress": heard}
+    sleb.search(learned / "model", remove=2, exact=True, **settings, **where, **how)
+    assert heard.estimate.disk == 0
+    assert 1 / 2.5 < heard.seconds[estimates.SEARCH] / heard.ticks["searching"] < 2.5
+
+
+def test_a_search_that_goes_on_says_so_of_its_estimate(learned, tmp_path, capsys):
+    command = ["search", learned / "model", "--remove", "1", "--text", learned / "text.txt"]
+    command += ["--windows", "4", "--length", "32", "--device", "cpu", "--prompts", "none"]
+    command += ["-o", tmp_path / "plan.json", "--dry-run", "--json"]
+    assert run(capsys, *command).json["resumed"] is False
+    (tmp_path / "plan.json.journal").write_text("")
+    assert run(capsys, *command).json["resumed"] is True
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_both_models_are_counted_in_what_an_evaluation_reads(learned, tmp_path, monkeypatch):
+    speed = estimates.Speed(blocks=0.5, head=0.5, written=0.0, alone=0.0)
+    monkeypatch.setattr(estimates.Speed, "of", lambda *_: speed)
+    where = {"text": [str(learned / "text.txt")], "device": "cpu", "windows": 3, "length": 32}
+    settings = {"windows": 8, "length": 32, "prompts": ["none"]}
+    plan = sleb.search(
+        learned / "model", remove=1, **settings, text=where["text"], out=tmp_path / "plan.json"
+    )
+    for more, models in ({}, 1), ({"plan": plan}, 2):
+        heard = Heard()
+        sleb.evaluate(learned / "model", **where, **more, progress=heard)
+        assert heard.seconds == {estimates.MEASURE: models * 3 * 32}
 
 
 def test_a_pass_is_timed_in_its_parts(loaded_learned):

@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def test_a_file_is_written_with_its_folders_and_is_readable_by_all(tmp_path, mon
     assert mode(tmp_path / "a/b/plan.json") == 0o644
     write_text(Path("a/b/plan.json"), "newer")
     assert tree(tmp_path)["a/b/plan.json"] == b"newer"
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    stages = "import os, sys, pathlib; from sleb.core.files import staged_dir\n"
+    stages += "with staged_dir(pathlib.Path(sys.argv[1]), force=False) as stage:\n"
+    stages += "    (stage / 'half').write_text('x')\n    os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", stages, str(tmp_path / "out")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").is_file()
+    with staged_dir(tmp_path / "other", force=False):
+        assert left.exists(), "of another result"
+    with staged_dir(tmp_path / "out", force=False) as mine:
+        assert not left.exists()
+        with staged_dir(tmp_path / "out", force=False):
+            assert mine.exists(), "of a process that lives"
+        (tmp_path / "out").rmdir()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -26,10 +26,11 @@ from sleb.config import (
     NO_PROMPTS,
     HealConfig,
     PruneConfig,
+    SearchConfig,
 )
 from sleb.core.errors import InputError
 from sleb.core.plan import blocks_to_remove
-from sleb.core.progress import Estimate, Phase
+from sleb.core.progress import Estimate, Phase, Progress, tell
 from sleb.distillation.mix import SHORTEST, STEPS
 from sleb.evaluation.questions import Questions
 from sleb.models.load import LoadedModel, cuda_or_cpu
@@ -154,6 +155,18 @@ def _best(stack: BlockStack, work: Callable[[], Any], times: int = TIMES) -> flo
     return best
 
 
+def foretell(
+    progress: Progress, model: LoadedModel, length: int, estimate: Callable[[Speed], Estimate]
+) -> None:
+    """Time ``model`` with windows of ``length``, and tell ``progress`` what follows from that. One
+    whose blocks are read from disk is not timed, as they would be read several times."""
+    if model.stack.streamed:
+        return
+    with progress.stage("estimating", None):
+        speed = Speed.of(model, length)
+    tell(progress, estimate(speed))
+
+
 @dataclass(frozen=True)
 class _Work:
     """What a run has to do, in numbers: ``removed`` of ``n`` blocks; tokens of texts by role, of
@@ -191,6 +204,11 @@ class _Work:
         beside = min(self.n - self.removed, (1 + REACH) * self.gaps)
         return min(1.0, 0.6 + beside / self.n) + 0.2 + FITTED_BLOCK * beside / self.n
 
+    def writing(self, speed: Speed) -> float:
+        """Seconds: text of its own, and answers to prompts, which it reads first."""
+        asked = self.asked * (self.answer * speed.written + (self.row - self.answer) * speed.blocks)
+        return speed.written * (self.own + self.compared) + asked
+
     def searching(self, speed: Speed, exact: bool) -> float:
         """Seconds: a candidate's windows go through half of the blocks, and through the head."""
         if not self.strategy:
@@ -205,7 +223,8 @@ class _Work:
             return sets * each
         sets += runs
         scored = self.search + self.compared + self.asked // 6 * self.row
-        compared = 2 * self.fit * FINAL_TOKENS * speed.blocks + 3 * scored * speed.read
+        fitted = min(FINAL_TOKENS, self.fitted + self.own or self.search)
+        compared = 2 * self.fit * fitted * speed.blocks + 3 * scored * speed.read
         return sets * each + compared
 
     def repairing(self, speed: Speed) -> float:
@@ -236,11 +255,11 @@ def estimate(
     search races, so how long it takes depends on the model, too."""
     n = len(model.stack)
     kind = cuda_or_cpu(model.stack.input_device)
-    work = _work(model, split, goal, config, kind)
+    before = strategy_before_repair(goal, config) if split.repair_given else config.strategy
+    work = _work(model, split, goal, config, before)
     nbytes = Checkpoint.open(model.source.path).nbytes
-    asked = work.asked * (work.answer * speed.written + (work.row - work.answer) * speed.blocks)
     phases = {
-        TEXT: speed.written * (work.own + work.compared) + asked,
+        TEXT: work.writing(speed),
         SEARCH: work.searching(speed, config.exact),
         REPAIR: work.repairing(speed),
         MEASURE: work.measuring(speed),
@@ -267,6 +286,36 @@ def estimate(
         phases=found.phases + then.phases,
         memory=max(found.memory, then.memory),
         disk=left + then.disk,
+    )
+
+
+def estimate_search(
+    model: LoadedModel, speed: Speed, split: CalibrationSplit, goal: Goal, config: SearchConfig
+) -> Estimate:
+    """What :func:`sleb.search` of a loaded model will take from now on."""
+    kind = cuda_or_cpu(model.stack.input_device)
+    of_answers = METRICS[config.chosen_by].answers or goal.keep_answers is not None
+    work = _work(model, split, goal, config, config.strategy, embedded=of_answers)
+    seconds = {TEXT: work.writing(speed), SEARCH: work.searching(speed, config.exact)}
+    if config.curve:
+        seconds[MEASURE] = work.removed * work.heldout * speed.read
+    phases = {name: took for name, took in seconds.items() if took}
+    return Estimate(
+        phases=tuple(Phase(name=name, seconds=took) for name, took in phases.items()),
+        memory=_memory(model, config.length),
+        disk=0,
+        device=_named(kind),
+        shorter=_shorter(phases) if kind == "cpu" and sum(phases.values()) > LONG_S else (),
+    )
+
+
+def estimate_reading(model: LoadedModel, speed: Speed, tokens: int, times: int) -> Estimate:
+    """What it takes to read ``tokens`` so many ``times``, as `sleb eval` does with each model."""
+    return Estimate(
+        phases=(Phase(name=MEASURE, seconds=times * tokens * speed.read),),
+        memory=_memory(model, TIMED),
+        disk=0,
+        device=_named(cuda_or_cpu(model.stack.input_device)),
     )
 
 
@@ -347,20 +396,28 @@ def timing(speed: Speed, cases: Sequence[Case], runs: int, nbytes: int) -> float
 
 
 def _work(
-    model: LoadedModel, split: CalibrationSplit, goal: Goal, config: PruneConfig, kind: str
+    model: LoadedModel,
+    split: CalibrationSplit,
+    goal: Goal,
+    config: SearchConfig,
+    strategy: str | None,
+    *,
+    embedded: bool = True,
 ) -> _Work:
-    n = len(model.stack)
+    """``strategy``: None for the metric's own. ``embedded``: see :func:`prompt_files`."""
+    n, kind = len(model.stack), cuda_or_cpu(model.stack.input_device)
     removed = blocks_to_remove(goal.remove, n) if goal.remove is not None else max(1, n // 4)
     fitted = 0 if split.repair_given is None else split.repair_given.tokens
     judging = 0 if split.repair_validation is None else split.repair_validation.tokens
-    writes = bool(fitted) and can_generate(model.stack)
+    metric = METRICS[config.chosen_by]
+    strategy = strategy or metric.strategy
+    compares = strategy == GREEDY_OR_WINDOW
+    can_write = can_generate(model.stack)
     windows = len(split.search.ids)
     least, most = GENERATED_VALIDATION
-    compared = min(most, max(least, windows // 2)) * config.length if writes else 0
-    specs = prompt_files(model, config, embedded=True)
+    compared = min(most, max(least, windows // 2)) * config.length
+    specs = prompt_files(model, config, embedded=embedded)
     prompts = prompts_of(specs) if specs else ()
-    metric = METRICS[config.chosen_by]
-    strategy = strategy_before_repair(goal, config) or metric.strategy
     answer = config.new_tokens or NEW_TOKENS[kind]
     texts = [sum(len(said) for _, said in prompt.turns) for prompt in prompts]
     mean = sum(texts) // CHARACTERS // max(1, len(texts))
@@ -378,13 +435,13 @@ def _work(
         heldout=0 if split.heldout is None else split.heldout.tokens,
         fitted=fitted,
         validation=judging,
-        own=fitted // 2 if writes else 0,
-        compared=compared,
+        own=fitted // 2 if can_write else 0,
+        compared=compared if can_write and (fitted or compares) else 0,
         asked=asked,
         answer=answer,
         row=row,
         strategy=strategy if metric.token else "",
-        compares=bool(fitted) and removed > 1 and strategy == GREEDY_OR_WINDOW,
+        compares=compares and removed > 1,
     )
 
 

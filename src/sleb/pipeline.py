@@ -407,10 +407,15 @@ def _find(
     config = with_metric(loaded, config, to_heal=to_heal is not None)
     with watch.stage("reading text", None):
         split, status = _split(loaded, config)
-    if not stack.streamed:  # to time it would be to read it, several times
-        with watch.stage("estimating", None):
-            speed = estimates.Speed.of(loaded, config.length)
-        tell(watch, estimates.estimate(loaded, speed, split, goal, config, out, to_heal))
+    estimates.foretell(
+        watch,
+        loaded,
+        config.length,
+        lambda speed: replace(
+            estimates.estimate(loaded, speed, split, goal, config, out, to_heal),
+            resumed=journal.is_file(),
+        ),
+    )
     tell(watch, Begins(estimates.TEXT))
     split = with_answers(loaded, split, config, watch, embedded=True)
     limited = None  # the target, where it is a limit on what the repaired cut costs

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sleb import pipeline
+from sleb import estimates, pipeline
 from sleb.acceptance import Gate
 from sleb.calibration import check_sources
 from sleb.calibration.answers import check_prompts, prompts_of
@@ -37,6 +37,7 @@ from sleb.config import (
     PruneConfig,
     QuantizeConfig,
     RepairConfig,
+    SearchConfig,
     SimilarityConfig,
     TransferConfig,
     VerifyConfig,
@@ -48,8 +49,9 @@ from sleb.core.errors import InputError, SlebError
 from sleb.core.files import record_path, writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
-from sleb.core.progress import Progress, silent
+from sleb.core.progress import Estimate, Progress, silent
 from sleb.core.showing import shown
+from sleb.estimates import Speed as ModelSpeed
 from sleb.evaluation import perplexity
 from sleb.evaluation import transfer as transfers
 from sleb.evaluation.agreement import AnswersKept, measure_answers
@@ -73,6 +75,7 @@ from sleb.runtimes.compatibility import (
     parse_runtimes,
 )
 from sleb.runtimes.speculative import Drafting, draft
+from sleb.selection.request import check_options, check_request
 from sleb.selection.similarity import MEASURES, Similarity, measure_similarity
 from sleb.surgery import apply as cutting
 from sleb.surgery import verification
@@ -165,15 +168,48 @@ def search(
         writable_target(Path(out), force=force, folder=False)
         options["journal"] = f"{out}.journal"
     progress = shown(progress)
+
+    def foretell(loaded: LoadedModel, split: CalibrationSplit, config: SearchConfig) -> None:
+        known = out is not None and Path(options["journal"]).is_file()
+
+        def found(speed: ModelSpeed) -> Estimate:
+            whole = estimates.estimate_search(loaded, speed, split, check_options(config), config)
+            return replace(whole, resumed=known)
+
+        estimates.foretell(progress, loaded, config.length, found)
+
     given = model if isinstance(model, (str, Path)) else _loaded(model, _ANY, progress, tokenizer)
     if isinstance(ids := options.get("windows"), Tensor):
         windows = Windows.given(ids)
         options |= {"split": CalibrationSplit(search=windows), "windows": len(windows.ids)}
         options["length"] = windows.record.length
-    plan = searching.search(given, *config, progress=progress, **options)
+    how: dict[str, Any] = {"foretell": foretell, "progress": progress}
+    plan = searching.search(given, *config, **how, **options)
     if out is not None and group().is_main:
         plan.save(out)
     return plan
+
+
+@takes(SearchConfig)
+def estimate_search(
+    model: str | Path,
+    config: SearchConfig,
+    *,
+    out: str | Path,
+    progress: Progress = silent,
+) -> Estimate:
+    """What :func:`search` would take. The model is loaded and timed for a moment.
+
+    Raises:
+        InputError, UnsupportedModel, DataError, ResourceError: see :func:`search`.
+    """
+    goal = check_options(config)
+    check_request(model, config, progress)
+    loaded = _loaded(model, config, progress, None)
+    config, split = searching.texts_of(loaded, config, goal)
+    speed = ModelSpeed.of(loaded, config.length)
+    found = estimates.estimate_search(loaded, speed, split, goal, config)
+    return replace(found, resumed=Path(f"{out}.journal").is_file())
 
 
 @takes(TransferConfig)
@@ -676,6 +712,14 @@ def evaluate(
         seed=config.seed,
         loss_on=config.loss_on,
         images=loaded.stack.images,
+    )
+    times = 1 + bool(removed) + (patch is not None)
+    length, tokens = scored.record.length, scored.ids.numel()
+    estimates.foretell(
+        progress,
+        loaded,
+        length,
+        lambda speed: estimates.estimate_reading(loaded, speed, tokens, times),
     )
     return perplexity.evaluate(
         loaded, scored, removed=removed, patch=patch, batch=config.batch, progress=progress

@@ -473,6 +473,7 @@ VERBS = (
         example="sleb search ./model --curve --text mail.jsonl -o plan.json",
         arguments=(MODEL, _file("plan.json", "Plan file to write."), FORCE),
         config="SearchConfig",
+        dry="verbs.estimate_search",
         check=_new_file,
         notes=lambda plan, given: (
             f"plan written to {given['out']}; next: sleb apply {given['out']} {given['model']} "

@@ -41,9 +41,11 @@ def spelled(seconds: float) -> str:
 def estimated(e: Estimate) -> list[str]:
     """What a run will take, in a few lines."""
     phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in e.phases)
+    disk = f", {_size(e.disk)} on disk" if e.disk else ""
+    less = ", less what is known from before" if e.resumed else ""
     lines = [
-        f"about {spelled(e.seconds)} on {e.device}: {phases}",
-        f"about {e.memory / 1e9:.2g} GB of memory, {_size(e.disk)} on disk",
+        f"about {spelled(e.seconds)} on {e.device}{less}: {phases}",
+        f"about {e.memory / 1e9:.2g} GB of memory{disk}",
     ]
     if e.unknown:
         lines.append(f"not estimated: {', '.join(e.unknown)}")

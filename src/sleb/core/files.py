@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -159,7 +161,7 @@ def staged_dir(out: Path, *, force: bool) -> Iterator[Path]:
     writable_target(out, force=force)
     out = out.absolute()
     with disk_errors(out), _parents(out):
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
+        stage = _stage_beside(out)
         try:
             os.chmod(stage, 0o755)
             yield stage
@@ -184,7 +186,7 @@ def staged_files(*outs: Path, force: bool) -> Iterator[tuple[Path, ...]]:
     for out in outs:
         writable_target(out, force=force, folder=False)
     with disk_errors(outs[0]), _parents(outs[0]):
-        stage = Path(tempfile.mkdtemp(dir=outs[0].parent, prefix=f".{outs[0].name}.part-"))
+        stage = _stage_beside(outs[0])
         try:
             staged = tuple(stage / out.name for out in outs)
             yield staged
@@ -194,6 +196,20 @@ def staged_files(*outs: Path, force: bool) -> Iterator[tuple[Path, ...]]:
                 os.replace(new, out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage_beside(out: Path) -> Path:
+    """A new folder beside ``out``. What processes of this machine left there that were killed goes:
+    it may be as large as a model, and nobody else knows of it."""
+    import psutil
+
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    prefix = f".{out.name}.part-{machine}-"
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        process = left.name.removeprefix(prefix).partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{prefix}{os.getpid()}-"))
 
 
 def _swap(stage: Path, out: Path) -> None:

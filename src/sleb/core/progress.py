@@ -30,7 +30,8 @@ class Phase:
 class Estimate:
     """What a run will take: its phases in order, bytes of memory and of disk at most, on which
     device. ``shorter``: options that would take less time, where it takes hours on a CPU.
-    ``unknown``: what comes as well, and is not estimated."""
+    ``unknown``: what comes as well, and is not estimated. ``resumed``: scores of an earlier run are
+    there, and are not counted off."""
 
     phases: tuple[Phase, ...]
     memory: int
@@ -38,6 +39,7 @@ class Estimate:
     device: str
     shorter: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    resumed: bool = False
 
     @property
     def seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from sleb.models.load import LoadedModel, load
 from sleb.repairs.answering import prompt_files, with_answers, writer
 from sleb.repairs.scoring import repaired_scorer
 from sleb.repairs.self_generated import can_generate
+from sleb.selection.goal import Goal
 from sleb.selection.metrics import METRICS
 from sleb.selection.request import check_options, check_request
 from sleb.selection.search import find_blocks
@@ -32,6 +34,23 @@ def with_metric(model: LoadedModel, config: C, *, to_heal: bool = False) -> C:
     return config
 
 
+def texts_of(model: LoadedModel, config: C, goal: Goal) -> tuple[C, CalibrationSplit]:
+    """``config`` with its metric, and the windows that a search reads by it."""
+    config = with_metric(model, config)
+    measures_heldout = config.curve or goal.max_loss_increase is not None
+    split = CalibrationSplit.of(
+        model.tokenizer,
+        config.text,
+        windows=config.windows,
+        length=config.length,
+        seed=config.seed,
+        heldout=config.heldout if measures_heldout else 0,
+        loss_on=config.loss_on,
+        images=model.stack.images,
+    )
+    return config, split
+
+
 @takes(SearchConfig)
 def search(
     model: LoadedModel | str | Path,
@@ -41,6 +60,7 @@ def search(
     after_repair: bool = False,
     journal: str | Path | None = None,
     keep_journal: bool = False,
+    foretell: Callable[[LoadedModel, CalibrationSplit, SearchConfig], None] = lambda *_: None,
     progress: Progress = silent,
 ) -> Plan:
     """Find the blocks whose removal costs least, and return the plan.
@@ -57,6 +77,7 @@ def search(
             quickly, on text beside what is scored, as :func:`sleb.prune` will repair the result.
         journal: file that keeps finished scores, so that the same call resumes after a crash.
         keep_journal: leave it when the search is done, for a caller who is not done.
+        foretell: is given the model, the texts and the options, before the work begins.
         progress: receives the stages.
 
     Raises:
@@ -68,18 +89,8 @@ def search(
         check_request(model, config, progress)
         model = load(model, **dict(config.part(LoadOptions)), progress=progress)
     if split is None:
-        config = with_metric(model, config)
-        measures_heldout = config.curve or goal.max_loss_increase is not None
-        split = CalibrationSplit.of(
-            model.tokenizer,
-            config.text,
-            windows=config.windows,
-            length=config.length,
-            seed=config.seed,
-            heldout=config.heldout if measures_heldout else 0,
-            loss_on=config.loss_on,
-            images=model.stack.images,
-        )
+        config, split = texts_of(model, config, goal)
+        foretell(model, split, config)
         of_answers = METRICS[config.chosen_by].answers or goal.keep_answers is not None
         split = with_answers(model, split, config, progress, embedded=of_answers)
     strategy = config.strategy or METRICS[config.chosen_by].strategy
