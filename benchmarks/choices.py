@@ -4,9 +4,10 @@ and after a quick one.
     python benchmarks/choices.py MODEL --data FOLDER --remove 3,6 -o out.json
 
 FOLDER is laid out as texts.py and answers.py say. Blocks are chosen on the texts, the model's
-answers to ``answers/*_fit.jsonl`` or both; costs are on other windows and other answers: the
-increase of the loss in nats/token, and the share of answers' tokens that stay the likeliest. Models
-whose blocks are not those of Llama are not merged.
+answers to ``answers/*_fit.jsonl``, both, or those tokens of answers that the model is decided
+about; costs are on other windows and other answers: the increase of the loss in nats/token, and the
+share of answers' tokens that stay the likeliest. Models whose blocks are not those of Llama are not
+merged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+DECIDED = 0.9
+"""A token is decided where the likeliest one has this probability."""
+
+
+@torch.inference_mode()
+def decided(model: LoadedModel, ids: Tensor) -> Tensor:
+    """Which of ids [N, T] the model is decided about before it reads them."""
+    network: Any = model.model
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, kept in zip(ids, found, strict=True):
+        given = row[None].to(model.stack.input_device)
+        logits = network(input_ids=given, use_cache=False).logits[0, :-1]
+        kept[1:] = logits.float().softmax(-1).amax(-1).cpu() >= DECIDED
+    return found
+
+
 class Study:
     """One model with its windows. ``chosen_on``: by name what sets are chosen on."""
 
@@ -78,7 +96,11 @@ class Study:
         self.split = with_answers(model, split, config, silent)
         assert self.split.answers
         assert self.split.heldout
-        self.chosen_on = {"texts": self.split.search, "answers": self.split.answers.search}
+        answers = self.split.answers.search
+        self.chosen_on = {"texts": self.split.search, "answers": answers}
+        assert answers.scored is not None
+        sure = answers.scored & decided(model, answers.ids)
+        self.chosen_on["decided"] = replace(answers, scored=sure)
         self.measured = {
             "texts": self.split.heldout,
             "answers": self.split.answers.measured.windows,
@@ -149,7 +171,7 @@ def pairs(study: Study, n: int, name: str) -> BlockSet:
 def gates(study: Study, n: int, name: str) -> BlockSet:
     """The same of one backward pass (as CBO, 2602.00161): first order by the gradient of a gate on
     each block, second order by the products of these of all windows (Gauss-Newton)."""
-    parts = [*study.chosen_on] if name == "both" else [name]
+    parts = ["texts", "answers"] if name == "both" else [name]
     form: Any = 0.0
     for part in parts:
         slopes = np.concatenate([*_slopes(study, study.chosen_on[part])])
@@ -204,6 +226,10 @@ CHOICES: dict[str, Callable[[Study, int, str], BlockSet]] = {
     "pairs": pairs,
     "gates": gates,
 }
+ON = {"late": ("texts",)} | dict.fromkeys(
+    ("greedy", "window"), ("texts", "answers", "both", "decided")
+)
+"""What the ways choose on, if not on texts, answers and both."""
 
 
 def merged(study: Study, blocks: BlockSet) -> dict[str, float]:
@@ -239,7 +265,7 @@ def main() -> None:
         for n in map(int, options.remove.split(",")):
             known: dict[BlockSet, dict[str, Any]] = {}
             for way, choose in CHOICES.items():
-                for name in ("texts",) if way == "late" else ("texts", "answers", "both"):
+                for name in ON.get(way, ("texts", "answers", "both")):
                     blocks, seconds, _ = measure(
                         model.stack.input_device,
                         lambda: choose(study, n, name),  # noqa: B023

@@ -167,6 +167,31 @@ def test_answers_of_cuts_are_counted_beside_the_dense_models(run, learned, data,
     assert merged not in (window, default)
 
 
+def test_blocks_are_chosen_in_every_way(run, learned, data, tmp_path, monkeypatch):
+    choices = importlib.import_module("choices")
+    where = [learned / "model", "--data", data, "--device", "cpu", "--windows", 10, "--length", 32]
+    where += ["--fitted", 500, "--new-tokens", 8, "--remove", 2, "-o", tmp_path / "out.json"]
+
+    def rows():
+        found = run("choices", *where)["rows"]
+        return {(row["way"], row.get("on")): row for row in found}
+
+    monkeypatch.setattr(choices, "DECIDED", 0.0)
+    found = rows()
+    ways = {way: {on for one, on in found if one == way} for way in choices.CHOICES}
+    on = {"texts", "answers", "both"}
+    more = {way: {*which} for way, which in choices.ON.items()}
+    assert ways == dict.fromkeys(choices.CHOICES, on) | more
+    assert found["greedy", "decided"]["plain"] == found["greedy", "answers"]["plain"]
+    model = sleb.load(learned / "model", device="cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = model.model(input_ids=ids).logits.detach()
+    likeliest = logits[0, :-1].softmax(-1).amax(-1)
+    monkeypatch.setattr(choices, "DECIDED", float(likeliest.max()))
+    assert choices.decided(model, ids)[0, 1:].tolist() == (likeliest == likeliest.max()).tolist()
+    assert not choices.decided(model, ids)[0, 0], "nothing is read before it"
+
+
 def test_a_repair_that_merges_takes_channels_of_the_blocks_that_are_gone(learned):
     stack, ids = sleb.load(learned / "model").stack, torch.randint(3, 250, (8, 32))
     block, gone = (dict(stack.blocks[i].named_parameters()) for i in (1, 2))
