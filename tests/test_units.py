@@ -417,7 +417,6 @@ def test_a_damaged_repair_of_a_plan_is_seen(pruned, learned, tmp_path):
 
 def test_what_takes_a_checkpoint_says_what_the_folder_is(pruned, learned, tmp_path):
     for attempt in (
-        lambda: sleb.heal(pruned.path, learned / "model", tmp_path / "healed", text=("default",)),
         lambda: sleb.load(pruned.path),
         lambda: sleb.describe(pruned.path),
         lambda: sleb.quantize(pruned.path, tmp_path / "int8", scheme="int8"),
@@ -576,13 +575,78 @@ bench_quick = true
     assert {"searching", "measuring similarity"} <= {*record.seconds}, "all is accounted for"
     page = (tmp_path / "out" / "report.en.html").read_text()
     assert all(str(unit) in page for unit in record.removed)
-    for wrong in ("[heal]\nminutes = 1", "[measure]\ntransfer = true"):
-        other = settings.replace(
-            "[measure]", wrong if "measure" in wrong else f"{wrong}\n[measure]"
-        )
-        (tmp_path / "other.toml").write_text(other.replace('"t.txt"', '"t.txt"\nmore = "p.jsonl"'))
-        with pytest.raises(InputError, match="whole blocks"):
-            sleb.run(tmp_path / "other.toml")
+    other = settings.replace("[measure]", "[measure]\ntransfer = true")
+    (tmp_path / "other.toml").write_text(other.replace('"t.txt"', '"t.txt"\nmore = "p.jsonl"'))
+    with pytest.raises(InputError, match="whole blocks"):
+        sleb.run(tmp_path / "other.toml")
+
+
+HEALS = {"tokens": 2048, "length": 32, "lr": 3e-3, "heldout": 4, "batch": 8, "device": "cpu"}
+
+
+@pytest.mark.parametrize("more", [(), (4,)], ids=["attention", "a block as well"])
+def test_a_plan_of_parts_is_healed(learned, tmp_path, more):
+    """The result is the dense model with the trained tensors and without the units, however it is
+    looked at."""
+    shutil.copy(learned / "text.txt", tmp_path / "t.txt")
+    model, text = learned / "model", [str(tmp_path / "t.txt")]
+    found = sleb.search(model, remove=1, text=text, windows=4, length=32, prompts=["none"])
+    units = (ATTENTION[2], *more)
+    plan = found.model_copy(update={"removed": canonical(units), "order": units, "rounds": ()})
+    (tmp_path / "cut").mkdir()
+    plan.save(tmp_path / "cut/plan.json")
+    out = tmp_path / "healed"
+    done = sleb.heal(tmp_path / "cut", model, out, text=text, prompts=["none"], **HEALS)
+    healed = done.record.healed
+    assert healed.overall.healed_divergence.value < healed.overall.cut_divergence.value
+    assert done.record.verification.passed
+    assert RunRecord.load(out) == done.record
+    assert {*(file.name for file in out.iterdir())} == {
+        "SHA256SUMS", "heal.json", "plan.json", "repaired.safetensors", "run.json"
+    }  # fmt: skip
+    dense, ids = sleb.load(model, device="cpu"), torch.arange(1, 20)[None]
+    assert done.record.nbytes == (before := nbytes(dense.model), before - gone(dense, units))
+    fixed = stored_repair(done.plan, out, dense)
+    assert not any(f".{block}." in name for block in more for name in fixed.tensors)
+    assert not any(".2.self_attn" in name for name in fixed.tensors)
+    with fixed.patch(dense.stack), dense.stack.bypassed(units):
+        wanted = dense.model(input_ids=ids, use_cache=False).logits
+    cut = sleb.load(model, plan=out / "plan.json", device="cpu")
+    assert torch.equal(cut.model(input_ids=ids, use_cache=False).logits, wanted)
+    assert sleb.verify(out, model=model).passed
+    with pytest.raises(InputError, match="healed already"):
+        sleb.heal(out, model, tmp_path / "again", text=text, **HEALS)
+
+
+def nbytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def gone(model, units) -> int:
+    """Bytes of the weights of units."""
+    blocks = model.stack.blocks
+    parts = (
+        blocks[block_of(u)].get_submodule(model.stack.parts(block_of(u))[part_of(u)].name)
+        if part_of(u)
+        else blocks[u]
+        for u in units
+    )
+    return sum(map(nbytes, parts))
+
+
+def test_parts_are_pruned_and_healed_in_one_command(learned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(learned / "text.txt", tmp_path / "t.txt")
+    given = {"text": ("t.txt",), "windows": 4, "length": 32, "prompts": ("none",), "device": "cpu"}
+    monkeypatch.setattr("sleb.distillation.distill.HEAL_TOKENS", {"cpu": 2048})
+    done = sleb.prune(
+        learned / "model", tmp_path / "out", unit="attention", remove=1, heal=True, **given
+    )
+    assert done.record.healed is not None
+    assert Plan.load(tmp_path / "out-cut/plan.json").removed == done.plan.removed
+    options = {"text": ("t.txt",), "stages": 2}
+    with pytest.raises(InputError, match="--stages"):
+        sleb.heal(tmp_path / "out-cut", learned / "model", tmp_path / "x", **options)
 
 
 def test_answers_kept_of_a_pruned_plan_are_measured(pruned, learned, tmp_path):

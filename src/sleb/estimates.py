@@ -280,7 +280,8 @@ def estimate(
     )
     if heal is None:
         return found
-    then = estimate_healing(model, speed, heal, left, n - work.removed)
+    blocks = n - work.removed if config.unit == "block" else n
+    then = estimate_healing(model, speed, heal, left, blocks)
     return replace(
         found,
         phases=found.phases + then.phases,

@@ -234,24 +234,27 @@ def heal(
         healing.healed.save(stage / "plan.json")
         facts = _healed_facts(healing, stage, config, watch)
         source, device = healing.dense.source.path, healing.dense.stack.input_device
-        how = {"generate_on": device, "trust_remote_code": config.trust_remote_code}
-        checkpoint = Checkpoint.open(source)
+        plan, parts = healing.healed, bool(healing.plan.parts)
+        how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        if parts:
+            facts |= _without(healing.dense, plan)
+        else:
+            how["generate_on"] = device
+            facts |= _sizes(Checkpoint.open(source), Checkpoint.open(stage), model)
         healing.release()  # the model's memory is needed for the verification
         record = RunRecord(
             command=command,
             started=watch.started,
             stages=stage_keys or {},
-            verification=_verified(stage, out, model, healing.healed, watch, **how),
-            parameters=(_elements(checkpoint), _elements(Checkpoint.open(stage))),
-            nbytes=(checkpoint.nbytes, Checkpoint.open(stage).nbytes),
-            file_nbytes=file_size(model),
+            verification=_verified(stage, out, model, plan, watch, **how),
             seconds=watch.accounted,
             healed=done,
             **facts,
         )
         record.save(stage / "run.json")
-        card = model_card(healing.healed, record, source)
-        (stage / "README.md").write_text(card, encoding="utf-8")
+        if not parts:  # what transformers loads alone
+            card = model_card(plan, record, source)
+            (stage / "README.md").write_text(card, encoding="utf-8")
         found.append(record)
 
     timed: list[estimates.Speed] = []
@@ -535,18 +538,9 @@ def _write(
     def finish(stage: Path) -> None:
         how = {"stream": found.streamed, "trust_remote_code": config.trust_remote_code}
         checked = _verified(stage, out, model, found.plan, watch, generate_on=found.device, **how)
-        before, after = Checkpoint.open(found.source), Checkpoint.open(stage)
-        record.append(
-            RunRecord(
-                seconds=watch.accounted,
-                parameters=(_elements(before), _elements(after)),
-                nbytes=(before.nbytes, after.nbytes),
-                file_nbytes=file_size(model),
-                kept=config.keep,
-                verification=checked,
-                **found.facts,
-            )
-        )
+        sizes = _sizes(Checkpoint.open(found.source), Checkpoint.open(stage), model)
+        facts = found.facts | sizes | {"kept": config.keep, "verification": checked}
+        record.append(RunRecord(seconds=watch.accounted, **facts))
         record[0].save(stage / "run.json")
         card = model_card(found.plan, record[0], found.source, kept=config.keep)
         (stage / "README.md").write_text(card, encoding="utf-8")
@@ -580,6 +574,15 @@ def _write_plan(
         record = RunRecord(seconds=watch.accounted, verification=checked, **found.facts)
         record.save(stage / "run.json")
     return record
+
+
+def _sizes(before: Checkpoint, after: Checkpoint, model: str | Path) -> dict[str, Any]:
+    """Parameters and bytes of two checkpoints, and of the GGUF file that was given as ``model``."""
+    return {
+        "parameters": (_elements(before), _elements(after)),
+        "nbytes": (before.nbytes, after.nbytes),
+        "file_nbytes": file_size(model),
+    }
 
 
 def _without(model: LoadedModel, plan: Plan) -> dict[str, tuple[int, int]]:

@@ -75,10 +75,9 @@ class Project(ProjectFile):
         if self.search.heldout < 2:
             raise InputError(f"{path}: [search] heldout: at least 2 windows, to measure depths on")
         measure = self.measure
-        if self.search.unit != "block" and (self.heal or measure.transfer):
-            asked = "[heal]" if self.heal else "[measure] transfer"
+        if self.search.unit != "block" and measure.transfer:
             raise InputError(
-                f"{path}: {asked} is of whole blocks: leave it out, or [search] unit = "
+                f"{path}: [measure] transfer is of whole blocks: leave it out, or [search] unit = "
                 f"'{self.search.unit}'"
             )
         own = [task for task in self.tasks if task.endswith(".jsonl")]

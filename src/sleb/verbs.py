@@ -255,10 +255,9 @@ def prune(
         VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
             :func:`sleb.heal` or :func:`sleb.quantize`; what is written by then stays.
     """
-    if config.unit != "block" and (heal or quantize):
+    if config.unit != "block" and quantize:
         raise InputError(
-            f"--heal and --quantize take a checkpoint, and --unit {config.unit} leaves a plan: "
-            "leave them out, or --unit"
+            f"--quantize takes a checkpoint, and --unit {config.unit} leaves a plan: leave out one"
         )
     if Path(out).suffix == ".gguf" and (heal or quantize):
         raise InputError(f"{out} is a GGUF file, and healing and quantizing are for folders")

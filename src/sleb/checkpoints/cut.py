@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Self
 
 from sleb.checkpoints import gguf_repaired
-from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from sleb.checkpoints.checkpoint import Checkpoint, read_shard, tensor_bytes
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.files import disk_errors
 from sleb.core.plan import Plan, RepairRecord
@@ -214,6 +214,28 @@ def read_repaired(path: Path, record: RepairRecord) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in record.tensors}
     except SafetensorError as error:
         raise InputError(f"{path} is no file of repaired tensors: {error}") from None
+
+
+def loaded_by_plan(folder: Path, plan: Plan, source: Checkpoint, prefix: str) -> Checkpoint:
+    """The cut that is made of ``source`` while it is loaded by the plan in ``folder``, as if it
+    were a checkpoint: tensors by the names that they then have, where they are stored; of removed
+    parts of blocks as well. ``prefix``: see :meth:`Cut.rename`.
+
+    Raises:
+        InputError, DataError: the tensors of the plan's repair are not there.
+    """
+    cut = Cut.of(plan, folder=folder, parts=True)
+    repaired = cut.record.tensors if cut.record else {}
+    own = read_shard(folder / REPAIRED)[0] if repaired else {}
+    tensors = {}
+    for old, info in source.tensors.items():
+        if (new := cut.rename(old, prefix)) is None:
+            continue
+        if old in repaired:
+            tensors[new] = replace(own[old], file=folder / REPAIRED, key=old)
+        else:
+            tensors[new] = replace(info, file=source.file(old), key=info.key or old)
+    return replace(source, path=folder, tensors=tensors)
 
 
 def block_prefix_of(name: str) -> str:

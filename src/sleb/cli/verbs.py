@@ -327,16 +327,22 @@ def _pruned_notes(p: Any, given: Given) -> Iterator[str]:
             yield f"to go back: {given['model']} is unchanged (--keep is for folders)"
         yield f"next: llama-cli -m {p.path}; sleb report {p.path}"
         return
-    of_gguf = str(given["model"]).endswith(".gguf")
-    if p.plan.parts:
-        file = p.path / "plan.json"
-        yield f"plan written to {file}: sleb.load({str(given['model'])!r}, plan={str(file)!r})"
-    else:
-        yield from _written(p, given)
-    if of_gguf:
-        yield f"for a file as the model's own, in its quantization: -o {p.path}.gguf"
+    yield from _left(p, given)
     if p.quantized is not None:
         yield f"quantized checkpoint written to {p.quantized.path}"
+
+
+def _left(p: Any, given: Given) -> Iterator[str]:
+    """What lies where, and how it becomes a GGUF file."""
+    file, model = p.path / "plan.json", given["model"]
+    if p.plan.parts:
+        yield f"plan written to {file}: sleb.load({str(model)!r}, plan={str(file)!r})"
+    else:
+        yield from _written(p, given)
+    if str(model).endswith(".gguf"):
+        healed = p.record.healed is not None
+        how = f"sleb apply {file} {model} -o {p.path}.gguf" if healed else f"-o {p.path}.gguf"
+        yield f"for a file as the model's own, in its quantization: {how}"
 
 
 def _quantized_notes(q: Any, given: Given) -> Iterator[str]:
@@ -585,7 +591,7 @@ VERBS = (
         ),
         config="HealConfig",
         facts=_pruned_facts,
-        notes=_written,
+        notes=_left,
     ),
     Verb(
         name="quantize",

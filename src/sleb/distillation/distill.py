@@ -29,7 +29,13 @@ from sleb.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from sleb.checkpoints.checksums import write_sums
-from sleb.checkpoints.cut import Cut, block_prefix_of, consecutive_runs
+from sleb.checkpoints.cut import (
+    REPAIRED,
+    Cut,
+    block_prefix_of,
+    loaded_by_plan,
+    write_repaired,
+)
 from sleb.config import HEAL_AT_ONCE, HEAL_TOKENS, HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
 from sleb.core.files import enough_space, staged_dir, writable_target
@@ -47,6 +53,8 @@ from sleb.distillation.student import Student, check_installed
 from sleb.distillation.training import Training
 from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_config, strict_model
 from sleb.models.stack import BlockStack, decoder_config
+from sleb.models.stored_names import block_prefix
+from sleb.repairs.regression import gaps
 from sleb.surgery.apply import cut_checkpoint, refuse_source
 from sleb.surgery.rollback_manifest import HEALED
 from sleb.surgery.verification import probe_ids
@@ -77,7 +85,9 @@ def heal(
     progress: Progress = silent,
 ) -> Healed:
     """Train the checkpoint ``cut``, which a plan of ``model`` made, to predict what ``model``
-    predicts, and write the result as the checkpoint ``out``: same names, shapes and dtypes.
+    predicts, and write the result as the checkpoint ``out``: same names, shapes and dtypes. Of a
+    plan of parts of blocks, which is applied while ``model`` is loaded, ``out`` holds the plan and
+    the trained tensors.
 
     The loss is KL(dense || cut) (distillation, 1503.02531), in nats/token, over texts, the dense
     model's own text and its answers to prompts, see :mod:`sleb.distillation.mix`; AdamW on float32
@@ -135,7 +145,13 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
     check_installed(config.lora, config.optimizer)
     check_sources(config.text)
     check_prompts(config.prompts, config.max_prompts)
-    return Plan.load(cut / "plan.json")
+    plan = Plan.load(cut / "plan.json")
+    if plan.parts and (config.stages > 1 or config.local_first or config.hidden_loss):
+        raise InputError(
+            "--stages, --local-first and --hidden-loss are of whole blocks, and the plan removes "
+            "parts of blocks: leave them out"
+        )
+    return plan
 
 
 def _dense(model: str | Path, out: Path, config: HealConfig, progress: Progress) -> LoadedModel:
@@ -166,17 +182,19 @@ class Healing:
     ) -> None:
         self.cut, self.out, self.plan, self.dense = cut, out, plan, dense
         self.config, self.progress = config, progress
-        self.checkpoint, source = Checkpoint.open(cut), Checkpoint.open(dense.source.path)
+        source = Checkpoint.open(dense.source.path)
         with progress.stage("checking the model against the plan", source.nbytes) as tick:
             found = fingerprint(source, len(dense.stack), tick)
             check_fingerprint(plan.model, found, dense.source.ref)
-        trust = config.trust_remote_code
-        self.blocks = decoder_config(load_config(cut, trust_remote_code=trust)).num_hidden_layers
-        if self.blocks != plan.model.blocks - len(plan.removed):
-            raise InputError(
-                f"{cut} has {self.blocks} blocks, and its plan leaves {plan.model.blocks} - "
-                f"{len(plan.removed)}: it is not of this plan"
-            )
+        self.blocks = len(Cut.of(plan, parts=True).kept)
+        self.checkpoint = self._stored(cut, plan)
+        if not plan.parts:
+            found = load_config(cut, trust_remote_code=config.trust_remote_code)
+            if (there := decoder_config(found).num_hidden_layers) != self.blocks:
+                raise InputError(
+                    f"{cut} has {there} blocks, and its plan leaves {plan.model.blocks} - "
+                    f"{len(plan.removed)}: it is not of this plan"
+                )
         self.device, self.processes = dense.stack.input_device, group().size
         on = cuda_or_cpu(self.device)
         self.state = out.with_name(out.name + ".heal")
@@ -220,9 +238,21 @@ class Healing:
         del self.dense, self.teacher
         gc.collect()
 
+    def _stored(self, folder: Path, plan: Plan) -> Checkpoint:
+        """The tensors of a cut by ``plan``, where they are stored."""
+        if not plan.parts:
+            return Checkpoint.open(folder)
+        source = Checkpoint.open(self.dense.source.path)
+        return loaded_by_plan(folder, plan, source, block_prefix(source, self.dense.stack))
+
     def _load(self, path: Path, dtype: torch.dtype) -> nn.Module:
-        model: nn.Module = strict_model(path, dtype, self.config.trust_remote_code)
-        return model.to(self.device)
+        trust = self.config.trust_remote_code
+        if not self.plan.parts:
+            model: nn.Module = strict_model(path, dtype, trust)
+            return model.to(self.device)
+        how = {"dtype": str(dtype).removeprefix("torch."), "device": str(self.device)}
+        source, plan = self.dense.source.path, path / "plan.json"
+        return load(source, plan=plan, check=False, trust_remote_code=trust, **how).model
 
     def _validated(self, path: Path) -> dict[str, Values]:
         """A checkpoint on the validation windows, in the dtype of the dense model."""
@@ -252,7 +282,7 @@ class Healing:
         # weights and best ones, of float32 with two moments; and room to replace the file
         state = (2 * dtype.itemsize if kind == "adamw-8bit" else 16) * student.count
         enough_space(self.out.parent, self.checkpoint.nbytes + 2 * state)
-        cut, weight = Cut.of(self.plan), self.config.hidden_loss
+        cut, weight = Cut.of(self.plan, parts=True), self.config.hidden_loss
         beside = segments(cut.kept, cut.blocks)
         training = Training(
             student=student,
@@ -304,15 +334,18 @@ class Healing:
         reached, product = training.teraflops, product_teraflops(self.device, dtype)
         del model
         training.release()
+        self.healed, trained = self._healed(tensors)
         with staged_dir(self.out, force=self.config.force) as stage:
-            cut_checkpoint(
-                self.checkpoint,
-                Cut(blocks=self.blocks, removed=(), repair=tensors),
-                stage,
-                trust_remote_code=self.config.trust_remote_code,
-                progress=self.progress,
-            )
-            self.healed = self._healed(tensors)
+            if self.plan.parts:
+                write_repaired(stage / REPAIRED, trained)
+            else:
+                cut_checkpoint(
+                    self.checkpoint,
+                    Cut(blocks=self.blocks, removed=(), repair=tensors),
+                    stage,
+                    trust_remote_code=self.config.trust_remote_code,
+                    progress=self.progress,
+                )
             self.healed.save(stage / "plan.json")
             with self.progress.stage("reloading the checkpoint", None):
                 self._check_reload(stage, tensors, logits, dtype)
@@ -346,7 +379,9 @@ class Healing:
                 calibration={k: w.record for k, w in self.material.train.items()},
                 heldout={k: w.record for k, w in heldout.items()},
                 cut_sha256=self.settings["cut"],
-                healed_sha256=fingerprint(Checkpoint.open(stage), self.blocks).weights_sha256,
+                healed_sha256=fingerprint(
+                    self._stored(stage, self.healed), self.blocks
+                ).weights_sha256,
             )
             done.save(stage / HEALED)
             if finish:
@@ -354,23 +389,28 @@ class Healing:
             write_sums(stage, self.progress)
         return done
 
-    def _healed(self, tensors: Mapping[str, Tensor]) -> Plan:
-        """The plan with the digests of what was trained, by the names in the original."""
-        cut, prefix = Cut.of(self.plan), block_prefix_of(next(iter(tensors)))
-        healed = []
+    def _healed(self, tensors: Mapping[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
+        """The plan with the digests of what was trained, and that, by the names in the original."""
+        kept, prefix = Cut.of(self.plan, parts=True).kept, block_prefix_of(next(iter(tensors)))
+        trained = {}
         for name, tensor in tensors.items():
             block, _, rest = name.removeprefix(prefix).partition(".")
-            digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-            known = f"{prefix}{cut.kept[int(block)]}.{rest}"
-            healed.append(RepairedTensor(name=known, sha256=digest))
+            trained[f"{prefix}{kept[int(block)]}.{rest}"] = tensor
+        healed = tuple(
+            RepairedTensor(name=name, sha256=hashlib.sha256(tensor_bytes(tensor)).hexdigest())
+            for name, tensor in trained.items()
+        )
         texts, heldout = (
             part[TEXTS].record for part in (self.material.train, self.material.validation)
         )
         plain = RepairRecord(
-            gaps=gaps_of(self.plan.removed), reach=0, calibration=texts, heldout=heldout
+            gaps=gaps_of(self.plan.removed, self.plan.model.blocks),
+            reach=0,
+            calibration=texts,
+            heldout=heldout,
         )
-        repair = (self.plan.repair or plain).model_copy(update={"healed": tuple(healed)})
-        return self.plan.model_copy(update={"repair": repair})
+        repair = (self.plan.repair or plain).model_copy(update={"healed": healed})
+        return self.plan.model_copy(update={"repair": repair}), trained
 
     def _check_reload(
         self, stage: Path, tensors: Mapping[str, Tensor], logits: Tensor, dtype: torch.dtype
@@ -378,7 +418,7 @@ class Healing:
         """Raise VerificationFailed unless the new checkpoint is the trained model: its tensors in
         form those of the cut, in value those trained, its logits, computed in ``dtype``, those of
         the trained model."""
-        written = Checkpoint.open(stage)
+        written = self._stored(stage, self.healed)
         new, old = (
             {name: (info.dtype, info.shape) for name, info in c.tensors.items()}
             for c in (written, self.checkpoint)
@@ -394,11 +434,11 @@ class Healing:
             )
 
 
-def gaps_of(removed: tuple[int, ...]) -> tuple[RepairedGap, ...]:
-    """The gaps of a cut, at which nothing is fitted."""
+def gaps_of(removed: tuple[int, ...], blocks: int) -> tuple[RepairedGap, ...]:
+    """The gaps of a cut of a model of so many ``blocks``, at which nothing is fitted."""
     return tuple(
-        RepairedGap(removed=tuple(range(*run)), ridge=None, tensors=(), before={}, after={})
-        for run in consecutive_runs(removed)
+        RepairedGap(removed=gap.removed, ridge=None, tensors=(), before={}, after={})
+        for gap in gaps(removed, blocks)
     )
 
 

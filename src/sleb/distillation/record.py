@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from sleb.calibration.windows import Windows
 from sleb.core.plan import Calibration
 from sleb.core.statistics import Interval, Values, exponential, interval
+from sleb.core.units import UnitId
 
 Reason = Literal["steps", "time", "no-gain"]
 """Why a run ended: all steps done, its minutes spent, or no better with ever lower rates."""
@@ -78,7 +79,7 @@ class Healed:
     path: str
     model: str
     cut: str
-    removed: tuple[int, ...]
+    removed: tuple[UnitId, ...]
     repaired: bool
     texts: dict[str, HealedText]
     overall: HealedText

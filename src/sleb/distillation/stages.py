@@ -104,7 +104,7 @@ def cut_on(
     further = tuple(kept.index(block) for block in removed if block in kept)
     assert before.repair is not None, "what is healed records it"
     tensors = tuple(t for t in before.repair.healed if _block(t.name) not in removed)
-    record = {"gaps": gaps_of(removed), "healed": tensors}
+    record = {"gaps": gaps_of(removed, plan.model.blocks), "healed": tensors}
     repair = before.repair.model_copy(update=record)
     update = {"removed": removed, "order": order, "repair": repair}
     with staged_dir(out, force=False) as stage:
