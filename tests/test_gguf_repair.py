@@ -11,8 +11,10 @@ import sleb
 from gguf_tools import GEMMA3, plan_for, plan_of, readable, write_tiny  # noqa: F401 (a fixture)
 from rollback_tools import any_repair
 from sleb.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from sleb.checkpoints.cut import Cut
 from sleb.core.errors import InputError, UnsupportedModel
 from sleb.core.plan import Plan, RepairRecord
+from sleb.core.units import parse_unit
 from sleb.repairs import Repair
 from sleb.surgery import gguf_repair
 from sleb.verbs import applied
@@ -24,7 +26,7 @@ NAMES = {
 }
 
 
-def repair_of(folder, *names: str) -> Repair:
+def repair_of(folder, *names: str, removed=(3,)) -> Repair:
     """A repair that moves these tensors of a checkpoint by a tenth of their size."""
     generator = torch.Generator().manual_seed(1)
 
@@ -32,7 +34,7 @@ def repair_of(folder, *names: str) -> Repair:
         noise = torch.randn(old.shape, generator=generator)
         return (old.float() + 0.1 * old.float().std() * noise).to(old.dtype)
 
-    return any_repair(folder, (3,), *names, change=moved)
+    return any_repair(folder, removed, *names, change=moved)
 
 
 def cut_gguf(plan, source, out, **options):
@@ -134,18 +136,47 @@ def test_a_repair_comes_from_the_folder_of_the_repaired_cut(tmp_path):
         assert not (tmp_path / "c.gguf").exists()
 
 
+QUERIES = tuple(f"model.layers.4.self_attn.{name}_proj.weight" for name in "qkv")
+
+
 @pytest.mark.usefixtures("readable")
-def test_what_the_file_stores_in_another_form_is_refused(tmp_path):
-    """Llama's queries and keys have their rows permuted in GGUF."""
-    model = write_tiny(tmp_path / "m.gguf")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("gone", [3, "2.attention"])
+def test_queries_and_keys_get_the_order_of_their_rows(tmp_path, architecture, gone):
+    """Llama's have their rows in pairs, in GGUF; so does what Qwen2's become without a part."""
+    extra = {}
+    if architecture == "qwen2":
+        wide = {"q": 64, "k": 32, "v": 32}
+        extra = {
+            f"blk.{i}.attn_{name}.bias": np.zeros(n, np.float32)
+            for i in range(8)
+            for name, n in wide.items()
+        }
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    model = write_tiny(tmp_path / "m.gguf", architecture, kind=q8, extra=extra)
     dense = sleb.load(model, **CPU)
-    for name, message in [
-        ("model.layers.2.self_attn.q_proj.weight", r"is stored in another form .*blk\.2\.attn_q"),
-        ("model.layers.2.self_attn.k_proj.weight", r"is stored in another form .*blk\.2\.attn_k"),
-    ]:
-        repair = repair_of(dense.source.path, name)
-        with pytest.raises(UnsupportedModel, match=message):
-            cut_gguf(plan_for(dense, 3), model, tmp_path / "cut.gguf", repair=repair)
+    unit = gone if isinstance(gone, int) else parse_unit(gone)
+    repair = repair_of(dense.source.path, *QUERIES, removed=(unit,))
+    cut = cut_gguf(plan_for(dense, unit), model, tmp_path / "cut.gguf", repair=repair)
+    plan = Plan.load(cut.plan)
+    found = Cut.of(plan, folder=cut.out, parts=True).repair
+    block = 3 if isinstance(gone, int) else 4
+    for name, letter in zip(QUERIES, "qkv", strict=True):
+        want, (_, rows) = (
+            repair.tensors[name].float(),
+            decoded(cut.out, f"blk.{block}.attn_{letter}.weight"),
+        )
+        assert (found[name].float() - want).norm() < 0.01 * want.norm()
+        paired = letter != "v" and (architecture == "llama" or block == 4)
+        order = [
+            16 * h + i + 8 * half
+            for h in range(len(want) // 16)
+            for i in range(8)
+            for half in (0, 1)
+        ]
+        want = want[order] if paired else want
+        assert np.linalg.norm(rows - want.numpy()) < 0.01 * want.norm()
+    assert "attn_q.weight" in str([t.name for t in cut.requantized])
 
 
 @pytest.mark.usefixtures("readable")

@@ -608,7 +608,8 @@ def test_a_plan_of_parts_is_healed(learned, tmp_path, more):
     assert done.record.nbytes == (before := nbytes(dense.model), before - gone(dense, units))
     fixed = stored_repair(done.plan, out, dense)
     assert not any(f".{block}." in name for block in more for name in fixed.tensors)
-    assert not any(".2.self_attn" in name for name in fixed.tensors)
+    gone_with_it = ("self_attn", "input_layernorm")
+    assert not any(f".2.{part}" in name for name in fixed.tensors for part in gone_with_it)
     with fixed.patch(dense.stack), dense.stack.bypassed(units):
         wanted = dense.model(input_ids=ids, use_cache=False).logits
     cut = sleb.load(model, plan=out / "plan.json", device="cpu")

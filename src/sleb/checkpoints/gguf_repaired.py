@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 FIELD = "sleb.repaired_sha256"
 PLUS_ONE = ("gemma", "gemma2", "gemma3")
 """Architectures whose files have the gains of norms, and checkpoints one less."""
+PAIRS = ("llama", "deci")
+"""Architectures whose files have the rows of Q and K in the order in which pairs of a head's rows
+are rotated, where checkpoints rotate its first half with its second."""
 
 
 def repaired_sha256(fitted: Mapping[str, str], contents: Mapping[str, bytes]) -> str:
@@ -58,10 +62,7 @@ def read_repaired(
             "was written with this plan"
         )
     return {
-        name: (
-            torch.from_numpy(decoded(contents[name], info.kind, info.shape[::-1]))
-            - shift(model, info.name)
-        ).to(torch.bfloat16)
+        name: unpacked(model, info.name, contents[name], info.kind).to(torch.bfloat16)
         for name, info in infos.items()
     }
 
@@ -88,9 +89,43 @@ def _names(architecture: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(by_name[architecture], blocks)
 
 
-def shift(model: GGUFModel, name: str) -> float:
+def packed(model: GGUFModel, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a checkpoint as the file has that ``name``: float32, not rounded."""
+    values = tensor.float() + _shift(model, name)
+    heads = _heads(model, name)
+    if not heads:
+        return values
+    halves = values.view(heads, 2, len(values) // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(values.shape)
+
+
+def unpacked(model: GGUFModel, name: str, content: bytes, kind: int) -> Tensor:
+    """A tensor of the file, or other bytes in its place, as a checkpoint has it: float32."""
+    import torch
+
+    shape = model.file.tensors[name].shape[::-1]
+    values = torch.from_numpy(decoded(content, kind, shape)) - _shift(model, name)
+    heads = _heads(model, name)
+    if not heads:
+        return values
+    pairs = values.view(heads, len(values) // heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(values.shape)
+
+
+def _shift(model: GGUFModel, name: str) -> float:
     """What the file has more than the checkpoint."""
     return 1.0 if model.name in PLUS_ONE and name.endswith("norm.weight") else 0.0
+
+
+def _heads(model: GGUFModel, name: str) -> int:
+    """How many heads have their rows in another order than in the checkpoint; 0 if none."""
+    match = re.fullmatch(r"blk\.(\d+)\.attn_([qk])\.(weight|bias)", name)
+    if not match or model.name not in PAIRS:
+        return 0
+    heads = model.counts("attention.head_count")
+    shared = model.counts("attention.head_count_kv") or heads
+    counts = heads if match[2] == "q" else shared
+    return counts[int(match[1])] if counts else 0
 
 
 def decoded(content: bytes, kind: int, shape: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -390,12 +390,16 @@ class Healing:
         return done
 
     def _healed(self, tensors: Mapping[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
-        """The plan with the digests of what was trained, and that, by the names in the original."""
+        """The plan with the digests of what training or a repair changed, and that, by the names in
+        the original. The norm in front of attention that is gone is trained by nothing."""
         kept, prefix = Cut.of(self.plan, parts=True).kept, block_prefix_of(next(iter(tensors)))
+        repaired = self.plan.repair.tensors if self.plan.repair else {}
         trained = {}
         for name, tensor in tensors.items():
             block, _, rest = name.removeprefix(prefix).partition(".")
-            trained[f"{prefix}{kept[int(block)]}.{rest}"] = tensor
+            known = f"{prefix}{kept[int(block)]}.{rest}"
+            if known in repaired or not torch.equal(tensor, self.checkpoint.tensor(name)):
+                trained[known] = tensor
         healed = tuple(
             RepairedTensor(name=name, sha256=hashlib.sha256(tensor_bytes(tensor)).hexdigest())
             for name, tensor in trained.items()

@@ -103,13 +103,19 @@ def cut_gguf(
     if cut.repair is not None:
         requantized = quantize_again(model, cut.repair, original)
     values |= _provenance(file, cut)
-    if cut.record and requantized:
-        of = zip(cut.repair or (), requantized, strict=True)
-        said = repaired_sha256(cut.record.tensors, {name: new.content for name, new in of})
-        values[FIELD] = Value(kind=STRING, data=said)
     tensors, names = _renumbered(file, cut, requantized), dict[str, str]()
     if cut.parts:
         values, tensors, names = as_deci(model, cut, values, tensors)
+    if cut.record and cut.repair:
+        written = {
+            tensor.name: tensor.content for tensor in tensors if isinstance(tensor.content, bytes)
+        }
+        contents = {
+            name: written[cut.rename(new.name, "blk.") or ""]
+            for name, new in zip(cut.repair, requantized, strict=True)
+        }
+        data = repaired_sha256(cut.record.tensors, contents)
+        values[FIELD] = Value(kind=STRING, data=data)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     enough_space(out.parent, nbytes)
     importance = imatrices(file)
@@ -120,14 +126,14 @@ def cut_gguf(
         for one, place in zip(importance, others, strict=True):
             own, kept = _provenance(one, cut), without_parts(_renumbered(one, cut, ()), cut)
             write_gguf(one, place, values=own, tensors=kept, tick=lambda _: None)
-        written = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
+        there = GGUFModel.of(GGUFFile.open(staged))  # every offset and block, checked again
         staged_plan.write_text(cut.used(plan).to_json(), encoding="utf-8")
         size = staged.stat().st_size
     return CutGGUF(
         out=out,
         plan=beside,
         removed=cut.removed,
-        blocks=written.blocks,
+        blocks=there.blocks,
         nbytes=size,
         other_weights=other_weights,
         requantized=requantized,

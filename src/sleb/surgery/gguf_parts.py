@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
@@ -160,12 +160,18 @@ def _paired(file: GGUFFile, tensor: NewTensor, counts: dict[int, tuple[int, int]
     if not match:
         return tensor
     heads = counts[int(match[1])][match[2] == "k"]
-    made = partial(_interleaved, file, tensor.source, heads)
-    return NewTensor(name=tensor.name, source=tensor.source, kind=tensor.kind, content=made)
+    length = tensor.source.shape[-1] // heads
+    if isinstance(tensor.content, bytes):
+        return replace(tensor, content=_interleaved(tensor.content, heads, length))
+
+    def made() -> bytes:
+        return _interleaved(file.content(tensor.source), heads, length)
+
+    return replace(tensor, content=made)
 
 
-def _interleaved(file: GGUFFile, tensor: GGUFTensor, heads: int) -> bytes:
+def _interleaved(content: bytes, heads: int, length: int) -> bytes:
     """Rows of each head, of which the first half was rotated with the second, in pairs."""
-    rows = np.frombuffer(file.content(tensor), dtype=np.uint8)
-    halves = rows.reshape(heads, 2, tensor.shape[-1] // heads // 2, -1)
+    rows = np.frombuffer(content, dtype=np.uint8)
+    halves = rows.reshape(heads, 2, length // 2, -1)
     return bytes(halves.swapaxes(1, 2).tobytes())

@@ -11,7 +11,7 @@ import numpy as np
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.gguf_fields import GGUFModel
 from sleb.checkpoints.gguf_file import GGUFTensor
-from sleb.checkpoints.gguf_repaired import decoded, shift, stored_name
+from sleb.checkpoints.gguf_repaired import decoded, packed, stored_name, unpacked
 from sleb.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ def quantize_again(
             raise UnsupportedModel(
                 f"{name} has no tensor of its own in {model.file.path}: cut without the repair"
             )
-        more = shift(model, info.name)
-        _check_form(name, tensor, info, more, model, original)
-        found[info.name] = _quantized(info, tensor.float() + more)
+        _check_form(name, tensor, info, model, original)
+        found[info.name] = _quantized(info, packed(model, info.name, tensor))
     return tuple(found.values())
 
 
@@ -79,31 +78,27 @@ def as_stored(
     Raises:
         UnsupportedModel: see :func:`quantize_again`.
     """
-    import torch
-
-    again, found = quantize_again(model, tensors, original), {}
-    for (name, tensor), new in zip(tensors.items(), again, strict=True):
-        values = torch.from_numpy(decoded(new.content, new.kind, tensor.shape))
-        found[name] = (values - shift(model, new.name)).to(tensor.dtype)
-    return found
+    again = quantize_again(model, tensors, original)
+    return {
+        name: unpacked(model, new.name, new.content, new.kind).to(tensor.dtype)
+        for (name, tensor), new in zip(tensors.items(), again, strict=True)
+    }
 
 
 def _check_form(
     name: str,
     tensor: Tensor,
     info: GGUFTensor,
-    more: float,
     model: GGUFModel,
     original: Checkpoint | None,
 ) -> None:
-    """Raise UnsupportedModel unless the file stores this tensor as the checkpoint does, ``more``
-    higher: converters transpose some and permute the rows of others."""
+    """Raise UnsupportedModel unless the file stores this tensor as is known: converters transpose
+    some and permute the rows of others."""
     import torch
 
     same = tuple(tensor.shape) == info.shape[::-1]
     if same:
-        content = model.file.content(info)
-        before = torch.from_numpy(decoded(content, info.kind, tensor.shape)) - more
+        before = unpacked(model, info.name, model.file.content(info), info.kind)
         if original is not None:
             stored = original.tensor(name)
             same = torch.equal(before.to(stored.dtype), stored)
