@@ -340,9 +340,10 @@ def _left(p: Any, given: Given) -> Iterator[str]:
     else:
         yield from _written(p, given)
     if str(model).endswith(".gguf"):
-        healed = p.record.healed is not None
-        how = f"sleb apply {file} {model} -o {p.path}.gguf" if healed else f"-o {p.path}.gguf"
-        yield f"for a file as the model's own, in its quantization: {how}"
+        if p.record.healed:
+            yield f"for a GGUF file of it: sleb apply {file} {model} -o {p.path}.gguf"
+        else:
+            yield f"for a file as the model's own, in its quantization: -o {p.path}.gguf"
 
 
 def _quantized_notes(q: Any, given: Given) -> Iterator[str]:
