@@ -15,6 +15,8 @@ from sleb.core.bars import Bars
 from sleb.core.progress import (
     EARLY_PART,
     EARLY_S,
+    FIRST_PART,
+    FIRST_S,
     Begins,
     Estimate,
     Phase,
@@ -156,7 +158,8 @@ def test_the_time_left_is_steady(steps):
         first = first or (done, now)
         known, since = first if done > first[0] else (0, 0.0)
         fresh = (now - since) * (total - done) / (done - known)
-        if done * EARLY_PART < total and now < EARLY_S:
+        early = done * EARLY_PART < total and now < EARLY_S
+        if early or (before is None and first[0] * FIRST_PART < total and now < 1 + FIRST_S):
             assert left is None
             continue
         assert left is not None
@@ -171,7 +174,8 @@ def test_the_time_left_is_steady(steps):
 
 def test_where_all_units_take_as_long_the_time_left_is_right():
     clock = TimeLeft(100, 0.0)
-    for done in range(1, 100):
+    assert clock.at(1, 2.0) is None, "of a first unit it is not known yet"
+    for done in range(2, 100):
         assert clock.at(done, 2.0 * done) == pytest.approx(2.0 * (100 - done))
 
 
@@ -183,6 +187,25 @@ def test_a_slow_start_is_soon_forgotten():
         left = clock.at(1 + 7 * second, 13.0 + second)
     assert left is not None
     assert left < 1.5 * (199 - 70) / 7
+
+
+def test_a_first_unit_that_took_long_is_no_speed():
+    """A minute until the first of 6,000 tokens, and then 100 in a second."""
+    clock = TimeLeft(6000, 0.0)
+    assert clock.at(64, 60.0) is None
+    left = [clock.at(64 + 100 * second, 60.0 + second) for second in range(1, 9)]
+    assert left[0] is None
+    assert all(
+        found == pytest.approx((5936 - 100 * (i + 2)) / 100) for i, found in enumerate(left[1:])
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(5400, "1 h 30 min"), (7199, "2 h 00 min"), (31200, "8 h 40 min"), (5399, "90 min")],
+)
+def test_hours_are_whole(seconds, said):
+    assert progress.spelled(seconds) == said
 
 
 def test_no_verb_is_silent_while_it_starts(tiny_dir, monkeypatch, capsys):

@@ -165,18 +165,16 @@ def _prompt(name: str, asked: Row, row: dict[str, Any], where: str) -> Prompt:
     return prompt
 
 
-def read_as(
-    tokenizer: Any, prompts: Sequence[Prompt], ref: str | Path, *, ask: bool = False
-) -> list[Read]:
+def read_as(tokenizer: Any, prompts: Sequence[Prompt], ref: str | Path) -> list[Read]:
     """Each prompt as the model ``ref`` with this ``tokenizer`` reads it; a chat is asked for the
-    assistant's next turn. With ``ask``, plain text is a user's turn where there is a chat template.
+    assistant's next turn, and plain text is a user's turn where there is a chat template.
 
     Raises:
         InputError: a chat, and no chat template, or none that takes it; a prompt without tokens.
     """
     read = []
     for prompt in prompts:
-        if ask and prompt.text is not None and tokenizer.chat_template:
+        if prompt.text is not None and tokenizer.chat_template:
             turns = ({"role": "user", "content": prompt.text},)
             prompt = replace(prompt, text=None, messages=turns)
         row = Row(text=prompt.text, messages=prompt.messages or (), tools=prompt.tools)

@@ -35,7 +35,8 @@ def spelled(seconds: float) -> str:
         return f"{max(1, seconds):.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h {seconds % 3600 / 60:02.0f} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def estimated(e: Estimate) -> list[str]:

@@ -16,6 +16,9 @@ SMOOTH_S, SMOOTH_PART = 30.0, 8
 in so many of what has gone by."""
 EARLY_S, EARLY_PART = 30.0, 100
 """Before so many seconds, less than one part in so many says nothing of the rest."""
+FIRST_S, FIRST_PART = 2.0, 8
+"""Nor do the first units where they are less than one part in so many, until so many seconds
+behind them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,11 @@ class TimeLeft:
         self._first = self._first or (done, now)
         if now - self.start < EARLY_S and done * EARLY_PART < self.total:
             return None
-        known, since = self._first if done > self._first[0] else (0, self.start)
+        known, since = self._first
+        if self._left is None and known * FIRST_PART < self.total and now < since + FIRST_S:
+            return None
+        if done == known:
+            known, since = 0, self.start
         fresh = (now - since) * (self.total - done) / (done - known)
         if self._left is None:
             self._left = fresh

@@ -142,7 +142,7 @@ def own_answers(
     texts = write_prompts(model, OWN_PROMPTS, seed, progress)
     prompts = [Prompt(id=f"own {i}", text=text, messages=None) for i, text in enumerate(texts)]
     new_tokens = config.new_tokens or NEW_TOKENS["cuda"]
-    read = read_as(model.tokenizer, prompts, model.source.ref, ask=True)
+    read = read_as(model.tokenizer, prompts, model.source.ref)
     ids = [one.ids for one in read if len(one.ids) <= room_for_prompt(model, new_tokens)]
     if not ids:
         return None
@@ -189,7 +189,7 @@ def prompt_ids(model: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -
     Raises:
         InputError: one leaves no room for an answer of ``new_tokens``.
     """
-    read = [one.ids for one in read_as(model.tokenizer, prompts, model.source.ref, ask=True)]
+    read = [one.ids for one in read_as(model.tokenizer, prompts, model.source.ref)]
     for prompt, ids in zip(prompts, read, strict=True):
         if len(ids) > room_for_prompt(model, new_tokens):
             raise InputError(
