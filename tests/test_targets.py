@@ -92,6 +92,10 @@ def test_as_few_blocks_go_as_the_size_allows(loaded, split):
         assert plan.order == sleb.search(loaded, remove=n, split=split).order
     with pytest.raises(InputError, match="without all 4 candidates the weights still take"):
         sleb.search(loaded, size=limit // 2, split=split)
+    whole = Checkpoint.open(loaded.source.path).nbytes
+    for model in (loaded, loaded.source.path):
+        with pytest.raises(InputError, match=f"--size {whole}: the weights take .* MB already"):
+            sleb.search(model, size=whole, split=split)
 
 
 def test_as_few_blocks_go_as_the_speed_up_needs(loaded, split):

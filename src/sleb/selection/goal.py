@@ -93,6 +93,12 @@ def check_candidates(n: int, candidates: int, n_blocks: int, protected: int) -> 
         )
 
 
+def check_larger(size: int | str, nbytes: int) -> None:
+    """Raise InputError unless weights of ``nbytes`` take more than the target ``size``."""
+    if nbytes <= parse_bytes(size, "--size"):
+        raise InputError(f"--size {size}: the weights take {nbytes / 1e6:,.1f} MB already")
+
+
 def parse_bytes(text: int | str, option: str) -> int:
     """Bytes of ``"100MB"``, ``"1.5 GiB"`` or a plain number of bytes.
 

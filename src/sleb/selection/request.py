@@ -8,6 +8,7 @@ from typing import Any
 
 from sleb.calibration import check_sources
 from sleb.calibration.answers import check_prompts
+from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.depth_fields import reindex
 from sleb.config import SearchConfig, UnitKind
 from sleb.core.errors import InputError, UnsupportedModel
@@ -19,7 +20,7 @@ from sleb.models.fixed_blocks import fixed_blocks, refuse_parts
 from sleb.models.load import load_config
 from sleb.models.source import resolve
 from sleb.models.stack import decoder_config, giving_positions
-from sleb.selection.goal import Goal, check_candidates, parse_bytes
+from sleb.selection.goal import Goal, check_candidates, check_larger, parse_bytes
 from sleb.selection.metrics import METRICS
 from sleb.selection.similarity import Similarity
 from sleb.selection.strategies import GREEDY_OR_WINDOW, STRATEGIES
@@ -84,6 +85,10 @@ def check_request(model: str | Path, config: SearchConfig, progress: Progress = 
     check_sources(config.text)
     check_prompts(config.prompts, config.max_prompts)
     source = group().sequentially(lambda: resolve(model, progress))
+    if goal.size is not None:
+        file = Path(source.ref).expanduser()
+        nbytes = file.stat().st_size if source.is_gguf else Checkpoint.open(source.path).nbytes
+        check_larger(goal.size, nbytes)
     loaded = load_config(source.path, trust_remote_code=config.trust_remote_code)
     blocks = getattr(decoder_config(loaded), "num_hidden_layers", None)
     if isinstance(blocks, int):  # else loading the model says what is wrong with it

@@ -20,7 +20,7 @@ from sleb.core.statistics import Values, interval, standard_error
 from sleb.core.units import block_of, canonical, part_of, parts_in
 from sleb.models.stack import BlockStack
 from sleb.models.stored_names import block_prefix
-from sleb.selection.goal import Goal, parse_bytes
+from sleb.selection.goal import Goal, check_larger, parse_bytes
 from sleb.selection.objective import DENSE, BlockSet, Objective
 from sleb.selection.racing import baseline, rounded
 
@@ -206,6 +206,8 @@ class StoppingRule:
             possible = min(possible, len(costs.blocks) - 1)
         if goal.limit is not None:
             return possible
+        if goal.size is not None:
+            check_larger(goal.size, costs.total)
         cheapest = sorted(candidates, key=costs.saved)
         for n in range(1, possible + 1):
             if self.enough(cheapest[:n]):
