@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,7 +93,10 @@ def test_answers_are_written_once(loaded, prompts, monkeypatch):
     ids = prompt_ids(loaded, prompts_of([str(prompts)])[8:12], NEW)
     first = written(loaded, ids, NEW, silent)
     monkeypatch.setattr("sleb.repairs.answering.answered", None)
-    assert written(loaded, ids, NEW, silent) == first
+    said = []
+    told = SimpleNamespace(stage=silent.stage, tell=said.append)
+    assert written(loaded, ids, NEW, told) == first
+    assert said == ["answers to the prompts: known from before"]
     with pytest.raises(TypeError):
         written(loaded, ids, NEW + 1, silent)
 

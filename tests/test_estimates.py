@@ -8,6 +8,7 @@ import pytest
 import heal_tools
 import sleb
 from cli_tools import run
+from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from heal_tools import SMALL, Stopping
 from sleb import estimates
 from sleb.config import HEAL_TOKENS, HealConfig
@@ -175,6 +176,29 @@ def test_what_a_cut_and_its_healing_take_is_foretold_together(learned, tmp_path,
     names = [[phase["name"] for phase in found["phases"]] for found in (cut, both)]
     assert names[1] == [*names[0], "healing"]
     assert both["disk"] > 2 * cut["disk"], "OUT-cut stays, beside OUT and its state"
+
+
+@pytest.mark.usefixtures("readable")
+def test_the_size_of_a_gguf_file_is_foretold(tmp_path, capsys):
+    """Blocks go; embedding, vocabulary and header stay."""
+    model = write_tiny(tmp_path / "m.gguf")
+    (tmp_path / "t.txt").write_text("".join(map(chr, range(32, 120))) * 100)
+    command = ["prune", model, "--remove", "3", "--text", tmp_path / "t.txt", "--windows", "4"]
+    command += ["--length", "32", "--device", "cpu", "--prompts", "none", "--no-repair"]
+    command += ["-o", tmp_path / "cut.gguf"]
+    foretold = run(capsys, *command, "--dry-run", "--json").json["disk"]
+    run(capsys, *command)
+    assert foretold == pytest.approx((tmp_path / "cut.gguf").stat().st_size, rel=0.02)
+
+
+def test_of_a_long_healing_on_a_cpu_it_is_said_what_to_lower(loaded_learned):
+    def shorter(tokens):
+        speed = estimates.Speed(blocks=1e-3, head=0.0, written=0.0, alone=0.0)
+        config = HealConfig.of({"prompts": ("none",), "tokens": tokens})
+        return estimates.estimate_healing(loaded_learned, speed, config, 0, 4).shorter
+
+    assert shorter(10_000) == ()
+    assert shorter(10_000_000) == ("sleb heal with few --minutes",)
 
 
 def test_questions_are_read_with_every_choice_by_both_models(loaded_learned, tmp_path):

@@ -18,6 +18,8 @@ from sleb.calibration.answers import SEARCH as ANSWERS_SEARCHED
 from sleb.calibration.answers import prompts_of
 from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
+from sleb.checkpoints.gguf_fields import GGUFModel
+from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.config import (
     HEAL_PROMPTS,
     HEAL_TOKENS,
@@ -45,6 +47,7 @@ from sleb.selection.request import strategy_before_repair
 from sleb.selection.resources import default_batch
 from sleb.selection.search import FINAL_TOKENS
 from sleb.selection.strategies import GREEDY_OR_WINDOW
+from sleb.selection.targets import Costs
 
 TEXT, SEARCH, REPAIR, MEASURE, WRITE = "text", "search", "repair", "measure", "write and check"
 """The phases of `sleb prune`."""
@@ -217,7 +220,7 @@ class _Work:
         runs = max(0, candidates - self.removed + 1)
         greedy = sum(candidates - turn for turn in range(self.removed))
         sets = {"one-shot": candidates, "window": runs}.get(self.strategy, greedy)
-        share = EXACT if exact else min(EXACT, RACE / self.windows**0.5)
+        share = EXACT if exact else min(EXACT, RACE / max(1, self.windows) ** 0.5)
         each = share * self.search * (speed.blocks / 2 + speed.head)
         if not self.compares:
             return sets * each
@@ -267,16 +270,19 @@ def estimate(
     }
     if not work.fitted:
         del phases[REPAIR]
-    total = sum(phases.values())
-    left = nbytes if config.keep else nbytes * (n - work.removed) // n
+    costs = Costs.of(Checkpoint.open(model.source.path), model.stack)
     if out.suffix == ".gguf":
-        left = Path(model.source.ref).expanduser().stat().st_size * (n - work.removed) // n
+        file = GGUFFile.open(Path(model.source.ref).expanduser())
+        costs = costs.in_file(GGUFModel.of(file))
+    left = costs.total - sum(costs.blocks) * work.removed // n
+    if config.keep and out.suffix != ".gguf":
+        left = nbytes
     found = Estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
         memory=_memory(model, config.length),
         disk=left,
         device=_named(kind),
-        shorter=_shorter(phases) if kind == "cpu" and total > LONG_S else (),
+        shorter=_shorter(phases, kind),
     )
     if heal is None:
         return found
@@ -285,6 +291,7 @@ def estimate(
     return replace(
         found,
         phases=found.phases + then.phases,
+        shorter=_shorter(phases | {HEALING: then.seconds}, kind),
         memory=max(found.memory, then.memory),
         disk=left + then.disk,
     )
@@ -306,7 +313,7 @@ def estimate_search(
         memory=_memory(model, config.length),
         disk=0,
         device=_named(kind),
-        shorter=_shorter(phases) if kind == "cpu" and sum(phases.values()) > LONG_S else (),
+        shorter=_shorter(phases, kind),
     )
 
 
@@ -331,8 +338,10 @@ def estimate_healing(
     trained = sum(p.numel() for p in stack.blocks.parameters()) * blocks // len(stack)
     trained = 0 if config.lora else trained
     best, state = (2, 4) if small else (4, 16)
+    seconds = healing(speed, config, kind)
     return Estimate(
-        phases=(Phase(name=HEALING, seconds=healing(speed, config, kind)),),
+        phases=(Phase(name=HEALING, seconds=seconds),),
+        shorter=_shorter({HEALING: seconds}, kind),
         memory=dense + nbytes + trained * ((6 if small else 16) + best) + ROOM,
         disk=nbytes + 2 * state * trained,
         device=_named(kind),
@@ -456,13 +465,16 @@ def _memory(model: LoadedModel, length: int) -> int:
     return weights + 3 * inner * inner * 8 + states + ROOM
 
 
-def _shorter(phases: dict[str, float]) -> tuple[str, ...]:
-    """What to lower, the longest phase first."""
+def _shorter(phases: dict[str, float], kind: str) -> tuple[str, ...]:
+    """What to lower, the longest phase first, where it takes hours on a CPU."""
+    if kind != "cpu" or sum(phases.values()) <= LONG_S:
+        return ()
     by = {
         TEXT: "--prompts none, or fewer --max-prompts and --repair-tokens",
         SEARCH: "fewer --windows, or --metric cosine",
         REPAIR: "fewer --repair-tokens",
         MEASURE: "fewer --heldout",
+        HEALING: "sleb heal with few --minutes",
     }
     long = sorted((name for name in phases if name in by), key=lambda name: -phases[name])
     return tuple(by[name] for name in long[:2])

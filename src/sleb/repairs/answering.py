@@ -33,7 +33,7 @@ from sleb.config import MAX_PROMPTS, NEW_TOKENS, NO_PROMPTS, PromptOptions
 from sleb.core.errors import InputError
 from sleb.core.files import disk_errors, write_text
 from sleb.core.process_group import group
-from sleb.core.progress import Progress, Tick
+from sleb.core.progress import Progress, Tick, tell
 from sleb.models.decoding import Choose, capturable, decode, greedy
 from sleb.models.load import LoadedModel, cuda_or_cpu
 from sleb.models.source import cache_dir
@@ -175,7 +175,8 @@ def sampled_answers(
         with seeded(seed, model.stack.input_device):
             return answered(model, asked, new_tokens, progress, "sampling answers", choose)
 
-    return answer_windows(asked, _cached(key, sampled), specs=["prompts, sampled"], seed=seed)
+    tokens = _cached(key, sampled, "sampled answers", progress)
+    return answer_windows(asked, tokens, specs=["prompts, sampled"], seed=seed)
 
 
 def writes_fast(model: LoadedModel) -> bool:
@@ -214,7 +215,11 @@ def written(
         ResourceError: the disk is full.
     """
     key = _key(model, new_tokens, [*map(list, prompts)])
-    return _cached(key, lambda: answered(model, prompts, new_tokens, progress))
+
+    def answers() -> list[list[int]]:
+        return answered(model, prompts, new_tokens, progress)
+
+    return _cached(key, answers, "answers to the prompts", progress)
 
 
 def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progress) -> Tensor:
@@ -225,7 +230,12 @@ def own_text(model: LoadedModel, n: int, length: int, seed: int, progress: Progr
         ResourceError: the disk is full.
     """
     key = _key(model, "own text", n, length, seed)
-    return torch.tensor(_cached(key, lambda: write(model, n, length, seed, progress).tolist()))
+
+    def text() -> list[list[int]]:
+        found: list[list[int]] = write(model, n, length, seed, progress).tolist()
+        return found
+
+    return torch.tensor(_cached(key, text, "text of the model's own", progress))
 
 
 def writer(model: LoadedModel, progress: Progress) -> Writer:
@@ -233,11 +243,14 @@ def writer(model: LoadedModel, progress: Progress) -> Writer:
     return lambda n, length, seed: own_text(model, n, length, seed, progress)
 
 
-def _cached(key: str, made: Callable[[], list[list[int]]]) -> list[list[int]]:
+def _cached(
+    key: str, made: Callable[[], list[list[int]]], what: str, progress: Progress
+) -> list[list[int]]:
     path = cache_dir() / "answers" / f"{key}.json"
     here = group()
     kept = here.broadcast_from_main(lambda: path.read_text("utf-8") if path.is_file() else "")
     if kept:
+        tell(progress, f"{what}: known from before")
         found: list[list[int]] = json.loads(kept)
         return found
     tokens = made()
