@@ -91,6 +91,7 @@ def test_what_a_run_will_take_is_said_without_doing_it(place, monkeypatch, capsy
 
 
 def test_one_command_goes_from_search_to_reports(place, capsys, monkeypatch):
+    monkeypatch.setattr("sleb.core.display.BRIEF_S", 0.0)  # tiny, and told all the same
     assert main(["run", str(place / "sleb.toml")]) == 0
     out = place / "smaller"
     record = RunRecord.load(out)
@@ -106,9 +107,11 @@ def test_one_command_goes_from_search_to_reports(place, capsys, monkeypatch):
         assert f'lang="{lang}"' in (out / f"report.{lang}.html").read_text(encoding="utf-8")
     printed, told = capsys.readouterr()
     assert "report.ja.html" in printed
-    assert re.search(
-        r"next, about: similarity \d+ s, tasks \d+ s, transfer \d+ s, answers \d+ s\n", told
-    )
+    parts = ("similarity", "tasks", "transfer", "answers")
+    assert re.search(r"CPU: " + ", ".join(rf"{part} \d+ s" for part in parts) + "\n", told)
+    for n, part in enumerate(parts, 1):
+        assert f"{n} of 4: {part}: about" in told
+        assert f"{n} of 4: {part}: done in" in told
     assert "1,000" in printed or "1000" in printed
     assert "measured again" not in told
     monkeypatch.chdir(place)  # where one stands is no other setting
@@ -200,6 +203,7 @@ def test_other_settings_do_not_overwrite_a_result(place):
         ('mail = "mail.txt"', 'mail = "mail.text"', "mail.text"),
         ('model = "model"', 'model = "./modell"', "no model at .*did you mean 'model'"),
         ('["en", "ja"]', '["fr"]', "reports"),
+        ('out = "smaller"', 'out = "smaller.gguf"', r"a folder, or .* sleb prune MODEL\.gguf"),
         ("[text]", "[text", "not valid TOML"),
     ],
 )

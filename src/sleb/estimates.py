@@ -281,7 +281,7 @@ def estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
         memory=_memory(model, config.length),
         disk=left,
-        device=_named(kind),
+        device=named(kind),
         shorter=_shorter(phases, kind),
     )
     if heal is None:
@@ -312,7 +312,7 @@ def estimate_search(
         phases=tuple(Phase(name=name, seconds=took) for name, took in phases.items()),
         memory=_memory(model, config.length),
         disk=0,
-        device=_named(kind),
+        device=named(kind),
         shorter=_shorter(phases, kind),
     )
 
@@ -323,7 +323,7 @@ def estimate_reading(model: LoadedModel, speed: Speed, tokens: int, times: int) 
         phases=(Phase(name=MEASURE, seconds=times * tokens * speed.read),),
         memory=_memory(model, TIMED),
         disk=0,
-        device=_named(cuda_or_cpu(model.stack.input_device)),
+        device=named(cuda_or_cpu(model.stack.input_device)),
     )
 
 
@@ -344,11 +344,12 @@ def estimate_healing(
         shorter=_shorter({HEALING: seconds}, kind),
         memory=dense + nbytes + trained * ((6 if small else 16) + best) + ROOM,
         disk=nbytes + 2 * state * trained,
-        device=_named(kind),
+        device=named(kind),
     )
 
 
-def _named(kind: str) -> str:
+def named(kind: str) -> str:
+    """A kind of device, in words."""
     return "a GPU" if kind == "cuda" else "this CPU"
 
 

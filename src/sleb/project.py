@@ -30,7 +30,6 @@ from sleb.config import (
     TransferConfig,
     takes,
 )
-from sleb.core.display import spelled
 from sleb.core.errors import InputError, changes
 from sleb.core.plan import Plan
 from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
@@ -38,7 +37,7 @@ from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
 from sleb.evaluation.transfer import Transfer, transfer
-from sleb.models.load import LoadedModel, load, load_tokenizer, pick_device
+from sleb.models.load import LoadedModel, cuda_or_cpu, load, load_tokenizer, pick_device
 from sleb.models.source import resolve
 from sleb.pipeline import prune, prune_and_heal
 from sleb.project_file import ProjectFile
@@ -75,6 +74,11 @@ class Project(ProjectFile):
         if self.search.heldout < 2:
             raise InputError(f"{path}: [search] heldout: at least 2 windows, to measure depths on")
         measure = self.measure
+        if self.target.suffix == ".gguf":
+            raise InputError(
+                f"{path}: out is a folder of results, and {self.out} a GGUF file: give a folder, "
+                "or cut the file with sleb prune MODEL.gguf -o OUT.gguf"
+            )
         if self.search.unit != "block" and measure.transfer:
             raise InputError(
                 f"{path}: [measure] transfer is of whole blocks: leave it out, or [search] unit = "
@@ -123,11 +127,12 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
     ]
     if left:
         tell(progress, Begins("measuring"))  # the last phase of the estimate has ended
-        tell(progress, session.told([stage for stage, _ in left]))
+        tell(progress, session.estimate([stage for stage, _ in left]))
     elif known:
         when = Locale("en").moment(known.started)
         tell(progress, f"nothing was measured again: all is from the run of {when}")
     for stage, work in left:
+        tell(progress, Begins(stage))
         done, found = {**record.stages, stage: keys[stage]}, work()
         spent = {name: round(before.get(name, 0.0) + s, 3) for name, s in watch.seconds.items()}
         took = {**before, **spent}
@@ -253,15 +258,20 @@ class _Session:
             ("speed", measure.bench, self.speed),
         ]
 
-    def told(self, left: Sequence[str]) -> str:
-        """What will be measured, and about how long each takes where that is known."""
+    def estimate(self, left: Sequence[str]) -> Estimate:
+        """What the stages that are left will take, where that is known."""
         known = dict[str, float]()
         if not self.dense.stack.streamed:
             searched = sum(s for name, s in self.record.seconds.items() if name == "searching")
             speed = estimates.Speed.of(self.dense, self.project.search.length)
             known, _ = _later(self.project, self.dense, speed, searched)
-        said = (f"{name} {f'{spelled(known[name])}' if name in known else '?'}" for name in left)
-        return f"next, about: {', '.join(said)}"
+        return Estimate(
+            phases=tuple(Phase(name=name, seconds=known[name]) for name in left if name in known),
+            memory=0,
+            disk=0,
+            device=estimates.named(cuda_or_cpu(self.dense.stack.input_device)),
+            unknown=tuple(name for name in left if name not in known),
+        )
 
     @property
     def dense(self) -> LoadedModel:

@@ -44,10 +44,9 @@ def estimated(e: Estimate) -> list[str]:
     phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in e.phases)
     disk = f", {_size(e.disk)} on disk" if e.disk else ""
     less = ", less what is known from before" if e.resumed else ""
-    lines = [
-        f"about {spelled(e.seconds)} on {e.device}{less}: {phases}",
-        f"about {e.memory / 1e9:.2g} GB of memory{disk}",
-    ]
+    lines = [f"about {spelled(e.seconds)} on {e.device}{less}: {phases}"]
+    if e.memory:
+        lines.append(f"about {e.memory / 1e9:.2g} GB of memory{disk}")
     if e.unknown:
         lines.append(f"not estimated: {', '.join(e.unknown)}")
     if e.shorter:
