@@ -140,6 +140,9 @@ def test_what_cannot_be_is_said_first_and_leaves_nothing(here, capsys, tiny_dir)
     ]:
         assert noun in refused(capsys, code, "prune", *words.split(), "--remove", 2, *WORDS)
         assert tree(here) == before
+    said = refused(capsys, 2, "prune", "m.gguf", "-o", "folder", "--size", "50KB", *WORDS)
+    assert "-o folder.gguf" in said
+    assert tree(here) == before
 
 
 def test_a_file_that_is_not_the_cut_does_not_appear(here, monkeypatch):

@@ -125,7 +125,7 @@ def prune(
     """
     out = Path(out)
     given, model = model, place(model)
-    gguf = _gguf(model, out, config.force)
+    gguf = _gguf(model, out, config)
     watch = Stopwatch(progress)
     goal = check_options(config)
     placing = config.part(LoadOptions).model_dump(include={"device", "stream", "device_map", "tp"})
@@ -169,7 +169,7 @@ def estimate(
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
     """
     out = Path(out)
-    _gguf(place(model), out, config.force)
+    _gguf(place(model), out, config)
     goal = check_options(config)
     check_request(place(model), config, progress)
     loaded = model
@@ -198,11 +198,16 @@ def place(model: LoadedModel | str | Path) -> str | Path:
     return model.source.path
 
 
-def _gguf(model: str | Path, out: Path, force: bool) -> GGUFModel | None:
+def _gguf(model: str | Path, out: Path, config: PruneConfig) -> GGUFModel | None:
     """The uncut file, where ``out`` is to be one; it is checked that ``out`` can be written."""
     if out.suffix == ".gguf":
-        return check_files(model, out, record_path(out), force=force)
-    writable_target(out, force=force)
+        return check_files(model, out, record_path(out), force=config.force)
+    if config.size is not None and Path(model).suffix == ".gguf":
+        raise InputError(
+            f"--size is of a file like {Path(model).name}, and a folder has its weights in 16 "
+            f"bits: give -o {out}.gguf, or another target"
+        )
+    writable_target(out, force=config.force)
     return None
 
 
