@@ -67,7 +67,12 @@ def test_results_are_tables_pictures_and_a_few_lines(tiny_dir, tmp_path):
     )
     found = sleb.evaluate(tiny_dir, 4, length=16, device="cpu")
     plan.save(tmp_path / "plan.json")
-    for result, rows in ((plan, 3), (plan.curve, 3), (found, 1), (report_plan(), None)):
+    alike = sleb.similarity(tiny_dir, windows=4, length=16, device="cpu")
+    (tmp_path / "p.jsonl").write_text('"one"\n"two"\n"three"\n')
+    asked = {"prompts": (str(tmp_path / "p.jsonl"),), "new_tokens": 4, "device": "cpu"}
+    kept = sleb.evaluate(tiny_dir, plan=plan, **asked)
+    tables = [(plan, 3), (plan.curve, 3), (found, 1), (report_plan(), None)]
+    for result, rows in (*tables, (alike, len(alike.blocks)), (kept, 4)):
         frame = result.to_pandas()
         assert rows is None or len(frame) == rows
         assert list(frame.columns) == list(result.rows()[0])
@@ -78,6 +83,25 @@ def test_results_are_tables_pictures_and_a_few_lines(tiny_dir, tmp_path):
         assert all(len(line) <= 240 for line in text.splitlines())
     assert plan.to_pandas()["removed"].tolist() == [str(b) for b in plan.order]
     assert sleb.Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.usefixtures("drawn_nowhere")
+def test_what_has_no_table_is_a_line(tiny_dir, tmp_path):
+    """And no dump of all that it holds."""
+    plan = sleb.search(tiny_dir, remove=2, windows=4, length=16, device="cpu", dtype="float32")
+    out = sleb.apply(plan, tiny_dir, tmp_path / "out")
+    fixed = sleb.repair(tiny_dir, plan, length=16, repair_tokens=300, prompts=("none",))
+    (tmp_path / "p.jsonl").write_text('"one"\n"two"\n')
+    answers = sleb.compare(tiny_dir, out, tmp_path / "p.jsonl", new_tokens=4, device="cpu")
+    for result, said in [
+        (sleb.load(tiny_dir, device="cpu"), f"LoadedModel({tiny_dir}: "),
+        (sleb.verify(out, model=tiny_dir), f"{out}: 8 of 8 checks of exactness passed"),
+        (fixed, "tensors around"),
+        (answers, "of 2 answers are identical"),
+    ]:
+        assert said in str(result)
+        assert "\n" not in str(result)
+        assert len(str(result)) < 240
 
 
 def test_a_hostile_name_is_no_html():

@@ -471,7 +471,7 @@ class RepairOptions(Options):
     )
     repair_tokens: int | None = option(
         None,
-        "Tokens that a repair is fitted on, about, besides answers: whole windows, and one in three "
+        "Tokens that a repair is fitted on, about, besides answers: whole windows, one in three "
         "the model's own. By default 100,000, on a GPU up to 400,000.",
         ge=1,
         hide=True,

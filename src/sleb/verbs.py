@@ -529,6 +529,9 @@ class Verified:
             raise AttributeError("nothing was compared, as MODEL is no GGUF file: see runtimes")
         return self.verification
 
+    def __str__(self) -> str:
+        return str(self.verification or self.runtimes)
+
     def require(self) -> None:
         """Raise VerificationFailed for the first part that failed."""
         for part in (self.verification, self.runtimes, self.gate):

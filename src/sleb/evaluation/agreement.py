@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sleb.calibration.answers import Answers
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion, shares
+from sleb.core.tabular import Points, Tabular
 from sleb.evaluation.grading import Judged, gradable, judged
 from sleb.models.load import LoadedModel
 from sleb.repairs.answering import answered
@@ -63,7 +65,7 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswersKept:
+class AnswersKept(Tabular):
     """What a cut keeps of the dense model's greedy answers of at most ``new_tokens`` tokens, to
     ``prompts`` prompts of ``source``, ``tokens`` tokens in all.
 
@@ -89,6 +91,32 @@ class AnswersKept:
     right: RightAnswers | None = None
     worst: tuple[Example, ...] = ()
     left_out: int = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each figure."""
+        names = ("agreement", "divergence", "until_first", "reproduced", "unrepaired", "unhealed")
+        found = {name: getattr(self, name) for name in names}
+        return [{"figure": name, **asdict(value)} for name, value in found.items() if value]
+
+    def drawn(self) -> Points:
+        """The shares."""
+        rows = [row for row in self.rows() if row["figure"] not in ("divergence", "until_first")]
+        return Points(
+            x=tuple(row["figure"] for row in rows),
+            y=tuple(row["value"] for row in rows),
+            low=tuple(row["low"] for row in rows),
+            high=tuple(row["high"] for row in rows),
+            x_label="",
+            y_label="share",
+        )
+
+    def __str__(self) -> str:
+        right = self.right
+        judged = (
+            f"; right before {right.dense} of {right.judged}, now {right.pruned}" if right else ""
+        )
+        kept = f"{self.agreement.value:.1%} of the tokens of {self.prompts} answers are kept"
+        return f"{kept}, divergence {self.divergence.value:.4g} nats/token{judged}"
 
 
 def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:

@@ -137,6 +137,10 @@ class Comparison:
     seconds_per_token_ratio: Interval | None
     pairs: tuple[Pair, ...]
 
+    def __str__(self) -> str:
+        same = f"{self.identical.value:.1%} of {self.prompts} answers are identical"
+        return f"{same}; the median parts after {self.agreed_median:g} tokens"
+
     @property
     def worst_first(self) -> tuple[Pair, ...]:
         """All pairs: right answers that were lost first, then most faults, then those that part

@@ -71,6 +71,9 @@ class Transfer:
     overlap: tuple[tuple[float, ...], ...]
     recommended: str
 
+    def __str__(self) -> str:
+        return f"transfer between {', '.join(self.domains)}; recommended: {self.recommended}"
+
 
 def check_transfer(config: TransferConfig) -> None:
     """Find mistakes in the options of :func:`transfer` before a model is loaded.

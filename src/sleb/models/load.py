@@ -55,7 +55,7 @@ from sleb.models.stored_names import block_prefix
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoadedModel:
     """A model in evaluation mode with its tokenizer, block stack and origin. ``removed``: blocks of
     the origin, and parts of blocks, that a plan took out while it was loaded. ``adapted``: an
@@ -67,6 +67,10 @@ class LoadedModel:
     source: ModelSource
     removed: tuple[int, ...] = ()
     adapted: bool = False
+
+    def __repr__(self) -> str:
+        place = f"{self.dtype} on {self.stack.input_device}"
+        return f"LoadedModel({self.source.ref}: {len(self.stack)} blocks, {place})"
 
     @property
     def dtype(self) -> str:

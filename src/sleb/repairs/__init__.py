@@ -59,6 +59,12 @@ class Repair:
     prefix: str
     prompts_seen: Collection[str] = ()
 
+    def __str__(self) -> str:
+        fitted = sum(gap.ridge is not None for gap in self.record.gaps)
+        around = f"around {fitted} of {len(self.record.gaps)} gaps"
+        gone = ", ".join(map(str, self.record.removed))
+        return f"repair of the cut without {gone}: {len(self.tensors)} tensors {around}"
+
     def patch(self, stack: BlockStack) -> AbstractContextManager[None]:
         """The model of ``stack`` with the new tensors, until the context ends."""
         return repaired(stack, self.tensors, self.prefix)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sleb.core.errors import DataError
 from sleb.core.progress import Progress, silent
 from sleb.core.registry import Registry
 from sleb.core.statistics import Values
+from sleb.core.tabular import Points, Tabular
 from sleb.models.load import LoadedModel
 from sleb.models.stack import BlockStack
 from sleb.selection.resources import batch_for
@@ -83,7 +85,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Similarity:
+class Similarity(Tabular):
     """Similarities of a model's states on some windows.
 
     ``blocks[i]``: block i's input and output. ``pairs[i][j]``: states i and j (state 0 is the
@@ -94,6 +96,28 @@ class Similarity:
     blocks: tuple[Spread, ...]
     pairs: tuple[tuple[Spread, ...], ...]
     per_window: Values
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each block."""
+        return [{"block": i, **asdict(spread)} for i, spread in enumerate(self.blocks)]
+
+    def drawn(self) -> Points:
+        """By block, with two standard errors."""
+        ends = [2 * (spread.window_se or 0.0) for spread in self.blocks]
+        means = [spread.mean for spread in self.blocks]
+        return Points(
+            x=tuple(range(len(means))),
+            y=tuple(means),
+            low=tuple(mean - end for mean, end in zip(means, ends, strict=True)),
+            high=tuple(mean + end for mean, end in zip(means, ends, strict=True)),
+            x_label="block",
+            y_label=f"similarity of input and output ({self.measure})",
+        )
+
+    def __str__(self) -> str:
+        order = sorted(range(len(self.blocks)), key=lambda i: -self.blocks[i].mean)[:3]
+        most = ", ".join(f"{i} ({self.blocks[i].mean:.3f})" for i in order)
+        return f"similarity ({self.measure}) of {len(self.blocks)} blocks; most alike: {most}"
 
     def auto_threshold(self, candidates: Sequence[int], n: int) -> float:
         """The similarity of the last block in the more similar half of the candidates, or among

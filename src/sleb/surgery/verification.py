@@ -74,6 +74,10 @@ class Verification:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    def __str__(self) -> str:
+        passed = sum(check.passed for check in self.checks)
+        return f"{self.checkpoint}: {passed} of {len(self.checks)} checks of exactness passed"
+
     def require(self) -> None:
         """Raise VerificationFailed, naming the first check that failed."""
         for check in self.checks:
