@@ -124,7 +124,8 @@ def test_the_worst_answers_are_the_cuts_own_and_of_the_prompts_that_keep_least(l
     share = dict(zip(by_id, shares, strict=True))
     lost = [one.judged is not None and one.judged.lost for one in kept.worst]
     assert lost == sorted(lost, reverse=True)
-    assert sum(lost) == min(3, kept.right.lost)
+    assert sum(lost) == kept.right.lost
+    assert len(kept.worst) == kept.right.judged - kept.right.won + 3, "and three that none judges"
     for one, before in zip(kept.worst[1:], kept.worst, strict=False):
         assert one.agreement >= before.agreement or before.judged.lost
     for one in kept.worst:

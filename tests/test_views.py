@@ -41,10 +41,11 @@ from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
 from sleb.surgery.restore import Restored
-from sleb.views import proof
+from sleb.views import proof, quality
 from sleb.views.card import model_card
 from sleb.views.compare import comparison
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
+from sleb.views.model import Folded, SideBySide
 from sleb.views.quality import warning
 from sleb.views.report import write_report
 from sleb.views.results import items
@@ -372,6 +373,18 @@ def test_both_texts_of_a_pair_begin_at_the_top(text, shown):
     record = put(sparse(prompts=complete().prompts), "prompts.worst.0.pruned", text)
     (pair,) = page(record, bare_plan()).summary[0].items[1:]
     assert pair.pruned.text == shown
+
+
+def test_all_that_the_cut_answered_can_be_read():
+    one = complete().prompts.worst[0]
+    many = tuple(replace(one, id=f"prompt{i}") for i in range(5))
+    record = put(complete(), "prompts.worst", many)
+    section = quality.examples(EN, record.prompts)
+    assert [item.title for item in section if isinstance(item, Folded)] == [
+        "Prompt prompt3",
+        "Prompt prompt4",
+    ]
+    assert sum(isinstance(item, SideBySide) for item in section) == 3
 
 
 def test_how_to_go_back_names_restore_where_its_side_car_is():

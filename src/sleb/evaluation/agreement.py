@@ -31,7 +31,8 @@ FLOOR = 0.93
 """Agreement below which, of the cuts in docs/quality.md, all lost a third or more of their right
 answers, and most two thirds."""
 WORST = 3
-"""Examples that a record has."""
+"""Prompts that the cut answers because least of their answers is kept, if no row tells whether they
+are right."""
 FEW = 5
 """Right answers of the dense model, of which a share is told."""
 
@@ -73,8 +74,9 @@ class AnswersKept(Tabular):
     on the dense model's; ``divergence``: KL from the dense model there, nats/token;
     ``until_first``: tokens before the first that differs; ``reproduced``: share of answers without
     any. Means over prompts, with 95 % intervals. ``unrepaired``: agreement of the plain cut;
-    ``unhealed``: of the cut as it was before its healing. ``worst``: right answers that were lost,
-    then others, each by how little is kept; none that the cut alone has right. ``left_out``: other
+    ``unhealed``: of the cut as it was before its healing. ``worst``: what the cut
+    answered itself, right answers that were lost first, then others, each by how little is kept;
+    none that the cut alone has right. ``left_out``: other
     prompts of ``source``, by whose answers the cut was made.
     """
 
@@ -220,7 +222,7 @@ def measure_answers(
                 pruned=said[i][1],
                 judged=by_row[i],
             )
-            for i in worst[:WORST]
+            for i in worst
         ),
     )
 

@@ -300,7 +300,12 @@ def examples(t: Locale, k: AnswersKept | None) -> list[Item]:
     """Right answers that were lost, then those of which least is kept, side by side."""
     if k is None or not k.worst:
         return []
-    return [Text(t("kept.worst", prompts=k.prompts)), *(_example(t, one) for one in k.worst)]
+    most = PAIRS // 2
+    found: list[Item] = [Text(t("kept.worst", prompts=k.prompts))]
+    found += [_example(t, e) for e in k.worst[:most]]
+    rest = k.worst[most:] if t.markup else ()
+    found += [Text(t("answers.rest"))] if rest else []
+    return [*found, *(Folded(t("answers.prompt", id=e.id), _example(t, e)) for e in rest)]
 
 
 def _together(t: Locale, c: Comparison) -> Iterator[str]:
