@@ -274,6 +274,8 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         "prune MODEL --remove 99% -o out",
         "search MODEL --remove 2 --protect 99 -o p.json",
         "prune MODEL --remove 2 --device gpu -o out",
+        "prune MODEL --remove 2 --metric answers --prompts none -o out",
+        "search MODEL --keep-answers 0.9 --prompts none -o p.json",
         "run sleb.toml --set search.remov=3",
         "run sleb.toml --set search.remove=99",
         "run sleb.toml --set search.device=gpu",

@@ -54,6 +54,9 @@ MISTAKES = {  # the nouns that matter of what is said
     "search MODEL --remove 0.2 -o new.json": "0.2.*20%?",
     "export plan.json --as mergkit": "form 'mergkit'.*'mergekit'",
     "report MODEL --lang jp": "lang 'jp'.*'ja'",
+    "search MODEL --remove 2 --metric answers --prompts none -o p": "--metric answers needs prompts"
+    ".*leave out --prompts none",
+    "search MODEL --keep-answers 0.9 --prompts none -o p": "--keep-answers needs prompts",
     "run sleb.toml --set search": "no file at sleb.toml",
     "search MODEL --remove": "--remove.*requires",
     "search MODEL --remov 3": "--remov.*--remove.*sleb search --help",

@@ -95,12 +95,12 @@ class Options(BaseModel):
             InputError: an unknown option, a value that is not possible, or two that exclude each
                 other.
         """
-        try:
-            return cls.model_validate(
-                {name: cls._as_field(name, value) for name, value in values.items()}
-            )
-        except ValidationError as error:
-            with spoken_in_python():
+        with spoken_in_python():
+            try:
+                return cls.model_validate(
+                    {name: cls._as_field(name, value) for name, value in values.items()}
+                )
+            except ValidationError as error:
                 raise InputError(_said(error.errors()[0], cls, where)) from None
 
     @classmethod
@@ -570,6 +570,14 @@ class SearchConfig(
     ComputeOptions,
 ):
     """`sleb search`."""
+
+    @model_validator(mode="after")
+    def _answers(self) -> Self:
+        by_answers = self.keep_answers is not None or self.metric == "answers"
+        if by_answers and self.prompts == (NO_PROMPTS,):
+            asked = "--metric answers" if self.keep_answers is None else "--keep-answers"
+            raise InputError(f"{asked} needs prompts: leave out --prompts none, or give files")
+        return self
 
 
 class TransferConfig(SearchConfig):
