@@ -57,6 +57,9 @@ MISTAKES = {  # the nouns that matter of what is said
     "search MODEL --remove 2 --metric answers --prompts none -o p": "--metric answers needs prompts"
     ".*leave out --prompts none",
     "search MODEL --keep-answers 0.9 --prompts none -o p": "--keep-answers needs prompts",
+    "search MODEL --keep-answers 95% -o p": "--keep-answers 95% is not a share of tokens: 0.95?",
+    "search MODEL --keep-answers most -o p": "--keep-answers most.*0.95",
+    "search MODEL --keep-answers 1.5 -o p": "--keep-answers 1.5.*below 1",
     "run sleb.toml --set search": "no file at sleb.toml",
     "search MODEL --remove": "--remove.*requires",
     "search MODEL --remov 3": "--remov.*--remove.*sleb search --help",
@@ -99,6 +102,10 @@ def test_commands_that_make_no_sense(place, capsys, command):
     [
         (["--max-prompts", "6"], "--max-prompts: 6 prompts are too few.*at least 12"),
         (["--prompts", "few.jsonl"], "--prompts few.jsonl: 3 prompts are too few.*at least 12"),
+        (
+            ["--prompts", "few.jsonl", "--max-prompts", "6"],
+            "--prompts few.jsonl: 3 prompts are too few.*at least 12",
+        ),
     ],
 )
 def test_too_few_prompts_are_refused_before_weights_are_read(place, capsys, options, nouns):
@@ -131,8 +138,8 @@ def assert_says(said: str, nouns: str) -> None:
         ("--remove half", "'half'"),
         ("--remove -1", "'-1'"),
         ("--remove 5", "5 of 4 candidates"),
-        ("--remove 2 --protect x", "'x' is not a block"),
-        ("--remove 2 --protect 9", "'9'.*0..5"),
+        ("--remove 2 --protect x", "--protect 'x' in 'x' is not a block"),
+        ("--remove 2 --protect 9", "--protect '9'.*0..5"),
         ("--remove 2 --dtype flot32", "'flot32'.*'float32'"),
         ("--remove 2 --device gpu", "--device 'gpu'"),
         ("--remove 2 --min-similarity high", "--min-similarity 'high'"),

@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
@@ -245,7 +252,7 @@ class TargetOptions(Options):
         "bound); 0.1 is 10.5 % more perplexity.",
         metavar="NATS",
     )
-    keep_answers: float | None = option(
+    keep_answers: float | str | None = option(
         None,
         "As many blocks as keep this share of the tokens of the model's answers to --prompts, say "
         "0.95 (95 % bound).",
@@ -258,6 +265,19 @@ class TargetOptions(Options):
     curve: bool = option(
         False, "Measure every depth on held-out text, for choosing one.", flag="--curve"
     )
+
+    @field_validator("keep_answers", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """A number, also of text as typed."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            percent = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?)\s*%", value.strip())
+            hint = f": {float(percent[1]) / 100:.6g}?" if percent else "; give for example 0.95"
+            raise InputError(f"--keep-answers {value} is not a share of tokens{hint}") from None
 
 
 UnitKind = Literal["block", "attention", "mlp", "any"]

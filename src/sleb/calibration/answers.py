@@ -141,10 +141,10 @@ def check_prompts(specs: Sequence[str], most: int | None) -> None:
     prompts = prompts_of(specs)
     if tuple(specs) == (NO_PROMPTS,):
         return
-    if most is not None:
-        _enough(most, "--max-prompts")
     if specs:
         _enough(len(prompts), f"--prompts {', '.join(specs)}")
+    if most is not None:
+        _enough(most, "--max-prompts")
 
 
 def _enough(n: int, given: str) -> None:
