@@ -233,20 +233,18 @@ print("REPORT", codes, "torch" in sys.modules, seconds < 3)
 """
 
 
+def report(*lines: str) -> tuple[str, str]:
+    """What these commands print; and their codes, if torch was loaded, and if it was soon."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    text, _, found = done.stdout.rpartition("REPORT ")
+    return text, found.strip()
+
+
 @pytest.mark.slow
 def test_help_has_an_example_and_does_not_load_torch(place):
-    """Nor do mistakes that can be seen without it. The last line shows that the check can fail."""
-
-    def report(*lines: str) -> tuple[str, str]:
-        done = subprocess.run(
-            [sys.executable, "-c", LIGHT, "\n".join(lines)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        text, _, found = done.stdout.rpartition("REPORT ")
-        return text, found.strip()
-
+    """The last line shows that the check can fail."""
     text, found = report("-h", *(f"{verb.name} --help" for verb in VERBS))
     assert found == f"{[0] * (1 + len(VERBS))} False True"
     text = " ".join(text.split())
@@ -256,7 +254,12 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         assert verb.help.split(";")[0] in text
     assert not re.search(r"<\w*(str|list|int|float)\b", text)
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
+    assert report("inspect MODEL")[1] == "[0] False True"
+    assert report("inspect MODEL --full")[1].startswith("[0] True")
 
+
+@pytest.mark.slow
+def test_mistakes_that_can_be_seen_without_torch_do_not_load_it(place):
     mistakes = [
         "serch x",
         "apply nothing.json MODEL -o out",
@@ -276,6 +279,16 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         "prune MODEL --remove 2 --device gpu -o out",
         "prune MODEL --remove 2 --metric answers --prompts none -o out",
         "search MODEL --keep-answers 0.9 --prompts none -o p.json",
+        "bench MODEL ./nofolder",
+        "demo -o mine",
+        "eval MODEL --task missing.jsonl",
+        "verify MODEL --model MODEL --plan plan.json --gate missing.toml",
+        "transfer MODEL --remove 2 --text default",
+        "heal MODEL --model MODEL -o mine",
+        "heal nofolder --model MODEL -o new",
+        "compare MODEL MODEL --prompts prompts.jsonl --record nofolder",
+        "compare MODEL nofolder --prompts prompts.jsonl",
+        "restore nofolder -o new",
         "run sleb.toml --set search.remov=3",
         "run sleb.toml --set search.remove=99",
         "run sleb.toml --set search.device=gpu",
@@ -284,9 +297,9 @@ def test_help_has_an_example_and_does_not_load_torch(place):
     Path("sleb.toml").write_text(
         'model = "MODEL"\nout = "out"\n[text]\na = "default"\n[search]\nremove = 2\n'
     )
+    Path("mine").mkdir()
+    Path("prompts.jsonl").write_text('{"prompt": "Who?"}\n')
     assert report(*mistakes)[1] == f"{[2] * len(mistakes)} False True"
-    assert report("inspect MODEL")[1] == "[0] False True"
-    assert report("inspect MODEL --full")[1].startswith("[0] True")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from sleb.core.errors import InputError, did_you_mean
 from sleb.core.statistics import Interval, items_to_tell
-from sleb.core.toml import read_toml
+from sleb.core.toml import LIMITS_HINT, read_toml
 from sleb.evaluation.agreement import AnswersKept
 from sleb.evaluation.answers import Comparison
 from sleb.evaluation.perplexity import Quality
@@ -338,8 +338,7 @@ class Gate:
         Raises:
             InputError: missing, too large, not TOML, without a limit, or with a wrong one.
         """
-        hint = "a file of limits has lines such as: perplexity.max_ratio = 1.2"
-        return cls.parse(read_toml(path, hint), str(path))
+        return cls.parse(read_toml(path, LIMITS_HINT), str(path))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:

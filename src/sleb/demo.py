@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sleb.core.errors import InputError
+from sleb.core.files import check_demo
 from sleb.core.progress import Progress, silent
 from sleb.models.load import LoadedModel, load
 from sleb.models.source import quiet_transformers
@@ -50,8 +50,7 @@ def demo(
         ResourceError: the hub cannot be reached.
     """
     model, out = model or (FETCHED if Path(FETCHED).exists() else ON_HUB), Path(out)
-    if out.exists() and not (out / "run.json").is_file():
-        raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
+    check_demo(out)
     options: dict[str, Any] = {
         "remove": "20%",
         "windows": WINDOWS,

@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from typing_extensions import Self
 
 from sleb.core.errors import InputError, VerificationFailed, first_mistake
-from sleb.core.files import record_path, write_text
+from sleb.core.files import existing_record, record_path, write_text
 from sleb.core.finding import Finding, finding
 from sleb.core.progress import Begins, Estimate, Progress, Tick, tell
 from sleb.core.statistics import MOST, about
@@ -297,9 +297,7 @@ class RunRecord:
         Raises:
             InputError: missing, too large, not JSON, another schema, or inconsistent.
         """
-        path = record_path(Path(folder))
-        if not path.is_file():
-            raise InputError(f"no run record at {path}; sleb prune and sleb run write one")
+        path = existing_record(Path(folder))
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a run record")
         try:

@@ -46,7 +46,7 @@ from sleb.config import (
     takes,
 )
 from sleb.core.errors import InputError, SlebError
-from sleb.core.files import record_path, writable_target
+from sleb.core.files import check_folder, record_path, writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
 from sleb.core.progress import Estimate, Progress, silent
@@ -637,7 +637,7 @@ def plan_of(out: str | Path) -> Path:
     if out.is_dir():
         return out / "plan.json"
     if out.suffix != ".gguf" or not out.is_file():
-        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+        check_folder(out)
     return plan_beside(out)
 
 

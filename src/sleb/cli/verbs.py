@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import sleb
 from sleb.cli.argument import Argument
 from sleb.core.errors import InputError
-from sleb.core.files import record_path, writable_target
+from sleb.core.files import (
+    check_demo,
+    check_folder,
+    existing_record,
+    record_path,
+    writable_target,
+)
 from sleb.core.printable import LONGEST_MESSAGE, printable
 from sleb.core.process_group import Lost, group, leave_group
 
@@ -205,7 +211,43 @@ def _check_verify(given: Given) -> None:
     if out.is_dir() or given["plan"]:
         Plan.load(given["plan"] or out / "plan.json")
     elif not out.is_file():
-        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+        check_folder(out)
+    if given["gate"]:
+        from sleb.core.toml import LIMITS_HINT, read_toml
+
+        read_toml(given["gate"], LIMITS_HINT)
+
+
+def _check_restore(given: Given) -> None:
+    from sleb.surgery.rollback_original import check_cut
+
+    _new_folder(given)
+    check_cut(Path(given["cut"]))
+
+
+def _check_heal(given: Given) -> None:
+    _new_folder(given)
+    check_folder(Path(given["cut"]), "make one with: sleb prune")
+
+
+def _check_compare(given: Given) -> None:
+    if not given["out"].endswith(".gguf"):
+        check_folder(Path(given["out"]))
+
+
+def _check_bench(given: Given) -> None:
+    from sleb.models.source import find
+
+    for out in given["outs"] or ():
+        if not (Path(out) / "plan.json").is_file():
+            find(out)
+
+
+def _check_transfer(given: Given) -> None:
+    from sleb.config import TransferConfig
+    from sleb.evaluation.transfer_texts import check_texts
+
+    check_texts(TransferConfig.of({k: given[k] for k in TransferConfig.model_fields}))
 
 
 def _check_eval(given: Given) -> None:
@@ -213,6 +255,11 @@ def _check_eval(given: Given) -> None:
         _check_plan(given)
     elif given["record"]:
         raise InputError("--record is for a pruned model's record; give its plan with --plan")
+    for task in given["task"]:
+        if task.endswith(".jsonl"):
+            from sleb.evaluation.questions import read_questions
+
+            read_questions(task)
 
 
 def _check_prune(given: Given) -> None:
@@ -423,6 +470,7 @@ VERBS = (
             ),
             _file("sleb-demo", "Folder to write."),
         ),
+        check=lambda given: check_demo(Path(given["out"])),
         drawn=_demonstrated,
         json=False,
     ),
@@ -531,7 +579,7 @@ VERBS = (
         example="sleb restore ./smaller -o ./model-again",
         arguments=(CUT, replace(OUT, help="Folder for the restored model.")),
         config="RestoreConfig",
-        check=_new_folder,
+        check=_check_restore,
     ),
     Verb(
         name="eval",
@@ -553,6 +601,7 @@ VERBS = (
         example="sleb compare ./model ./smaller --prompts prompts.jsonl",
         arguments=(MODEL, PRUNED, Argument("prompts", PROMPTS, "--prompts", "FILE"), RECORD),
         config="CompareConfig",
+        check=_check_compare,
         sections=lambda found, given: {"answers": found},
     ),
     Verb(
@@ -567,6 +616,7 @@ VERBS = (
             RECORD,
         ),
         config="BenchConfig",
+        check=_check_bench,
         sections=lambda found, given: {"draft" if given["draft"] else "speed": found},
     ),
     Verb(
@@ -576,6 +626,7 @@ VERBS = (
         example="sleb transfer ./model --text mail=mail.jsonl --text code=code.txt --remove 20%",
         arguments=(MODEL, RECORD),
         config="TransferConfig",
+        check=_check_transfer,
         sections=lambda found, given: {"transfer": found},
         shared=True,
     ),
@@ -591,6 +642,7 @@ VERBS = (
             replace(OUT, help="Folder for the healed checkpoint."),
         ),
         config="HealConfig",
+        check=_check_heal,
         facts=_pruned_facts,
         notes=_left,
     ),
@@ -796,6 +848,8 @@ def _check(verb: Verb, config: Options, given: Given) -> None:
     for argument in verb.arguments:
         choose(argument.name, given[argument.name], argument.choices)
     verb.check(given)
+    if given.get("record"):
+        existing_record(Path(given["record"]))
     if isinstance(config, SearchConfig):
         from sleb.selection.goal import Goal
 

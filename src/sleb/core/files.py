@@ -119,6 +119,26 @@ def record_path(out: Path) -> Path:
     return out.with_suffix(".run.json") if out.suffix == ".gguf" else out / "run.json"
 
 
+def existing_record(out: Path) -> Path:
+    """Raise InputError unless there is a record of the result ``out``; its path."""
+    path = record_path(out)
+    if not path.is_file():
+        raise InputError(f"no run record at {path}; sleb prune and sleb run write one")
+    return path
+
+
+def check_folder(out: Path, hint: str = "make one with: sleb apply") -> None:
+    """Raise InputError, which ends with ``hint``, unless there is a folder ``out``."""
+    if not out.is_dir():
+        raise InputError(f"no checkpoint folder at {out}; {hint}")
+
+
+def check_demo(out: Path) -> None:
+    """Raise InputError if a demo would replace ``out``, and that is not of an earlier one."""
+    if out.exists() and not (out / "run.json").is_file():
+        raise InputError(f"{out} exists and is not from an earlier demo; choose another -o")
+
+
 def file_sha256(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file's bytes, hexadecimal; ``tick`` gets bytes as they are hashed."""
     sha = hashlib.sha256()

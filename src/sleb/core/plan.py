@@ -596,7 +596,8 @@ def blocks_to_remove(target: float | str, n_blocks: int, protected: int = 0) -> 
 
 
 def parse_blocks(text: str, n_blocks: int) -> frozenset[int]:
-    """Block ids from a ``--protect`` such as ``"0,5-7,-1"``; negative ids count from the end, an empty string is no block.
+    """Block ids from a ``--protect`` such as ``"0,5-7,-1"``; negative ids count from the end, an
+    empty string is no block.
 
     Raises:
         InputError: not a block list, or a block that the model does not have.
@@ -611,9 +612,7 @@ def parse_blocks(text: str, n_blocks: int) -> frozenset[int]:
         first = int(match[1]) + (n_blocks if int(match[1]) < 0 else 0)
         last = int(match[2]) if match[2] else first
         if not 0 <= first <= last < n_blocks:
-            raise InputError(
-                f"--protect '{part}' is outside the model's blocks 0..{n_blocks - 1}"
-            )
+            raise InputError(f"--protect '{part}' is outside the model's blocks 0..{n_blocks - 1}")
         blocks.update(range(first, last + 1))
     return frozenset(blocks)
 

@@ -14,6 +14,7 @@ else:
     import tomli as tomllib  # its name before it became part of Python
 
 MAX_BYTES = 2**20
+LIMITS_HINT = "a file of limits has lines such as: perplexity.max_ratio = 1.2"
 
 
 def read_toml(path: str | Path, hint: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from sleb.checkpoints.cut import (
 )
 from sleb.config import HEAL_AT_ONCE, HEAL_TOKENS, HealConfig, takes
 from sleb.core.errors import InputError, ResourceError, VerificationFailed
-from sleb.core.files import enough_space, staged_dir, writable_target
+from sleb.core.files import check_folder, enough_space, staged_dir, writable_target
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.process_group import group
 from sleb.core.progress import Progress, silent
@@ -134,8 +134,7 @@ def heal(
 
 def _plan(cut: Path, config: HealConfig) -> Plan:
     """Refuse what is wrong before anything is loaded; the plan of the cut."""
-    if not cut.is_dir():
-        raise InputError(f"no checkpoint folder at {cut}; make one with: sleb prune")
+    check_folder(cut, "make one with: sleb prune")
     if (cut / HEALED).exists():
         raise InputError(f"{cut} is healed already; heal the cut that it was made from")
     if not (cut / "plan.json").is_file():

@@ -22,6 +22,7 @@ from sleb.calibration.prompts import Prompt, Read, read_prompts
 from sleb.checkpoints.checkpoint import plan_alone
 from sleb.config import CompareConfig, DeviceOptions, takes
 from sleb.core.errors import InputError
+from sleb.core.files import check_folder
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, exponential, interval, proportion
 from sleb.evaluation import answer_checks as check
@@ -182,8 +183,7 @@ def compare(
             f"{out} is a GGUF file, and both models' texts are compared of folders: sleb eval "
             "--plan --prompts tells how much of the answers it keeps"
         )
-    if not Path(out).is_dir():
-        raise InputError(f"no checkpoint folder at {out}; make one with: sleb apply")
+    check_folder(Path(out))
     check_expected([prompt.expected for prompt in asked])
     pick_device(config.device)
     most, places = config.new_tokens, dict(config.part(DeviceOptions))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sleb.calibration import check_sources, parse_source
+from sleb.calibration import parse_source
 from sleb.calibration.split import CalibrationSplit
 from sleb.calibration.windows import DEFAULT_WINDOWS, Windows
 from sleb.config import TransferConfig, takes
@@ -23,6 +23,8 @@ from sleb.core.errors import InputError
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, Values, interval
 from sleb.core.units import UnitId
+from sleb.evaluation.transfer_texts import MIX as MIX
+from sleb.evaluation.transfer_texts import check_texts
 from sleb.models.load import LoadedModel
 from sleb.repairs.search import search
 from sleb.selection.goal import parse_bytes
@@ -32,7 +34,6 @@ from sleb.selection.request import check_options
 from sleb.selection.resources import on_threads
 from sleb.selection.sweep import Sweep, block_forwards
 
-MIX = "mix"
 WORSE = 0.1
 """Part of the other choice's loss increase by which a choice must exceed it to be clearly worse."""
 
@@ -79,36 +80,10 @@ def check_transfer(config: TransferConfig) -> None:
     """Find mistakes in the options of :func:`transfer` before a model is loaded.
 
     Raises:
-        InputError: fewer than two texts, or two of one name; a target that plans cannot share; no
-            windows to compare on; or as :func:`sleb.search`.
+        InputError: as :func:`sleb.evaluation.transfer_texts.check_texts` or :func:`sleb.search`.
     """
-    if len(config.text) < 2:
-        raise InputError(
-            "sleb transfer compares texts: give two or more, as in --text mail=mail.jsonl "
-            "--text code=code.txt"
-        )
-    names = [MIX, *(parse_source(spec).name for spec in config.text)]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            why = "means all texts together" if name == MIX else "is the name of two texts"
-            raise InputError(
-                f"{config.text[i - 1]}: '{name}' {why}; give another name, as in NAME=FILE"
-            )
-    if config.curve:
-        raise InputError(
-            "--curve measures one plan at many depths, and sleb transfer many plans at one: use "
-            "--curve with sleb search"
-        )
-    limits = [n for n in ("max_loss_increase", "keep_answers") if getattr(config, n) is not None]
-    if limits:
-        raise InputError(
-            f"--{limits[0].replace('_', '-')} would have every plan remove another number of "
-            "blocks, so their losses would not compare; give --remove, --speedup or --size"
-        )
-    if config.heldout < 2:
-        raise InputError(f"--heldout {config.heldout} is too few to compare on; give at least 2")
+    check_texts(config)
     check_options(config)
-    check_sources(config.text)
 
 
 @takes(TransferConfig)

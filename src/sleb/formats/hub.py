@@ -15,6 +15,7 @@ from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.checksums import ROLLBACK, SUMS, check_sums
 from sleb.config import PushConfig, takes
 from sleb.core.errors import DataError, InputError, ResourceError, SlebError
+from sleb.core.files import check_folder
 from sleb.core.plan import Plan
 from sleb.core.progress import Progress, silent
 from sleb.surgery.rollback_original import open_original
@@ -105,8 +106,7 @@ def files_to_push(out: Path, *, with_rollback: bool = False) -> list[str]:
     Raises:
         InputError: no checkpoint with a plan, or something that must not be uploaded.
     """
-    if not out.is_dir():
-        raise InputError(f"no checkpoint folder at {out}; make one with: sleb prune")
+    check_folder(out, "make one with: sleb prune")
     if not (out / "plan.json").is_file():
         raise InputError(
             f"{out} has no plan.json, so it is not known what was cut from which model"

@@ -24,7 +24,7 @@ from sleb.checkpoints.checkpoint import (
 )
 from sleb.checkpoints.cut import Cut
 from sleb.core.errors import DataError, InputError
-from sleb.core.files import file_sha256
+from sleb.core.files import check_folder, file_sha256
 from sleb.core.plan import Plan
 from sleb.core.printable import printable
 from sleb.core.progress import Progress, silent
@@ -77,8 +77,8 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
         InputError: no cut, or one without a side-car; the side-car is of another cut.
         DataError: something in the cut or in the side-car is not what the cut wrote; says what.
     """
+    check_cut(out)
     side = out / FOLDER
-    _refuse_without(out, side)
     manifest = Manifest.load(_inside(out, f"{FOLDER}/{MANIFEST}"))
     plan = Plan.load(_inside(out, "plan.json"))
     manifest.check_plan(plan, side)
@@ -123,21 +123,21 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
     )
 
 
-def _refuse_without(out: Path, side: Path) -> None:
+def check_cut(out: Path) -> None:
+    """Raise InputError if ``out`` is no cut, or one without a side-car; reads nothing."""
     if out.suffix == ".gguf" and out.is_file():
         raise InputError(
             f"{out} is a GGUF file, beside which nothing is kept: the file that it was cut from is "
             "unchanged, so go back to that"
         )
-    if not out.is_dir():
-        raise InputError(f"no checkpoint folder at {out}; give one that sleb apply or prune wrote")
+    check_folder(out, "give one that sleb apply or prune wrote")
     if (out / HEALED).is_file():
         raise InputError(
             f"{out} is healed: its weights were trained after the cut, and it has no {FOLDER}/; "
             "restore the cut that it was made from"
         )
     refuse_plan_alone(out)
-    if not (side / MANIFEST).is_file():
+    if not (out / FOLDER / MANIFEST).is_file():
         raise InputError(
             f"{out} has no {FOLDER}/{MANIFEST}: it was written with --no-keep, or not by sleb "
             "apply or prune; only a cut with its side-car can be taken back"
