@@ -17,6 +17,7 @@ from plan_tools import plan_of
 from rollback_tools import any_repair
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.core.errors import InputError, UnsupportedModel
+from sleb.core.plan import Plan
 from sleb.formats.exports import FORMATS, export
 from sleb.models.source import resolve
 from zoo import tiny
@@ -149,6 +150,13 @@ def test_vllm_serves_the_checkpoint_that_the_plan_lies_in(tiny_dir, tiny_plan, t
     assert "--model" in alone.notes[0]
     with pytest.raises(InputError, match="--depth makes another checkpoint"):
         export(plan, "vllm-args", depth=1)
+
+
+def test_a_plan_in_memory_is_exported_as_its_file(six):
+    plan = Plan.load(six)
+    assert export(plan, "layer-map") == export(six, "layer-map")
+    with pytest.raises(InputError, match=r"give the plan inside it"):
+        export(plan, "vllm-args")
 
 
 def test_a_repair_is_not_said_to_be_part_of_it(tmp_path, tiny_dir):

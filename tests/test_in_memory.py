@@ -191,6 +191,8 @@ def test_a_string_is_a_text_and_a_name_is_a_file(model, tmp_path, monkeypatch):
         ("my male.txt", "no file"),
         (["mail.txt", "a text of words"], "one kind"),
         ([3], "no int"),
+        (5, "no int"),
+        ([], "text is empty"),
         ("memory:0123", "another process"),
     ]:
         with pytest.raises(InputError, match=said):
@@ -203,6 +205,10 @@ def test_windows_may_be_a_tensor(model):
     assert sleb.evaluate(model, known.ids).perplexity == sleb.evaluate(loaded, known).perplexity
     plan = sleb.search(model, windows=known.ids, remove=2)
     assert scores(plan) == scores(sleb.search(model, remove=2, **SMALL))
+    config = sleb.SearchConfig(text=("a.txt",))
+    for beside in ({"text": TEXTS}, {"prompts": "mine.jsonl"}, {"config": config}):
+        with pytest.raises(InputError, match=r"leave out --(text|prompts)"):
+            sleb.search(model, windows=known.ids, remove=2, **beside)
     for wrong in (known.ids[0], known.ids.float(), known.ids[:0]):
         with pytest.raises(InputError, match="tensor of windows"):
             Windows.given(wrong)

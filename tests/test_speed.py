@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 import conftest
+import sleb
 from cli_tools import refused, run
 from plan_tools import edit_config
 from runtime_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Costs, bench_model, bench_of
@@ -251,6 +252,8 @@ def test_mistakes_are_found_before_anything_is_loaded(place, out, capsys, monkey
         "MODEL --draft": "pruned checkpoint",
     }.items():
         assert said in refused(capsys, 2, "bench", *words.split())
+    with pytest.raises(InputError, match="its hidden_size is 64"):
+        sleb.bench("MODEL", "wide")  # one, and not its letters
 
 
 def test_the_command_line_shows_every_figure_or_prints_json(place, out, capsys, costs):

@@ -180,6 +180,10 @@ def search(
 
     given = model if isinstance(model, (str, Path)) else _loaded(model, _ANY, progress, tokenizer)
     if isinstance(ids := options.get("windows"), Tensor):
+        given_in = (*config, options.get("config"))
+        for name in ("text", "prompts"):
+            if options.get(name) or any(getattr(one, name, ()) for one in given_in):
+                raise InputError(f"windows of token ids are measured on alone: leave out --{name}")
         windows = Windows.given(ids)
         options |= {"split": CalibrationSplit(search=windows), "windows": len(windows.ids)}
         options["length"] = windows.record.length
@@ -731,7 +735,7 @@ def evaluate(
 @takes(BenchConfig)
 def bench(
     model: str | Path,
-    outs: Sequence[str | Path] | None = None,
+    outs: str | Path | Sequence[str | Path] | None = None,
     config: BenchConfig = _BENCH,
     *,
     prompts: str | Path | None = None,
@@ -743,6 +747,7 @@ def bench(
         InputError, UnsupportedModel, DataError, ResourceError: see
             :func:`sleb.runtimes.bench.bench` and :func:`sleb.runtimes.speculative.draft`.
     """
+    outs = [outs] if isinstance(outs, (str, Path)) else outs
     if config.draft:
         asked = read_prompts(prompts) if prompts else ()
         return draft(model, outs or (), asked, config, progress=progress)

@@ -20,13 +20,24 @@ def as_specs(given: Any) -> tuple[str, ...]:
     """What ``text`` may be: names as on the command line; or a text, texts, chats (lists of turns,
     or rows with ``messages``) or a ``datasets.Dataset``, for which there is one name then.
 
-    A string is a text if it holds white space and is no file.
+    A string is a text if it holds white space and is no file. An empty tuple is the default, an
+    embedded sample.
+
+    Raises:
+        InputError: it is none of these, or another empty collection.
     """
     if given is None:
         return ()
     if isinstance(given, (str, os.PathLike)):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise InputError(
+            "text is a file, a text, several of these, chats or a dataset, and no "
+            f"{type(given).__name__}"
+        )
     items = list(given)
+    if not items and given != ():
+        raise InputError("text is empty; give some, or leave it out for the embedded sample")
     names = [os.fspath(item) for item in items if _is_name(item)]
     if len(names) == len(items):
         return tuple(names)

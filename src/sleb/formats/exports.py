@@ -46,7 +46,7 @@ class _Asked:
     """One export: the plan, the cut, and the original as the user named it."""
 
     plan: Plan
-    place: Path
+    place: Path | None
     cut: Cut
     model: str | None
     trust: bool
@@ -63,7 +63,7 @@ FORMATS: Registry[_Format] = Registry("format")
 
 @takes(ExportConfig)
 def export(
-    plan: str | Path,
+    plan: Plan | str | Path,
     form: str,
     config: ExportConfig,
     *,
@@ -71,8 +71,8 @@ def export(
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Export:
-    """The cut of the plan file ``plan`` (its first ``depth`` removals) in the words of the tool
-    ``form``, also written to ``out`` if that is given.
+    """The cut of ``plan``, a plan or a file (its first ``depth`` removals) in the words of the
+    tool ``form``, also written to ``out`` if that is given.
 
     ``mergekit``: a passthrough merge as YAML. ``llama-cpp``: the argument of `llama-quantize`.
     ``modelopt-list``: that of NVIDIA's pruning script. ``vllm-args``: commands that serve the
@@ -86,17 +86,18 @@ def export(
     """
     if out:
         writable_target(Path(out), force=config.force, folder=False)
-    writer, loaded = FORMATS[form], Plan.load(plan)
+    writer, file = FORMATS[form], None if isinstance(plan, Plan) else Path(plan)
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     asked = _Asked(
         plan=loaded,
-        place=Path(plan).absolute().parent,
+        place=file and file.absolute().parent,
         cut=Cut.of(loaded, config.depth),
         model=model,
         trust=config.trust_remote_code,
         progress=progress,
     )
     if not asked.cut.removed:
-        raise InputError(f"{plan} removes no block, so there is nothing to export")
+        raise InputError(f"{file or 'the plan'} removes no block, so there is nothing to export")
     done = writer(asked)
     if out:
         write_text(Path(out), done.text)
@@ -187,7 +188,7 @@ def _vllm(asked: _Asked) -> Export:
     model. vLLM has no option that leaves out blocks of the dense checkpoint: ``--hf-overrides``
     can lower the number of blocks, which cuts at the end only."""
     out = asked.place
-    if not (out / "config.json").is_file():
+    if out is None or not (out / "config.json").is_file():
         raise InputError(
             "vllm-args are of a checkpoint: give the plan inside it, OUT/plan.json; sleb apply "
             "writes one"
