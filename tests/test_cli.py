@@ -254,6 +254,8 @@ def test_help_has_an_example_and_does_not_load_torch(place):
         assert verb.help.split(";")[0] in text
     assert not re.search(r"<\w*(str|list|int|float)\b", text)
     assert "Exit codes: 0 done; 1 a bug; 2 bad input;" in text
+    assert text.count("Folder or .gguf file for the new checkpoint.") == 2  # prune and apply
+    assert "Folders or .gguf files from sleb prune" in text
     assert report("inspect MODEL")[1] == "[0] False True"
     assert report("inspect MODEL --full")[1].startswith("[0] True")
 

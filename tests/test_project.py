@@ -247,6 +247,8 @@ def test_the_file_that_init_writes_is_right_and_explains_itself(tmp_path, monkey
     assert "exists" in capsys.readouterr().err
     for there, model in ((False, "./nothere"), (True, "maker/nothere")):
         assert main(["init", "-o", "other.toml", "--force", "--model", model]) == 0
+        first = (tmp_path / "other.toml").read_text().splitlines()[0]
+        assert "`sleb run other.toml`" in first
         assert ("no model at ./nothere" in capsys.readouterr().out) != there
     project = Project.load("sleb.toml")
     assert project.source == 'a "model"'

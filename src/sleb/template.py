@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sleb.config import OutputOptions, takes
 from sleb.core.files import writable_target, write_text
+from sleb.core.printable import printable
 
 _OUTPUT = OutputOptions()
 
@@ -27,5 +28,6 @@ def init(
     out = Path(out)
     writable_target(out, force=config.force, folder=False)
     text = files("sleb.data").joinpath("sleb.toml").read_text(encoding="utf-8")
+    text = text.replace("sleb run sleb.toml", f"sleb run {printable(str(out))}", 1)
     write_text(out, text.replace("MODEL", json.dumps(model, ensure_ascii=False)))
     return out

@@ -48,6 +48,7 @@ PLAN = Argument("plan", "Plan from sleb search.", metavar="PLAN")
 CUT = Argument("cut", "The pruned checkpoint, from prune or apply.", metavar="OUT")
 PRUNED = Argument("out", "The pruned checkpoint.", metavar="OUT")
 OUT = Argument("out", "Folder for the new checkpoint.", "--out -o", "PATH", group="Output")
+FOLDER_OR_FILE = replace(OUT, help="Folder or .gguf file for the new checkpoint.")
 PROMPTS = "Your prompts: .jsonl, or .txt with one a line."
 
 
@@ -467,6 +468,7 @@ VERBS = (
                 "model",
                 "The model. Default: SmolLM2-135M-Instruct, from make demo or the hub.",
                 "--model",
+                "MODEL",
             ),
             _file("sleb-demo", "Folder to write."),
         ),
@@ -493,7 +495,7 @@ VERBS = (
         example="sleb prune ./model --remove 20% -o ./smaller",
         arguments=(
             MODEL,
-            OUT,
+            FOLDER_OR_FILE,
             _switch(
                 "heal", "Train the cut for a while: see sleb heal. OUT-cut is as it was before."
             ),
@@ -543,7 +545,7 @@ VERBS = (
         help="Write the checkpoint without the plan's blocks, shard by shard, without loading it; "
         "or cut a GGUF file, if MODEL and OUT both end in .gguf.",
         example="sleb apply plan.json ./model -o ./smaller --depth 3",
-        arguments=(PLAN, MODEL, OUT),
+        arguments=(PLAN, MODEL, FOLDER_OR_FILE),
         config="ApplyConfig",
         check=_check_apply,
         facts=_applied_facts,
@@ -559,7 +561,7 @@ VERBS = (
         arguments=(
             PRUNED,
             _original(),
-            _text("plan", "The plan. Default: OUT/plan.json.", "--plan"),
+            _text("plan", "The plan. Default: OUT/plan.json.", "--plan", "FILE"),
         ),
         config="VerifyConfig",
         check=_check_verify,
@@ -724,7 +726,13 @@ VERBS = (
         help="Write what a run measured as one HTML page; of several runs, side by side.",
         example="sleb report ./smaller -o report.html --lang ja",
         arguments=(
-            Argument("run", "Folders from sleb prune or sleb run.", "", "RUN...", list[str]),
+            Argument(
+                "run",
+                "Folders or .gguf files from sleb prune or run.",
+                "",
+                "RUN...",
+                list[str],
+            ),
             _file("report.html"),
             Argument("lang", "en or ja.", "--lang", "LANG", default="en", choices=("en", "ja")),
         ),
