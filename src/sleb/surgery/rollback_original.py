@@ -77,8 +77,8 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
         InputError: no cut, or one without a side-car; the side-car is of another cut.
         DataError: something in the cut or in the side-car is not what the cut wrote; says what.
     """
-    check_cut(out)
     side = out / FOLDER
+    _refuse_without(out, side)
     manifest = Manifest.load(_inside(out, f"{FOLDER}/{MANIFEST}"))
     plan = Plan.load(_inside(out, "plan.json"))
     manifest.check_plan(plan, side)
@@ -123,8 +123,7 @@ def open_original(out: Path, progress: Progress = silent) -> Original:
     )
 
 
-def check_cut(out: Path) -> None:
-    """Raise InputError if ``out`` is no cut, or one without a side-car; reads nothing."""
+def _refuse_without(out: Path, side: Path) -> None:
     if out.suffix == ".gguf" and out.is_file():
         raise InputError(
             f"{out} is a GGUF file, beside which nothing is kept: the file that it was cut from is "
@@ -137,7 +136,7 @@ def check_cut(out: Path) -> None:
             "restore the cut that it was made from"
         )
     refuse_plan_alone(out)
-    if not (out / FOLDER / MANIFEST).is_file():
+    if not (side / MANIFEST).is_file():
         raise InputError(
             f"{out} has no {FOLDER}/{MANIFEST}: it was written with --no-keep, or not by sleb "
             "apply or prune; only a cut with its side-car can be taken back"
