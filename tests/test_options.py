@@ -33,7 +33,7 @@ GIVEN = {  # what a verb needs to be called, beside the option that is tried
     "restore": "OUT -o new",
     "run": "sleb.toml",
     "search": "MODEL --remove 2 -o new.json",
-    "transfer": "MODEL --remove 2",
+    "transfer": "MODEL --remove 2 --text a=default --text b=default",
     "verify": "OUT --model MODEL",
 }
 
