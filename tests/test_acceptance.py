@@ -376,3 +376,13 @@ def test_the_result_is_required():
     with pytest.raises(VerificationFailed, match=said):
         found.require()
     GateResult(rows=found.rows[1:]).require()
+    assert items(found)[-1].text.startswith("Of 2 limits: ")
+    assert items(GateResult(rows=found.rows[1:]))[-1].text == "Limits kept: 1 of 1."
+
+
+@pytest.mark.parametrize("verdict", ["not-kept", "unclear"])
+def test_of_several_limits_that_fail_the_first_is_named_and_the_others_counted(verdict):
+    rows = tuple(replace(row, verdict=verdict) for row in check({"divergence": {"max": 9}}))
+    for count, said in ((1, r"[a-z] \(of 1 "), (3, r"; and 2 more \(of 3 ")):
+        with pytest.raises(VerificationFailed, match=said):
+            GateResult(rows=rows * count).require()

@@ -35,7 +35,7 @@ from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.core.units import MLP, Unit
 from sleb.evaluation.grading import Judged
-from sleb.record import RepairStatus
+from sleb.record import GateResult, RepairStatus
 from sleb.runtimes.bench import Skipped
 from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
@@ -229,6 +229,15 @@ def test_what_cannot_be_told_says_what_would_tell():
         row = replace(record.gate.rows[0], verdict="unclear", needed=needed)
         gate = replace(record.gate, rows=(row,))
         assert told in page(replace(record, gate=gate)).verdict.table.rows[0][-1]
+
+
+@pytest.mark.parametrize("missing", ["none-right", "dense-zero", "at-chance"])
+def test_what_no_command_would_tell_names_none(missing):
+    row = replace(complete().gate.rows[3], verdict="unclear", missing=missing, judged=1)
+    shown = seen(complete(gate=GateResult(rows=(row,))))
+    (told,) = (r[-1] for r in shown.rows["summary"] if r[-1].startswith("cannot tell yet"))
+    assert not re.search(r"; run\b", told)
+    assert "<code><span></span></code>" not in shown.source
 
 
 def test_this_model_stands_in_the_curve_where_it_is():

@@ -210,14 +210,16 @@ class GateResult:
             return
         broken, unclear = self.of("not-kept"), self.of("unclear")
         counts = f"{len(broken)} not kept, {len(unclear)} cannot be told yet"
-        of = f"(of {len(self.rows)} limits {counts})"
+        others = len(broken or unclear) - 1
+        more = f"; and {others} more" if others else ""
+        of = f"{more} (of {len(self.rows)} limits {counts})"
         if broken:
             raise VerificationFailed(
-                f"a limit is not kept: {broken[0].title}: {broken[0].told} {of}"
+                f"a limit is not kept: {broken[0].title}: {broken[0].told}{of}"
             )
         row = unclear[0]
         raise VerificationFailed(
-            f"it cannot be told yet whether {row.title} is kept: {row.told} {of}"
+            f"it cannot be told yet whether {row.title} is kept: {row.told}{of}"
         )
 
 

@@ -67,7 +67,7 @@ def gate(t: Locale, rows: Sequence[GateRow]) -> list[Item]:
     items += [Text(f"{'; '.join(names)}: {why}") for why, names in lacking.items()]
     counts = counted(rows)
     key = "passed" if counts["kept"] == len(rows) else "failed"
-    return [*items, Text(f"limits: {t(f'verdict.{key}_text', **counts)}")]
+    return [*items, Text(t(f"verdict.{key}_text", **counts))]
 
 
 def counted(rows: Sequence[GateRow]) -> dict[str, int]:
@@ -115,7 +115,8 @@ def gate_table(
         if not row.verdict:
             return ""
         said = t(f"gate.{row.verdict.replace('-', '_')}")
-        why = "" if short else _open(t, row, fill(row.measured_by))
+        command = row.measured_by and fill(row.measured_by)
+        why = "" if short else _open(t, row, command)
         return t("gate.open", verdict=said, why=why) if why else said
 
     called = names(row.path for row in rows if row.path)
