@@ -344,7 +344,14 @@ def test_a_folder_from_a_gguf_file_stands_beside_that_file(tmp_path):
         assert "16 bits" in row[0]
         assert said in row[0]
         assert EN.size(file).translate(INVISIBLE) in row[0]
+        for made in (EN, JA):  # the folder that the file was read as has a size that nobody gave
+            text = seen(complete(file_nbytes=file, gate=None), lang=made.lang).text("summary")
+            assert EN.size(complete().nbytes[0]).translate(INVISIBLE) not in text
+            assert EN.figure(file / 1e6, "MB").translate(INVISIBLE) in text
+            assert made("removed.as_file", size=EN.size(file)).translate(INVISIBLE) in text
     assert ".gguf" not in seen(complete(gate=None)).text("summary")
+    weights = re.search("^weights .*", drawn(complete(file_nbytes=98_400_000)), re.MULTILINE)
+    assert re.sub(r"\s+", " ", weights[0]) == "weights 98.4 MB as .gguf 1.89 GB in 16 bits"
     card = model_card(plan(), complete(file_nbytes=9), tmp_path, kept=True)
     assert "The original is kept too" not in card
     assert "folder of 16-bit weights" in card

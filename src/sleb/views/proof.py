@@ -91,6 +91,9 @@ def gate_table(
     """What was measured, its worst case, the limit, and whether it is kept. ``speed`` has the
     cases, ``fill`` puts names into a command. ``short``: nothing of what would tell.
     ``file_nbytes``: of the GGUF file that was given, beside whose size that of a folder stands."""
+    if file_nbytes is not None:
+        given = file_nbytes / 1e6
+        rows = [replace(r, dense=given) if r.name == "size.max_mb" else r for r in rows]
 
     def measured(row: GateRow) -> str:
         if row.measured is None:
@@ -188,6 +191,16 @@ def needed(t: Locale, count: int, kind: str) -> str:
     if count > MOST:
         return t("gate.beyond")
     return t("gate.needed", count=t(f"counted.{kind}", count=t.count(about(count))))
+
+
+def on_disk(t: Locale, r: RunRecord) -> tuple[str, str]:
+    """Sizes of what was given and of the result; a GGUF file is no folder of 16-bit weights."""
+    if r.file_nbytes is None:
+        return t.size(r.nbytes[0]), t.size(r.nbytes[1])
+    return (
+        t("removed.as_file", size=t.size(r.file_nbytes)),
+        t("removed.in_16_bits", size=t.size(r.nbytes[1])),
+    )
 
 
 def provenance(

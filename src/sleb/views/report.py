@@ -262,10 +262,10 @@ class Report:
         passed = sum(check.passed for check in r.verification.checks)
         gone = len(r.removed) - len(r.parts)
 
-        def change(pair: tuple[int, int], show: Callable[[int], str]) -> str:
-            before, after = pair
+        def change(pair: tuple[int, int], shown: Iterable[str]) -> str:
+            (before, after), (first, then) = pair, shown
             share = t.percent((after - before) / before if before else 0.0)
-            return t("removed.change", before=show(before), after=show(after), share=share)
+            return t("removed.change", before=first, after=then, share=share)
 
         repaired = t("repair.none")
         if repair and self._repaired:
@@ -280,9 +280,10 @@ class Report:
             "removed.which": t.join(r.removed),
             "repair.name": repaired,
             **trained,
-            "removed.parameters": change(r.parameters, t.large),
-            "removed.size": change(r.nbytes, t.size),
-            **({"removed.file": t.size(r.file_nbytes)} if r.file_nbytes is not None else {}),
+            "removed.parameters": change(r.parameters, map(t.large, r.parameters)),
+            "removed.size": change(
+                (r.file_nbytes or r.nbytes[0], r.nbytes[1]), proof.on_disk(t, r)
+            ),
             "removed.exact": t("removed.checks", passed=passed, total=len(r.verification.checks)),
         }
         return [Facts(tuple((t(key), value) for key, value in rows.items()))]

@@ -137,13 +137,12 @@ def sizes(t: Locale, r: RunRecord) -> Table:
     cuts = [e.unrepaired, e] if e and e.unrepaired else [e]
     n = len(cuts)
     rows = quality.answer_rows(t, r.prompts, n) if r.prompts else []
+    before, after = proof.on_disk(t, r)
     rows += [
         ("blocks", str(r.blocks), *[str(left)] * n),
         ("parameters", t.large(r.parameters[0]), *[t.large(r.parameters[1])] * n),
-        ("weights", t.size(r.nbytes[0]), *[t.size(r.nbytes[1])] * n),
+        ("weights", before, *[after] * n),
     ]
-    if r.file_nbytes is not None:  # what the 16-bit weights were made from
-        rows.append(("the .gguf file", t.size(r.file_nbytes), *["–"] * n))
     if e and e.pruned_perplexity:
         levels = (t.interval(cut.pruned_perplexity, t.level) for cut in cuts if cut)
         ratios = (t.interval(cut.perplexity_ratio, t.ratio) for cut in cuts if cut)
