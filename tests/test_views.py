@@ -30,6 +30,7 @@ from report_tools import (
 )
 from sleb.acceptance import LIMITS
 from sleb.core.errors import InputError
+from sleb.core.files import record_path
 from sleb.core.finding import finding
 from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
@@ -47,7 +48,7 @@ from sleb.views.compare import comparison
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
 from sleb.views.model import Folded, SideBySide
 from sleb.views.quality import warning
-from sleb.views.report import write_report
+from sleb.views.report import plan_path, write_report
 from sleb.views.results import items
 from sleb.views.selection import block_map
 from sleb.views.terminal import draw
@@ -288,6 +289,41 @@ def test_runs_stand_side_by_side_and_what_differs_is_said(tmp_path):
     assert len(found.ids) == len({*found.ids})
     assert all(link.removeprefix("#") in found.ids for link in found.links)
     assert {"worst-0", "worst-1", "provenance"} <= {*found.ids}
+
+
+def test_runs_with_other_right_answers_differ_in_a_row_of_them():
+    right = complete().prompts.right
+
+    def rows(record, p):
+        lost = put(record, "prompts.right", replace(right, dense=1, pruned=0, lost=1, won=0))
+        made = comparison(EN, [("a", record, p), ("b", lost, p), ("c", sparse(), p)], {})
+        shown = {row[0]: row[1:] for row in made.verdict.table.rows}
+        sizes = [row for row in made.summary[0].items[0].rows if row[0] == "weights on disk"]
+        return shown["right answers"], sizes
+
+    ((one, other, none), sizes) = rows(complete(), plan())
+    assert f"{right.dense} before, {right.pruned} after" in one
+    assert other == f"1 before, 0 after (lost 1, won 0), of {right.judged}"
+    assert none == "–"
+    assert not sizes  # it is among the figures
+
+
+@pytest.mark.parametrize("out", ["small", "small.gguf"])
+def test_files_are_named_as_they_lie_there(tmp_path, out):
+    runs = [tmp_path / name / out for name in "ab"]
+    for run in runs:
+        run.parent.mkdir()
+        if not run.suffix:
+            run.mkdir()
+        complete().save(record_path(run))
+        plan().save(plan_path(run))
+    for given in (runs, runs[:1]):
+        found = write_report(given, tmp_path / "r.html", force=True)
+        text = Seen(found.read_text(encoding="utf-8")).text("provenance")
+        for run in given:
+            for path in (record_path(run), plan_path(run)):
+                name = path.relative_to(tmp_path).as_posix() if given == runs else path.name
+                assert f"SHA-256 of {name} " in text
 
 
 def test_runs_are_compared_by_what_they_have():

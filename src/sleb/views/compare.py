@@ -9,6 +9,7 @@ from typing import Any
 from sleb.acceptance import LIMITS
 from sleb.core.plan import Plan
 from sleb.core.statistics import Interval
+from sleb.evaluation.agreement import RightAnswers
 from sleb.record import GateRow, RunRecord
 from sleb.views import proof, quality
 from sleb.views.locale import DASH, Locale, names
@@ -92,17 +93,18 @@ def _figures(t: Locale, runs: Sequence[Run]) -> Table:
             return value
         return t("compare.figure", value=value, worst=t.figure(row.worst, row.unit))
 
-    return _table(
-        t,
-        runs,
-        [
-            (
-                proof.limit_name(t, key[0], key[1], speed),
-                *(shown(mine.get(key)) for mine in found),
-            )
-            for key in keys
-        ],
-    )
+    rows = [
+        (proof.limit_name(t, key[0], key[1], speed), *(shown(mine.get(key)) for mine in found))
+        for key in keys
+    ]
+    judged = [record.prompts and record.prompts.right for _, record, _ in runs]
+    if any(judged):
+        rows.insert(0, (t("compare.right"), *(_right(t, x) if x else DASH for x in judged)))
+    return _table(t, runs, rows)
+
+
+def _right(t: Locale, x: RightAnswers) -> str:
+    return t("compare.right_of", counts=quality.right_counts(t, x), judged=x.judged)
 
 
 def _made(t: Locale, runs: Sequence[Run]) -> Table:
@@ -129,7 +131,6 @@ def _made(t: Locale, runs: Sequence[Run]) -> Table:
         "removed.which": lambda r, p: t.join(r.removed),
         "repair.name": changed,
         "removed.parameters": lambda r, p: t.large(r.parameters[1]),
-        "removed.size": lambda r, p: t.size(r.nbytes[1]),
         "gate.title": gate,
         "provenance.started": lambda r, p: t.moment(r.started),
     }

@@ -209,7 +209,7 @@ def answers_kept(t: Locale, k: AnswersKept) -> list[Item]:
     right = k.right
     rows: list[tuple[str, str]] = []
     if right:
-        rows.append((t("kept.right", judged=right.judged), _right(t, right)))
+        rows.append((t("kept.right", judged=right.judged), right_counts(t, right)))
         if right.kept:
             rows.append((t("kept.right_kept"), t.interval(right.kept, t.percent)))
     rows.append((t("kept.agreement"), t.interval(k.agreement, t.percent)))
@@ -256,7 +256,8 @@ def prompts_told(t: Locale, k: AnswersKept) -> str:
     return f"{told} {t('kept.left_out', count=t.count(k.left_out))}" if k.left_out else told
 
 
-def _right(t: Locale, right: RightAnswers) -> str:
+def right_counts(t: Locale, right: RightAnswers) -> str:
+    """Right answers of both models, and how many were lost and won."""
     counts = {"dense": right.dense, "pruned": right.pruned, "lost": right.lost, "won": right.won}
     return t("kept.counts", **counts)
 

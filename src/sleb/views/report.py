@@ -56,11 +56,15 @@ def write_report(runs: Sequence[Path], out: Path, lang: str = "en", force: bool 
     found: list[Report] = []
     digests: dict[str, str] = {}
     for run in runs:
-        files = {"run.json": record_path(run), "plan.json": plan_path(run)}
-        record, plan = RunRecord.load(run), Plan.load(files["plan.json"])
-        sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-        found.append(Report(record=record, plan=plan, t=t, digests=sums))
-        digests |= {f"{called[str(run)]}/{name}": digest for name, digest in sums.items()}
+        record, plan = RunRecord.load(run), Plan.load(plan_path(run))
+        named = Path(called[str(run)])
+        sums = {
+            place(named): hashlib.sha256(place(run).read_bytes()).hexdigest()
+            for place in (record_path, plan_path)
+        }
+        short = {path.name: digest for path, digest in sums.items()}
+        found.append(Report(record=record, plan=plan, t=t, digests=short))
+        digests |= {path.as_posix(): digest for path, digest in sums.items()}
     if len(found) == 1:
         page = found[0].page
     else:
