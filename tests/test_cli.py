@@ -85,7 +85,7 @@ def test_search_apply_verify_and_eval(place, capsys):
 
     text = run(capsys, "apply", "plan.json", "MODEL", "-o", "out", "--depth", "2")
     assert (text.code, text.err) == (0, "")
-    assert f"4 blocks; removed {', '.join(map(str, plan.at_depth(2)))}\n" in text.out
+    assert f"4 blocks; removed blocks {', '.join(map(str, plan.at_depth(2)))}\n" in text.out
     ran = run(capsys, "apply", "plan.json", "MODEL", "-o", "out3", "--json")
     assert ran.json == {"out": "out3", "removed": list(plan.removed), "blocks": 3}
 

@@ -27,7 +27,7 @@ def test_the_cut_and_what_it_says(here, capsys):
     asked = ["apply", "plan.json", "m.gguf", "-o", "cut.gguf", "--other-weights"]
     ran = run(capsys, *asked)
     assert ran.code == 0, ran.err
-    assert "cut.gguf: 6 blocks; removed 3, 5" in ran.out
+    assert "cut.gguf: 6 blocks; removed blocks 3, 5" in ran.out
     assert (
         "chosen, and their cost measured, on other weights of this model: measure this" in ran.out
     )

@@ -247,6 +247,13 @@ def test_a_cell_says_what_it_is_to_a_pointer():
         assert all(float(title.partition(": ")[2].replace("−", "-")) < 9 for title in titles)
 
 
+def test_the_best_candidate_of_a_round_costs_nothing_more():
+    titles = re.findall(r"<title>([^<]*)</title>", str(draw(CHARTS["rounds"], "a", "")))
+    best = [title.partition(":")[0] for title in titles if title.endswith(": 0")]
+    crosses = [(str(i + 1), str(j)) for i, j in CHARTS["rounds"].crosses]
+    assert best == [f"round {i}, block {j}" for i, j in crosses]
+
+
 def test_labels_are_those_of_the_page():
     for name, shown in {
         "rounds": {"round", "block", "nats/token above best", "1", "2", "3", "11"},

@@ -36,7 +36,7 @@ from sleb.core.plan import SimilarityGate, Target
 from sleb.core.statistics import Interval
 from sleb.core.units import MLP, Unit
 from sleb.evaluation.grading import Judged
-from sleb.record import GateResult, RepairStatus
+from sleb.record import BETWEEN, GateResult, RepairStatus
 from sleb.runtimes.bench import Skipped
 from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
@@ -264,6 +264,25 @@ def test_this_model_stands_in_the_curve_where_it_is():
         (depth, point.increase, point.low, point.high),
         "this model",
     )
+
+
+def test_the_number_of_a_block_is_not_read_as_a_count():
+    """Of one block, of several, and of parts, which stay as many blocks."""
+    for removed, told in (
+        ((7,), "removed block 7; 11 of 12 blocks stay"),
+        ((4, 7), "removed blocks 4, 7; 10 of 12 blocks stay"),
+        ((Unit.of(3, MLP),), "removed 3.mlp; 12 of 12 blocks stay"),
+    ):
+        assert told in drawn(plan(removed=removed, order=removed, rounds=()))
+        if removed == (7,):
+            assert "\nremoved block 7\n" in drawn(complete(removed=removed))
+            assert "without block 7 " in drawn(replace(complete().evaluation, removed=removed))
+            assert "; removed block 7\n" in drawn({"out": "o", "blocks": 11, "removed": removed})
+
+
+def test_the_time_between_stages_is_none_of_the_longest_stages():
+    shown = drawn(complete(seconds={"searching": 9.0, BETWEEN: 8.0, "evaluating": 7.0}))
+    assert "longest: searching 9 s, evaluating 7 s\n" in shown
 
 
 def test_runs_stand_side_by_side_and_what_differs_is_said(tmp_path):

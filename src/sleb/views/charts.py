@@ -39,6 +39,7 @@ LIGHT, DARK = "#fdfdfd", "#111111"  # over cells, whose colours are the same on 
 COLOURS = "YlGnBu"  # readable in grey and with any colour vision
 NARROW, WIDE = 5.4, 10.0  # inches; a unit of the SVG is 1/72
 LABELS = 32  # along a wide axis
+FLOOR = 1e-4  # on a logarithmic scale colours of less are not told apart
 
 BEHIND: Any = {"facecolor": WHITE, "edgecolor": "none", "pad": 1.5}  # of text over lines
 
@@ -128,6 +129,8 @@ def _heat(chart: Heat) -> Figure:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     values = np.ma.masked_invalid(np.array(chart.values, dtype=np.float64))
+    if chart.log:
+        values = np.ma.maximum(values, FLOOR)  # type: ignore[no-untyped-call]
     if chart.square:
         width, height = NARROW, 0.88 * NARROW
     else:

@@ -30,6 +30,7 @@ from sleb.views.model import (
     Table,
     Text,
 )
+from sleb.views.selection import called
 from sleb.views.proof import needed
 
 BLANK = re.compile(r"\A(?:[^\S\n]*\n)+|\s+\Z")
@@ -48,7 +49,8 @@ def evaluation(t: Locale, e: Evaluation) -> list[Item]:
     whose = "the original" if e.removed else "this model"
     lines = [f"loss of {whose} {t.interval(e.loss, t.nats)} nats/token"]
     if e.loss_increase:
-        lines[0] += f"; increase without {t.join(e.removed)} {t.interval(e.loss_increase, t.nats)}"
+        increase = t.interval(e.loss_increase, t.nats)
+        lines[0] += f"; increase without {called(t, e.removed)} {increase}"
     if e.unrepaired:
         ratio = t.interval(e.unrepaired.perplexity_ratio, t.ratio)
         level = t.interval(e.unrepaired.pruned_perplexity, t.level)

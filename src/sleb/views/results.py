@@ -17,7 +17,7 @@ from sleb.evaluation.transfer import Transfer
 from sleb.formats.hub import Pushed
 from sleb.formats.quantize import Quantized
 from sleb.models.describe import Description
-from sleb.record import GateResult, RepairStatus, RunRecord
+from sleb.record import BETWEEN, GateResult, RepairStatus, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.runtimes.compatibility import RuntimeReport
 from sleb.runtimes.speculative import Drafting
@@ -115,7 +115,7 @@ def _(r: RunRecord) -> list[Item]:
         found += items(r.healed)
     elif r.evaluation and len(r.evaluation.domains) > 1:
         found.append(quality.by_text(T, r.evaluation))
-    lines = [f"removed blocks {T.join(r.removed)}"]
+    lines = [f"removed {selection.called(T, r.removed)}"]
     lines += [quality.prompts_told(T, r.prompts)] if r.prompts else []
     lines += [T.said("unasked", r.unasked)] if r.unasked and not r.prompts else []
     lines.append(f"perplexity: {evaluated_on(r)}")
@@ -124,7 +124,8 @@ def _(r: RunRecord) -> list[Item]:
     passed, checks = sum(c.passed for c in r.verification.checks), len(r.verification.checks)
     lines += requantized_told(r.requantized)
     lines.append(f"exact cut, which says nothing of quality: {passed} of {checks} checks passed")
-    longest = sorted(r.seconds.items(), key=lambda item: -item[1])
+    stages = ((title, seconds) for title, seconds in r.seconds.items() if title != BETWEEN)
+    longest = sorted(stages, key=lambda item: -item[1])
     named = [f"{title} {seconds:.0f} s" for title, seconds in longest if seconds >= 1][:5]
     lines += [f"longest: {T.join(named)}"] if named else []
     return [*found, *map(Text, lines)]
@@ -257,7 +258,7 @@ def _(r: Restored) -> list[Item]:
     whole = "the original"
     if r.from_gguf:
         whole = "the folder of 16-bit weights that the .gguf file was read as"
-    what = f"removed {T.join(r.removed)}" if r.removed else f"{whole}, byte for byte"
+    what = f"removed {selection.called(T, r.removed)}" if r.removed else f"{whole}, byte for byte"
     lines = [f"{r.path}: {r.blocks} blocks, {T.size(r.nbytes)}; {what}"]
     if r.repair_undone and r.removed:
         lines.append(
@@ -272,9 +273,8 @@ def _(done: dict) -> list[Item]:  # type: ignore[type-arg]
     """A cut of a checkpoint or of a GGUF file; or results by name, one after the other."""
     if "out" not in done:
         return [item for value in done.values() for item in items(value)]
-    found: list[Item] = [
-        Text(f"{done['out']}: {done['blocks']} blocks; removed {T.join(done['removed'])}")
-    ]
+    removed = selection.called(T, done["removed"])
+    found: list[Item] = [Text(f"{done['out']}: {done['blocks']} blocks; removed {removed}")]
     if "repair" in done:
         found.append(quality.by_gap(T, RepairRecord.model_validate(done["repair"])))
     if "nbytes" in done:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import exp, isfinite, nan
 from typing import Any
 
 from sleb.core.plan import Curve, FinalComparison, Finalist, Plan, Point, Round, Score
 from sleb.core.statistics import Interval
-from sleb.core.units import block_of
+from sleb.core.units import UnitId, block_of, parts_in
 from sleb.views.locale import DASH, Locale
 from sleb.views.model import (
     Block,
@@ -23,7 +23,6 @@ from sleb.views.model import (
     Text,
 )
 
-FLOOR = 1e-4  # colours of smaller differences (nats/token) are not told apart
 Similarity = tuple[tuple[float, ...], ...]
 
 
@@ -47,7 +46,8 @@ def plan_table(t: Locale, p: Plan) -> list[Item]:
             rows.append((named(block), t.nats(own.mean), error, margin, noise))
     heads = ("removed", p.metric, "± se", "margin to the next", "")
     dense = f"; dense {t.nats(p.baseline.mean)}" if p.baseline else ""
-    removed = f"removed {t.join(p.removed)} of {p.model.blocks} blocks"
+    stay = p.model.blocks - len(p.removed) + len(p.parts)
+    removed = f"removed {called(t, p.removed)}; {stay} of {p.model.blocks} blocks stay"
     items: list[Item] = [
         Table(columns=heads, rows=tuple(rows)),
         Text(f"{p.metric} in {p.unit}{dense}; {removed}"),
@@ -57,6 +57,12 @@ def plan_table(t: Locale, p: Plan) -> list[Item]:
     if c := p.calibration:
         items.append(Text(f"measured on {c.windows} windows of {c.length} tokens, {p.dtype}"))
     return items
+
+
+def called(t: Locale, units: Sequence[UnitId]) -> str:
+    """Blocks, or parts of them, by number: so that the number of one is not read as a count."""
+    noun = "" if parts_in(units) else "block " if len(units) == 1 else "blocks "
+    return noun + t.join(units)
 
 
 def _compared(t: Locale, f: FinalComparison) -> str:
@@ -210,7 +216,7 @@ def candidates(t: Locale, plan: Plan) -> Item:
         row = [nan] * plan.model.blocks
         for s in r.scores:
             block = block_of(s.block)  # of several units of a block the best is shown
-            row[block] = min(max(s.mean - best, FLOOR), row[block])  # the first, beside nan
+            row[block] = min(s.mean - best, row[block])  # the first, beside nan
             if _raced_out(s, longest):
                 dots.append((i, block))
         values.append(tuple(row))
