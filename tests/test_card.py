@@ -141,7 +141,9 @@ def test_what_was_measured_is_the_model_index_of_the_card_alone(tmp_path):
     takes them out."""
     record = complete(model="a/clerk-1b")
     (tmp_path / "README.md").write_text(model_card(plan(), record, tmp_path), encoding="utf-8")
-    read = ModelCard.load(tmp_path / "README.md").data.eval_results
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.model_name == Path(record.verification.checkpoint).name != "clerk-1b"
+    read = data.eval_results
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in read}
     domains = record.evaluation.domains.items()
     expected = {(name, "perplexity"): q.pruned_perplexity.value for name, q in domains}

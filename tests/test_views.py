@@ -28,7 +28,8 @@ from report_tools import (
     snapshot,
     sparse,
 )
-from sleb.acceptance import LIMITS
+from sleb.acceptance import LIMITS, Gate
+from sleb.cli.verbs import VERBS
 from sleb.core.errors import InputError
 from sleb.core.files import record_path
 from sleb.core.finding import finding
@@ -42,13 +43,14 @@ from sleb.runtimes.rules import VLLM
 from sleb.selection.metrics import METRICS
 from sleb.surgery.gates import GATES
 from sleb.surgery.restore import Restored
+from sleb.verbs import Verified
 from sleb.views import proof, quality
 from sleb.views.card import model_card
 from sleb.views.compare import comparison
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
 from sleb.views.model import Folded, SideBySide
 from sleb.views.quality import warning
-from sleb.views.report import plan_path, write_report
+from sleb.views.report import LINE, plan_path, write_report
 from sleb.views.results import items
 from sleb.views.selection import block_map
 from sleb.views.terminal import draw
@@ -278,6 +280,24 @@ def test_the_number_of_a_block_is_not_read_as_a_count():
             assert "\nremoved block 7\n" in drawn(complete(removed=removed))
             assert "without block 7 " in drawn(replace(complete().evaluation, removed=removed))
             assert "; removed block 7\n" in drawn({"out": "o", "blocks": 11, "removed": removed})
+
+
+def test_limits_on_speed_are_called_as_in_the_report(tmp_path):
+    record, by_name = complete(), {verb.name: verb for verb in VERBS}
+    folder = save(tmp_path / "o", record, plan())
+    proven = Verified(verification=record.verification, gate=record.gate, record=folder)
+    for verb, result in (("run", record), ("verify", proven)):
+        shown = drawn(by_name[verb].drawn(result))
+        assert "speed, writing 8 × 64 tokens after 128 " in shown
+        assert "generate-8" not in shown
+
+
+@pytest.mark.parametrize("made", [EN, JA])
+def test_without_limits_a_line_of_their_file_is_shown(made, tmp_path):
+    for place in ("summary", "gate"):
+        assert LINE in seen(complete(gate=None), lang=made.lang).text(place)
+    (tmp_path / "limits.toml").write_text(LINE)
+    assert Gate.load(tmp_path / "limits.toml").check(complete()).rows[0].name in LINE
 
 
 def test_the_time_between_stages_is_none_of_the_longest_stages():

@@ -347,6 +347,23 @@ def _verified_facts(v: Any) -> Any:
     return v.verification if [*shown] == ["verification"] else shown
 
 
+def _verified_drawn(v: Any) -> Any:
+    found = _verified_facts(v)
+    if v.gate is None:
+        return found
+    from sleb.record import RunRecord
+
+    return {**found, "gate": _limits(v.gate, RunRecord.load(v.record))}
+
+
+def _limits(gate: Any, record: Any) -> Any:
+    """Limits as the report says them, where the record tells what was timed."""
+    from sleb.views import proof
+    from sleb.views.results import T
+
+    return tuple(proof.gate(T, gate.rows, record.speed))
+
+
 def _pruned_facts(p: Any) -> Any:
     return p.record if p.quantized is None else {"run": p.record, "quantized": p.quantized}
 
@@ -565,6 +582,7 @@ VERBS = (
         config="VerifyConfig",
         check=_check_verify,
         facts=_verified_facts,
+        drawn=_verified_drawn,
         notes=lambda found, given: (
             ["the proof is run.json's: files and model are those that it is of"]
             if given["recorded"]
@@ -715,7 +733,7 @@ VERBS = (
         config="RunConfig",
         dry="project.estimate",
         check=_check_project,
-        drawn=lambda record: (record, record.gate) if record.gate else record,
+        drawn=lambda r: (r, _limits(r.gate, r)) if r.gate else r,
         notes=_reports,
         code=lambda record: _require(record.gate),
     ),

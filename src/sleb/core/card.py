@@ -98,15 +98,16 @@ def cut_card(
     measured: Sequence[str] = (),
     kept: Rebuilt = "",
     results: Sequence[EvalResult] = (),
+    result: str | None = None,
 ) -> str:
     """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
     as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
-    ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it;
-    ``kept``: see :func:`rebuilt`."""
+    ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it,
+    of the checkpoint called ``result``; ``kept``: see :func:`rebuilt`."""
     of = plan.model
     listed: dict[str, Any] = {}
     if results:
-        listed = {"model_name": _title(model, of.architecture), "eval_results": [*results]}
+        listed = {"model_name": _title(result, of.architecture), "eval_results": [*results]}
     told = "\n".join(measured) or "It was not measured: do so before you rely on it."
     return _CARD.format(
         front=front_matter(source, model, images=_reads_images(of.architecture), **listed),

@@ -58,6 +58,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         measured=[*map(_unrooted, markdown(_measured(Locale("en"), record)))],
         kept=rebuilt(kept, gguf=record.file_nbytes is not None),
         results=results(record),
+        result=Path(record.verification.checkpoint).absolute().name,
     )
 
 

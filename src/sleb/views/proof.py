@@ -56,14 +56,15 @@ def verification(t: Locale, v: Verification, repaired: int = 0) -> list[Item]:
     return [Text(t("exact.repaired" if repaired else "exact.text", count=repaired)), table]
 
 
-def gate(t: Locale, rows: Sequence[GateRow]) -> list[Item]:
-    """Every limit on a terminal, and then what would tell of those that cannot be told."""
+def gate(t: Locale, rows: Sequence[GateRow], speed: Speed | None = None) -> list[Item]:
+    """Every limit on a terminal, and then what would tell of those that cannot be told; ``speed``
+    has the cases."""
     lacking: dict[str, list[str]] = {}
     called = names(row.path for row in rows if row.path)
     for row in rows:
         if why := _open(t, row, row.measured_by):
-            lacking.setdefault(why, []).append(_limit_name(t, row, None, called))
-    items: list[Item] = [gate_table(t, rows, short=True)]
+            lacking.setdefault(why, []).append(_limit_name(t, row, speed, called))
+    items: list[Item] = [gate_table(t, rows, speed=speed, short=True)]
     items += [Text(f"{'; '.join(names)}: {why}") for why, names in lacking.items()]
     counts = counted(rows)
     key = "passed" if counts["kept"] == len(rows) else "failed"

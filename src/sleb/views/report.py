@@ -33,6 +33,8 @@ GLANCE = {
     *("memory.max_mb", "size.max_mb"),
 }
 """Limits whose figures are on page one also where the gate does not set them."""
+LINE = "answers.min_right = 0.9"
+"""Of a gate file."""
 OF_WHOLE_BLOCKS = ("draft", "runtimes")
 """What is measured of results that have whole blocks alone."""
 
@@ -207,6 +209,11 @@ class Report:
         return () if self._gguf else ("compared",)
 
     @property
+    def _own_limits(self) -> dict[str, str]:
+        """How limits are set: a line of their file, and the command that reads it."""
+        return {"line": self.t.code(LINE), "command": self._command("gate")}
+
+    @property
     def _paired(self) -> list[TaskResult]:
         return [task for task in self.record.tasks or () if task.pruned is not None]
 
@@ -246,7 +253,7 @@ class Report:
         else:
             tone, key = ("bad", "failed") if counts["not_kept"] else ("unclear", "unclear")
         sentence = "failed" if key == "unclear" else key
-        text = t(f"verdict.{sentence}_text", command=self._command("gate"), **counts)
+        text = t(f"verdict.{sentence}_text", **self._own_limits, **counts)
         return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=self._glance())
 
     def _glance(self) -> Table:
@@ -417,7 +424,7 @@ class Report:
     def _gate(self) -> list[Item]:
         t, gate = self.t, self.record.gate
         if gate is None:
-            return [Missing(t("verdict.none_text", command=self._command("gate")))]
+            return [Missing(t("verdict.none_text", **self._own_limits))]
         note = t("gate.note")
         table = proof.gate_table(
             t,
