@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sleb.core.plan import Origin, Plan
 from sleb.core.printable import printable
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +94,16 @@ def cut_card(
     command: str = "",
     measured: Sequence[str] = (),
     kept: Rebuilt = "",
-    results: Sequence[EvalResult] = (),
-    result: str | None = None,
+    results: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of a cut by ``plan``; ``source`` is the original's folder, ``model`` the original
     as the user named it. ``how``: a sentence on how it came about; ``command``: that made it;
-    ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it,
-    of the checkpoint called ``result``; ``kept``: see :func:`rebuilt`."""
+    ``measured``: lines of Markdown on what it costs, and ``results``: the same as a hub lists it
+    (see :func:`front_matter`); ``kept``: see :func:`rebuilt`."""
     of = plan.model
-    listed: dict[str, Any] = {}
-    if results:
-        listed = {"model_name": _title(result, of.architecture), "eval_results": [*results]}
     told = "\n".join(measured) or "It was not measured: do so before you rely on it."
     return _CARD.format(
-        front=front_matter(source, model, images=_reads_images(of.architecture), **listed),
+        front=front_matter(source, model, images=_reads_images(of.architecture), **(results or {})),
         loader=f"AutoModelFor{'ImageTextToText' if _reads_images(of.architecture) else 'CausalLM'}",
         name=_title(model, of.architecture or of.model_type),
         gone=len(plan.removed),

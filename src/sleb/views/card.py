@@ -50,6 +50,7 @@ def _published(command: str) -> str:
 def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = False) -> str:
     """README.md with metadata. ``source`` is the original's folder: its licence is carried over.
     ``kept``: the checkpoint has a side-car to restore the original from."""
+    found, out = results(record), Path(record.verification.checkpoint).absolute()
     return cut_card(
         plan,
         source,
@@ -57,8 +58,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         command=_published(record.command),
         measured=[*map(_unrooted, markdown(_measured(Locale("en"), record)))],
         kept=rebuilt(kept, gguf=record.file_nbytes is not None),
-        results=results(record),
-        result=Path(record.verification.checkpoint).absolute().name,
+        results={"model_name": printable(out.name), "eval_results": found} if found else None,
     )
 
 

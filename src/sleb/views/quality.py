@@ -30,8 +30,8 @@ from sleb.views.model import (
     Table,
     Text,
 )
-from sleb.views.selection import called
 from sleb.views.proof import needed
+from sleb.views.selection import called
 
 BLANK = re.compile(r"\A(?:[^\S\n]*\n)+|\s+\Z")
 """Blank lines before a text, whose first line keeps its indent, and what is blank after it."""
