@@ -130,7 +130,7 @@ def _heat(chart: Heat) -> Figure:
 
     values = np.ma.masked_invalid(np.array(chart.values, dtype=np.float64))
     if chart.log:
-        values = np.ma.maximum(values, FLOOR)  # type: ignore[no-untyped-call]
+        values = np.ma.maximum(values, FLOOR)
     if chart.square:
         width, height = NARROW, 0.88 * NARROW
     else:

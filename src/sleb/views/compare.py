@@ -93,14 +93,14 @@ def _figures(t: Locale, runs: Sequence[Run]) -> Table:
             return value
         return t("compare.figure", value=value, worst=t.figure(row.worst, row.unit))
 
-    rows = [
+    figures = [
         (proof.limit_name(t, key[0], key[1], speed), *(shown(mine.get(key)) for mine in found))
         for key in keys
     ]
     judged = [record.prompts and record.prompts.right for _, record, _ in runs]
     if any(judged):
-        rows.insert(0, (t("compare.right"), *(_right(t, x) if x else DASH for x in judged)))
-    return _table(t, runs, rows)
+        figures.insert(0, (t("compare.right"), *(_right(t, x) if x else DASH for x in judged)))
+    return _table(t, runs, figures)
 
 
 def _right(t: Locale, x: RightAnswers) -> str:
