@@ -268,6 +268,7 @@ def test_no_prompts_that_a_cut_was_made_by_take_the_place_of_others(
     # a plan that does not say which they were
     found.model_copy(update={"prompts_seen": ""}).save(plan)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").touch()
     monkeypatch.setattr("sleb.record.RunRecord.load", lambda _: None)
     asked = ["--plan", str(plan), "--prompts", str(prompts), "--record", str(tmp_path / "out")]
     assert main(["eval", str(learned / "model"), *asked]) == 2

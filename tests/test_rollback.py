@@ -107,7 +107,7 @@ def test_a_repair_is_undone(tmp_path, capsys):
     assert "byte for byte" in " ".join(ran.out.split())
     assert tree(tmp_path / "back") == before
     ran = run(capsys, "restore", out, "-o", tmp_path / "less", "--depth", "1")
-    assert "removed 3 without the repair" in " ".join(ran.out.split())
+    assert "removed block 3 without the repair" in " ".join(ran.out.split())
     assert files(tmp_path / "less") == files(tmp_path / "own")
     assert Plan.load(tmp_path / "less/plan.json").repair is None
     found = run(capsys, "restore", out, "-o", tmp_path / "2", "--depth", "1", "--json").json

@@ -145,6 +145,11 @@ def _plan(cut: Path, config: HealConfig) -> Plan:
     check_sources(config.text)
     check_prompts(config.prompts, config.max_prompts)
     plan = Plan.load(cut / "plan.json")
+    if plan.parts and (cut / "config.json").is_file():
+        raise InputError(
+            f"{cut} is written for other runtimes (docs/units.md): heal the folder with the plan "
+            "that it was made by"
+        )
     if plan.parts and (config.stages > 1 or config.local_first or config.hidden_loss):
         raise InputError(
             "--stages, --local-first and --hidden-loss are of whole blocks, and the plan removes "
