@@ -52,7 +52,7 @@ from sleb.models.placement import check_placing
 from sleb.record import EvaluationText, RepairStatus, RunRecord, Stopwatch, environment
 from sleb.repairs import Repair, check_repair, given_tokens, repair, stored_repair
 from sleb.repairs.answering import with_answers, writer
-from sleb.repairs.search import search, with_metric
+from sleb.repairs.search import search, split_of, with_metric
 from sleb.repairs.self_generated import can_generate
 from sleb.selection.goal import Goal
 from sleb.selection.metrics import MISSED, NLL
@@ -619,16 +619,7 @@ def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, R
     Raises:
         InputError, UnsupportedModel: a repair was asked for, and is not possible.
     """
-    split = CalibrationSplit.of(
-        model.tokenizer,
-        config.text,
-        windows=config.windows,
-        length=config.length,
-        seed=config.seed,
-        heldout=config.heldout,
-        loss_on=config.loss_on,
-        images=model.stack.images,
-    )
+    split = split_of(model, config, config.heldout)
     if config.repair is False:
         return split, RepairStatus(status="not-asked")
     try:

@@ -34,21 +34,25 @@ def with_metric(model: LoadedModel, config: C, *, to_heal: bool = False) -> C:
     return config
 
 
-def texts_of(model: LoadedModel, config: C, goal: Goal) -> tuple[C, CalibrationSplit]:
-    """``config`` with its metric, and the windows that a search reads by it."""
-    config = with_metric(model, config)
-    measures_heldout = config.curve or goal.max_loss_increase is not None
-    split = CalibrationSplit.of(
+def split_of(model: LoadedModel, config: SearchConfig, heldout: int) -> CalibrationSplit:
+    """The windows of the texts that ``config`` names, of which so many are held out."""
+    return CalibrationSplit.of(
         model.tokenizer,
         config.text,
         windows=config.windows,
         length=config.length,
         seed=config.seed,
-        heldout=config.heldout if measures_heldout else 0,
+        heldout=heldout,
         loss_on=config.loss_on,
         images=model.stack.images,
     )
-    return config, split
+
+
+def texts_of(model: LoadedModel, config: C, goal: Goal) -> tuple[C, CalibrationSplit]:
+    """``config`` with its metric, and the windows that a search reads by it."""
+    config = with_metric(model, config)
+    measures_heldout = config.curve or goal.max_loss_increase is not None
+    return config, split_of(model, config, config.heldout if measures_heldout else 0)
 
 
 @takes(SearchConfig)
