@@ -294,15 +294,18 @@ def test_verify_notices_a_tensor_that_is_not_the_plans(learned, loaded, material
 
 def test_a_text_that_the_repair_would_harm_is_protected(loaded, material):
     """Fits by which one text loses more against the dense model are refused, whatever they gain on
-    others; that a cut is better than it on a text is chance, which may go."""
+    others, but for what a standard error may be; that a cut is better than it is chance too."""
     fitted, judges = material
     half = np.arange(len(judges.ids)) >= len(judges.ids) // 2
     two = replace(judges, source=tuple(half.astype(int).tolist()), names=("one", "two"))
     dense = np.ones(len(judges.ids))
 
-    def accepts(old, new):
-        """Of losses above the dense model's, of both texts."""
+    spread = np.where(np.arange(len(half)) % 2, 1.0, -1.0)
+
+    def accepts(old, new, noise=0.0):
+        """Of losses above the dense model's, of both texts; the change differs by window."""
         of = [np.where(half, b, a) + dense for a, b in (old, new)]
+        of[1] += noise * spread
         values = lambda sets, *_: [dense if sets == [DENSE] else of[1]]  # noqa: E731
         return _Validation(SimpleNamespace(values=values), (2,), two).better_than(of[0])()
 
@@ -312,6 +315,9 @@ def test_a_text_that_the_repair_would_harm_is_protected(loaded, material):
     assert accepts((1.0, -0.5), (0.4, -0.1))
     assert not accepts((1.0, -0.5), (0.4, 0.1))
     assert not accepts((-0.2, -0.5), (-0.3, -0.6))
+    assert accepts((1.0, 1.0), (0.1, 1.1), noise=1.0)
+    assert not accepts((1.0, 1.0), (0.1, 1.1), noise=0.1)
+    assert not accepts((1.0, 1.0), (1.0, 1.0), noise=1.0)
     random = replace(fitted, ids=torch.randint(3, 250, fitted.ids.shape))
     found = repair(loaded, (2,), random, judges)
     whole = _Validation(Sweep(loaded.stack, judges.ids, NLL), (2,), judges)

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from operator import le
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from sleb.config import RepairConfig
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import Plan, RepairedGap, RepairedTensor, RepairRecord
 from sleb.core.progress import Progress, silent
-from sleb.core.statistics import Values
+from sleb.core.statistics import Values, standard_error
 from sleb.core.units import block_of, parts_in
 from sleb.models.load import LoadedModel
 from sleb.models.overrides import WeightOverrides
@@ -87,8 +86,9 @@ def repair(
     The fit sees ``windows`` and, with ``self_generated``, half as many that the model itself
     writes; by default it does where :func:`sleb.repairs.self_generated.can_generate`. A gap's fit
     stays only if on ``validation`` windows less is lost against the dense model, and on none of
-    their texts more; else it is made with a larger ridge, or left out. Where a cut is by chance
-    better than the dense model on a text, a fit takes it back, and that is no loss.
+    their texts more than a standard error may be; else it is made with a larger ridge, or left out.
+    Where a cut is by chance better than the dense model on a text, a fit takes it back, and that is
+    no loss.
 
     Blocks may be offloaded, or split over processes. For each ridge tried, an offloaded block is
     read once to fit, from where the gap before ended to where this one ends; to validate, each kept
@@ -295,18 +295,27 @@ class _Validation:
 
     def better_than(self, before: Values) -> Callable[[], bool]:
         """Tells of the model as it is whether it loses less against the dense model than with
-        losses ``before``, and on no text more."""
+        losses ``before``, and on no text more, by more than a standard error over its windows: of
+        eight texts one is a little worse by chance more often than not."""
 
         def accept() -> bool:
-            old, new = self._lost(before), self._lost(self.loss())
-            return sum(new) < sum(old) and all(map(le, new, old))
+            more = self._lost(self.loss()) - self._lost(before)
+            errors = [
+                len(text) * (standard_error(text) or 0.0)
+                for text in self._texts(self.last - before)
+            ]
+            return bool(more.sum() < 0 and (more <= errors).all())
 
         return accept
 
-    def _lost(self, losses: Values) -> list[float]:
+    def _lost(self, losses: Values) -> Values:
         """What the loss is above the dense model's, at least 0: of each text, over its windows."""
-        above, source = losses - self.dense, np.array(self._windows.source)
-        return [max(0.0, float(above[source == i].sum())) for i in np.unique(source)]
+        return np.array([max(0.0, text.sum()) for text in self._texts(losses - self.dense)])
+
+    def _texts(self, values: Values) -> list[Values]:
+        """By text, those of its windows."""
+        source = np.array(self._windows.source)
+        return [values[source == i] for i in np.unique(source)]
 
     def by_text(self, losses: Values) -> dict[str, float]:
         """Mean loss on each text, nats/token."""
