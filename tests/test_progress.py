@@ -93,6 +93,29 @@ def test_the_line_of_a_stage_that_has_ended_names_its_round(log):
         assert "searching: round 2 of 6, 3 left; done in " in last
 
 
+def test_within_a_phase_its_own_time_leads_and_the_rest_is_of_a_stage(log, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 60.0)
+    shown = io.StringIO()
+    bars = Bars(Console(file=shown, force_terminal=True, width=100, color_system=None))
+    for display in (bars, lines := progress.Lines()):
+        tell(display, TWO)
+        tell(display, Begins("search"))
+        display._since -= 50
+    with bars.stage("searching", 10) as tick:
+        tick(4)
+    assert "1 of 2: search, 50 s of 3 min; searching" in shown.getvalue()
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
+    with lines.stage("searching", 10) as tick:
+        tick(4)
+        log.clear()
+        wait_for(log, 2)
+        assert log[1].startswith("1 of 2: search, 50 s of 3 min; searching: 40 %, ")
+        lines._since -= 500
+        log.clear()
+        wait_for(log, 2)
+    assert log[1].startswith("1 of 2: search, 9 min gone; searching: 40 %, ")
+
+
 def test_where_the_end_is_not_known_or_passed_only_the_time_gone_is_said(log):
     for total, done in ((None, 3), (4, 4), (4, 9)):
         log.clear()

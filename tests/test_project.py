@@ -107,6 +107,7 @@ def test_one_command_goes_from_search_to_reports(place, capsys, monkeypatch):
         assert f'lang="{lang}"' in (out / f"report.{lang}.html").read_text(encoding="utf-8")
     printed, told = capsys.readouterr()
     assert "report.ja.html" in printed
+    assert "not estimated: what is measured after the cut" in told[: told.index("similarity")]
     parts = ("similarity", "tasks", "transfer", "answers")
     assert re.search(r"CPU: " + ", ".join(rf"{part} \d+ s" for part in parts) + "\n", told)
     for n, part in enumerate(parts, 1):

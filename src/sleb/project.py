@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from sleb.config import (
 )
 from sleb.core.errors import InputError, changes
 from sleb.core.plan import Plan
-from sleb.core.progress import Begins, Estimate, Phase, Progress, silent, tell
+from sleb.core.progress import Begins, Estimate, Phase, Progress, Tick, silent, tell
 from sleb.evaluation.answers import Comparison, compare
 from sleb.evaluation.questions import read_questions
 from sleb.evaluation.tasks import TaskResult, check_tasks, run_tasks
@@ -117,7 +118,7 @@ def run(path: str | Path, config: RunConfig, *, progress: Progress = silent) -> 
         _check_chats(project, path)
     keys, out = project.keys(), project.target
     known = None if config.force else _known(project, keys["prune"])
-    record = known or _pruned(project, keys["prune"], config.force, progress)
+    record = known or _pruned(project, keys["prune"], config.force, _Foretelling(progress))
     before, watch = record.seconds, Stopwatch(progress)
     session = _Session(project, record, watch)
     left = [
@@ -189,6 +190,23 @@ def _later(
         scored = (estimates.scoring(speed, file, measure.limit, dense.tokenizer) for file in files)
         found["tasks"] = estimates.STARTED_S + sum(scored)
     return found, ("tasks",) if named else ()
+
+
+@dataclass(frozen=True)
+class _Foretelling:
+    """A progress of the cut, whose estimate says that it is not all."""
+
+    progress: Progress
+
+    def stage(self, title: str, total: int | None) -> AbstractContextManager[Tick]:
+        """See :class:`sleb.core.progress.Progress`."""
+        return self.progress.stage(title, total)
+
+    def tell(self, what: Estimate | Begins | str) -> None:
+        """See :class:`sleb.core.progress.Progress`."""
+        if isinstance(what, Estimate):
+            what = replace(what, unknown=(*what.unknown, "what is measured after the cut"))
+        tell(self.progress, what)
 
 
 def _check_chats(project: Project, path: str | Path) -> None:

@@ -42,17 +42,19 @@ class Bars(Shown):
         # on a narrow terminal the note gives way, not the times
         fixed, rest = Column(min_width=7), Column(ratio=1, no_wrap=True, overflow="ellipsis")
         start = time.monotonic()
+        within = bool(self.phase_gone())
         columns = [
             SpinnerColumn(),
+            *([_Phase(self)] if within else []),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TaskProgressColumn(table_column=Column(min_width=4)),
-            TimeElapsedColumn(table_column=fixed),
+            *([] if within else [TimeElapsedColumn(table_column=fixed)]),
             *([_Left(TimeLeft(total, start))] if total else []),
             TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=rest),
         ]
         with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
-            task = bars.add_task(printable(f"{self._prefix}{title}"), total=total, note="")
+            task = bars.add_task(printable(title), total=total, note="")
             said = ""
 
             def tick(n: int = 1, note: str = "") -> None:
@@ -62,6 +64,18 @@ class Bars(Shown):
 
             yield tick
         self.ended(title, time.monotonic() - start, said)
+
+
+class _Phase(ProgressColumn):
+    """Which phase runs, and how long; the rest of the line is about a stage of it."""
+
+    def __init__(self, shown: Shown) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.shown = shown
+
+    def render(self, task: Task) -> Text:
+        """See rich."""
+        return Text(f"{self.shown.prefix}{self.shown.phase_gone()};")
 
 
 class _Left(ProgressColumn):
