@@ -162,7 +162,7 @@ def test_a_limit_by_name_goes_before_the_one_for_all():
             "speed": {"min_speedup": 1.5, "cases": {"decode": 1.25}},
         }
     )
-    assert [row.limit for row in rows] == [1.5, 1.5, 1.75, 0.75, 0.5, 1.5, 1.25]
+    assert [row.limit for row in rows] == [0.75, 0.5, 1.5, 1.5, 1.75, 1.5, 1.25]
     assert all(row.verdict == "kept" for row in rows)
 
 

@@ -231,7 +231,8 @@ def test_what_cannot_be_told_says_what_would_tell():
     for needed, told in ((None, "no number of measurements"), (73, "about 73"), (1234, "1,300")):
         row = replace(record.gate.rows[0], verdict="unclear", needed=needed)
         gate = replace(record.gate, rows=(row,))
-        assert told in page(replace(record, gate=gate)).verdict.table.rows[0][-1]
+        said = page(replace(record, gate=gate)).verdict.table.rows
+        assert any(told in row[-1] for row in said)
 
 
 @pytest.mark.parametrize("missing", ["none-right", "dense-zero", "at-chance"])

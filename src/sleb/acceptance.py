@@ -275,17 +275,17 @@ def _size(record: RunRecord) -> list[_Figure]:
 
 
 LIMITS = (
-    Limit("perplexity.max_ratio", _ratios, "x", by_name="domains"),
-    Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
-    Limit("agreement.min", _evaluated("agreement"), "%", Share),
-    Limit("tasks.min_retention", _retentions, "%", by_name="each"),
-    Limit("answers.min_agreement", _of_answers(lambda kept: kept.agreement), "%", Share),
     Limit("answers.min_right", _right, "%", Share),
+    Limit("answers.min_agreement", _of_answers(lambda kept: kept.agreement), "%", Share),
     Limit("answers.max_repetitive", _answered(lambda a: a.pruned.repetitive), "%", Share),
     Limit("answers.max_empty", _answered(lambda a: a.pruned.empty), "%", Share),
     Limit("answers.max_unfinished", _answered(_unfinished), "%", Share),
     Limit("answers.max_switched", _answered(lambda a: a.switched), "%", Share),
     Limit("answers.min_json_valid", _answered(lambda a: a.pruned.json_valid), "%", Share),
+    Limit("tasks.min_retention", _retentions, "%", by_name="each"),
+    Limit("perplexity.max_ratio", _ratios, "x", by_name="domains"),
+    Limit("divergence.max", _evaluated("divergence"), "nats/token", NotNegative),
+    Limit("agreement.min", _evaluated("agreement"), "%", Share),
     Limit("speed.min_speedup", _speedups, "x", by_name="cases"),
     Limit("draft.min_speedup", _drafts("ratio", "runs"), "x"),
     Limit("draft.min_acceptance", _drafts("acceptance", "prompts"), "%", Share),
