@@ -179,12 +179,23 @@ def test_attention_alone_goes_from_a_file_to_a_file_of_another_architecture(here
 
 def test_sizes_of_a_folder_from_a_file_are_of_one_kind(here, capsys):
     """A file of few bits, beside the folder of 16 that was made from it, is no larger result."""
-    ran = run(capsys, "prune", "m.gguf", "--remove", 2, "--no-repair", "-o", "s", *WORDS)
+    words = ["--remove", 2, "--curve", "--no-repair", *WORDS]
+    ran = run(capsys, "prune", "m.gguf", "-o", "s", *words)
     assert ran.code == 0, ran.err
     record = RunRecord.load("s")
     assert record.file_nbytes == Path("m.gguf").stat().st_size
     ratio = record.nbytes[1] / record.nbytes[0]
     assert ratio == pytest.approx(record.parameters[1] / record.parameters[0])
+    assert re.search(r"\nweights +[\d.]+.[kM]B as \.gguf +[\d.]+.[kM]B in 16 bits", ran.out)
+    curve = sleb.Plan.load("s/plan.json").curve.points
+    assert [p.nbytes for p in curve if p.depth == 2] == [record.nbytes[1]]
+
+
+def test_a_plan_of_parts_of_a_file_knows_the_size_of_that(here, capsys):
+    words = ["--unit", "attention", "--remove", 2, "--no-repair", *WORDS]
+    ran = run(capsys, "prune", "m.gguf", "-o", "s", *words)
+    assert ran.code == 0, ran.err
+    assert RunRecord.load("s").file_nbytes == Path("m.gguf").stat().st_size
     assert re.search(r"\nweights +[\d.]+.[kM]B as \.gguf +[\d.]+.[kM]B in 16 bits", ran.out)
 
 

@@ -269,6 +269,50 @@ def test_this_model_stands_in_the_curve_where_it_is():
     )
 
 
+@pytest.mark.parametrize("made", [EN, JA])
+def test_the_curve_has_sizes_of_what_was_written(made):
+    """A folder from a GGUF file stands among sizes of folders, unless a plan has those of files."""
+    chosen = plan()
+    (written,) = (p.nbytes for p in chosen.curve.points if p.depth == len(chosen.order))
+    for nbytes, of_file in ((written, False), (2 * written, True)):
+        record = complete(file_nbytes=10**9, nbytes=(3 * written, nbytes))
+        (curve,) = (s for s in page(record, chosen, made.lang).sections if s.name == "curve")
+        (table,) = (item for item in curve.items if item.kind == "table")
+        assert (made("curve.file") in table.columns) == of_file
+        assert (made("curve.size") in table.columns) == (not of_file)
+
+
+def of_file(runtime):
+    """A record of a GGUF file, timed in ``runtime``."""
+    record = complete(gate=None)
+    for i, path in enumerate(("big.gguf", "s.gguf")):
+        record = put(record, f"speed.models.{i}.path", path)
+        record = put(record, f"speed.models.{i}.runtime", runtime)
+    models = record.speed.models[:2]
+    return replace(record, speed=replace(record.speed, models=models, dtype="float32"))
+
+
+@pytest.mark.parametrize("made", [EN, JA])
+def test_memory_of_a_gguf_file_is_told_with_what_held_it(made):
+    """It is dequantized by transformers, and by llama.cpp not."""
+    for runtime, key in (("llama.cpp", "as_stored"), ("transformers", "unpacked")):
+        record = of_file(runtime)
+        said = made(f"memory.{key}", runtime=runtime, dtype="float32")
+        found = page(record, lang=made.lang)
+        (row,) = (
+            r[0] for r in found.verdict.table.rows if made.named("limits", "memory.max_mb") in r[0]
+        )
+        assert said in row
+        (section,) = (s for s in found.sections if s.name == "speed")
+        tables = [item for item in section.items if item.kind == "table"]
+        (models,) = (t for t in tables if t.caption == made("memory.caption"))
+        assert all(said in cells[0] for cells in models.rows)
+        (chart,) = (i.chart for i in section.items if i.kind == "figure" and i.name == "memory")
+        assert all(said in group for group in chart.groups)
+    assert drawn(of_file("transformers").speed).count("transformers, unpacked to float32") == 2
+    assert "unpacked" not in drawn(complete().speed)
+
+
 def test_the_number_of_a_block_is_not_read_as_a_count():
     """Of one block, of several, and of parts, which stay as many blocks."""
     for removed, told in (
@@ -658,6 +702,9 @@ def variety():
     yield complete(answers=None), chosen
     yield complete(kept=True, file_nbytes=9), chosen
     yield complete(file_nbytes=10**12), chosen
+    yield complete(file_nbytes=10**9, nbytes=(4 * 10**9, 3 * 10**9)), chosen
+    for runtime in ("llama.cpp", "transformers"):
+        yield of_file(runtime), chosen
     heldout = chosen.curve.heldout
     own = replace(repaired().evaluation, windows=heldout.windows, length=heldout.length)
     yield repaired(evaluation=own), repaired_plan()

@@ -242,7 +242,7 @@ def heal(
         plan, parts = healing.healed, bool(healing.plan.parts)
         how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         if parts:
-            facts |= _without(healing.dense, plan)
+            facts |= _without(healing.dense, plan) | {"file_nbytes": file_size(model)}
         else:
             how["generate_on"] = device
             facts |= _sizes(Checkpoint.open(source), Checkpoint.open(stage), model)
@@ -437,8 +437,11 @@ def _find(
         split = split.with_self_generated(writer(loaded, watch), compare=compare)
         split.generate()  # in a phase of its own
     tell(watch, Begins(estimates.SEARCH))
+    searched = loaded
+    if gguf is None:  # sizes and speed are of the folder that is written
+        searched = replace(loaded, source=replace(source, is_gguf=False))
     plan = search(
-        loaded,
+        searched,
         config.part(SearchConfig),
         split=split,
         after_repair=limited is not None,
@@ -576,7 +579,8 @@ def _write_plan(
             write_repaired(stage / REPAIRED, fixed.tensors)
         trust = config.trust_remote_code
         checked = _verified(stage, out, model, found.plan, watch, trust_remote_code=trust)
-        record = RunRecord(seconds=watch.accounted, verification=checked, **found.facts)
+        facts = found.facts | {"file_nbytes": file_size(model), "verification": checked}
+        record = RunRecord(seconds=watch.accounted, **facts)
         record.save(stage / "run.json")
     return record
 

@@ -15,7 +15,7 @@ from sleb.surgery.gates import Check
 from sleb.surgery.verification import Verification
 from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import Facts, Item, Meter, Table, Text
-from sleb.views.speed import case
+from sleb.views.speed import case, pruned_in_memory
 
 Columns = dict[str, Callable[[Any], str]]
 
@@ -156,9 +156,12 @@ def _meter(row: GateRow) -> Meter | None:
 
 
 def _limit_name(t: Locale, row: GateRow, speed: Speed | None, called: Mapping[str, str]) -> str:
-    model = called.get(row.path, "")
-    if model and row.runtime:
-        model = t.plain("saved.under", case=model, runtime=row.runtime)
+    model, runtime = called.get(row.path, ""), row.runtime
+    if speed and row.name == "memory.max_mb":
+        runtime = pruned_in_memory(t, speed, row.path, row.runtime) or runtime
+    if model and runtime:
+        model = t.plain("saved.under", case=model, runtime=runtime)
+    model = model or runtime
     return limit_name(t, row.name, row.of, speed, model)
 
 

@@ -389,9 +389,13 @@ class Report:
         same = self._heldout and e and (e.windows, e.length) == (heldout.windows, heldout.length)
         this = e.loss_increase if same and e else None
         changed = "healed" if self.record.healed else "repaired" if self._repaired else ""
-        items = selection.curve(
-            self.t, c, len(self.plan.order), this, changed, gguf=self.record.file_nbytes is not None
+        # a plan of `sleb search` has the sizes of the file, of which a folder was made
+        given = self.record.file_nbytes is not None
+        chosen = len(self.plan.order)
+        gguf = given and any(
+            p.nbytes < self.record.nbytes[1] for p in c.points if p.depth == chosen
         )
+        items = selection.curve(self.t, c, chosen, this, changed, gguf=gguf)
         about = [] if c.fitted is not None else self._plain_only
         if about and this:
             about = [Text(self.t("curve.without"))]

@@ -288,7 +288,7 @@ def curve(
 ) -> list[Item]:
     """Loss, size and speed by depth, of which ``chosen`` is this model's. ``this``: its own
     increase on the same windows; where it was ``changed``, repaired or healed, it is no cut of the
-    curve. ``gguf``: sizes are those of a file, of which a folder was made."""
+    curve. ``gguf``: sizes are those of a GGUF file, and the result is a folder."""
     heldout = {"windows": c.heldout.windows, "length": c.heldout.length}
     loss = t.nats(c.baseline.mean)
     ends = {"first": t.nats(c.points[0].increase), "last": t.nats(c.points[-1].increase)}

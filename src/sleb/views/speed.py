@@ -88,6 +88,33 @@ def _name(t: Locale, s: Speed, path: str, runtime: str) -> str:
     return t.plain("saved.under", case=name, runtime=runtime) if several and runtime else name
 
 
+def in_memory(t: Locale, s: Speed, x: Measured) -> str:
+    """By what a GGUF file's memory was measured: llama.cpp alone does not dequantize it. Empty for
+    a folder, whose weights all runtimes hold as they are."""
+    if not x.path.endswith(".gguf"):
+        return ""
+    key = "as_stored" if x.runtime == "llama.cpp" else "unpacked"
+    return t.plain(f"memory.{key}", runtime=x.runtime, dtype=s.dtype)
+
+
+def pruned_in_memory(t: Locale, s: Speed, path: str, runtime: str) -> str:
+    """The same of the model that a limit on memory is held against; of the only pruned one where
+    none is named."""
+    found = (
+        x
+        for x in s.models
+        if ((x.path, x.runtime) == (path, runtime) if path else x.blocks < s.models[0].blocks)
+    )
+    return next((in_memory(t, s, x) for x in found), "")
+
+
+def _loaded(t: Locale, s: Speed, x: Measured) -> str:
+    """A timed model where its memory is told."""
+    if how := in_memory(t, s, x):
+        return t.plain("saved.under", case=_name(t, s, x.path, ""), runtime=how)
+    return _name(t, s, x.path, x.runtime)
+
+
 def _ratio_name(t: Locale, s: Speed, r: Ratio) -> str:
     """The case of a ratio, with the model and the runtime where there are several."""
     who, of = _name(t, s, r.path, r.runtime), case(t, s, r.case)
@@ -152,7 +179,7 @@ def _memory_chart(t: Locale, s: Speed) -> Figure:
         text=t("memory.text"),
         alt=t.plain("memory.alt", **ends),
         chart=Bars(
-            groups=tuple(_name(t, s, x.path, x.runtime) for x in s.models),
+            groups=tuple(_loaded(t, s, x) for x in s.models),
             series=(
                 (t.plain("memory.weights"), tuple(float(x.file_bytes) for x in s.models)),
                 (t.plain("memory.peak"), tuple(float(x.peak_bytes) for x in s.models)),
@@ -170,7 +197,7 @@ def _memory_chart(t: Locale, s: Speed) -> Figure:
 
 def _model_table(t: Locale, s: Speed) -> Table:
     columns: Columns = {
-        "col_model": lambda x: _name(t, s, x.path, x.runtime),
+        "col_model": lambda x: _loaded(t, s, x),
         "col_blocks": lambda x: str(x.blocks),
         "col_parameters": lambda x: t.large(x.parameters),
         "col_weights": lambda x: t.size(x.file_bytes),
