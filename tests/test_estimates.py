@@ -1,6 +1,7 @@
 """What a run will take, by the work that it then does."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +13,7 @@ from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from heal_tools import SMALL, Stopping
 from sleb import estimates
 from sleb.config import HEAL_TOKENS, HealConfig
+from sleb.core.files import shown_size
 from sleb.distillation.mix import SHORTEST, STEPS
 from sleb.evaluation.questions import read_questions
 
@@ -189,6 +191,23 @@ def test_the_size_of_a_gguf_file_is_foretold(tmp_path, capsys):
     foretold = run(capsys, *command, "--dry-run", "--json").json["disk"]
     run(capsys, *command)
     assert foretold == pytest.approx((tmp_path / "cut.gguf").stat().st_size, rel=0.02)
+
+
+@pytest.mark.usefixtures("readable")
+@pytest.mark.parametrize("out", ["cut.gguf", "folder", "whole"])
+def test_a_disk_is_too_small_for_what_is_foretold(tmp_path, capsys, monkeypatch, out):
+    model = write_tiny(tmp_path / "m.gguf")
+    (tmp_path / "t.txt").write_text("".join(map(chr, range(32, 120))) * 100)
+    command = ["prune", model, "--remove", "3", "--text", tmp_path / "t.txt", "--windows", "4"]
+    command += ["--length", "32", "--device", "cpu", "--prompts", "none", "--no-repair"]
+    command += ["-o", tmp_path / out, "--dry-run", "--json", *(["--no-keep"] * (out == "folder"))]
+    foretold = run(capsys, *command).json["disk"]
+    for free, fits in ((foretold, True), (foretold - 1, False)):
+        usage = type("U", (), {"free": free})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        ran = run(capsys, *command)
+        assert (ran.code == 0) == fits, ran.err
+    assert f"needs {shown_size(foretold)}, but the disk of {tmp_path} has" in ran.err
 
 
 def test_of_a_long_healing_on_a_cpu_it_is_said_what_to_lower(loaded_learned):

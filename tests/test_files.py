@@ -12,7 +12,14 @@ import pytest
 from cli_tools import tree
 from sleb.core import files as files
 from sleb.core.errors import InputError, ResourceError
-from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target, write_text
+from sleb.core.files import (
+    disk_errors,
+    enough_space,
+    shown_size,
+    staged_dir,
+    writable_target,
+    write_text,
+)
 
 
 def full(*args, **kwargs):
@@ -243,3 +250,9 @@ def test_too_small_a_disk_is_seen_early(tmp_path, monkeypatch):
     ):
         enough_space(tmp_path / "not" / "yet", 7_000_000)
     assert files.enough_space(tmp_path, 4_000_000) is None
+
+
+def test_a_size_has_three_digits_in_every_unit():
+    sizes = (0, 999, 1000, 68_432, 999_499, 999_500, 98_362_432, 1_234_567_890, 2 * 10**12)
+    shown = ["0 B", "999 B", "1 kB", "68.4 kB", "999 kB", "1 MB", "98.4 MB", "1.23 GB", "2 TB"]
+    assert [*map(shown_size, sizes)] == shown

@@ -270,13 +270,7 @@ def estimate(
     }
     if not work.fitted:
         del phases[REPAIR]
-    costs = Costs.of(Checkpoint.open(model.source.path), model.stack)
-    if out.suffix == ".gguf":
-        file = GGUFFile.open(Path(model.source.ref).expanduser())
-        costs = costs.in_file(GGUFModel.of(file))
-    left = costs.total - sum(costs.blocks) * work.removed // n
-    if config.keep and out.suffix != ".gguf":
-        left = nbytes
+    left = on_disk(model, out, work.removed, keep=config.keep)
     found = Estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
         memory=_memory(model, config.length),
@@ -295,6 +289,19 @@ def estimate(
         memory=max(found.memory, then.memory),
         disk=left + then.disk,
     )
+
+
+def on_disk(model: LoadedModel, out: Path, removed: int, *, keep: bool) -> int:
+    """Bytes of the result ``out`` without so many blocks, which are taken to be of the mean size.
+    ``keep``: what a folder's cut removes is kept in it."""
+    checkpoint = Checkpoint.open(model.source.path)
+    costs = Costs.of(checkpoint, model.stack)
+    if out.suffix == ".gguf":
+        file = GGUFFile.open(Path(model.source.ref).expanduser())
+        costs = costs.in_file(GGUFModel.of(file))
+    elif keep:
+        return checkpoint.nbytes
+    return costs.total - sum(costs.blocks) * removed // len(model.stack)
 
 
 def estimate_search(

@@ -609,12 +609,8 @@ def _without(model: LoadedModel, plan: Plan) -> dict[str, tuple[int, int]]:
 def _check_space(out: Path, goal: Goal, model: LoadedModel, config: PruneConfig) -> None:
     if goal.remove is None or config.unit != "block":
         return
-    n, nbytes = len(model.stack), Checkpoint.open(model.source.path).nbytes
-    keep = config.keep
-    if out.suffix == ".gguf":
-        nbytes, keep = Path(model.source.ref).expanduser().stat().st_size, False
-    left = n - blocks_to_remove(goal.remove, n)
-    enough_space(out.parent, nbytes if keep else nbytes * left // n)
+    removed = blocks_to_remove(goal.remove, len(model.stack))
+    enough_space(out.parent, estimates.on_disk(model, out, removed, keep=config.keep))
 
 
 def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, RepairStatus]:

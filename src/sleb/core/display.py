@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sleb.core.files import shown_size
 from sleb.core.printable import printable
 from sleb.core.progress import Begins, Estimate, Tick, TimeLeft
 
@@ -42,7 +43,7 @@ def spelled(seconds: float) -> str:
 def estimated(e: Estimate) -> list[str]:
     """What a run will take, in a few lines."""
     phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in e.phases)
-    disk = f", {_size(e.disk)} on disk" if e.disk else ""
+    disk = f", {shown_size(e.disk)} on disk" if e.disk else ""
     less = ", less what is known from before" if e.resumed else ""
     lines = [f"about {spelled(e.seconds)} on {e.device}{less}: {phases}"]
     if e.memory:
@@ -52,10 +53,6 @@ def estimated(e: Estimate) -> list[str]:
     if e.shorter:
         lines.append(f"that is long for a CPU; it would be shorter with {'; '.join(e.shorter)}")
     return lines
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
 
 class Shown:

@@ -97,6 +97,14 @@ def _irreplaceable(out: Path, folder: bool) -> str | None:
     return "holds no checkpoint, so --force does not replace it"
 
 
+def shown_size(nbytes: int) -> str:
+    """Bytes with three digits, in the units of disks (1 MB is a million)."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * scale:  # what is rounded to 1000 has the next unit
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes} B"
+
+
 def enough_space(folder: Path, nbytes: int) -> None:
     """Refuse early what cannot fit into ``folder``, which need not exist yet.
 
@@ -109,8 +117,8 @@ def enough_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ResourceError(
-            f"the checkpoint needs {nbytes / 1e6:,.0f} MB, but the disk of {folder} has "
-            f"{free / 1e6:,.0f} MB free; free some space or choose another -o"
+            f"the checkpoint needs {shown_size(nbytes)}, but the disk of {folder} has "
+            f"{shown_size(free)} free; free some space or choose another -o"
         )
 
 
