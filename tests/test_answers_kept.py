@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,8 +30,12 @@ from sleb.selection.metrics import KL, NLL
 from sleb.selection.objective import DENSE, BlockSet
 from sleb.selection.search import answers_first
 from sleb.selection.sweep import Sweep
+from sleb.views.locale import Locale
+from sleb.views.model import Facts
+from sleb.views.proof import provenance
 
 CPU = {"device": "cpu", "dtype": "float32"}
+EN = Locale("en")
 NEW = 9
 STARTS = [
     "the block",
@@ -219,7 +224,7 @@ def test_a_repair_on_answers_keeps_more_of_them(learned, loaded, split):
     assert after[:, 1].mean() > before[:, 1].mean()
 
 
-def test_prune_measures_answers(learned, prompts, tmp_path):
+def test_prune_measures_answers(learned, prompts, split, tmp_path):
     done = sleb.prune(
         learned / "model",
         tmp_path / "out",
@@ -243,6 +248,14 @@ def test_prune_measures_answers(learned, prompts, tmp_path):
     assert kept.right.pruned == kept.right.dense - kept.right.lost + kept.right.won
     assert done.plan.final_comparison is None or done.plan.final_comparison.answers == 5
     assert {"answers", "answers_search"} <= done.plan.split.keys()
+    assert done.record.repair.status == "repaired"
+    by_answers = {"calibration": split.search.record, "final_comparison": None}
+    for plan in (done.plan, done.plan.model_copy(update=by_answers)):
+        shown = provenance(EN, done.record, plan, {})
+        rows = [row for item in shown if isinstance(item, Facts) for row in item.rows]
+        (roles,) = (said for name, said in rows if name == EN("provenance.asked"))
+        assert sum(map(int, re.findall(r": (\d+)", roles))) == len(STARTS) * 5, "each has one role"
+    assert roles.split(";")[0].endswith(f": {len(split.search.ids)}")
     # eval leaves out the prompts that the cut was made by: the same figure, on the same prompts
     plan = tmp_path / "out" / "plan.json"
     again = sleb.evaluate(learned / "model", plan=plan, prompts=[prompts], new_tokens=NEW, **CPU)

@@ -243,16 +243,24 @@ def provenance(
     if record.answers is not None:
         items.append(facts({"prompts": t.code(record.answers.sha256)}))
     if record.prompts is not None:
-        finals, repair_of = plan.final_comparison, record.repair
+        finals, fitted = plan.final_comparison, record.repair.answers if record.repair else 0
+        compared = finals.answers if finals else _answers(plan.calibration)
         by_role = {
-            "compared": finals.answers if finals else 0,
-            "fitted": repair_of.answers if repair_of else 0,
+            "compared": compared,
+            "fitted": max(0, fitted - compared),  # a fit has those that chose the blocks too
+            "judged": _answers(repair.heldout if repair else None),
             "measured": record.prompts.prompts,
         }
         items.append(facts({"asked": t("provenance.roles", **by_role)}))
     machine = ((t.named("environment", k), str(v)) for k, v in record.environment.items())
     items += [facts(model), Facts((*plan.versions.items(), *machine))]
     return (*items, _timings(t, record.seconds))
+
+
+def _answers(found: Calibration | None) -> int:
+    """How many of the windows are answers to prompts."""
+    sources = found.sources if found else ()
+    return sum(s.windows for s in sources if s.spec.startswith("answers to "))
 
 
 def _search(t: Locale, p: Plan) -> dict[str, str]:
