@@ -20,10 +20,12 @@ import sleb
 from conftest import byte_tokenizer
 from sleb.calibration.prompts import Prompt
 from sleb.core.errors import InputError
+from sleb.core.progress import silent
 from sleb.core.statistics import proportion
 from sleb.evaluation import answers
 from sleb.evaluation.answer_checks import first_difference, language, repetition, script
 from sleb.evaluation.answers import Comparison, compare
+from sleb.record import Stopwatch
 
 CPU = {"dtype": "float32", "device": "cpu"}
 TEMPLATE = (
@@ -133,7 +135,9 @@ def test_the_sum_is_that_of_the_pairs(compared):
 
 
 def test_a_model_agrees_with_itself_and_again(tiny_dir, out, compared):
-    same = compare(tiny_dir, tiny_dir, PROMPTS[:2], new_tokens=5, **CPU)
+    watch = Stopwatch(silent)
+    same = compare(tiny_dir, tiny_dir, PROMPTS[:2], new_tokens=5, **CPU, progress=watch)
+    assert {f"loading {tiny_dir.name}", f"answering with {tiny_dir.name}"} <= watch.seconds.keys()
     assert same.identical == proportion(2, 2)
     assert same.switched == proportion(0, 2)
     assert same.agreed_median == 5

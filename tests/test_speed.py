@@ -14,6 +14,8 @@ from cli_tools import refused, run
 from plan_tools import edit_config
 from runtime_tools import ALONE, CPU, MODELS, PROMPT, WRITE, Costs, bench_model, bench_of
 from sleb.core.errors import InputError, ResourceError
+from sleb.core.progress import silent
+from sleb.record import Stopwatch
 from sleb.runtimes import worker
 from sleb.runtimes.bench import (
     FULL,
@@ -220,7 +222,9 @@ def test_prompts_are_the_same_for_every_model():
 
 
 def test_what_was_skipped_is_facts(costs, tiny_dir, out):
-    found = bench(tiny_dir, [out], quick=True, **CPU)
+    watch = Stopwatch(silent)
+    found = bench(tiny_dir, [out], quick=True, **CPU, progress=watch)
+    assert f"loading {tiny_dir.name} (transformers)" in watch.seconds
     given = json.loads(json.dumps(asdict(found)))
     assert given["skipped"][0]["reason"] == "shortened"
     assert TypeAdapter(Speed).validate_python(given) == found

@@ -47,6 +47,7 @@ from sleb.verbs import Verified
 from sleb.views import proof, quality
 from sleb.views.card import model_card
 from sleb.views.compare import comparison
+from sleb.views.html import render
 from sleb.views.locale import LANGUAGES, LINK, Locale, names
 from sleb.views.model import Folded, SideBySide
 from sleb.views.quality import warning
@@ -392,6 +393,22 @@ def test_runs_with_other_right_answers_differ_in_a_row_of_them():
     assert other == f"1 before, 0 after (lost 1, won 0), of {right.judged}"
     assert none == "–"
     assert not sizes  # it is among the figures
+
+
+def test_of_what_a_page_names_only_commands_have_whole_paths():
+    home = "/home/someone/work"
+    record, chosen = complete(model=f"{home}/big", command=f"sleb run {home}/sleb.toml"), plan()
+    record = put(record, "verification.checkpoint", f"{home}/small")
+    record = replace(record, seconds={f"loading {home}/big": 1.0})
+    record = put(record, "answers.pairs.0.id", f"{home}/a.jsonl: 3")
+    chosen = put(chosen, "calibration.sources.0.spec", f"answers to {home}/a.jsonl, {home}/b.jsonl")
+    html = render(page(record, chosen))
+    assert f"{home}/small" in html
+    told = re.sub("<code>.*?</code>", lambda code: code[0] if " " not in code[0] else "", html)
+    assert home not in told
+    for name in ("loading big", "answers to a.jsonl, b.jsonl", "a.jsonl: 3"):
+        assert name in told
+    assert "original big checkpoint small" in seen(record, chosen).text("provenance")
 
 
 @pytest.mark.parametrize("out", ["small", "small.gguf"])

@@ -29,7 +29,7 @@ from sleb.evaluation import answer_checks as check
 from sleb.evaluation.grading import Judged, check_expected, gradable, judged
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import LoadedModel, load, pick_device
-from sleb.models.source import quiet_transformers
+from sleb.models.source import called, quiet_transformers
 
 REPETITIVE = 0.5
 WARM_UP = 4  # tokens generated before the first answer is timed
@@ -199,7 +199,7 @@ def compare(
     answered = []
     for ref, by in ((model, None), (out, plan)):
         loaded = load(ref if by is None else model, plan=by, **places, progress=progress)
-        with progress.stage(f"answering with {ref}", len(asked)) as tick:
+        with progress.stage(f"answering with {called(ref)}", len(asked)) as tick:
             answered.append(list(_answers(loaded, asked, given, most, tick)))
         del loaded  # its memory is needed for the next one
         gc.collect()

@@ -48,7 +48,7 @@ from sleb.models.offload import misshapen
 from sleb.models.placement import check_placing, device_map_options, tensor_parallel_options
 from sleb.models.pruned_config import check_structure, pruned_config
 from sleb.models.quantization_names import quant_method
-from sleb.models.source import ModelSource, quiet_tqdm, quiet_transformers, resolve
+from sleb.models.source import ModelSource, called, quiet_tqdm, quiet_transformers, resolve
 from sleb.models.stack import BlockStack, decoder_config, find_blocks
 from sleb.models.stored_names import block_prefix
 
@@ -159,7 +159,7 @@ def load(
             trust_remote_code=trust,
             progress=progress,
         )
-    with progress.stage(f"loading {source.ref}", None):
+    with progress.stage(f"loading {called(source.ref)}", None):
         computed = pick_dtype(config.dtype, own, target)
         if config.stream:
             options = {"device_map": stream_places(own, target, trust)}

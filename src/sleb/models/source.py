@@ -65,6 +65,11 @@ class ModelSource:
     is_gguf: bool = False
 
 
+def called(ref: str | Path) -> str:
+    """What a model is called where it is only named: the last part of a path or hub id."""
+    return Path(ref).name or str(ref)
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: ``$SLEB_CACHE``, else ``~/.cache/sleb``."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

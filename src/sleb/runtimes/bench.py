@@ -23,7 +23,7 @@ from sleb.core.plan import Plan
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval
 from sleb.models.load import DTYPES, load_config, pick_device, pick_dtype
-from sleb.models.source import resolve
+from sleb.models.source import called, resolve
 from sleb.models.stack import decoder_config
 from sleb.runtimes.base import Prompts, Settings, installed
 from sleb.runtimes.worker import Failed, OutOfMemory, Run, Worker
@@ -499,7 +499,7 @@ class Bench:
         with ExitStack() as stack:
             for i in members:
                 model = self.models[i]
-                with self.progress.stage(f"loading {model.ref} ({self.runtime})", None):
+                with self.progress.stage(f"loading {called(model.ref)} ({self.runtime})", None):
                     self.workers[i] = stack.enter_context(Worker(model.ref))
                     self.workers[i].load(model.settings(self.config, self.runtime, **needs))
             turns = [Turn(i) for i in members]

@@ -23,6 +23,7 @@ from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values
 from sleb.evaluation.prompts import read_alike
 from sleb.models.load import load_tokenizer
+from sleb.models.source import called
 from sleb.runtimes.base import Prompts
 from sleb.runtimes.bench import (
     BenchModel,
@@ -120,7 +121,7 @@ def draft(
     writers = [None, *range(len(outs))]
     rounds = []
     with Worker(models[0].ref) as worker:
-        with progress.stage(f"loading {models[0].ref} and drafts", None):
+        with progress.stage(f"loading {called(models[0].ref)} and drafts", None):
             worker.load(models[0].settings(config, purpose="draft"))
             for one in models[1:]:
                 settings = asdict(one.settings(config, purpose="draft"))

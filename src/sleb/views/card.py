@@ -12,7 +12,7 @@ from sleb.core.card import cut_card, rebuilt
 from sleb.core.plan import Plan
 from sleb.core.printable import printable
 from sleb.record import RunRecord
-from sleb.views.locale import Locale
+from sleb.views.locale import ROOT, Locale, last_part, unrooted
 from sleb.views.model import Item, Listing, Text
 from sleb.views.quality import prompts_told, warning
 from sleb.views.results import evaluated_on, items, sizes
@@ -22,19 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
-_ROOT = r"(?:(?:~[\w.-]*)?/|[A-Za-z]:[\\/])"
-_WORD = re.compile(rf"(?<![^\s=\"'`(,]){_ROOT}[^\s\"'`,;)]+")
-_ARGUMENT = re.compile(rf"(^|=){_ROOT}.+", re.DOTALL)
-
-
-def _unrooted(text: str) -> str:
-    """``text`` with the last part alone of every absolute path, which would tell who reads the card
-    how the author's disk is laid out."""
-    return _WORD.sub(lambda found: _last(found[0]), text)
-
-
-def _last(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+_ARGUMENT = re.compile(rf"(^|=){ROOT}.+", re.DOTALL)
 
 
 def _published(command: str) -> str:
@@ -42,8 +30,8 @@ def _published(command: str) -> str:
     try:
         given = shlex.split(command)
     except ValueError:  # a record of others, in which it is no command
-        return _unrooted(command)
-    words = [_ARGUMENT.sub(lambda found: found[1] + _last(found[0]), word) for word in given]
+        return unrooted(command)
+    words = [_ARGUMENT.sub(lambda found: found[1] + last_part(found[0]), word) for word in given]
     return command if words == given else shlex.join(words)
 
 
@@ -56,7 +44,7 @@ def model_card(plan: Plan, record: RunRecord, source: Path, *, kept: bool = Fals
         source,
         model=record.model,
         command=_published(record.command),
-        measured=[*map(_unrooted, markdown(_measured(Locale("en"), record)))],
+        measured=[*map(unrooted, markdown(_measured(Locale("en"), record)))],
         kept=rebuilt(kept, gguf=record.file_nbytes is not None),
         results={"model_name": printable(out.name), "eval_results": found} if found else None,
     )
@@ -71,8 +59,8 @@ def results(r: RunRecord) -> list[EvalResult]:
         return EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=printable(_unrooted(of)),
-            dataset_config=printable(_unrooted(of)),  # by which a hub tells them apart
+            dataset_name=printable(unrooted(of)),
+            dataset_config=printable(unrooted(of)),  # by which a hub tells them apart
             metric_type=printable(metric),
             metric_value=round(value, 4),
             metric_name=name,

@@ -30,6 +30,8 @@ LANGUAGES = ("en", "ja")
 WHOLE = 20  # characters of a command's word that a line break does not cut
 UNIT = re.compile(r"[^\d∞–]*$")
 FILLED = re.compile(r"\{(\w+)\}")
+ROOT = r"(?:(?:~[\w.-]*)?/|[A-Za-z]:[\\/])"
+_WORD = re.compile(rf"(?<![^\s=\"'`(,]){ROOT}[^\s\"'`,;)]+")
 LINK = re.compile(r"\[\[(\w+)\|(.+?)\]\]")
 DASH = "–"
 LONGEST = 2000  # characters of what is filled into a sentence
@@ -55,6 +57,17 @@ def names(paths: Iterable[str]) -> dict[str, str]:
         return path
 
     return {path: told(path, of) for path, of in given.items()}
+
+
+def unrooted(text: str) -> str:
+    """``text`` with the last part alone of every absolute path, which would tell who reads it how
+    the author's disk is laid out."""
+    return _WORD.sub(lambda found: last_part(found[0]), text)
+
+
+def last_part(path: str) -> str:
+    """Of a path of any system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def bounds(found: Interval) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from sleb.core.plan import Calibration, Plan
@@ -13,7 +14,7 @@ from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.surgery.gates import Check
 from sleb.surgery.verification import Verification
-from sleb.views.locale import DASH, Locale, names
+from sleb.views.locale import DASH, Locale, names, unrooted
 from sleb.views.model import Facts, Item, Meter, Table, Text
 from sleb.views.speed import case, pruned_in_memory
 
@@ -218,8 +219,8 @@ def provenance(
     run = {
         "command": t.code(record.command),
         "started": t.moment(record.started),
-        "model": t.code(record.model),
-        "checkpoint": t.code(record.verification.checkpoint),
+        "model": t.code(_name(record.model)),
+        "checkpoint": t.code(_name(record.verification.checkpoint)),
     }
     files = [
         (t("provenance.sha256", name=name), t.code(digest)) for name, digest in digests.items()
@@ -257,6 +258,12 @@ def provenance(
     return (*items, _timings(t, record.seconds))
 
 
+def _name(model: str) -> str:
+    """A folder or file by its name; what is no absolute path, such as a hub id, as it is."""
+    path = Path(model)
+    return path.name if path.is_absolute() else model
+
+
 def _answers(found: Calibration | None) -> int:
     """How many of the windows are answers to prompts."""
     sources = found.sources if found else ()
@@ -281,7 +288,7 @@ def _search(t: Locale, p: Plan) -> dict[str, str]:
 
 def _texts(t: Locale, key: str, found: Calibration) -> Table:
     columns: Columns = {
-        "text_spec": lambda s: s.spec,
+        "text_spec": lambda s: unrooted(s.spec),
         "text_sha256": lambda s: t.code(s.sha256),
         "text_documents": lambda s: t.count(s.documents),
         "text_tokens": lambda s: t.count(s.tokens),
@@ -300,5 +307,8 @@ def _texts(t: Locale, key: str, found: Calibration) -> Table:
 
 def _timings(t: Locale, seconds: Mapping[str, float]) -> Table:
     rows = [*seconds.items(), (t("provenance.total"), sum(seconds.values()))]
-    columns: Columns = {"stage": lambda row: row[0], "seconds": lambda row: t.seconds(row[1])}
+    columns: Columns = {
+        "stage": lambda row: unrooted(row[0]),
+        "seconds": lambda row: t.seconds(row[1]),
+    }
     return t.table("provenance", columns, rows, caption=t("provenance.timings"))
