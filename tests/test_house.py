@@ -1,6 +1,7 @@
 """House rules that a reader relies on."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +14,15 @@ from pathlib import Path
 import pytest
 
 import sleb
+from sleb.config import (
+    ApplyConfig,
+    BenchConfig,
+    EvalConfig,
+    HealConfig,
+    PruneConfig,
+    SearchConfig,
+    in_python,
+)
 from sleb.runtimes import worker
 
 ROOT = Path(__file__).parents[1]
@@ -189,3 +199,35 @@ def test_every_exported_name_exists_where_type_checkers_find_it():
         assert getattr(sleb, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         sleb.nonsense  # noqa: B018
+
+
+def test_dir_shows_what_is_public_and_nothing_else():
+    shown = [name for name in dir(sleb) if not name.startswith("__")]
+    assert shown == sleb.__all__
+
+
+def test_help_says_what_each_option_is():
+    """By its keyword, in the words of the command line's help, which are written once."""
+    described = {
+        "search": SearchConfig,
+        "prune": PruneConfig,
+        "apply": ApplyConfig,
+        "evaluate": EvalConfig,
+        "heal": HealConfig,
+        "bench": BenchConfig,
+    }
+    for name, kind in described.items():
+        function = getattr(sleb, name)
+        parameters = inspect.signature(function).parameters
+        text = inspect.getdoc(function)
+        for option, field in kind.model_fields.items():
+            said = " ".join(in_python(field.description).split())
+            found = rf" {option}(={re.escape(repr(field.default))})?: {re.escape(said)}"
+            assert re.search(found, " ".join(text.split())), (name, option)
+            if option != "repair":  # which sleb.apply takes a fitted one as
+                assert parameters[option].default == field.default, (name, option)
+        assert max(map(len, text.splitlines())) <= 100
+        assert not re.search(r"(?<![\w-])--(remove|windows|prompts|repair)\b", text)
+        assert (" length=256: " in text) == (name in ("search", "prune", "apply"))
+        assert text.index("Options:") < text.index("Raises:")
+        assert " at 0x" not in str(inspect.signature(function))

@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_origin
@@ -77,6 +78,12 @@ def group_of(kind: type[Options], name: str) -> str:
         return str(group)
     home = next(c for c in kind.__mro__ if name in vars(c).get("__annotations__", {}))
     return home.title() if home in GROUPS else ""
+
+
+def in_order(kind: type[Options]) -> list[str]:
+    """The fields of a class in the order of the help: its own, then those of each group."""
+    names = [name for home in kind.__mro__ for name in vars(home).get("__annotations__", {})]
+    return [name for name in dict.fromkeys(names) if name in kind.model_fields]
 
 
 class Options(BaseModel):
@@ -192,18 +199,48 @@ def takes(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]
             with spoken_in_python():
                 return function(*given.args, **given.kwargs)
 
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        options = [
-            inspect.Parameter(name, keyword, default=field.default, annotation=field.annotation)
-            for name, field in kind.model_fields.items()
-        ]
-        parameters = [
-            p.replace(default=None) if p.name == "config" else p for p in own.parameters.values()
-        ]
-        call.__signature__ = own.replace(parameters=[*parameters, *options])  # type: ignore[attr-defined]
+        _document(call, kind)
         return call
 
     return wrap
+
+
+def keywords_of(kind: type[Options]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """For ``function(..., **options)`` that hands them on as fields of ``kind``: say so to
+    :func:`help`."""
+
+    def wrap(function: Callable[..., R]) -> Callable[..., R]:
+        _document(function, kind)
+        return function
+
+    return wrap
+
+
+def _document(function: Callable[..., Any], kind: type[Options]) -> None:
+    """Add the fields of ``kind`` to a function's signature and docstring."""
+    own = inspect.signature(function)
+    parameters = {
+        p.name: p.replace(default=None) if p.name == "config" else p
+        for p in own.parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    }
+    lines = ["Options:"]
+    for name in in_order(kind):
+        field = kind.model_fields[name]
+        if name not in parameters:
+            parameters[name] = inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.annotation,
+            )
+        told = field.default not in (None, ()) and not declared(kind, name)["hide"]
+        head = f"{name}={field.default!r}" if told else name
+        said = f"    {head}: {in_python(field.description or '')}"
+        lines += textwrap.wrap(said, 76, subsequent_indent=8 * " ", break_on_hyphens=False)
+    function.__signature__ = own.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+    text, raises, rest = inspect.cleandoc(function.__doc__ or "").partition("Raises:")
+    function.__doc__ = "\n".join([text.rstrip(), "", *lines, *(["", raises + rest] * bool(raises))])
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from sleb.config import (
     TransferConfig,
     VerifyConfig,
     WriteConfig,
+    keywords_of,
     spoken_in_python,
     takes,
 )
@@ -147,18 +148,22 @@ def similarity(
     )
 
 
+@keywords_of(SearchConfig)
 @spoken_in_python()
 def search(
     model: Model,
-    *config: Any,
+    config: SearchConfig | None = None,
+    *,
     out: str | Path | None = None,
     force: bool = False,
     tokenizer: Any = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Plan:
-    """As :func:`sleb.repairs.search.search`, and save the plan as ``out``; beside it lies the
-    journal, by which the same call goes on after it was stopped.
+    """Find the blocks whose removal costs least, and return the plan. Exactly one target is given.
+
+    The plan is also saved as ``out``, with the journal beside it, by which the same call goes on
+    after it was stopped.
 
     Raises:
         VerificationFailed: nothing can be removed within ``max_loss_increase``.
@@ -180,15 +185,14 @@ def search(
 
     given = model if isinstance(model, (str, Path)) else _loaded(model, _ANY, progress, tokenizer)
     if isinstance(ids := options.get("windows"), Tensor):
-        given_in = (*config, options.get("config"))
         for name in ("text", "prompts"):
-            if options.get(name) or any(getattr(one, name, ()) for one in given_in):
+            if options.get(name) or getattr(config, name, ()):
                 raise InputError(f"windows of token ids are measured on alone: leave out --{name}")
         windows = Windows.given(ids)
         options |= {"split": CalibrationSplit(search=windows), "windows": len(windows.ids)}
         options["length"] = windows.record.length
     how: dict[str, Any] = {"foretell": foretell, "progress": progress}
-    plan = searching.search(given, *config, **how, **options)
+    plan = searching.search(given, config, **how, **options)
     if out is not None and group().is_main:
         plan.save(out)
     return plan
@@ -251,9 +255,11 @@ def prune(
     command: str = "sleb.prune",
     progress: Progress = silent,
 ) -> Pruned:
-    """As :func:`sleb.pipeline.prune`; with ``heal`` that is OUT-cut, and OUT is what
-    :func:`sleb.heal` makes of it; with ``quantize`` also write OUT-SCHEME, calibrated on the
-    windows that the search saw.
+    """Search, repair, measure on held-out text, write the checkpoint ``out`` and verify it; all or
+    nothing. Exactly one target is given. What ``out`` holds: see :func:`sleb.pipeline.prune`.
+
+    With ``heal`` that is OUT-cut, and OUT is what :func:`sleb.heal` makes of it; with ``quantize``
+    also write OUT-SCHEME, calibrated on the windows that the search saw.
 
     Raises:
         VerificationFailed, InputError, UnsupportedModel, DataError, ResourceError: as there, or as
@@ -336,11 +342,30 @@ def adapter_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}-adapter")
 
 
+@keywords_of(ApplyConfig)
 def apply(
-    plan: Plan | str | Path, model: LoadedModel | str | Path, out: str | Path, **options: Any
+    plan: Plan | str | Path,
+    model: LoadedModel | str | Path,
+    out: str | Path,
+    *,
+    repair: Repair | bool | None = None,
+    progress: Progress = silent,
+    **options: Any,
 ) -> Path:
-    """Cut ``model`` by ``plan`` into ``out``, as :func:`applied`, and return its path."""
-    return applied(plan, model, out, **options).out
+    """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
+    GGUF file, if ``model`` and ``out`` both end in .gguf.
+
+    ``repair`` is one that was fitted, True to fit one here, or False to leave the plan's out. By
+    default the cut gets the plan's repair if there is one, with the tensors of the checkpoint in
+    ``repaired``, or in the folder that the file ``plan`` lies in.
+
+    Raises:
+        InputError: the tensors of the plan's repair are not there, or it is of a deeper cut; and
+            as below.
+        UnsupportedModel, DataError, ResourceError: see :func:`sleb.surgery.apply.apply` and
+            :func:`sleb.surgery.gguf_cut.cut_gguf`.
+    """
+    return applied(plan, model, out, repair=repair, progress=progress, **options).out
 
 
 @spoken_in_python()
@@ -353,20 +378,7 @@ def applied(
     progress: Progress = silent,
     **options: Any,
 ) -> Applied:
-    """Write the checkpoint without the plan's blocks, shard by shard, without loading it; or cut a
-    GGUF file, if ``model`` and ``out`` both end in .gguf.
-
-    ``repair`` is one that was fitted, True to fit one here, or False to leave the plan's out. By
-    default the cut gets the plan's repair if there is one, with the tensors of the checkpoint in
-    ``repaired``, or in the folder that the file ``plan`` lies in. ``options``: see
-    :class:`sleb.config.ApplyConfig`.
-
-    Raises:
-        InputError: the tensors of the plan's repair are not there, or it is of a deeper cut; and
-            as below.
-        UnsupportedModel, DataError, ResourceError: see :func:`sleb.surgery.apply.apply` and
-            :func:`sleb.surgery.gguf_cut.cut_gguf`.
-    """
+    """As :func:`apply`, and say what was written."""
     fixed = repair if isinstance(repair, Repair) else None
     config = ApplyConfig.of({**options, "repair": None if isinstance(repair, Repair) else repair})
     if fixed is not None and config.repaired:
@@ -645,6 +657,7 @@ def plan_of(out: str | Path) -> Path:
     return plan_beside(out)
 
 
+@keywords_of(EvalConfig)
 @spoken_in_python()
 def evaluate(
     model: Model,
@@ -660,8 +673,7 @@ def evaluate(
 
     With the plan's full depth the cut is scored with the repair that lies beside the plan's file; a
     plan without a repair may be in memory.
-    ``options``: see :class:`sleb.config.EvalConfig`. On :class:`Windows` that were loaded before it
-    is :func:`sleb.evaluation.perplexity.evaluate`.
+    On :class:`Windows` that were loaded before it is :func:`sleb.evaluation.perplexity.evaluate`.
 
     Raises:
         InputError, UnsupportedModel, DataError, ResourceError: see ``sleb.core.errors``.

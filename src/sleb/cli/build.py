@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from sleb.cli.argument import HELP, Argument
-from sleb.config import GROUPS, Options, declared, group_of
+from sleb.config import GROUPS, Options, declared, group_of, in_order
 from sleb.core.errors import InputError, did_you_mean
 
 
@@ -36,11 +36,8 @@ def built(
     hints: dict[str, Any] = {"context": typer.Context}
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY)]
     declarations = [_of_argument(argument) for argument in arguments]
-    fields = [name for kind in config.__mro__ for name in vars(kind).get("__annotations__", {})]
     declarations += [
-        _of_field(config, name, config.model_fields[name])
-        for name in dict.fromkeys(fields)
-        if name in config.model_fields
+        _of_field(config, name, config.model_fields[name]) for name in in_order(config)
     ]
     for key, hint, default in declarations:
         hints[key] = hint

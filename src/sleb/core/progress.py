@@ -117,5 +117,8 @@ class _Silent:
     def stage(self, title: str, total: int | None) -> Iterator[Tick]:
         yield lambda n=1, note="": None
 
+    def __repr__(self) -> str:  # as a default in signatures
+        return "silent"
+
 
 silent: Progress = _Silent()
