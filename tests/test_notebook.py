@@ -11,6 +11,7 @@ import sleb
 from report_tools import plan as report_plan
 from sleb.config import in_python
 from sleb.core.errors import SHELL
+from sleb.core.plan import Target
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 
@@ -80,7 +81,7 @@ def test_results_are_tables_pictures_and_a_few_lines(tiny_dir, tmp_path):
         assert result.plot().lines
         text = str(result)
         assert len(text.splitlines()) <= 20
-        assert all(len(line) <= 240 for line in text.splitlines())
+        assert all(len(line) <= 80 for line in text.splitlines())
     assert plan.to_pandas()["removed"].tolist() == [str(b) for b in plan.order]
     assert sleb.Plan.load(tmp_path / "plan.json") == plan
 
@@ -98,10 +99,35 @@ def test_what_has_no_table_is_a_line(tiny_dir, tmp_path):
         (sleb.verify(out, model=tiny_dir), f"{out}: 8 of 8 checks of exactness passed"),
         (fixed, "tensors around"),
         (answers, "of 2 answers are identical"),
+        (sleb.describe(tiny_dir), f"{tiny_dir}: 6 blocks of a llama, 0.2523 MB"),
+        (sleb.restore(out, tmp_path / "back"), f"{tmp_path / 'back'}: 6 blocks"),
     ]:
         assert said in str(result)
         assert "\n" not in str(result)
         assert len(str(result)) < 240
+
+
+@pytest.mark.usefixtures("drawn_nowhere")
+def test_figures_of_results_have_few_digits_and_lines_80_columns(tiny_dir, tmp_path):
+    kinds = {"remove": "2", "speedup": "1.234", "size": "123.5 MB", "keep-answers": "0.9877"}
+    plan = report_plan()
+    for kind, said in kinds.items():
+        value = {"remove": 2.0, "speedup": 1.23412, "size": 123456789}.get(kind, 0.98765432)
+        target = Target(kind=kind, limit=value, reached=value)
+        told = str(plan.model_copy(update={"target": target}))
+        assert f"\nasked for {kind} {said}, reached {said}\n" in told
+    many = plan.model_copy(update={"order": tuple(range(1, 60))})
+    done = sleb.prune(tiny_dir, tmp_path / "out", remove=2, windows=4, length=16, device="cpu")
+    took = sleb.estimate(tiny_dir, tmp_path / "next", remove=2, windows=4, length=16, device="cpu")
+    timed = sleb.bench(tiny_dir, done.path, quick=True, runs=2, device="cpu")
+    assert str(timed).splitlines()[0].startswith("speed on cpu, float32, ")
+    assert len(re.findall(r"generate-1 [\d.]{1,5}x", str(timed))) == 1
+    assert "GB of memory" in str(took)
+    for result in (many, done.record, took):
+        lines = str(result).replace(str(tiny_dir), "MODEL").splitlines()
+        assert len(lines) <= 20
+        assert max(map(len, lines)) <= 80
+        assert not re.search(r"\d\.\d{5}", str(result))
 
 
 def test_a_hostile_name_is_no_html():

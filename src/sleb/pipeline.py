@@ -83,12 +83,7 @@ class Pruned:
 
     def __str__(self) -> str:
         """What fits a screen."""
-        lines = [str(self.path), self.plan.in_short]
-        if self.record.evaluation:
-            lines.append(str(self.record.evaluation))
-        if kept := self.record.prompts:
-            lines.append(f"{kept.agreement.value:.1%} of the tokens of answers are kept")
-        return "\n".join(lines)
+        return "\n".join([str(self.path), self.plan.in_short, *self.record.quality])
 
 
 @takes(PruneConfig)

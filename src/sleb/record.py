@@ -24,6 +24,7 @@ from typing_extensions import Self
 from sleb.core.errors import InputError, VerificationFailed, first_mistake
 from sleb.core.files import existing_record, record_path, write_text
 from sleb.core.finding import Finding, finding
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Begins, Estimate, Progress, Tick, tell
 from sleb.core.statistics import MOST, about
 from sleb.core.units import UnitId, named, parts_in
@@ -272,6 +273,19 @@ class RunRecord:
     stages: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA
+
+    def __str__(self) -> str:
+        """What fits a screen."""
+        gone = ", ".join(map(str, self.removed))
+        return paragraphs([f"{self.model} without {gone}", *self.quality])
+
+    @property
+    def quality(self) -> list[str]:
+        """What was measured of the result's quality, in lines that fit a screen."""
+        lines = [str(self.evaluation)] if self.evaluation else []
+        if kept := self.prompts:
+            lines.append(f"{kept.agreement.value:.1%} of the tokens of answers are kept")
+        return lines
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -791,7 +791,8 @@ def _run(verb: Verb, given: dict[str, Any], command: str, began: float | None) -
     _check(verb, config, given)
     if given["verbose"]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    from sleb.core.display import LONG_S, since, spelled
+    from sleb.core.display import LONG_S, since
+    from sleb.core.progress import spelled
     from sleb.core.showing import terminal_progress
 
     progress = terminal_progress(quiet=given["quiet"], verbose=given["verbose"])
@@ -845,7 +846,6 @@ def _configured(verb: Verb, given: dict[str, Any]) -> Options:
 def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     """What a run would take."""
     from sleb.config import HealConfig, PruneConfig
-    from sleb.core.display import estimated
 
     places = {name: given[name] for name in ("model", "out", "path") if name in given}
     how: dict[str, Any] = {"progress": progress}
@@ -854,7 +854,7 @@ def _foretold(verb: Verb, config: Options, given: Given, progress: Any) -> int:
     found = verb.named(verb.dry)(**places, config=config, **how)
     if given["json"]:
         _show(found, json=True)
-    for line in () if given["json"] else estimated(found):
+    for line in () if given["json"] else found.lines:
         _note(line, False)
     return 0
 

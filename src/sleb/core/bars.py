@@ -20,9 +20,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from sleb.core.display import QUIET_S, Shown, spelled
+from sleb.core.display import QUIET_S, Shown
 from sleb.core.printable import printable
-from sleb.core.progress import Tick, TimeLeft
+from sleb.core.progress import Tick, TimeLeft, spelled
 
 
 class Bars(Shown):

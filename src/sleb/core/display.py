@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sleb.core.files import shown_size
 from sleb.core.printable import printable
-from sleb.core.progress import Begins, Estimate, Tick, TimeLeft
+from sleb.core.progress import Begins, Estimate, Tick, TimeLeft, spelled
 
 QUIET_S = 2.0
 LONG_S = 10.0
@@ -28,31 +27,6 @@ def since(began: float | None) -> float:
     import psutil
 
     return time.time() - (began or float(psutil.Process().create_time()))
-
-
-def spelled(seconds: float) -> str:
-    """A duration as one says it."""
-    if seconds < 100:
-        return f"{max(1, seconds):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def estimated(e: Estimate) -> list[str]:
-    """What a run will take, in a few lines."""
-    phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in e.phases)
-    disk = f", {shown_size(e.disk)} on disk" if e.disk else ""
-    less = ", less what is known from before" if e.resumed else ""
-    lines = [f"about {spelled(e.seconds)} on {e.device}{less}: {phases}"]
-    if e.memory:
-        lines.append(f"about {e.memory / 1e9:.2g} GB of memory{disk}")
-    if e.unknown:
-        lines.append(f"not estimated: {', '.join(e.unknown)}")
-    if e.shorter:
-        lines.append(f"that is long for a CPU; it would be shorter with {'; '.join(e.shorter)}")
-    return lines
 
 
 class Shown:
@@ -76,7 +50,7 @@ class Shown:
                 return
             self._expected = {phase.name: phase.seconds for phase in what.phases}
             self._took.clear()
-            for line in estimated(what):
+            for line in what.lines:
                 self.say(line)
         elif isinstance(what, Begins):
             self.finish()

@@ -28,6 +28,7 @@ from typing_extensions import Self
 
 from sleb.core.errors import InputError, first_mistake
 from sleb.core.files import write_text
+from sleb.core.printable import paragraphs
 from sleb.core.tabular import Points, Tabular
 from sleb.core.units import MAX_BLOCKS, UnitId, block_of, canonical, parts_in
 
@@ -224,6 +225,10 @@ class Target(_Record):
     limit: float
     reached: float
 
+    def told(self, value: float) -> str:
+        """A limit, or what is reached, with its unit where that is bytes."""
+        return f"{value / 1e6:.4g} MB" if self.kind == "size" else f"{value:.4g}"
+
 
 class Point(_Record):
     """The model after ``depth`` removals, the last of which is ``block``.
@@ -371,8 +376,8 @@ class Plan(_Record, Tabular):
         lines.append(f"removed, in order: {', '.join(map(str, self.order))}")
         if self.target:
             lines.append(
-                f"asked for {self.target.kind} {self.target.limit:g}, reached "
-                f"{self.target.reached:g}"
+                f"asked for {self.target.kind} {self.target.told(self.target.limit)}, reached "
+                f"{self.target.told(self.target.reached)}"
             )
         if self.calibration:
             texts = ", ".join(source.spec for source in self.calibration.sources)
@@ -382,7 +387,7 @@ class Plan(_Record, Tabular):
             lines.append(str(self.curve))
         if self.repair:
             lines.append(f"repaired: {len(self.repair.tensors)} tensors")
-        return "\n".join(textwrap.shorten(line, 240) for line in lines)
+        return paragraphs(textwrap.shorten(line, 240) for line in lines)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per removal: its score, and the margin to the best candidate that stayed."""

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
 
 LONGEST_MESSAGE = 2000
 """Characters of an error message, which may quote several things."""
@@ -45,6 +48,12 @@ def printable(
     if limit is None or not (cut or len(shown) > limit):
         return shown
     return f"{shown[: limit - ending - 1]}…{shown[len(shown) - ending :]}"
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    """Lines of at most 80 columns, with what does not fit into one in the next, indented."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", **how) for line in lines)
 
 
 def printable_json(text: str) -> str:

@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from sleb.core.files import shown_size
+from sleb.core.printable import paragraphs
+
 Tick = Callable[..., None]
 """``tick(n=1, note="")``: n more units are done; ``note`` is shown beside the bar."""
 
@@ -19,6 +22,16 @@ EARLY_S, EARLY_PART = 30.0, 100
 FIRST_S, FIRST_PART = 2.0, 8
 """Nor do the first units where they are less than one part in so many, until so many seconds
 behind them."""
+
+
+def spelled(seconds: float) -> str:
+    """A duration as one says it."""
+    if seconds < 100:
+        return f"{max(1, seconds):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,25 @@ class Estimate:
     def seconds(self) -> float:
         """Of all phases."""
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def lines(self) -> list[str]:
+        """In a few sentences."""
+        phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in self.phases)
+        disk = f", {shown_size(self.disk)} on disk" if self.disk else ""
+        less = ", less what is known from before" if self.resumed else ""
+        lines = [f"about {spelled(self.seconds)} on {self.device}{less}: {phases}"]
+        if self.memory:
+            lines.append(f"about {self.memory / 1e9:.2g} GB of memory{disk}")
+        if self.unknown:
+            lines.append(f"not estimated: {', '.join(self.unknown)}")
+        if self.shorter:
+            ways = "; ".join(self.shorter)
+            lines.append(f"that is long for a CPU; it would be shorter with {ways}")
+        return lines
+
+    def __str__(self) -> str:
+        return paragraphs(self.lines)
 
 
 @dataclass(frozen=True)

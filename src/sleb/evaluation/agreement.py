@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb.calibration.answers import Answers
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values, interval, proportion, shares
 from sleb.core.tabular import Points, Tabular
@@ -118,7 +119,7 @@ class AnswersKept(Tabular):
             f"; right before {right.dense} of {right.judged}, now {right.pruned}" if right else ""
         )
         kept = f"{self.agreement.value:.1%} of the tokens of {self.prompts} answers are kept"
-        return f"{kept}, divergence {self.divergence.value:.4g} nats/token{judged}"
+        return paragraphs([f"{kept}, divergence {self.divergence.value:.4g} nats/token{judged}"])
 
 
 def answer_quality(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tensor:

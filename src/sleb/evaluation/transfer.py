@@ -20,6 +20,7 @@ from sleb.calibration.split import CalibrationSplit
 from sleb.calibration.windows import DEFAULT_WINDOWS, Windows
 from sleb.config import TransferConfig, takes
 from sleb.core.errors import InputError
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval, Values, interval
 from sleb.core.units import UnitId
@@ -73,7 +74,8 @@ class Transfer:
     recommended: str
 
     def __str__(self) -> str:
-        return f"transfer between {', '.join(self.domains)}; recommended: {self.recommended}"
+        told = f"transfer between {', '.join(self.domains)}; recommended: {self.recommended}"
+        return paragraphs([told])
 
 
 def check_transfer(config: TransferConfig) -> None:

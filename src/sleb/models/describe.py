@@ -20,6 +20,7 @@ from sleb.checkpoints.gguf_file import GGUFFile, parameters, type_name
 from sleb.config import InspectConfig, takes
 from sleb.core.errors import UnsupportedModel
 from sleb.core.plan import blocks_to_remove
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, silent
 from sleb.models.on_disk import DEPTHS
 from sleb.models.source import find, resolve
@@ -65,6 +66,13 @@ class Description:
     savings: tuple[Saving, ...] = ()
     gguf: str | None = None
     carried: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        size = f", {self.nbytes / 1e6:,.4g} MB" if self.nbytes is not None else ""
+        why = f"; {self.reason}" if self.reason else ""
+        return paragraphs(
+            [f"{self.model}: {self.blocks or 'unknown'} blocks of a {self.model_type}{size}{why}"]
+        )
 
 
 @takes(InspectConfig)

@@ -20,6 +20,7 @@ from sleb.checkpoints.depth_fields import refuse_unsupported
 from sleb.config import BenchConfig, takes
 from sleb.core.errors import InputError, ResourceError, SlebError, UnsupportedModel
 from sleb.core.plan import Plan
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, Tick, silent
 from sleb.core.statistics import Interval
 from sleb.models.load import DTYPES, load_config, pick_device, pick_dtype
@@ -150,6 +151,15 @@ class Speed:
     models: tuple[Measured, ...]
     ratios: tuple[Ratio, ...]
     skipped: tuple[Skipped, ...] = ()
+
+    def __str__(self) -> str:
+        """How many times as fast each pruned model is, by case."""
+        first = f"speed on {self.device}, {self.dtype}, {self.threads} threads"
+        found: dict[str, list[str]] = {f"{m.path} ({m.runtime})": [] for m in self.models}
+        for r in self.ratios:
+            found[f"{r.path} ({r.runtime})"].append(f"{r.case} {r.ratio.value:.3g}x")
+        rows = (f"{name}: {', '.join(said)}" for name, said in found.items() if said)
+        return paragraphs([first, *rows])
 
 
 FULL = (

@@ -30,6 +30,7 @@ from sleb.core.errors import (
 )
 from sleb.core.finding import Finding, finding
 from sleb.core.plan import Plan
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Values
 from sleb.models.load import LoadedModel, load, load_config, pick_device, pick_dtype
@@ -87,6 +88,10 @@ class RuntimeReport:
     tokens: int
     moved: float | None
     verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{v.runtime} {v.verdict}" for v in self.verdicts)
+        return paragraphs([f"{self.checkpoint}: {found}"])
 
     def require(self) -> None:
         """Raise VerificationFailed if a runtime that was loaded does not compute the same."""

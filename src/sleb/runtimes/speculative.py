@@ -19,6 +19,7 @@ from sleb.calibration.prompts import Prompt
 from sleb.calibration.windows import load_windows
 from sleb.config import BenchConfig, takes
 from sleb.core.errors import InputError
+from sleb.core.printable import paragraphs
 from sleb.core.progress import Progress, silent
 from sleb.core.statistics import Interval, Values
 from sleb.evaluation.prompts import read_alike
@@ -83,6 +84,13 @@ class Drafting:
     seconds: tuple[float, ...]
     tokens_per_second: float
     drafts: tuple[Draft, ...]
+
+    def __str__(self) -> str:
+        """Of each draft, what is accepted and how many times as fast it makes the model."""
+        return paragraphs(
+            f"{d.path} as draft: {d.acceptance.value:.1%} accepted, {d.ratio.value:.3g}x as fast"
+            for d in self.drafts
+        )
 
 
 @takes(BenchConfig)

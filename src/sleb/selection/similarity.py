@@ -117,7 +117,7 @@ class Similarity(Tabular):
     def __str__(self) -> str:
         order = sorted(range(len(self.blocks)), key=lambda i: -self.blocks[i].mean)[:3]
         most = ", ".join(f"{i} ({self.blocks[i].mean:.3f})" for i in order)
-        return f"similarity ({self.measure}) of {len(self.blocks)} blocks; most alike: {most}"
+        return f"{self.measure} similarity of {len(self.blocks)} blocks; most: {most}"
 
     def auto_threshold(self, candidates: Sequence[int], n: int) -> float:
         """The similarity of the last block in the more similar half of the candidates, or among

@@ -34,6 +34,10 @@ class Restored:
     repair_undone: bool
     from_gguf: bool = False
 
+    def __str__(self) -> str:
+        gone = f", without {', '.join(map(str, self.removed))}" if self.removed else ""
+        return f"{self.path}: {self.blocks} blocks{gone}"
+
 
 @takes(RestoreConfig)
 def restore(
