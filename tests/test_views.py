@@ -1,8 +1,10 @@
 """What is shown is what the record holds, in every language and on every medium."""
 
+import json
 import re
 import string
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -29,6 +31,7 @@ from report_tools import (
     sparse,
 )
 from sleb.acceptance import LIMITS, Gate
+from sleb.calibration.split import SELF_GENERATED
 from sleb.cli.verbs import VERBS
 from sleb.core.errors import InputError
 from sleb.core.files import record_path
@@ -58,6 +61,7 @@ from sleb.views.terminal import draw
 
 EN, JA = (Locale(lang, markup=True) for lang in LANGUAGES)
 NAN = float("nan")
+EXAMPLE = Path(__file__).parents[1] / "docs" / "example"
 
 
 def drawn(*results, width=100):
@@ -826,7 +830,7 @@ def test_every_sentence_is_said_sometimes_and_none_is_missing():
             comparison(EN, [("a", *one), ("b", *two)], {})
             comparison(EN, [("a", *one), ("b", *two), ("c", sparse(), bare_plan())], {})
     by_name = {"limits", "reasons", "checks", "environment", "metrics", "strategies", "glossary"}
-    by_name |= {"found", "must", "rules", "roles"}
+    by_name |= {"found", "must", "rules", "roles", "called"}
     known = {f"{t}.{k}" for t, found in EN.tables.items() if t not in by_name for k in found}
     assert known - said == {"format.large"}
 
@@ -951,3 +955,25 @@ def test_the_japanese_page_has_no_english_sentence_of_ours():
             plain = LINK.sub(r"\2", text).strip()
             if len(plain) > 15 and "{" not in plain and key.split(".")[0] != "commands":
                 assert plain not in japanese, key
+
+
+def test_names_of_ours_in_a_record_are_in_the_page_s_language():
+    """Rows of a file, texts and stages; what the user calls something stays as it is."""
+    stages = json.loads((EXAMPLE / "run.json").read_text(encoding="utf-8"))["seconds"]
+    ours = [*stages, BETWEEN, SELF_GENERATED, "default", "line 17", "row 3", "answers to p.jsonl"]
+    theirs = re.compile(r"SmolLM2-135M-Instruct\.Q4_1\.gguf|p\.jsonl|heal")
+    for name in ours:
+        assert not re.search("[a-z]", theirs.sub("", JA.called(name))), name
+        assert EN.called(name) == name
+    assert JA.called("line 17") == "17行目"
+    for name in ("wiki", "line by line", "my answers", "line 17\nline 18"):
+        assert JA.called(name) == name
+    record = repaired(seconds={"searching": 1.0, "loading <b>": 2.0})
+    worst = replace(record.prompts.worst[0], id="line 17")
+    record = put(record, "prompts.worst", (worst, *record.prompts.worst[1:]))
+    found = seen(record, repaired_plan(), "ja")
+    whole = "\n".join(found.text(part) for part in ["summary", *SECTIONS])
+    assert "17行目" in whole
+    assert "<b>の読み込み" in whole
+    for text in ("line 17", "searching", "loading"):
+        assert text not in whole

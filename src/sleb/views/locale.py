@@ -94,6 +94,23 @@ def _sentences(lang: str) -> dict[str, dict[str, Any]]:
     return read_toml(Path(__file__).with_name("words") / f"{lang}.toml", "install sleb again")
 
 
+@cache
+def _names() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Key and pattern of each name that a record has; those with nothing to fill in come first."""
+    english = sorted(_sentences("en")["called"].items(), key=lambda row: FILLED.findall(row[1]))
+    return tuple(
+        (
+            key,
+            re.compile(FILLED.sub(_group, re.escape(name).replace(r"\{", "{").replace(r"\}", "}"))),
+        )
+        for key, name in english
+    )
+
+
+def _group(place: re.Match[str]) -> str:
+    return f"(?P<{place[1]}>{r'[0-9]+' if place[1] == 'n' else '.+'})"
+
+
 class Locale:
     """The sentences of one language, for a page (``markup``) or as plain text. Calling it gives a
     sentence by its key, ``table.name``.
@@ -129,6 +146,15 @@ class Locale:
     def named(self, table: str, name: str) -> str:
         """What a key of the record, such as that of a check, is called; itself if unknown."""
         return self.plain(f"{table}.{name}") if name in self.tables[table] else name
+
+    def called(self, name: str) -> str:
+        """What a record calls a row, a text or a stage, where that is in sleb's words, which are
+        English there; itself if it is the user's, but for where it lies."""
+        name = unrooted(name)
+        for key, pattern in _names() if self.lang != "en" else ():
+            if match := pattern.fullmatch(name):
+                return self(f"called.{key}", **match.groupdict())
+        return name
 
     def said(self, table: str, found: Finding, of: str = "") -> str:
         """A finding in words: the sentence of the table for ``of`` and its key together, for its

@@ -14,7 +14,7 @@ from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Speed
 from sleb.surgery.gates import Check
 from sleb.surgery.verification import Verification
-from sleb.views.locale import DASH, Locale, names, unrooted
+from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import Facts, Item, Meter, Table, Text
 from sleb.views.speed import case, pruned_in_memory
 
@@ -288,7 +288,7 @@ def _search(t: Locale, p: Plan) -> dict[str, str]:
 
 def _texts(t: Locale, key: str, found: Calibration) -> Table:
     columns: Columns = {
-        "text_spec": lambda s: unrooted(s.spec),
+        "text_spec": lambda s: t.called(s.spec),
         "text_sha256": lambda s: t.code(s.sha256),
         "text_documents": lambda s: t.count(s.documents),
         "text_tokens": lambda s: t.count(s.tokens),
@@ -308,7 +308,7 @@ def _texts(t: Locale, key: str, found: Calibration) -> Table:
 def _timings(t: Locale, seconds: Mapping[str, float]) -> Table:
     rows = [*seconds.items(), (t("provenance.total"), sum(seconds.values()))]
     columns: Columns = {
-        "stage": lambda row: unrooted(row[0]),
+        "stage": lambda row: t.called(row[0]),
         "seconds": lambda row: t.seconds(row[1]),
     }
     return t.table("provenance", columns, rows, caption=t("provenance.timings"))

@@ -17,7 +17,7 @@ from sleb.evaluation.grading import Judged
 from sleb.evaluation.perplexity import Evaluation, Quality
 from sleb.evaluation.tasks import TaskResult
 from sleb.evaluation.transfer import Chosen, Transfer
-from sleb.views.locale import DASH, Locale, names, unrooted
+from sleb.views.locale import DASH, Locale, names
 from sleb.views.model import (
     Answered,
     Facts,
@@ -76,7 +76,7 @@ def by_text(t: Locale, e: Evaluation) -> Table:
     if len(rows) != 1:
         rows.append((t("quality.all"), e, plain))
     columns: Columns = {
-        "text": lambda r: r[0],
+        "text": lambda r: t.called(r[0]),
         "windows": lambda r: t.count(r[1].windows),
         "dense" if e.removed else "alone": lambda r: t.interval(r[1].perplexity, t.level),
     }
@@ -120,7 +120,7 @@ def by_gap(t: Locale, repair: RepairRecord) -> Table:
     heldout = repair.heldout
     return Table(
         caption=t("repair.caption"),
-        columns=(*(t(f"repair.{c}") for c in ("gap", "matrices", "ridge")), *texts),
+        columns=(*(t(f"repair.{c}") for c in ("gap", "matrices", "ridge")), *map(t.called, texts)),
         rows=rows,
         note=t("repair.note", windows=heldout.windows, length=heldout.length),
     )
@@ -308,7 +308,7 @@ def examples(t: Locale, k: AnswersKept | None) -> list[Item]:
     found += [_example(t, e) for e in k.worst[:most]]
     rest = k.worst[most:] if t.markup else ()
     found += [Text(t("answers.rest"))] if rest else []
-    return [*found, *(Folded(t("answers.prompt", id=unrooted(e.id)), _example(t, e)) for e in rest)]
+    return [*found, *(Folded(t("answers.prompt", id=t.called(e.id)), _example(t, e)) for e in rest)]
 
 
 def _together(t: Locale, c: Comparison) -> Iterator[str]:
@@ -356,7 +356,7 @@ def _pair(t: Locale, pair: Pair) -> SideBySide:
 
 
 def _title(t: Locale, pair: Pair) -> str:
-    said = t("answers.prompt", id=unrooted(pair.id))
+    said = t("answers.prompt", id=t.called(pair.id))
     if pair.identical:
         return t.plain("answers.folded_same", prompt=said)
     return t.plain("answers.folded", prompt=said, agreed=pair.agreed)
@@ -392,7 +392,7 @@ def _side_by_side(
         )
 
     return SideBySide(
-        title=t("answers.prompt", id=unrooted(name)),
+        title=t("answers.prompt", id=t.called(name)),
         prompt=tuple(Answered(name=name, text=BLANK.sub("", text)) for name, text in asked),
         dense=answered("dense", dense, judged is not None and judged.dense),
         pruned=answered("pruned", pruned, judged is not None and judged.pruned),
