@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import heal_tools
 import sleb
 from cli_tools import run
+from conftest import byte_tokenizer, tiny_llama
 from gguf_tools import readable, write_tiny  # noqa: F401 (a fixture)
 from heal_tools import SMALL, Stopping
 from sleb import estimates
@@ -238,3 +241,34 @@ def test_questions_are_read_with_every_choice_by_both_models(loaded_learned, tmp
     assert seconds(row, 9, limit=3)[0] == three
     written, questions = seconds(words, 1)
     assert written == 2 * (len(tokens(text).input_ids) + questions.answer_tokens(tokens))
+
+
+PEAK = """
+import contextlib, resource, sys, sleb
+class Heard:
+    memory = 0
+    @contextlib.contextmanager
+    def stage(self, title, total):
+        yield lambda n=1, note="": None
+    def tell(self, what):
+        self.memory = getattr(what, "memory", self.memory)
+heard = Heard()
+sleb.search(sys.argv[1], remove=1, metric="cosine", windows=2, length=256, prompts=["none"],
+            device="cpu", dtype="float32", threads=1, progress=heard)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(heard.memory, peak * (1024 if sys.platform == "linux" else 1))
+"""
+
+
+def test_memory_is_what_a_process_takes_with_a_large_vocabulary_too(tmp_path):
+    """Whose logits are most of it where the model is small."""
+    pytest.importorskip("resource")
+    model = tiny_llama()
+    model.resize_token_embeddings(150_000)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    told, peak = map(int, ran.stdout.split())
+    assert 1 / 1.5 < told / peak < 1.5

@@ -464,13 +464,16 @@ def _work(
 
 
 def _memory(model: LoadedModel, length: int) -> int:
-    """Of the process, or on the GPU: weights, the states of a batch, and what a fit sums."""
+    """Of the process, or on the GPU: weights, the states of a batch, its logits, and what a fit
+    sums."""
     config = decoder_config(model.stack.model.config)
     width = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     weights = sum(p.numel() * p.element_size() for p in model.stack.model.parameters())
-    states = 1024 * width * len(model.stack) * 4
-    return weights + 3 * inner * inner * 8 + states + ROOM
+    tokens = max(TIMED, length)
+    states = tokens * width * len(model.stack) * 4
+    logits = 2 * tokens * int(config.vocab_size) * 4  # and their logarithms, when they are timed
+    return weights + 3 * inner * inner * 8 + states + logits + ROOM
 
 
 def _shorter(phases: dict[str, float], kind: str) -> tuple[str, ...]:
