@@ -83,6 +83,15 @@ def test_without_a_terminal_there_is_a_line_now_and_then_even_if_nothing_moves(l
     assert all("left; round 1" in line for line in log[1:3])
 
 
+def test_short_stages_make_no_silence(log, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.3)
+    lines = progress.Lines()
+    for _ in range(5):
+        with lines.stage("searching", 10):
+            time.sleep(0.2)
+    assert log, "each is shorter than the time between lines, and all are longer"
+
+
 def test_the_line_of_a_stage_that_has_ended_names_its_round(log):
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     for shown, said in ((progress.Lines(0.0), log), (Bars(console, 0.0), None)):

@@ -102,6 +102,9 @@ def test_a_repair_is_undone(tmp_path, capsys):
     assert {n.split(".")[2] for n in kept} == {"2", "3", "4", "5"}
     sleb.apply(plan, source, tmp_path / "own", depth=1, repair=False)
     shutil.rmtree(source)
+    ran = run(capsys, "restore", out, "-o", tmp_path / "back.gguf")
+    assert ran.code == 2
+    assert f"comes back is a folder: give -o {tmp_path / 'back'}" in ran.err
     ran = run(capsys, "restore", out, "-o", tmp_path / "back")
     assert (ran.code, ran.err) == (0, "")
     assert "byte for byte" in " ".join(ran.out.split())

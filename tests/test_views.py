@@ -352,6 +352,23 @@ def test_without_limits_a_line_of_their_file_is_shown(made, tmp_path):
     assert Gate.load(tmp_path / "limits.toml").check(complete()).rows[0].name in LINE
 
 
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_without_limits_page_one_says_that_too_little_is_kept(lang):
+    """Nothing else on it does."""
+    kept = Interval(value=0.8, low=0.75, high=0.85)
+    record = complete(gate=None)
+    record = replace(record, prompts=replace(record.prompts, agreement=kept))
+    (told,) = warning(Locale(lang), record.prompts)
+    assert "80" in told.text
+    assert " ".join(told.text.split()) in seen(record, lang=lang).text("summary")
+
+
+def test_a_file_that_grows_has_a_plus():
+    record = complete(file_nbytes=100_000_000)
+    record = replace(record, nbytes=(record.nbytes[0], 250_000_000))
+    assert "+150.0" in seen(record).text("summary")
+
+
 def test_the_time_between_stages_is_none_of_the_longest_stages():
     shown = drawn(complete(seconds={"searching": 9.0, BETWEEN: 8.0, "evaluating": 7.0}))
     assert "longest: searching 9 s, evaluating 7 s\n" in shown

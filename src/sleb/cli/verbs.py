@@ -718,7 +718,7 @@ VERBS = (
         config="OutputOptions",
         check=_new_file,
         notes=lambda out, given: (
-            f"{out} written; set the model and the texts in it, then: sleb run {out}",
+            f"{out} written; set the texts in it, then: sleb run {out}",
             *_not_there(given["model"]),
         ),
         json=False,

@@ -38,6 +38,7 @@ class Shown:
         self._expected: dict[str, float] = {}
         self._phase, self._since = "", 0.0
         self._took: dict[str, float] = {}
+        self._line_at = 0.0
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -118,6 +119,7 @@ class Lines(Shown):
         """See :class:`sleb.core.progress.Progress`."""
         start = time.monotonic()
         clock = TimeLeft(total, start) if total else None
+        self._line_at = self._line_at or start
         done, said = 0, ""
 
         def tick(n: int = 1, note: str = "") -> None:
@@ -126,7 +128,7 @@ class Lines(Shown):
             said = note
 
         def line() -> None:
-            now = time.monotonic()
+            self._line_at = now = time.monotonic()
             left = clock.at(done, now) if clock else None
             share = f"{min(99, 100 * done // clock.total)} %, " if clock and done else ""
             about = "" if left is None else f", about {spelled(left)} left"
@@ -135,18 +137,20 @@ class Lines(Shown):
             spent = f"{share}{spelled(now - start)} gone{about}{more}"
             self.say(f"{self.prefix}{phase}{title}: {spent}")
 
-        with _heartbeat(line):
+        with _heartbeat(line, lambda: self._line_at):
             yield tick
         self.ended(title, time.monotonic() - start, said)
 
 
 @contextmanager
-def _heartbeat(line: Callable[[], None]) -> Iterator[None]:
-    """Call ``line`` every so often, also while nothing ticks."""
+def _heartbeat(line: Callable[[], None], last: Callable[[], float]) -> Iterator[None]:
+    """Call ``line`` so long after the ``last`` time, also while nothing ticks, and where short
+    stages follow one another."""
     over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(LINE_EVERY_S):
+        least = LINE_EVERY_S / 3
+        while not over.wait(max(least, last() + LINE_EVERY_S - time.monotonic())):
             line()
 
     thread = threading.Thread(target=beat, daemon=True)

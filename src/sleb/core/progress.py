@@ -67,7 +67,7 @@ class Estimate:
         """In a few sentences."""
         phases = ", ".join(f"{phase.name} {spelled(phase.seconds)}" for phase in self.phases)
         disk = f", {shown_size(self.disk)} on disk" if self.disk else ""
-        less = ", less what is known from before" if self.resumed else ""
+        less = ", or less, as scores of an earlier run are known" if self.resumed else ""
         lines = [f"about {spelled(self.seconds)} on {self.device}{less}: {phases}"]
         if self.memory:
             lines.append(f"about {self.memory / 1e9:.2g} GB of memory{disk}")

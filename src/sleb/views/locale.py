@@ -239,6 +239,10 @@ class Locale:
         """A share in 0..1."""
         return self._unit("percent", self.number(100 * share, 1))
 
+    def change(self, share: float) -> str:
+        """By what share of itself a figure has changed."""
+        return self._unit("percent", self.signed(100 * share, 1))
+
     def points(self, difference: float) -> str:
         """A difference of shares, in percentage points."""
         return self._unit("points", self.signed(100 * difference, 1))

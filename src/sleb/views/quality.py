@@ -238,7 +238,7 @@ def answer_rows(t: Locale, k: AnswersKept, cuts: int) -> list[tuple[str, ...]]:
     return [*rows, (t("kept.agreement"), t.percent(1.0), *plain, agreement)]
 
 
-def warning(t: Locale, k: AnswersKept | None) -> list[Item]:
+def warning(t: Locale, k: AnswersKept | None) -> list[Text]:
     """That too little is kept, where it is, or that this cannot be told."""
     if k is None or k.agreement.value >= FLOOR:
         return []

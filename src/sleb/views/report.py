@@ -254,6 +254,9 @@ class Report:
             tone, key = ("bad", "failed") if counts["not_kept"] else ("unclear", "unclear")
         sentence = "failed" if key == "unclear" else key
         text = t(f"verdict.{sentence}_text", **self._own_limits, **counts)
+        if key == "none":  # then nothing else on this page says so
+            for item in quality.warning(t, self.record.prompts):
+                text += " " + item.text
         return Verdict(tone=tone, headline=t(f"verdict.{key}"), text=text, table=self._glance())
 
     def _glance(self) -> Table:
@@ -275,7 +278,7 @@ class Report:
 
         def change(pair: tuple[int, int], shown: Iterable[str]) -> str:
             (before, after), (first, then) = pair, shown
-            share = t.percent((after - before) / before if before else 0.0)
+            share = t.change((after - before) / before if before else 0.0)
             return t("removed.change", before=first, after=then, share=share)
 
         repaired = t("repair.none")
