@@ -103,7 +103,11 @@ def test_search_apply_verify_and_eval(place, capsys):
 
     options = ["--plan", "plan.json", "--length", "32", "--windows", "8"]
     text, found = (run(capsys, "eval", "MODEL", *options, *json_) for json_ in ([], ["--json"]))
-    assert (text.code, text.err) == (0, "")
+    assert text.code == 0
+    assert text.err.startswith("default: the cut was made by this text, whose figures flatter it")
+    other = ["--text", "other.txt", *options[:-1], "1"]
+    Path("other.txt").write_text("What no block was chosen by. " * 40)
+    assert run(capsys, "eval", "MODEL", *other).err == ""
     found = found.json
     assert (found["tokens"], found["removed"]) == (8 * 31, list(plan.removed))
     assert f"{found['perplexity_ratio']['value']:.3f} (" in text.out

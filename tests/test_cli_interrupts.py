@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from cli_tools import run, tree
-from sleb import pipeline, project
+from sleb import estimates, pipeline, project
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.cli.main import main
 from sleb.selection.sweep import Sweep
@@ -117,6 +118,14 @@ def test_what_a_cut_and_a_healing_leave_is_said(place, capsys, monkeypatch, ther
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_estimate_has_nothing_to_go_on_from(place, capsys, monkeypatch):
+    """Even where an earlier run has."""
+    (place / "out.journal").touch()
+    monkeypatch.setattr(estimates.Speed, "of", Mock(side_effect=KeyboardInterrupt))
+    ran = run(capsys, "prune", "MODEL", "--remove", "1", "-o", "out", "--dry-run")
+    assert (ran.code, ran.err) == (130, "sleb: interrupted; nothing was written\n")
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_apply_leaves_nothing(place, capsys, monkeypatch, stop, existing):
     command = ["apply", "plan.json", "MODEL", "-o", "new/out"]

@@ -787,6 +787,13 @@ class EvalConfig(DepthOptions, TextOptions, LossOptions, PromptOptions, LoadOpti
         "harness's own way, which has a limit of time alone. It can read what you can, and write "
         "where you may: use a machine or container that may be lost.",
     )
+    prompts: tuple[str, ...] = like(
+        PromptOptions,
+        "prompts",
+        help="Prompts that the model answers, and how much of these answers the cut of --plan "
+        "keeps; those that it was made by are left out. A .jsonl, .json, .parquet or .txt file; "
+        "repeat for several.",
+    )
     plan: str | None = option(None, "Also score the model cut by this plan.", metavar="FILE")
     task: tuple[str, ...] = option(
         (),

@@ -50,7 +50,7 @@ from sleb.core.errors import InputError, SlebError
 from sleb.core.files import check_folder, record_path, writable_target
 from sleb.core.plan import Plan, RepairRecord
 from sleb.core.process_group import group, leave_group
-from sleb.core.progress import Estimate, Progress, silent
+from sleb.core.progress import Estimate, Progress, silent, tell
 from sleb.core.showing import shown
 from sleb.estimates import Speed as ModelSpeed
 from sleb.evaluation import perplexity
@@ -731,6 +731,9 @@ def evaluate(
         loss_on=config.loss_on,
         images=loaded.stack.images,
     )
+    if plan and (same := plan.saw(scored.record)):
+        what = f"{', '.join(same)}: the cut was made by this text, whose figures flatter it"
+        tell(progress, f"{what}; --text of others tells more")
     times = 1 + bool(removed) + (patch is not None)
     length, tokens = scored.record.length, scored.ids.numel()
     estimates.foretell(

@@ -514,7 +514,7 @@ def existing_file(location: str) -> Path:
         if not path.parent.is_dir():
             raise InputError(f"no file {path}: the folder {path.parent} does not exist")
         hint = did_you_mean(path.name, os.listdir(path.parent))
-        raise InputError(f"no file {path}{hint}; give the path of a text file")
+        raise InputError(f"no file {path}{hint}; give the path of a file")
     return path
 
 

@@ -996,6 +996,8 @@ def _interruptible(verb: Verb) -> Callable[[typer.Context, dict[str, Any]], int]
 
 def _how_to_go_on(verb: Verb, given: Given) -> str:
     out = given.get("out")
+    if given.get("estimate"):
+        return "nothing was written"
     if verb.name == "run":
         return "what is finished is kept: repeat the command to go on"
     with_any = ", with any number of processes" if group().several else ""

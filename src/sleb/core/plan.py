@@ -458,6 +458,12 @@ class Plan(_Record, Tabular):
         """The prompts by whose answers the cut was made."""
         return frozenset(re.findall(".{12}", self.prompts_seen))
 
+    def saw(self, texts: Calibration) -> list[str]:
+        """Those of ``texts`` by which blocks were chosen or a repair was fitted."""
+        made_by = [self.calibration, *([self.repair.calibration] if self.repair else ())]
+        known = {source.sha256 for made in made_by if made for source in made.sources}
+        return [source.spec for source in texts.sources if source.sha256 in known]
+
     def seeing(self, prompts: Collection[str]) -> Plan:
         """The plan of a cut that was made by the answers to these ``prompts`` too."""
         return self.model_copy(update={"prompts_seen": "".join(sorted(self.seen | {*prompts}))})

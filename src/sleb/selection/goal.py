@@ -43,7 +43,9 @@ class Goal:
                 "1, for example 0.95"
             )
         if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise InputError(f"--speedup {self.speedup} is not possible; give for example 1.25")
+            raise InputError(
+                f"--speedup {self.speedup} is not possible; give more than 1, for example 1.25"
+            )
         if self.size is not None:
             parse_bytes(self.size, "--size")
 
