@@ -117,7 +117,6 @@ def test_what_a_cut_and_a_healing_leave_is_said(place, capsys, monkeypatch, ther
     assert ran.err.endswith(f"interrupted; {said}: repeat the command to go on\n")
 
 
-@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_estimate_has_nothing_to_go_on_from(place, capsys, monkeypatch):
     """Even where an earlier run has."""
     (place / "out.journal").touch()
@@ -126,6 +125,7 @@ def test_an_interrupted_estimate_has_nothing_to_go_on_from(place, capsys, monkey
     assert (ran.code, ran.err) == (130, "sleb: interrupted; nothing was written\n")
 
 
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_apply_leaves_nothing(place, capsys, monkeypatch, stop, existing):
     command = ["apply", "plan.json", "MODEL", "-o", "new/out"]
