@@ -104,7 +104,9 @@ def test_a_repair_is_undone(tmp_path, capsys):
     shutil.rmtree(source)
     ran = run(capsys, "restore", out, "-o", tmp_path / "back.gguf")
     assert ran.code == 2
-    assert f"comes back is a folder: give -o {tmp_path / 'back'}" in ran.err
+    assert (
+        f"{tmp_path / 'back.gguf'} would be a folder, as this writes no file: give back" in ran.err
+    )
     ran = run(capsys, "restore", out, "-o", tmp_path / "back")
     assert (ran.code, ran.err) == (0, "")
     assert "byte for byte" in " ".join(ran.out.split())

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from sleb.calibration.answers import prompts_of
 from sleb.calibration.split import GENERATED_VALIDATION, CalibrationSplit
 from sleb.checkpoints.checkpoint import Checkpoint
 from sleb.checkpoints.gguf_fields import GGUFModel
-from sleb.checkpoints.gguf_file import GGUFFile
 from sleb.config import (
     HEAL_PROMPTS,
     HEAL_TOKENS,
@@ -251,7 +249,7 @@ def estimate(
     split: CalibrationSplit,
     goal: Goal,
     config: PruneConfig,
-    out: Path,
+    gguf: GGUFModel | None = None,
     heal: HealConfig | None = None,
 ) -> Estimate:
     """What :func:`sleb.prune` of a loaded model will take from now on, and to ``heal`` the cut; a
@@ -270,7 +268,7 @@ def estimate(
     }
     if not work.fitted:
         del phases[REPAIR]
-    left = on_disk(model, out, work.removed, keep=config.keep)
+    left = on_disk(model, gguf, work.removed, keep=config.keep)
     found = Estimate(
         phases=tuple(Phase(name=name, seconds=seconds) for name, seconds in phases.items()),
         memory=_memory(model, config.length),
@@ -291,14 +289,13 @@ def estimate(
     )
 
 
-def on_disk(model: LoadedModel, out: Path, removed: int, *, keep: bool) -> int:
-    """Bytes of the result ``out`` without so many blocks, which are taken to be of the mean size.
-    ``keep``: what a folder's cut removes is kept in it."""
+def on_disk(model: LoadedModel, gguf: GGUFModel | None, removed: int, *, keep: bool) -> int:
+    """Bytes of the result without so many blocks, which are taken to be of the mean size: of the
+    file ``gguf``, or of a folder. ``keep``: what a folder's cut removes is kept in it."""
     checkpoint = Checkpoint.open(model.source.path)
     costs = Costs.of(checkpoint, model.stack)
-    if out.suffix == ".gguf":
-        file = GGUFFile.open(Path(model.source.ref).expanduser())
-        costs = costs.in_file(GGUFModel.of(file))
+    if gguf is not None:
+        costs = costs.in_file(gguf)
     elif keep:
         return checkpoint.nbytes
     return costs.total - sum(costs.blocks) * removed // len(model.stack)

@@ -164,16 +164,16 @@ def estimate(
         InputError, UnsupportedModel, DataError, ResourceError: see :func:`prune`.
     """
     out = Path(out)
-    _gguf(place(model), out, config)
+    gguf = _gguf(place(model), out, config)
     goal = check_options(config)
     check_request(place(model), config, progress)
     loaded = model
     if not isinstance(loaded, LoadedModel):
         loaded = load(loaded, **dict(config.part(LoadOptions)), progress=progress)
-    _check_space(out, goal, loaded, config)
+    _check_space(out, gguf, goal, loaded, config)
     config = with_metric(loaded, config, to_heal=heal is not None)
     speed = speed or estimates.Speed.of(loaded, config.length)
-    return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, out, heal)
+    return estimates.estimate(loaded, speed, _split(loaded, config)[0], goal, config, gguf, heal)
 
 
 def place(model: LoadedModel | str | Path) -> str | Path:
@@ -406,7 +406,7 @@ def _find(
         loaded = load(loaded, **dict(config.part(LoadOptions)), progress=watch)
     stack, source = loaded.stack, loaded.source
     refuse_source(out, source.path)
-    _check_space(out, goal, loaded, config)
+    _check_space(out, gguf, goal, loaded, config)
     config = with_metric(loaded, config, to_heal=to_heal is not None)
     with watch.stage("reading text", None):
         split, status = _split(loaded, config)
@@ -415,7 +415,7 @@ def _find(
         loaded,
         config.length,
         lambda speed: replace(
-            estimates.estimate(loaded, speed, split, goal, config, out, to_heal),
+            estimates.estimate(loaded, speed, split, goal, config, gguf, to_heal),
             resumed=journal.is_file(),
         ),
     )
@@ -601,11 +601,13 @@ def _without(model: LoadedModel, plan: Plan) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check_space(out: Path, goal: Goal, model: LoadedModel, config: PruneConfig) -> None:
+def _check_space(
+    out: Path, gguf: GGUFModel | None, goal: Goal, model: LoadedModel, config: PruneConfig
+) -> None:
     if goal.remove is None or config.unit != "block":
         return
     removed = blocks_to_remove(goal.remove, len(model.stack))
-    enough_space(out.parent, estimates.on_disk(model, out, removed, keep=config.keep))
+    enough_space(out.parent, estimates.on_disk(model, gguf, removed, keep=config.keep))
 
 
 def _split(model: LoadedModel, config: PruneConfig) -> tuple[CalibrationSplit, RepairStatus]:

@@ -365,7 +365,7 @@ def apply(
         UnsupportedModel, DataError, ResourceError: see :func:`sleb.surgery.apply.apply` and
             :func:`sleb.surgery.gguf_cut.cut_gguf`.
     """
-    return applied(plan, model, out, repair=repair, progress=progress, **options).out
+    return applied(plan, model, out, progress, repair=repair, **options).out
 
 
 @spoken_in_python()
@@ -373,14 +373,13 @@ def applied(
     plan: Plan | str | Path,
     model: LoadedModel | str | Path,
     out: str | Path,
-    *,
-    repair: Repair | bool | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Applied:
-    """As :func:`apply`, and say what was written."""
+    """As :func:`apply` with the same options, and say what was written."""
+    repair = options.get("repair")
     fixed = repair if isinstance(repair, Repair) else None
-    config = ApplyConfig.of({**options, "repair": None if isinstance(repair, Repair) else repair})
+    config = ApplyConfig.of({**options, "repair": repair if fixed is None else None})
     if fixed is not None and config.repaired:
         raise InputError("a cut has one repair: give the one that was fitted, or a folder")
     given, model, target = _plan(plan), place(model), Path(out)
@@ -733,7 +732,7 @@ def evaluate(
     )
     if plan and (same := plan.saw(scored.record)):
         what = f"{', '.join(same)}: the cut was made by this text, whose figures flatter it"
-        tell(progress, f"{what}; --text of others tells more")
+        tell(progress, f"{what}; other text tells more")
     times = 1 + bool(removed) + (patch is not None)
     length, tokens = scored.record.length, scored.ids.numel()
     estimates.foretell(

@@ -22,7 +22,7 @@ from sleb.calibration.prompts import Prompt, read_prompts
 from sleb.calibration.windows import Windows, digest, written_source
 from sleb.config import DEFAULT_PROMPTS, NO_PROMPTS
 from sleb.core.errors import InputError
-from sleb.core.plan import Calibration
+from sleb.core.plan import ANSWERS_TO, Calibration
 
 ANSWERS = "answers"
 """The name of answers among the texts that they stand beside."""
@@ -168,7 +168,7 @@ def answer_windows(
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt, answer in zip(scored, prompts, answers, strict=True):
         row[len(prompt) : len(prompt) + len(answer)] = True
-    source = written_source(f"answers to {', '.join(specs)}", ids, sum(map(len, rows)))
+    source = written_source(f"{ANSWERS_TO}{', '.join(specs)}", ids, sum(map(len, rows)))
     record = Calibration(
         sources=(source,),
         windows=len(ids),

@@ -42,7 +42,7 @@ class Bars(Shown):
         # on a narrow terminal the note gives way, not the times
         fixed, rest = Column(min_width=7), Column(ratio=1, no_wrap=True, overflow="ellipsis")
         start = time.monotonic()
-        within = bool(self.phase_gone())
+        within = bool(self.phase())
         columns = [
             SpinnerColumn(),
             *([_Phase(self)] if within else []),
@@ -75,7 +75,7 @@ class _Phase(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """See rich."""
-        return Text(f"{self.shown.prefix}{self.shown.phase_gone()};")
+        return Text(self.shown.phase().rstrip())
 
 
 class _Left(ProgressColumn):

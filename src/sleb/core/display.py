@@ -38,7 +38,6 @@ class Shown:
         self._expected: dict[str, float] = {}
         self._phase, self._since = "", 0.0
         self._took: dict[str, float] = {}
-        self._line_at = 0.0
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -60,7 +59,7 @@ class Shown:
                 later = self._corrected * sum([*self._expected.values()][self._number :])
                 rest = f", and {spelled(later)} after it" if later else ""
                 takes = spelled(self._corrected * self._expected[what.name])
-                self.say(f"{self.prefix}{what.name}: about {takes}{rest}")
+                self.say(f"{self._prefix}{what.name}: about {takes}{rest}")
         else:
             self.say(what)
 
@@ -68,7 +67,7 @@ class Shown:
         """The phase has ended."""
         if self._phase:
             spent = time.monotonic() - self._since
-            self.say(f"{self.prefix}{self._phase}: done in {spelled(spent)}")
+            self.say(f"{self._prefix}{self._phase}: done in {spelled(spent)}")
             if MISJUDGED * spent >= self._expected[self._phase]:
                 self._took[self._phase] = spent
         self._phase = ""
@@ -86,18 +85,18 @@ class Shown:
         return [*self._expected].index(self._phase) + 1 if self._phase else 0
 
     @property
-    def prefix(self) -> str:
-        """The number of the phase under way; empty where there is none."""
+    def _prefix(self) -> str:
         return f"{self._number} of {len(self._expected)}: " if self._number else ""
 
-    def phase_gone(self) -> str:
-        """The phase under way, how long it has run and of how long; empty where there is none."""
+    def phase(self) -> str:
+        """What a line on a stage begins with: the phase under way, how long it has run and of how
+        long; empty where there is none."""
         if not self._phase:
             return ""
         spent = time.monotonic() - self._since
         expected = self._corrected * self._expected[self._phase]
         of = f"of {spelled(expected)}" if spent < expected else "gone"
-        return f"{self._phase}, {spelled(spent)} {of}"
+        return f"{self._prefix}{self._phase}, {spelled(spent)} {of}; "
 
     def ended(self, title: str, spent: float, note: str = "") -> None:
         """A stage has ended, of which ``note`` was the last; of a phase only the whole is worth a
@@ -109,6 +108,9 @@ class Shown:
 
 class Lines(Shown):
     """A plain line now and then."""
+
+    _line_at = 0.0
+    """When the last was said; 0 before the first stage."""
 
     def say(self, text: str) -> None:
         """See :class:`Shown`."""
@@ -133,9 +135,8 @@ class Lines(Shown):
             share = f"{min(99, 100 * done // clock.total)} %, " if clock and done else ""
             about = "" if left is None else f", about {spelled(left)} left"
             more = f"; {said}" if said else ""
-            phase = f"{gone}; " if (gone := self.phase_gone()) else ""
             spent = f"{share}{spelled(now - start)} gone{about}{more}"
-            self.say(f"{self.prefix}{phase}{title}: {spent}")
+            self.say(f"{self.phase()}{title}: {spent}")
 
         with _heartbeat(line, lambda: self._line_at):
             yield tick

@@ -68,6 +68,8 @@ def writable_target(out: Path, *, force: bool, folder: bool = True) -> None:
     """
     if out.name in ("", ".."):
         raise InputError(f"-o '{out}' is not a name for something new; give one")
+    if folder and out.suffix == ".gguf":
+        raise InputError(f"{out} would be a folder, as this writes no file: give {out.stem}")
     if os.path.lexists(out):
         if not force:
             raise InputError(f"{out} exists; choose another -o, or pass --force to replace it")

@@ -84,6 +84,10 @@ class Origin(_Record):
         return cls(repository=repository, revision=commit.name)
 
 
+ANSWERS_TO = "answers to "
+"""What the ``spec`` of the model's own answers begins with; then come the files of prompts."""
+
+
 class SourceRecord(_Record):
     """One calibration text: where it came from, its content hash, and what was used of it."""
 

@@ -300,31 +300,26 @@ class _Validation:
 
         def accept() -> bool:
             more = self._lost(self.loss()) - self._lost(before)
-            errors = [
-                len(text) * (standard_error(text) or 0.0)
-                for text in self._texts(self.last - before)
-            ]
+            changes = self._texts(self.last - before).values()
+            errors = [len(text) * (standard_error(text) or 0.0) for text in changes]
             return bool(more.sum() < 0 and (more <= errors).all())
 
         return accept
 
     def _lost(self, losses: Values) -> Values:
         """What the loss is above the dense model's, at least 0: of each text, over its windows."""
-        return np.array([max(0.0, text.sum()) for text in self._texts(losses - self.dense)])
-
-    def _texts(self, values: Values) -> list[Values]:
-        """By text, those of its windows."""
-        source = np.array(self._windows.source)
-        return [values[source == i] for i in np.unique(source)]
+        above = self._texts(losses - self.dense).values()
+        return np.array([max(0.0, text.sum()) for text in above])
 
     def by_text(self, losses: Values) -> dict[str, float]:
         """Mean loss on each text, nats/token."""
+        names, texts = self._windows.names, self._texts(losses)
+        return {names[i]: round(float(text.mean()), 6) for i, text in texts.items()}
+
+    def _texts(self, values: Values) -> dict[int, Values]:
+        """By number of a text, those of its windows."""
         source = np.array(self._windows.source)
-        return {
-            name: round(float(losses[source == i].mean()), 6)
-            for i, name in enumerate(self._windows.names)
-            if (source == i).any()
-        }
+        return {i: values[source == i] for i in np.unique(source)}
 
 
 def _record(

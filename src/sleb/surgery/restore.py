@@ -13,7 +13,7 @@ from sleb.checkpoints.checksums import write_sums
 from sleb.checkpoints.cut import Cut
 from sleb.config import RestoreConfig, takes
 from sleb.core.card import cut_card, rebuilt
-from sleb.core.errors import DataError, InputError
+from sleb.core.errors import DataError
 from sleb.core.files import disk_errors, enough_space, staged_dir, writable_target
 from sleb.core.progress import Progress, Tick, silent
 from sleb.surgery.apply import cut_checkpoint, refuse_source
@@ -59,8 +59,6 @@ def restore(
         ResourceError: the disk is full.
     """
     cut, out, depth = Path(cut), Path(out), config.depth
-    if out.suffix == ".gguf":
-        raise InputError(f"what comes back is a folder: give -o {out.with_suffix('')}")
     writable_target(out, force=config.force)
     with disk_errors(out):
         refuse_source(out, cut)

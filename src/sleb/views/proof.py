@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from sleb.core.plan import Calibration, Plan
+from sleb.core.plan import ANSWERS_TO, Calibration, Plan
 from sleb.core.statistics import MOST, about
 from sleb.record import GateRow, RunRecord
 from sleb.runtimes.bench import Speed
@@ -267,7 +267,7 @@ def _name(model: str) -> str:
 def _answers(found: Calibration | None) -> int:
     """How many of the windows are answers to prompts."""
     sources = found.sources if found else ()
-    return sum(s.windows for s in sources if s.spec.startswith("answers to "))
+    return sum(s.windows for s in sources if s.spec.startswith(ANSWERS_TO))
 
 
 def _search(t: Locale, p: Plan) -> dict[str, str]:
